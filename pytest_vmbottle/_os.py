@@ -1,0 +1,224 @@
+"""Time limits, sizes, atomic files and short-lived processes: what every other module asks of the operating system."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, TypeVar
+
+import attrs
+
+from pytest_vmbottle.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+__all__ = [
+    "Deadline",
+    "Ended",
+    "atomic_file",
+    "copy_sparse",
+    "format_size",
+    "parse_size",
+    "private_dir",
+    "run_tool",
+    "size_on_disk",
+]
+
+_T = TypeVar("_T")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(value: int | str) -> int:
+    """Turns ``"512M"``, ``"2G"``, ``"1.5GiB"`` or a number of bytes into bytes; units are powers of 1024.
+
+    >>> parse_size("512M")
+    536870912
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SpecError(f"{value!r} is not a size: write bytes or a string such as '512M' or '2G'")
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", value.upper())
+        if match is None:
+            raise SpecError(f"{value!r} is not a size: write bytes or a string such as '512M' or '2G'")
+        size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise SpecError(f"{value!r} is not a size: it must be larger than 0")
+    return size
+
+
+def format_size(size: int) -> str:
+    """Writes a number of bytes for people.
+
+    >>> format_size(1536 << 20)
+    '1.5 GiB'
+    """
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:  # noqa: PLR2004 - the step from one unit to the next
+            break
+        amount /= 1024
+    else:
+        unit = "TiB"
+    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"  # noqa: PLR2004
+
+
+@attrs.frozen
+class Deadline:
+    """A point on the monotonic clock, handed down to whatever must be done before it.
+
+    Attributes:
+        seconds: How long it was when it was set.
+        at: The moment it runs out, on `time.monotonic`.
+    """
+
+    seconds: float
+    at: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "at", time.monotonic() + self.seconds)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, never below 0."""
+        return max(0.0, self.at - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        """Whether the moment has passed."""
+        return time.monotonic() >= self.at
+
+    def poll(self, check: Callable[[], _T | None], *, every: float = 0.1, first: float | None = None) -> _T | None:
+        """Calls `check` until it returns something other than None or False; returns that, or None at the end.
+
+        The pause grows from `first` (default: `every`) by half each time, up to `every`. The check is always called at least once, and once more at the deadline.
+        """
+        pause = every if first is None else first
+        while True:
+            last = self.expired
+            answer = check()
+            if answer is not None and answer is not False:
+                return answer
+            if last:
+                return None
+            time.sleep(min(pause, self.remaining))
+            pause = min(every, pause * 1.5)
+
+
+@contextmanager
+def atomic_file(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Opens a temporary sibling for writing that takes the name `path` only when the block ends well.
+
+    Readers see the old content or the new one, whole, even after a crash: the data is synced before the rename, the folder after it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_dir(path.parent)
+
+
+def sync_dir(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def private_dir(path: Path) -> Path:
+    """Makes a folder, and its parents, that only this user can enter; returns it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+_BLOCK = 1 << 16
+_ZEROS = bytes(_BLOCK)
+
+
+def copy_sparse(source: int, target: int) -> None:
+    """Copies one open file into another, empty one, and leaves holes where there are holes or zeros.
+
+    Args:
+        source: File descriptor to read; its position is moved.
+        target: File descriptor of an empty file; it gets the same length.
+    """
+    length = os.fstat(source).st_size
+    os.ftruncate(target, length)
+    start = 0
+    while start < length:
+        try:
+            start = os.lseek(source, start, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole is left
+            return
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        while start < end:
+            block = os.pread(source, min(_BLOCK, end - start), start)
+            if block != _ZEROS[: len(block)]:
+                os.pwrite(target, block, start)
+            start += len(block)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes that a file, or all files below a folder, take in blocks: holes do not count."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(size_on_disk(child) for child in path.iterdir())
+    return path.lstat().st_blocks * 512
+
+
+@attrs.frozen(kw_only=True)
+class Ended:
+    """A host command that has ended: its argv, status (negative for a signal, None if killed at the deadline) and output."""
+
+    argv: tuple[str, ...]
+    returncode: int | None
+    output: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended with status 0."""
+        return self.returncode == 0
+
+
+def run_tool(argv: Sequence[str | Path], *, timeout: float, env: dict[str, str] | None = None) -> Ended:
+    """Runs a host command without a shell, in bounded time, and returns how it ended: never raises for its status.
+
+    Raises:
+        FileNotFoundError: There is no such program.
+    """
+    words = tuple(str(word) for word in argv)
+    process = subprocess.Popen(  # noqa: S603 - argv list, no shell
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        return Ended(argv=words, returncode=None, output=output)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return Ended(argv=words, returncode=process.returncode, output=output)

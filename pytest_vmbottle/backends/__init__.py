@@ -1,0 +1,1 @@
+"""Hypervisors that make machines."""

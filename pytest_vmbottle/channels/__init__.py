@@ -1,0 +1,1 @@
+"""Ways to run commands in a guest."""

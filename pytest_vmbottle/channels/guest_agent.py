@@ -1,0 +1,185 @@
+"""Commands by the QEMU guest agent, over virtio-serial: no network, no login, and the quickest answers.
+
+The protocol is one JSON object per line, with `guest-sync-delimited` to begin anew (docs/interop/qemu-ga-ref in QEMU's documentation).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished
+from pytest_vmbottle.errors import MachineDied, MachineTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["AgentRefused", "GuestAgent"]
+
+_CHUNK = 1 << 20
+_GRACE = 10.0
+"""Seconds that the agent itself may take over a reply, beyond what a command was given."""
+_MAX_REPLY = 8 * MAX_OUTPUT
+"""Bytes of one reply: both streams in base64, with room to spare. A longer one is a hostile guest."""
+
+
+class AgentRefused(MachineDied):
+    """The agent answered a call with an error."""
+
+
+class GuestAgent:
+    """A conversation with the guest agent; safe to use from several threads."""
+
+    def __init__(self, sock: socket.socket, *, alive: Callable[[], None]) -> None:
+        """Takes a connected socket.
+
+        Args:
+            sock: The host's end of the agent's port.
+            alive: Called while waiting; raises `MachineDied` when the guest cannot answer any more.
+        """
+        self._sock = sock
+        self._alive = alive
+        self._buffer = bytearray()
+        self._lock = threading.Lock()
+
+    def sync(self, *, deadline: Deadline) -> None:
+        """Waits until the agent answers, and drops whatever an earlier conversation left on the line.
+
+        Raises:
+            MachineTimeout: It does not answer.
+            MachineDied: It cannot any more.
+        """
+        with self._lock:
+            while True:
+                token = secrets.randbits(48)
+                # The leading 0xFF makes the agent forget half a request that an earlier connection may have left behind.
+                self._send(b"\xff", "guest-sync-delimited", {"id": token}, deadline)
+                if self._synced(token, Deadline(min(deadline.remaining, 2.0))):
+                    return
+                if deadline.expired:
+                    raise MachineTimeout("the guest agent does not answer")
+
+    def _synced(self, token: int, deadline: Deadline) -> bool:
+        while (line := self._line(deadline)) is not None:
+            _, _, last = line.rpartition(b"\xff")
+            try:
+                if json.loads(last).get("return") == token:
+                    return True
+            except (ValueError, AttributeError):
+                continue  # the rest of an older answer
+        return False
+
+    def call(self, name: str, *, deadline: Deadline, **arguments: Any) -> Any:
+        """Calls one function of the agent and returns its answer; underscores in argument names stand for dashes.
+
+        Raises:
+            AgentRefused: It answered with an error.
+        """
+        request = {key.replace("_", "-"): value for key, value in arguments.items()}
+        with self._lock:
+            self._send(b"", name, request, deadline)
+            line = self._line(deadline)
+        if line is None:
+            raise MachineTimeout(f"the guest agent did not answer {name} within {deadline.seconds:g} s")
+        try:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise AgentRefused(f"the guest agent refused {name}: {answer['error'].get('desc', answer['error'])}")
+            return answer["return"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MachineDied(f"the guest agent's answer to {name} makes no sense: {bytes(line[:80])!r}") from error
+
+    def _send(self, prefix: bytes, name: str, arguments: dict[str, Any], deadline: Deadline) -> None:
+        message = json.dumps({"execute": name, "arguments": arguments} if arguments else {"execute": name})
+        try:
+            self._sock.settimeout(max(0.01, deadline.remaining))
+            self._sock.sendall(prefix + message.encode() + b"\n")
+        except TimeoutError as error:
+            raise MachineTimeout(f"the guest agent does not take {name}: its buffer stays full") from error
+        except OSError as error:
+            self._alive()
+            raise MachineDied(f"the guest agent's line is closed: {error}") from error
+
+    def _line(self, deadline: Deadline) -> bytes | None:
+        """The next line, or None at the deadline."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > _MAX_REPLY:
+                raise MachineDied(f"the guest agent sent more than {_MAX_REPLY} bytes without an end")
+            if not self._receive(deadline):
+                return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def _receive(self, deadline: Deadline) -> bool:
+        while not deadline.expired:
+            self._sock.settimeout(max(0.001, min(0.5, deadline.remaining)))
+            try:
+                received = self._sock.recv(1 << 18)
+            except TimeoutError:
+                self._alive()
+                continue
+            except OSError as error:
+                self._alive()
+                raise MachineDied(f"the guest agent's line is closed: {error}") from error
+            if not received:
+                self._alive()
+                raise MachineDied("the guest agent's line was closed by the hypervisor")
+            self._buffer += received
+            return True
+        return False
+
+    def run(self, command: Command, *, deadline: Deadline) -> Finished:
+        """Runs a command to its end (see `Channel.run`)."""
+        pid = self._start(command, deadline)
+        status = self._status(pid, deadline)
+        timed_out = status is None
+        if status is None:
+            self.run(command.killer(), deadline=Deadline(_GRACE))
+            status = self._status(pid, Deadline(_GRACE))
+        if status is None:  # something outlived the kill and holds the pipes
+            return Finished(returncode=-9, timed_out=True)
+        return Finished(
+            returncode=-status["signal"] if "signal" in status else status.get("exitcode", 0),
+            stdout=base64.b64decode(status.get("out-data", "")),
+            stderr=base64.b64decode(status.get("err-data", "")),
+            truncated=bool(status.get("out-truncated") or status.get("err-truncated")),
+            timed_out=timed_out,
+        )
+
+    def _start(self, command: Command, deadline: Deadline) -> int:
+        extra = {"input_data": base64.b64encode(command.input).decode()} if command.input else {}
+        answer = self.call(
+            "guest-exec",
+            deadline=deadline,
+            path=command.argv[0],
+            arg=list(command.argv[1:]),
+            env=[f"{name}={value}" for name, value in command.environment],
+            capture_output=True,
+            **extra,
+        )
+        return int(answer["pid"])
+
+    def _status(self, pid: int, deadline: Deadline) -> dict[str, Any] | None:
+        """How the process ended, or None if it has not by the deadline."""
+        pause = 0.001
+        while True:
+            status: dict[str, Any] = self.call("guest-exec-status", deadline=Deadline(deadline.remaining + _GRACE), pid=pid)
+            if status["exited"]:
+                return status
+            if deadline.expired:
+                return None
+            time.sleep(min(pause, deadline.remaining))
+            pause = min(0.05, pause * 1.3)
+
+    def close(self) -> None:
+        """Closes the line."""
+        self._sock.close()

@@ -1,0 +1,187 @@
+"""The exception tree: every error this package raises on purpose.
+
+::
+
+    VMBottleError
+    ├── SpecError (ValueError)          a mark, layer or option that makes no sense
+    ├── BackendUnavailable              this host cannot do what was asked
+    ├── MachineError                    a machine could not be provided, or was lost
+    │   ├── LaunchError                 the hypervisor did not start
+    │   ├── MachineTimeout (TimeoutError)
+    │   └── MachineDied
+    ├── CommandFailed                   a command in the guest ended with another status than 0
+    ├── CommandTimeout (TimeoutError)   a command in the guest was killed at its deadline
+    ├── TransferError                   a copy between host and guest was not completed
+    └── CatalogError                    the shared directory cannot be used
+        └── PackCorrupt                 a pack's files differ from its manifest
+
+Errors carry their data as attributes and survive pickling, because pytest-xdist sends them between processes.
+What Python has a word for keeps it: `FileNotFoundError` from a guest path, `ValueError` for a NUL byte.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import PurePath
+
+    from pytest_vmbottle.result import Result
+
+__all__ = [
+    "BackendUnavailable",
+    "CatalogError",
+    "CommandFailed",
+    "CommandTimeout",
+    "LaunchError",
+    "MachineDied",
+    "MachineError",
+    "MachineTimeout",
+    "PackCorrupt",
+    "SpecError",
+    "TransferError",
+    "VMBottleError",
+]
+
+
+def _revive(kind: type[VMBottleError], args: tuple[Any, ...], state: dict[str, Any]) -> VMBottleError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class VMBottleError(Exception):
+    """Anything that went wrong on purpose: catch this to catch them all."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException pickles by calling the class with `args`, which fails for keyword-only parameters.
+        return _revive, (type(self), self.args, self.__dict__)
+
+
+class SpecError(VMBottleError, ValueError):
+    """A machine was described in a way that makes no sense; the message says which keyword and what it takes."""
+
+
+class BackendUnavailable(VMBottleError):
+    """This host cannot provide what was asked for.
+
+    Attributes:
+        reason: What is missing, in one sentence.
+        remedy: What to do about it: where possible the exact command.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}. {remedy}" if remedy else reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+class MachineError(VMBottleError):
+    """A machine could not be provided, or was lost.
+
+    Attributes:
+        machine: The machine's name.
+        console_tail: The last lines of its serial console, control characters neutralised.
+    """
+
+    def __init__(self, message: str, *, machine: str = "", console_tail: str = "") -> None:
+        super().__init__(message)
+        self.machine = machine
+        self.console_tail = console_tail
+
+    def __str__(self) -> str:
+        parts = [super().__str__()]
+        if self.console_tail.strip():
+            parts.append(f"--- the console's last lines ---\n{self.console_tail.rstrip()}")
+        return "\n".join(parts)
+
+
+class LaunchError(MachineError):
+    """The hypervisor's process ended, or never answered, before a guest could run.
+
+    Attributes:
+        argv: The command line that was run.
+        exitcode: Its exit status; negative for a signal, None if it was still running and had to be killed.
+        output: What it printed.
+    """
+
+    def __init__(  # noqa: PLR0913 - an error carries its evidence
+        self,
+        message: str,
+        *,
+        argv: Sequence[str] = (),
+        exitcode: int | None = None,
+        output: str = "",
+        machine: str = "",
+        console_tail: str = "",
+    ) -> None:
+        super().__init__(message, machine=machine, console_tail=console_tail)
+        self.argv = tuple(argv)
+        self.exitcode = exitcode
+        self.output = output
+
+    def __str__(self) -> str:
+        parts = [super().__str__()]
+        if self.output.strip():
+            parts.append(f"--- what it printed ---\n{self.output.rstrip()}")
+        if self.argv:
+            parts.append("--- its command line ---\n" + " ".join(self.argv))
+        return "\n".join(parts)
+
+
+class MachineTimeout(MachineError, TimeoutError):
+    """A machine did not reach the state that was awaited before its deadline."""
+
+
+class MachineDied(MachineError):
+    """A machine that was running is gone: its kernel panicked, it powered off, or its hypervisor ended."""
+
+
+class CommandFailed(VMBottleError):
+    """A command in the guest ended with a status other than 0.
+
+    Attributes:
+        result: The `Result`, with the command, both streams and the status.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(f"the command ended with status {result.returncode}\n{result.describe()}")
+        self.result = result
+
+
+class CommandTimeout(VMBottleError, TimeoutError):
+    """A command in the guest did not end in time and was killed there.
+
+    Attributes:
+        result: What it had printed by then; the return code is -9.
+        timeout: The time it was given, in seconds.
+    """
+
+    def __init__(self, result: Result, timeout: float) -> None:
+        super().__init__(f"the command did not end within {timeout:g} s and was killed\n{result.describe()}")
+        self.result = result
+        self.timeout = timeout
+
+
+class TransferError(VMBottleError):
+    """A copy between host and guest was not completed; nothing stands under the final name.
+
+    Attributes:
+        src: Where the copy came from.
+        dst: Where it was to go.
+    """
+
+    def __init__(self, message: str, *, src: PurePath | str, dst: PurePath | str) -> None:
+        super().__init__(f"cannot copy {src} to {dst}: {message}")
+        self.src = str(src)
+        self.dst = str(dst)
+
+
+class CatalogError(VMBottleError):
+    """The catalog directory cannot be used, or what was looked up in it is not there."""
+
+
+class PackCorrupt(CatalogError):
+    """A pack's files differ from its manifest; it is moved aside and built again."""

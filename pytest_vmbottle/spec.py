@@ -1,0 +1,386 @@
+"""What a machine is to be: the mark's keywords as a checked value, layers, and the keys their packs go by."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import platform
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from pytest_vmbottle._os import parse_size
+from pytest_vmbottle.errors import SpecError
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.machine import Machine
+
+__all__ = ["SIGNATURE", "Layer", "MachineSpec", "Source", "check_keywords", "digest", "layer"]
+
+Prepare = Callable[["Machine"], object]
+Content = str | bytes | Path
+
+SIGNATURE = (
+    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, memory='1G', disk=None, network=False, ports=(), "
+    "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', timeout=120)"
+)
+# Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
+PREPARATION = frozenset({"packages", "files", "run"})
+# Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
+BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "user_data"})
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_USER = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+_MAX_CPUS = 64
+_MAX_PORT = 65535
+
+
+def host_arch() -> str:
+    """The architecture of this host, as the kernel's `uname -m` names it on Linux."""
+    machine = platform.machine().lower()
+    return _ARCHITECTURES.get(machine, machine)
+
+
+def digest(*parts: object) -> str:
+    """The sha256, in hexadecimal, of values that JSON can write: equal values give equal digests whatever the order of keys."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fail(keyword: str, value: object, takes: str) -> SpecError:
+    return SpecError(f"{keyword}={value!r}: {takes}")
+
+
+def _words(keyword: str) -> Callable[[object], tuple[str, ...]]:
+    def convert(value: object) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise _fail(keyword, value, "takes a list of strings")
+        words = tuple(value)
+        if not all(isinstance(word, str) and word and "\0" not in word for word in words):
+            raise _fail(keyword, value, "takes a list of non-empty strings")
+        return words
+
+    return convert
+
+
+def _ports(value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _fail("ports", value, "takes a list of port numbers in the guest")
+    ports = tuple(value)
+    if not all(isinstance(port, int) and not isinstance(port, bool) and 0 < port <= _MAX_PORT for port in ports):
+        raise _fail("ports", value, f"takes port numbers from 1 to {_MAX_PORT}")
+    return tuple(dict.fromkeys(ports))
+
+
+def _cpus(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CPUS:
+        raise _fail("cpus", value, f"takes a whole number from 1 to {_MAX_CPUS}")
+    return value
+
+
+def _size(keyword: str) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        try:
+            return parse_size(value)  # type: ignore[arg-type]  # it checks what it is given
+        except SpecError as error:
+            raise SpecError(f"{keyword}={value!r}: {error}") from None
+
+    return convert
+
+
+def _arch(value: object) -> str:
+    if value is None:
+        return host_arch()
+    if not isinstance(value, str):
+        raise _fail("arch", value, "takes a string such as 'x86_64'")
+    arch = _ARCHITECTURES.get(value, value)
+    if arch != host_arch():
+        raise _fail("arch", value, f"guests of another architecture than the host's ({host_arch()}) cannot be run yet")
+    return arch
+
+
+def _network(value: object) -> bool:
+    if isinstance(value, str):
+        raise _fail("network", value, "private networks cannot be made yet: use True (NAT) or False (forwarded ports only)")
+    if not isinstance(value, bool):
+        raise _fail("network", value, "takes True (NAT) or False (forwarded ports only)")
+    return value
+
+
+def _matching(keyword: str, pattern: re.Pattern[str], takes: str) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise _fail(keyword, value, takes)
+        return value
+
+    return convert
+
+
+def _fresh(value: object) -> Literal["restore", "boot"]:
+    if value == "restore":
+        return "restore"
+    if value == "boot":
+        return "boot"
+    raise _fail("fresh", value, "takes 'restore' (pour a pack) or 'boot' (boot cold)")
+
+
+def _timeout(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise _fail("timeout", value, "takes a number of seconds above 0")
+    return float(value)
+
+
+def _env(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Mapping):
+        raise _fail("env", value, "takes a mapping from names to strings")
+    for name, content in value.items():
+        if not isinstance(name, str) or not _ENV_NAME.fullmatch(name):
+            raise _fail("env", name, "is not a name for an environment variable")
+        if not isinstance(content, str) or "\0" in content:
+            raise _fail("env", {name: content}, "takes strings without NUL bytes")
+    return tuple(value.items())
+
+
+def _files(value: object) -> tuple[tuple[str, Content], ...]:
+    if not isinstance(value, Mapping):
+        raise _fail("files", value, "takes a mapping from absolute guest paths to text, bytes or a local Path")
+    for path, content in value.items():
+        if not isinstance(path, str) or not path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
+            raise _fail("files", path, "is not an absolute path in the guest")
+        if not isinstance(content, str | bytes | Path):
+            raise _fail("files", {path: content}, "takes text, bytes or a local Path as content")
+    return tuple(value.items())
+
+
+def _user_data(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):  # JSON is YAML, so a mapping needs no YAML library here
+        return "#cloud-config\n" + json.dumps(value, indent=1, sort_keys=True)
+    if not isinstance(value, str) or not value.startswith("#cloud-config"):
+        raise _fail("user_data", value, "takes a mapping, or text that begins with '#cloud-config'")
+    return value
+
+
+def _source(value: object) -> str | Path | Layer:
+    if isinstance(value, Path | Layer) or (isinstance(value, str) and value):
+        return value
+    raise SpecError(f"source={value!r}: takes the name of an image, the path of a disk image, or a layer")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Layer:
+    """A recipe on top of an image or of another layer; made with the `layer` decorator.
+
+    Attributes:
+        source: What it stands on: the name of an image, the path of a disk image, or another layer.
+        function: What prepares the machine; None for the `packages`, `files` and `run` of a mark.
+        keywords: The spec keywords it was given: defaults for machines poured from it.
+        depends: Files and folders whose contents count as part of the recipe.
+        version: Changed by hand to have it built again.
+        name: What people call it.
+    """
+
+    source: str | Path | Layer
+    function: Prepare | None
+    keywords: Mapping[str, Any] = attrs.field(factory=dict)
+    depends: tuple[Path, ...] = ()
+    version: str = ""
+    name: str = ""
+
+    @property
+    def chain(self) -> tuple[Layer, ...]:
+        """All layers from the one that stands on an image up to this one."""
+        below = self.source.chain if isinstance(self.source, Layer) else ()
+        return (*below, self)
+
+    @property
+    def image(self) -> str | Path:
+        """The image at the bottom."""
+        bottom = self.chain[0].source
+        if isinstance(bottom, Layer):  # the chain ends where the source is no layer
+            raise SpecError(f"the layer {self.name} has no image at its bottom")
+        return bottom
+
+    def recipe(self) -> str:
+        """A digest of what this layer does, without what it stands on.
+
+        Raises:
+            SpecError: The function's source or a file it depends on cannot be read.
+        """
+        return digest(_function_source(self), [_content_digest(path) for path in self.depends], self.version, _prepared(self.keywords))
+
+    def __call__(self, machine: Machine) -> None:
+        """Runs the preparation on a machine, as a plain call of the function would."""
+        if self.function is not None:
+            self.function(machine)
+
+
+def layer(
+    source: str | Path | Layer, *, depends: Iterable[str | Path] = (), version: str | int = "", **keywords: Any
+) -> Callable[[Prepare], Layer]:
+    """Makes a function that prepares a machine into a `Layer`: it runs once, and its outcome is bottled for all tests and later runs.
+
+    Args:
+        source: An image's name, a disk image's path, or another layer.
+        depends: Files and folders, relative to the function's own file, that the outcome depends on.
+        version: Change it to have the layer built again although its source text is the same.
+        keywords: Those of the `vm` mark; they hold while building and are the defaults for machines poured from it.
+
+    Raises:
+        SpecError: A keyword is unknown or its value makes no sense.
+    """
+    _source(source)
+    check_keywords(keywords, signature=SIGNATURE.replace("vm(source, *", "layer(source, *, depends=(), version=''"))
+
+    def decorate(function: Prepare) -> Layer:
+        folder = Path(inspect.getfile(function)).parent
+        return Layer(
+            source=source,
+            function=function,
+            keywords=dict(keywords),
+            depends=tuple(folder / path for path in depends),
+            version=str(version),
+            name=getattr(function, "__name__", "layer"),
+        )
+
+    return decorate
+
+
+def _function_source(layer: Layer) -> str:
+    if layer.function is None:
+        return ""
+    try:
+        return textwrap.dedent(inspect.getsource(layer.function))
+    except (OSError, TypeError) as error:
+        raise SpecError(f"the source text of the layer {layer.name} cannot be read ({error}): define it in a file") from error
+
+
+def _content_digest(path: Path) -> list[object]:
+    if path.is_dir():
+        return [path.name, [_content_digest(child) for child in sorted(path.iterdir())]]
+    try:
+        return [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _prepared(keywords: Mapping[str, Any]) -> list[object]:
+    """What the preparation keywords come to, with the contents of local files in place of their paths."""
+    files = [
+        (path, _content_digest(content)) if isinstance(content, Path) else (path, repr(content))
+        for path, content in _files(keywords.get("files", {}))
+    ]
+    return [list(keywords.get("packages", ())), files, list(keywords.get("run", ()))]
+
+
+Source = str | Path | Layer
+
+
+@attrs.frozen(kw_only=True)
+class MachineSpec:
+    """Everything about a machine, checked and complete: what the `vm` mark and its defaults come to.
+
+    Attributes:
+        source: The name of an image, the path of a disk image, or a `Layer`.
+        name: What the test calls it.
+        backend: `"auto"` or the name of one.
+        arch: The guest's architecture, as `uname -m` says it.
+        cpus: Virtual processors.
+        memory: Bytes of RAM.
+        disk: Bytes of the root disk, or None for the image's own size.
+        network: Whether the guest reaches the network (NAT); its forwarded ports are reached either way.
+        ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
+        packages: Packages installed beforehand.
+        files: Files written beforehand: guest path and content.
+        run: Shell commands run beforehand, after packages and files.
+        user_data: A cloud-config document that the first boot gets beside ours.
+        env: Environment variables of every command.
+        user: Who runs commands.
+        fresh: `"restore"` pours a pack, `"boot"` boots cold.
+        timeout: Seconds until it must be ready, before factors.
+    """
+
+    source: Source = attrs.field(converter=_source)
+    name: str = attrs.field(default="vm", converter=_matching("name", _NAME, "takes a letter, then letters, digits, - or _"))
+    backend: str = attrs.field(default="auto", converter=_matching("backend", _NAME, "takes 'auto' or the name of a backend"))
+    arch: str = attrs.field(default=None, converter=_arch)
+    cpus: int = attrs.field(default=1, converter=_cpus)
+    memory: int = attrs.field(default="1G", converter=_size("memory"))
+    disk: int | None = attrs.field(default=None, converter=attrs.converters.optional(_size("disk")))
+    network: bool = attrs.field(default=False, converter=_network)
+    ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
+    packages: tuple[str, ...] = attrs.field(default=(), converter=_words("packages"))
+    files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
+    run: tuple[str, ...] = attrs.field(default=(), converter=_words("run"))
+    user_data: str | None = attrs.field(default=None, converter=_user_data)
+    env: tuple[tuple[str, str], ...] = attrs.field(factory=dict, converter=_env)
+    user: str = attrs.field(default="root", converter=_matching("user", _USER, "takes the name of a user in the guest"))
+    fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
+    timeout: float = attrs.field(default=120.0, converter=_timeout)
+
+    @classmethod
+    def resolve(cls, source: Source, keywords: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> MachineSpec:
+        """The spec that keywords come to on top of the source's layers, and those on top of the defaults.
+
+        Raises:
+            SpecError: A keyword is unknown or its value makes no sense.
+        """
+        merged = dict(defaults or {})
+        for below in source.chain if isinstance(source, Layer) else ():
+            merged.update({key: value for key, value in below.keywords.items() if key not in PREPARATION})
+        merged.update(keywords)
+        check_keywords(merged)
+        return cls(**{**merged, "source": source})
+
+    @property
+    def image(self) -> str | Path:
+        """The image at the bottom of the source."""
+        return self.source.image if isinstance(self.source, Layer) else self.source
+
+    @property
+    def steps(self) -> tuple[Layer, ...]:
+        """The layers to build on the image, lowest first; the preparation keywords of the spec itself come last."""
+        below = self.source.chain if isinstance(self.source, Layer) else ()
+        own = {"packages": self.packages, "files": dict(self.files), "run": self.run}
+        if not any(own.values()):
+            return below
+        if self.packages:
+            own["network"] = True
+        return (*below, Layer(source=self.source, function=None, keywords=own, name="prepared"))
+
+    def boot_digest(self) -> str:
+        """A digest of what the guest is booted with: two specs that agree on it can share a pack of the bare image."""
+        return digest(sorted((key, getattr(self, key)) for key in BOOT))
+
+    def identity(self) -> str:
+        """A digest of the whole spec: machines of equal specs are interchangeable."""
+        steps = [step.recipe() for step in self.steps]
+        launch = [getattr(self, field.name) for field in attrs.fields(type(self)) if field.name not in PREPARATION | {"source"}]
+        return digest(str(self.image), steps, launch)
+
+
+def check_keywords(keywords: Mapping[str, Any], *, signature: str = SIGNATURE) -> None:
+    """Checks names and values of spec keywords.
+
+    Raises:
+        SpecError: With the keyword, what it takes, and a suggestion for a misspelt name.
+    """
+    known = [field.name for field in attrs.fields(MachineSpec) if field.name != "source"]
+    for keyword in keywords:
+        if keyword not in known:
+            near = difflib.get_close_matches(keyword, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SpecError(f"unknown keyword {keyword!r}{hint}\n  the signature is {signature}")
+    try:
+        MachineSpec(source="checked", **keywords)
+    except SpecError as error:
+        raise SpecError(f"{error}\n  the signature is {signature}") from None
