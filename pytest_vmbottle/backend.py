@@ -28,6 +28,7 @@ __all__ = [
     "Keys",
     "PackKind",
     "Start",
+    "not_run",
 ]
 
 MAX_OUTPUT = 16 << 20
@@ -175,6 +176,15 @@ class Finished:
     timed_out: bool = False
 
 
+def not_run(finished: Finished, command: Command) -> Finished:
+    """The same outcome whatever said that the program could not be started: status 127 (not found) or 126 (not executable)."""
+    reasons = {127: "not found", 126: "cannot be executed"}
+    reason = reasons.get(finished.returncode)
+    if reason is None or not finished.stderr.startswith(b"env: "):
+        return finished
+    return attrs.evolve(finished, stderr=f"{command.argv[0]}: {reason}\n".encode())
+
+
 class Console:
     """The serial console of a machine, recorded from its first instant; control characters are neutralised."""
 
@@ -241,8 +251,11 @@ class Instance(Protocol):
             MachineDied: The guest panicked or the hypervisor ended meanwhile.
         """
 
-    def save(self, dest: Path, *, deadline: Deadline) -> None:
-        """Stops the machine for good and writes it into the empty folder `dest`, for `Start.saved`."""
+    def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
+        """Stops the machine for good and writes it into the empty folder `dest`.
+
+        A `TEMPLATE` can be given as `Start.saved`. Of either kind, `dest / "disk.qcow2"` is the machine's disk on top of `Start.disks`.
+        """
 
     def pause(self) -> None:
         """Stops its processors."""

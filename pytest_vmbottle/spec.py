@@ -10,6 +10,7 @@ import platform
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,9 +36,9 @@ PREPARATION = frozenset({"packages", "files", "run"})
 # Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
 BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "user_data"})
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_USER = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
+_USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _MAX_CPUS = 64
 _MAX_PORT = 65535
@@ -59,16 +60,13 @@ def _fail(keyword: str, value: object, takes: str) -> SpecError:
     return SpecError(f"{keyword}={value!r}: {takes}")
 
 
-def _words(keyword: str) -> Callable[[object], tuple[str, ...]]:
-    def convert(value: object) -> tuple[str, ...]:
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise _fail(keyword, value, "takes a list of strings")
-        words = tuple(value)
-        if not all(isinstance(word, str) and word and "\0" not in word for word in words):
-            raise _fail(keyword, value, "takes a list of non-empty strings")
-        return words
-
-    return convert
+def _words(keyword: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _fail(keyword, value, "takes a list of strings")
+    words = tuple(value)
+    if not all(isinstance(word, str) and word and "\0" not in word for word in words):
+        raise _fail(keyword, value, "takes a list of non-empty strings")
+    return words
 
 
 def _ports(value: object) -> tuple[int, ...]:
@@ -86,14 +84,11 @@ def _cpus(value: object) -> int:
     return value
 
 
-def _size(keyword: str) -> Callable[[object], int]:
-    def convert(value: object) -> int:
-        try:
-            return parse_size(value)  # type: ignore[arg-type]  # it checks what it is given
-        except SpecError as error:
-            raise SpecError(f"{keyword}={value!r}: {error}") from None
-
-    return convert
+def _size(keyword: str, value: object) -> int:
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(SpecError):
+            return parse_size(value)
+    raise _fail(keyword, value, "takes bytes above 0, or a string such as '512M' or '2G'")
 
 
 def _arch(value: object) -> str:
@@ -115,13 +110,38 @@ def _network(value: object) -> bool:
     return value
 
 
-def _matching(keyword: str, pattern: re.Pattern[str], takes: str) -> Callable[[object], str]:
-    def convert(value: object) -> str:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise _fail(keyword, value, takes)
-        return value
+def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise _fail(keyword, value, takes)
+    return value
 
-    return convert
+
+def _name(value: object) -> str:
+    return _matching("name", value, _NAME_PATTERN, "takes a letter, then letters, digits, - or _")
+
+
+def _backend(value: object) -> str:
+    return _matching("backend", value, _NAME_PATTERN, "takes 'auto' or the name of a backend")
+
+
+def _user(value: object) -> str:
+    return _matching("user", value, _USER_PATTERN, "takes the name of a user in the guest")
+
+
+def _memory(value: object) -> int:
+    return _size("memory", value)
+
+
+def _disk(value: object) -> int | None:
+    return None if value is None else _size("disk", value)
+
+
+def _packages(value: object) -> tuple[str, ...]:
+    return _words("packages", value)
+
+
+def _run(value: object) -> tuple[str, ...]:
+    return _words("run", value)
 
 
 def _fresh(value: object) -> Literal["restore", "boot"]:
@@ -310,20 +330,20 @@ class MachineSpec:
     """
 
     source: Source = attrs.field(converter=_source)
-    name: str = attrs.field(default="vm", converter=_matching("name", _NAME, "takes a letter, then letters, digits, - or _"))
-    backend: str = attrs.field(default="auto", converter=_matching("backend", _NAME, "takes 'auto' or the name of a backend"))
+    name: str = attrs.field(default="vm", converter=_name)
+    backend: str = attrs.field(default="auto", converter=_backend)
     arch: str = attrs.field(default=None, converter=_arch)
     cpus: int = attrs.field(default=1, converter=_cpus)
-    memory: int = attrs.field(default="1G", converter=_size("memory"))
-    disk: int | None = attrs.field(default=None, converter=attrs.converters.optional(_size("disk")))
+    memory: int = attrs.field(default=1 << 30, converter=_memory)
+    disk: int | None = attrs.field(default=None, converter=_disk)
     network: bool = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
-    packages: tuple[str, ...] = attrs.field(default=(), converter=_words("packages"))
+    packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
-    run: tuple[str, ...] = attrs.field(default=(), converter=_words("run"))
+    run: tuple[str, ...] = attrs.field(default=(), converter=_run)
     user_data: str | None = attrs.field(default=None, converter=_user_data)
     env: tuple[tuple[str, str], ...] = attrs.field(factory=dict, converter=_env)
-    user: str = attrs.field(default="root", converter=_matching("user", _USER, "takes the name of a user in the guest"))
+    user: str = attrs.field(default="root", converter=_user)
     fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
     timeout: float = attrs.field(default=120.0, converter=_timeout)
 
@@ -350,7 +370,7 @@ class MachineSpec:
     def steps(self) -> tuple[Layer, ...]:
         """The layers to build on the image, lowest first; the preparation keywords of the spec itself come last."""
         below = self.source.chain if isinstance(self.source, Layer) else ()
-        own = {"packages": self.packages, "files": dict(self.files), "run": self.run}
+        own: dict[str, Any] = {"packages": self.packages, "files": dict(self.files), "run": self.run}
         if not any(own.values()):
             return below
         if self.packages:

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import attrs
+
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished
-from pytest_vmbottle.errors import MachineDied, MachineTimeout
+from pytest_vmbottle.backend import GUEST_PATH, MAX_OUTPUT, Command, Finished, not_run
+from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["AgentRefused", "GuestAgent"]
 
 _CHUNK = 1 << 20
+_SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")
 _GRACE = 10.0
 """Seconds that the agent itself may take over a reply, beyond what a command was given."""
 _MAX_REPLY = 8 * MAX_OUTPUT
@@ -139,21 +144,66 @@ class GuestAgent:
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command to its end (see `Channel.run`)."""
-        pid = self._start(command, deadline)
+        try:
+            pid = self._start(command, deadline)
+        except AgentRefused as error:
+            code = 126 if "Permission denied" in str(error) else 127
+            return not_run(Finished(returncode=code, stderr=b"env: " + str(error).encode()), command)
         status = self._status(pid, deadline)
-        timed_out = status is None
-        if status is None:
-            self.run(command.killer(), deadline=Deadline(_GRACE))
-            status = self._status(pid, Deadline(_GRACE))
-        if status is None:  # something outlived the kill and holds the pipes
-            return Finished(returncode=-9, timed_out=True)
-        return Finished(
-            returncode=-status["signal"] if "signal" in status else status.get("exitcode", 0),
-            stdout=base64.b64decode(status.get("out-data", "")),
-            stderr=base64.b64decode(status.get("err-data", "")),
-            truncated=bool(status.get("out-truncated") or status.get("err-truncated")),
-            timed_out=timed_out,
-        )
+        if status is not None:
+            return _finished(status, timed_out=False)
+        self.run(command.killer(), deadline=Deadline(_GRACE))
+        status = self._status(pid, Deadline(_GRACE))
+        # Without a status something outlived the kill and holds the pipes, and the agent keeps to itself what they gave.
+        return Finished(returncode=-9, timed_out=True) if status is None else _finished(status, timed_out=True)
+
+    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
+        """Runs a command with a host file as its input, by way of a file in the guest."""
+        with self._spool(command) as (path, feeding):
+            handle = self.call("guest-file-open", deadline=deadline, path=path, mode="w")
+            try:
+                while chunk := source.read(_CHUNK):
+                    self._write(handle, chunk, deadline)
+            finally:
+                self.call("guest-file-close", deadline=Deadline(_GRACE), handle=handle)
+            return self.run(feeding(f'exec "$@" < {path}'), deadline=deadline)
+
+    def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
+        """Runs a command and writes its standard output to a host file, by way of a file in the guest."""
+        with self._spool(command) as (path, feeding):
+            finished = self.run(feeding(f'exec "$@" > {path}'), deadline=deadline)
+            handle = self.call("guest-file-open", deadline=deadline, path=path, mode="r")
+            try:
+                self._read(handle, sink, deadline)
+            finally:
+                self.call("guest-file-close", deadline=Deadline(_GRACE), handle=handle)
+            return finished
+
+    @contextmanager
+    def _spool(self, command: Command) -> Iterator[tuple[str, Callable[[str], Command]]]:
+        """A private file in the guest for the length of a block, and what wraps the command in a shell that redirects to it."""
+        plain = Command(argv=("mktemp", "/var/tmp/vmbottle.XXXXXXXX"), env=(("PATH", GUEST_PATH),))  # noqa: S108 - in the guest
+        made = self.run(plain, deadline=Deadline(_GRACE))
+        path = made.stdout.decode("ascii", "replace").strip()
+        if made.returncode or not _SPOOL.fullmatch(path):
+            raise MachineError(f"no temporary file could be made in the guest: {made.stderr.decode(errors='replace').strip()}")
+        try:
+            yield path, lambda script: attrs.evolve(command, argv=("/bin/sh", "-c", script, "sh", *command.argv))
+        finally:
+            self.run(attrs.evolve(plain, argv=("rm", "-f", path)), deadline=Deadline(_GRACE))
+
+    def _write(self, handle: int, chunk: bytes, deadline: Deadline) -> None:
+        while chunk:
+            data = base64.b64encode(chunk).decode()
+            written = int(self.call("guest-file-write", deadline=deadline, handle=handle, buf_b64=data)["count"])
+            chunk = chunk[written:]
+
+    def _read(self, handle: int, sink: BinaryIO, deadline: Deadline) -> None:
+        while True:
+            answer = self.call("guest-file-read", deadline=deadline, handle=handle, count=_CHUNK)
+            sink.write(base64.b64decode(answer["buf-b64"]))
+            if answer["eof"]:
+                return
 
     def _start(self, command: Command, deadline: Deadline) -> int:
         extra = {"input_data": base64.b64encode(command.input).decode()} if command.input else {}
@@ -183,3 +233,13 @@ class GuestAgent:
     def close(self) -> None:
         """Closes the line."""
         self._sock.close()
+
+
+def _finished(status: dict[str, Any], *, timed_out: bool) -> Finished:
+    return Finished(
+        returncode=-status["signal"] if "signal" in status else status.get("exitcode", 0),
+        stdout=base64.b64decode(status.get("out-data", "")),
+        stderr=base64.b64decode(status.get("err-data", "")),
+        truncated=bool(status.get("out-truncated") or status.get("err-truncated")),
+        timed_out=timed_out,
+    )

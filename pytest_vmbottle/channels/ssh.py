@@ -1,20 +1,45 @@
-"""Commands by SSH: for guests without the QEMU guest agent, for large data and for streams.
+"""Commands by SSH: for guests without the QEMU guest agent, and for large data.
 
-The guest's host key is pinned, nothing of the user's own SSH set-up (agent, keys, known hosts) is looked at, and every wait has a limit.
+The guest's host key is pinned before anything is authenticated, nothing of the user's own SSH set-up (agent, keys, known hosts) is looked
+at, and every wait has a limit.
 """
 
 from __future__ import annotations
 
+import logging
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from io import BytesIO, StringIO
+from typing import BinaryIO, ClassVar
+
+import paramiko
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from pytest_vmbottle.backend import Keys
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished, Keys, not_run
+from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
+
+__all__ = ["HostKeyMismatch", "SshChannel", "new_keys"]
+
+_MSG_CHANNEL_REQUEST = 98  # RFC 4254, section 9
+_CHUNK = 1 << 18
+_GRACE = 10.0
+_WINDOW = 1 << 25
+log = logging.getLogger(__name__)
+
+
+class HostKeyMismatch(MachineError):
+    """Something else than our guest answers on its port; it was told nothing."""
 
 
 def new_keys() -> Keys:
     """Fresh ed25519 keys for a machine and for us."""
-    private, public = zip(_key_pair(), _key_pair(), strict=True)
-    return Keys(user_private=private[0], user_public=public[0], host_private=private[1], host_public=public[1])
+    (user_private, user_public), (host_private, host_public) = _key_pair(), _key_pair()
+    return Keys(user_private=user_private, user_public=user_public, host_private=host_private, host_public=host_public)
 
 
 def _key_pair() -> tuple[str, str]:
@@ -22,3 +47,168 @@ def _key_pair() -> tuple[str, str]:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return private.decode(), public.decode()
+
+
+def _on_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """Notes a command's death by signal, which paramiko drops (RFC 4254, section 6.10), and leaves all else to paramiko."""
+    start = message.packet.tell()
+    kind = message.get_text()
+    message.get_boolean()
+    if kind == "exit-signal":
+        number = getattr(signal, f"SIG{message.get_text()}", signal.SIGKILL)
+        channel.exit_status = -int(number)
+        channel.status_event.set()
+        return
+    message.packet.seek(start)
+    channel._handle_request(message)  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+class _Transport(paramiko.Transport):
+    _channel_handler_table: ClassVar = {**paramiko.Transport._channel_handler_table, _MSG_CHANNEL_REQUEST: _on_request}  # type: ignore[attr-defined]
+
+
+class _Head:
+    """Keeps the first `MAX_OUTPUT` bytes of what it is given, and knows whether there was more."""
+
+    def __init__(self) -> None:
+        self.kept = bytearray()
+        self.truncated = False
+
+    def write(self, data: bytes) -> int:
+        room = MAX_OUTPUT - len(self.kept)
+        self.kept += data[:room]
+        self.truncated = self.truncated or len(data) > room
+        return len(data)
+
+
+class SshChannel:
+    """A login by key on a guest's forwarded port; safe to use from several threads."""
+
+    def __init__(self, transport: paramiko.Transport, *, alive: Callable[[], None]) -> None:
+        """Takes a transport that has logged in; use `connect`."""
+        self._transport = transport
+        self._alive = alive
+
+    @classmethod
+    def connect(
+        cls, address: tuple[str, int], keys: Keys, *, user: str = "root", deadline: Deadline, alive: Callable[[], None]
+    ) -> SshChannel:
+        """Logs in as soon as the guest lets us.
+
+        Raises:
+            HostKeyMismatch: The server is not the guest we know.
+            MachineTimeout: It did not let us in by the deadline.
+            MachineDied: From `alive`, which is called between attempts.
+        """
+        last: list[str] = []
+
+        def attempt() -> SshChannel | None:
+            alive()
+            try:
+                return cls(_login(address, keys, user, Deadline(min(10.0, max(1.0, deadline.remaining)))), alive=alive)
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                last[:] = [str(error) or type(error).__name__]
+                return None
+
+        channel = deadline.poll(attempt, every=0.5, first=0.05)
+        if channel is None:
+            raise MachineTimeout(f"SSH on {address[0]}:{address[1]} did not let us in within {deadline.seconds:g} s; last: {last[0]}")
+        return channel
+
+    def run(self, command: Command, *, deadline: Deadline) -> Finished:
+        """Runs a command to its end (see `Channel.run`)."""
+        return self._execute(command, BytesIO(command.input), None, deadline)
+
+    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
+        """Runs a command with a host file as its input."""
+        return self._execute(command, source, None, deadline)
+
+    def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
+        """Runs a command and writes its standard output to a host file."""
+        return self._execute(command, BytesIO(command.input), sink, deadline)
+
+    def _execute(self, command: Command, source: BinaryIO, sink: BinaryIO | None, deadline: Deadline) -> Finished:
+        try:
+            session = self._transport.open_session(timeout=max(0.1, deadline.remaining), window_size=_WINDOW)
+            session.exec_command(_remote(command))
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            self._alive()
+            raise MachineDied(f"the SSH connection is lost: {error}") from error
+        out, err = _Head(), _Head()
+        threads = [
+            threading.Thread(target=_feed, args=(session, source), daemon=True),
+            threading.Thread(target=_drain, args=(session.recv, sink or out), daemon=True),
+            threading.Thread(target=_drain, args=(session.recv_stderr, err), daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        timed_out = not self._ended(session, threads[1:], deadline)
+        if timed_out:
+            self.run(command.killer(), deadline=Deadline(_GRACE))
+            self._ended(session, threads[1:], Deadline(_GRACE))
+        status = session.exit_status
+        session.close()
+        if not timed_out and not session.status_event.is_set() or (status == -1 and not self._transport.is_active()):
+            self._alive()
+            raise MachineDied("the SSH connection was lost while a command ran")
+        return not_run(
+            Finished(
+                returncode=-9 if timed_out else status,
+                stdout=bytes(out.kept),
+                stderr=bytes(err.kept),
+                truncated=out.truncated or err.truncated,
+                timed_out=timed_out,
+            ),
+            command,
+        )
+
+    def _ended(self, session: paramiko.Channel, readers: list[threading.Thread], deadline: Deadline) -> bool:
+        """Whether the command has ended and both its streams were read to the end, by the deadline."""
+        for reader in readers:
+            while reader.is_alive() and not deadline.expired:
+                reader.join(min(0.5, deadline.remaining))
+                if reader.is_alive():
+                    self._alive()
+        return not any(reader.is_alive() for reader in readers) and session.status_event.wait(deadline.remaining)
+
+    def close(self) -> None:
+        """Logs out."""
+        self._transport.close()
+
+
+def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) -> paramiko.Transport:
+    sock = socket.create_connection(address, timeout=deadline.remaining)
+    # Without it each small packet waits up to 40 ms for the acknowledgement of the one before.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    transport = _Transport(sock)
+    try:
+        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = deadline.remaining
+        transport.get_security_options().key_types = ("ssh-ed25519",)
+        transport.start_client(timeout=deadline.remaining)
+        server = transport.get_remote_server_key()
+        if server.get_base64() != keys.host_public.split()[1]:
+            raise HostKeyMismatch(f"the server on {address[0]}:{address[1]} has another host key than the guest's: {server.fingerprint}")
+        transport.auth_publickey(user, paramiko.Ed25519Key.from_private_key(StringIO(keys.user_private)))
+    except BaseException:
+        transport.close()
+        raise
+    return transport
+
+
+def _remote(command: Command) -> str:
+    environment = [f"{name}={value}" for name, value in command.environment]
+    return "cd / && exec " + shlex.join(["env", "-i", *environment, *command.argv])
+
+
+def _feed(session: paramiko.Channel, source: BinaryIO) -> None:
+    try:
+        while chunk := source.read(_CHUNK):
+            session.sendall(chunk)
+        session.shutdown_write()
+    except OSError as error:  # the command ended without reading all of it
+        log.debug("input not taken: %s", error)
+
+
+def _drain(receive: Callable[[int], bytes], sink: BinaryIO | _Head) -> None:
+    while chunk := receive(_CHUNK):
+        sink.write(chunk)

@@ -2,20 +2,392 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import re
 import shutil
+import signal
 import socket
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, copy_sparse
-from pytest_vmbottle.backend import Channel, Console, Keys, Start
-from pytest_vmbottle.backends.qemu.process import QemuProcess, connect
+from pytest_vmbottle import host
+from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, run_tool
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start
+from pytest_vmbottle.backends.qemu.command_line import Accelerator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.process import QemuProcess, connect, listen
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.waker import Waker
 from pytest_vmbottle.channels.guest_agent import GuestAgent
-from pytest_vmbottle.errors import BackendUnavailable, LaunchError, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.channels.ssh import SshChannel
+from pytest_vmbottle.errors import LaunchError, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.spec import MachineSpec
+
+__all__ = ["Binaries", "QemuInstance", "start"]
+
+# RAM stays in its file (x-ignore-shared); `events` has QEMU tell when a migration ends instead of being asked again and again.
+_CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+_FATAL = re.compile(
+    rb"Kernel panic - not syncing[^\r\n]*|You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE
+)
+_GRACE = 10.0
+_SAVED = "saved.json"
+
+
+@attrs.frozen(kw_only=True)
+class Binaries:
+    """The programs that are used."""
+
+    system: Path
+    img: Path
+
+
+class QemuInstance:
+    """A running machine."""
+
+    def __init__(
+        self, spec: MachineSpec, source: Start, *, binaries: Binaries, process: QemuProcess, qmp: Qmp, lines: Lines, ram: Ram, rundir: Path
+    ) -> None:
+        """Takes over what `start` has made."""
+        self._spec, self._source, self._binaries = spec, source, binaries
+        self._process, self._qmp, self._ram, self._rundir = process, qmp, ram, rundir
+        self.console = Console(rundir / "console.log")
+        self._watch = _Watch(rundir / "console.log")
+        self._agent = GuestAgent(lines.agent, alive=self.alive)
+        self._waker = Waker(lines.waker)
+        self._has_agent: bool | None = None
+        self._ssh: SshChannel | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def pid(self) -> int:
+        """The process id of QEMU."""
+        return self._process.pid
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The command line it was started with."""
+        return self._process.argv
+
+    def alive(self) -> None:
+        """Returns if the guest can still answer.
+
+        Raises:
+            MachineDied: Its kernel panicked, or QEMU ended: with the cause and the console's last lines.
+        """
+        status = self._process.exitcode
+        if status is not None:
+            raise self._died(f"QEMU ended with status {status}{_signal_hint(status)}")
+        verdict = self._watch.verdict() or ("the guest's kernel panicked" if self._qmp.seen("GUEST_PANICKED") else None)
+        if verdict:
+            raise self._died(f"the guest is lost: {verdict}")
+        if self._qmp.seen("BLOCK_IO_ERROR"):
+            raise self._died("the guest was stopped because its disk cannot be written: is the catalog's file system full?")
+
+    def _died(self, message: str) -> MachineDied:
+        output = self._process.output.strip()
+        detail = f"\nQEMU printed: {output}" if output else ""
+        return MachineDied(message + detail, machine=self._spec.name, console_tail=self.console.tail(30))
+
+    def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:
+        """The guest agent for short commands, SSH for much data or where there is no agent (see `Instance.channel`)."""
+        with self._lock:
+            if self._has_agent is None:
+                self._has_agent = self._find_agent(deadline)
+            return self._ssh_channel(deadline) if bulk or not self._has_agent else self._agent
+
+    def _find_agent(self, deadline: Deadline) -> bool:
+        """Waits for whichever channel the guest offers; true if that is the agent."""
+        while not deadline.expired:
+            with suppress(MachineTimeout):
+                self._agent.sync(deadline=Deadline(min(2.0, deadline.remaining)))
+                return True
+            with suppress(MachineTimeout):
+                ssh = self._ssh_channel(Deadline(min(0.2, deadline.remaining)))
+                if not _has_agent_installed(ssh):
+                    return False
+        raise MachineTimeout(
+            f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s", machine=self._spec.name, console_tail=self.console.tail(30)
+        )
+
+    def _ssh_channel(self, deadline: Deadline) -> SshChannel:
+        with self._lock:
+            if self._ssh is None:
+                self._ssh = SshChannel.connect(self.forward(22), self._source.keys, deadline=deadline, alive=self.alive)
+            return self._ssh
+
+    def forward(self, port: int) -> tuple[str, int]:
+        """The address on 127.0.0.1 that leads to a TCP port of the guest; the kernel chooses its number."""
+        with self._lock:
+            found = self._forwarded(port)
+            if found is None:
+                self._monitor(f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}")
+                found = self._forwarded(port)
+        if found is None:
+            raise MachineError(f"QEMU did not forward the guest's port {port}", machine=self._spec.name)
+        return "127.0.0.1", found
+
+    def _forwarded(self, port: int) -> int | None:
+        for line in self._monitor("info usernet").splitlines():
+            match = re.match(r"\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s", line)
+            if match and int(match[2]) == port:
+                return int(match[1])
+        return None
+
+    def _monitor(self, line: str) -> str:
+        return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
+
+    def restore(self, saved: Path, *, deadline: Deadline) -> None:
+        """Loads what `save` wrote, lets it run, and wakes the guest."""
+        facts = json.loads((saved / _SAVED).read_text())
+        with _open(saved / "state.bin", os.O_RDONLY) as state:
+            self._migrate("migrate-incoming", state, deadline)
+        self._qmp.execute("cont", deadline=deadline)
+        self._waker.wake(facts["nonce"], deadline=Deadline(min(deadline.remaining, 20.0)))
+        self._has_agent = facts["agent"]
+        if self._has_agent:
+            self._agent.sync(deadline=deadline)
+
+    def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
+        """Stops the machine for good and writes it into a folder (see `Instance.save`)."""
+        if self._ram.private:
+            raise MachineError("this machine shares its pack's RAM and cannot be saved; start it for building", machine=self._spec.name)
+        if kind is PackKind.TEMPLATE:
+            self._save_running(dest, deadline)
+        else:
+            self._shut_down(deadline)
+        shutil.move(self._rundir / "disk.qcow2", dest / "disk.qcow2")
+        _make_overlay(dest / "empty.qcow2", self._source.disk_size, self._binaries)
+
+    def _save_running(self, dest: Path, deadline: Deadline) -> None:
+        channel = self.channel(deadline=deadline)
+        channel.run(Command(argv=("sync",), env=(("PATH", GUEST_PATH),)), deadline=deadline)
+        nonce = self._waker.freeze(channel, deadline=deadline)
+        self.pause()
+        with _open(dest / "state.bin", os.O_RDWR | os.O_CREAT | os.O_EXCL) as state:
+            self._migrate("migrate", state, deadline)
+        self._end()
+        with _open(dest / "ram.img", os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            copy_sparse(self._ram.fd, file)
+        with atomic_file(dest / _SAVED) as record:
+            record.write(json.dumps({"nonce": nonce, "agent": bool(self._has_agent)}).encode())
+
+    def _shut_down(self, deadline: Deadline) -> None:
+        channel = self.channel(deadline=deadline)
+        with suppress(MachineError):  # the channel may be cut before it has answered
+            channel.run(Command(argv=("/bin/sh", "-c", "sync; (sleep 0.5; poweroff) >/dev/null 2>&1 </dev/null &")), deadline=deadline)
+        ended = self._process.wait(deadline)
+        self._end()
+        if ended is None:
+            raise MachineTimeout("the guest did not shut down, so its disk cannot be packed", machine=self._spec.name)
+
+    def _migrate(self, verb: str, fd: int, deadline: Deadline) -> None:
+        self._qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES, deadline=deadline)
+        self._qmp.send_fd("state", fd, deadline=deadline)
+        self._qmp.execute(verb, uri="fd:state", deadline=deadline)
+        if self._qmp.wait_for("MIGRATION", frozenset({"completed", "failed"}), deadline=deadline) == "failed":
+            reason = self._process.output.strip() or "no reason was given"
+            raise MachineError(f"QEMU's {verb} failed: {reason}", machine=self._spec.name)
+
+    def pause(self) -> None:
+        """Stops its processors."""
+        self._qmp.execute("stop", deadline=Deadline(_GRACE))
+
+    def resume(self) -> None:
+        """Lets them run on."""
+        self._qmp.execute("cont", deadline=Deadline(_GRACE))
+
+    def reset(self) -> None:
+        """Presses the reset button."""
+        self._qmp.execute("system_reset", deadline=Deadline(_GRACE))
+
+    def stop(self) -> None:
+        """Asks QEMU to end, kills it if it does not, and frees what it held; may be called again."""
+        self._end()
+        for held in (self._agent, self._waker, self._ram, self._ssh):
+            if held is not None:
+                held.close()
+
+    def _end(self) -> None:
+        if self._process.exitcode is None:
+            with suppress(QmpFailed):
+                self._qmp.execute("quit", deadline=Deadline(1))
+            if self._process.wait(Deadline(1)) is None:
+                self._process.kill()
+        self._qmp.close()
+
+
+@attrs.frozen
+class Lines:
+    """Our ends of the sockets of a machine."""
+
+    qmp: socket.socket
+    agent: socket.socket
+    waker: socket.socket
+
+    def close(self) -> None:
+        for line in (self.qmp, self.agent, self.waker):
+            line.close()
+
+
+class Ram:
+    """The file that is a guest's memory: the pack's own, written by nobody, or one for this machine alone.
+
+    A machine's own RAM is memory of the kernel's without a name (memfd), so that it is gone with its last user whatever happens. Where
+    the host has not enough of it, it is a file in the machine's folder.
+    """
+
+    def __init__(self, spec: MachineSpec, source: Start, rundir: Path) -> None:
+        """Opens it, and copies into it what it is to begin with."""
+        self.private = source.saved is not None and not source.building
+        self.fd = -1
+        if self.private and source.saved is not None:
+            self.path = source.saved / "ram.img"
+            return
+        self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / "ram.img")
+        self.path = Path(f"/proc/self/fd/{self.fd}")
+        os.ftruncate(self.fd, spec.memory)
+        if source.saved is not None:
+            with _open(source.saved / "ram.img", os.O_RDONLY) as saved:
+                copy_sparse(saved, self.fd)
+
+    def close(self) -> None:
+        """Lets go of it; may be called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _anonymous(rundir: Path) -> int:
+    return os.memfd_create(f"vmbottle-{rundir.name}", os.MFD_CLOEXEC)
+
+
+def _file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+class _Watch:
+    """Looks for the lines on a console after which a guest cannot come up any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+
+    def verdict(self) -> str | None:
+        with suppress(FileNotFoundError), self._path.open("rb") as console:
+            console.seek(self._read)
+            new = console.read(1 << 20)
+            match = _FATAL.search(new)
+            # The last line may not be complete: it is read again.
+            self._read += new.rfind(b"\n") + 1 if len(new) < 1 << 20 else len(new)
+            if match:
+                self._read = 0  # it stays true
+                return match[0].decode("ascii", "replace").strip()
+        return None
+
+
+def start(
+    binaries: Binaries, accelerator: Accelerator, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline
+) -> QemuInstance:
+    """Starts a machine, restored and awake or just booting.
+
+    Raises:
+        LaunchError: QEMU did not start.
+        MachineError: The saved state could not be restored, or the guest did not wake up.
+    """
+    if source.saved is None or source.building:
+        _make_overlay(rundir / "disk.qcow2", source.disk_size, binaries)
+    else:
+        shutil.copyfile(source.saved / "empty.qcow2", rundir / "disk.qcow2")
+    with ExitStack() as undo:
+        ram = Ram(spec, source, rundir)
+        undo.callback(ram.close)
+        process, lines = _spawn(binaries, accelerator, spec, source, ram, rundir)
+        undo.callback(lines.close)
+        undo.callback(process.kill)
+        try:
+            qmp = Qmp(lines.qmp, deadline=Deadline(min(_GRACE, deadline.remaining)))
+        except QmpFailed as error:
+            raise _not_launched(process, spec) from error
+        instance = QemuInstance(spec, source, binaries=binaries, process=process, qmp=qmp, lines=lines, ram=ram, rundir=rundir)
+        undo.callback(instance.stop)
+        if source.saved is not None:
+            try:
+                instance.restore(source.saved, deadline=deadline)
+            except QmpFailed as error:
+                instance.alive()
+                raise MachineError(f"the saved state cannot be restored: {error}\n{process.output}", machine=spec.name) from error
+        undo.pop_all()
+    return instance
+
+
+def _spawn(
+    binaries: Binaries, accelerator: Accelerator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path
+) -> tuple[QemuProcess, Lines]:
+    names = ("qmp", "agent", "waker")
+    with ExitStack() as ours:
+        # Bound and connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
+        ports = [ours.enter_context(listen(rundir / f"{name}.sock")) for name in names]
+        lines = Lines(*(connect(rundir / f"{name}.sock") for name in names))
+        qmp, agent, waker = (port.fileno() for port in ports)
+        wiring = Wiring(
+            name=f"{spec.name}-{rundir.name}",
+            ram=ram.path,
+            share=not ram.private,
+            overlay=rundir / "disk.qcow2",
+            disks=source.disks,
+            seed=source.seed,
+            console=rundir / "console.log",
+            kernel=source.kernel,
+            initrd=source.initrd,
+            cmdline=source.cmdline,
+            qmp=qmp,
+            agent=agent,
+            waker=waker,
+            incoming=source.saved is not None,
+        )
+        argv = command_line(binaries.system, accelerator, spec, wiring)
+        inherited = [qmp, agent, waker, *([ram.fd] if ram.fd >= 0 else [])]
+        try:
+            return QemuProcess(argv, log=rundir / "qemu.log", fds=inherited), lines
+        except BaseException:
+            lines.close()
+            raise
+
+
+def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
+    status = process.wait(Deadline(1))
+    ending = "does not answer" if status is None else f"ended with status {status}{_signal_hint(status)}"
+    return LaunchError(
+        f"QEMU {ending} before the machine {spec.name!r} could run", argv=process.argv, exitcode=status, output=process.output, machine=spec.name
+    )
+
+
+def _signal_hint(status: int) -> str:
+    if status == -signal.SIGSYS:
+        return " (a system call that its sandbox forbids)"
+    return f" (killed by {signal.Signals(-status).name})" if status < 0 else ""
+
+
+def _has_agent_installed(ssh: SshChannel) -> bool:
+    script = "command -v qemu-ga >/dev/null"
+    return ssh.run(Command(argv=("sh", "-c", script), env=(("PATH", GUEST_PATH),)), deadline=Deadline(_GRACE)).returncode == 0
+
+
+def _make_overlay(path: Path, size: int, binaries: Binaries) -> None:
+    made = run_tool([binaries.img, "create", "-q", "-f", "qcow2", path, str(size)], timeout=30)
+    if not made.ok:
+        raise MachineError(f"{binaries.img} could not make a disk at {path}: {made.output.strip() or 'it took longer than 30 s'}")
+
+
+@contextmanager
+def _open(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

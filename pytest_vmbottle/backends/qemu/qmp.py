@@ -64,7 +64,8 @@ class Qmp:
     def __init__(self, sock: socket.socket, *, deadline: Deadline) -> None:
         """Talks over a connected socket, or raises `QmpFailed`."""
         self._client = QMPClient("vmbottle")
-        self._events = EventListener()
+        # Only these: the history is kept, and a guest can cause others without end.
+        self._events = EventListener(("MIGRATION", "GUEST_PANICKED", "BLOCK_IO_ERROR"))
         self._client.register_listener(self._events)
         self._guard(self._client.connect(sock), deadline, "the greeting")
 

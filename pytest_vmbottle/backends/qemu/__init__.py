@@ -1,0 +1,7 @@
+"""Machines by QEMU."""
+
+from __future__ import annotations
+
+from pytest_vmbottle.backends.qemu.backend import QemuBackend, find_binaries
+
+__all__ = ["QemuBackend", "find_binaries"]

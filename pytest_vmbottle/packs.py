@@ -1,0 +1,137 @@
+"""Packs: what is in the folder of one, and how it is told that it is still what was published."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+import cattrs
+
+from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
+from pytest_vmbottle.errors import PackCorrupt
+from pytest_vmbottle.spec import digest
+
+__all__ = ["FORMAT", "Manifest", "Pack", "read", "seal"]
+
+FORMAT = 1
+"""Version of the manifest: packs of another are not read, and their keys differ."""
+
+_MANIFEST = "pack.json"
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """What `pack.json` says.
+
+    Attributes:
+        format: `FORMAT` of the version that wrote it.
+        key: The digest of everything the pack depends on.
+        kind: `"template"` or `"disk"`.
+        name: What people call what is in it.
+        parent: The key of the pack beneath it, or None if it stands on the image.
+        parent_seal: The `Pack.seal` of that very pack.
+        image: The sha256 of the image at the bottom.
+        backend: Who made it, with which version and accelerator.
+        memory: Bytes of RAM of its machine.
+        disk_size: Bytes of the disk its machine sees.
+        created: Seconds since 1970.
+        files: The digest of each file (see `sparse_digest`).
+    """
+
+    format: int = FORMAT
+    key: str
+    kind: str
+    name: str
+    parent: str | None
+    parent_seal: str = ""
+    image: str
+    backend: str
+    memory: int
+    disk_size: int
+    created: float = attrs.field(factory=time.time)
+    files: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class Pack:
+    """A published pack: a folder that is never changed."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def key(self) -> str:
+        """Its name in the catalog."""
+        return self.manifest.key
+
+    @property
+    def seal(self) -> str:
+        """A digest of its content: a pack made again by the same recipe has the same key and another seal."""
+        return digest(dict(self.manifest.files))
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk; holes do not count."""
+        return size_on_disk(self.path)
+
+    def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Sizes, times and inodes of its files: what tells without reading them that nobody has touched them.
+
+        Raises:
+            PackCorrupt: One is missing.
+        """
+        try:
+            status = {name: (self.path / name).lstat() for name in sorted(self.manifest.files)}
+        except OSError as error:
+            raise PackCorrupt(f"the pack {self.key[:12]} ({self.manifest.name}) lacks {Path(error.filename).name}") from error
+        return tuple((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in status.items())
+
+    def verify(self) -> None:
+        """Reads all its files and compares them with the manifest.
+
+        Raises:
+            PackCorrupt: Naming the first file that differs, is missing, or does not belong there.
+        """
+        label = f"the pack {self.key[:12]} ({self.manifest.name})"
+        found = {path.name for path in self.path.iterdir()} - {_MANIFEST}
+        for name in sorted(found ^ set(self.manifest.files)):
+            raise PackCorrupt(f"{label} {'has a file that does not belong there' if name in found else 'lacks a file'}: {name}")
+        for name, expected in self.manifest.files.items():
+            path = self.path / name
+            if path.is_symlink() or not path.is_file() or sparse_digest(path) != expected:
+                raise PackCorrupt(f"{label} is damaged: {name} is not what was published")
+
+
+def read(path: Path) -> Pack:
+    """The pack in a folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        PackCorrupt: Its manifest cannot be read.
+    """
+    try:
+        manifest = cattrs.structure(json.loads((path / _MANIFEST).read_bytes()), Manifest)
+    except FileNotFoundError:
+        if path.is_dir():
+            raise PackCorrupt(f"the pack {path.name[:12]} has no {_MANIFEST}") from None
+        raise
+    except (OSError, ValueError, cattrs.BaseValidationError) as error:
+        raise PackCorrupt(f"the manifest of the pack {path.name[:12]} cannot be read: {type(error).__name__}") from error
+    if manifest.format != FORMAT or manifest.key != path.name:
+        raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another's name")
+    return Pack(path=path, manifest=manifest)
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Takes away the right to write and adds the manifest, with the digest of each file."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = sparse_digest(path)
+        # QEMU before 8.2 opens the file of a private RAM mapping for writing, which it then never does; only root could with 0400.
+        path.chmod(0o600 if path.name == "ram.img" else 0o400)
+    record = attrs.evolve(manifest, files=files)
+    with atomic_file(folder / _MANIFEST, mode=0o400) as file:
+        file.write(json.dumps(cattrs.unstructure(record), indent=1).encode())

@@ -1,0 +1,461 @@
+"""From a spec to a running machine: images, packs, instances, and who closes what.
+
+Here the catalog and the backend meet; neither knows of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import attrs
+
+from pytest_vmbottle import host, images, packs
+from pytest_vmbottle._os import Deadline, atomic_file, format_size
+from pytest_vmbottle.backend import GUEST_PATH, Backend, Capabilities, Channel, Command, Disk, Instance, Keys, PackKind, Start
+from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.channels.ssh import new_keys
+from pytest_vmbottle.errors import CatalogError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.images import Image, ImageStore
+from pytest_vmbottle.machine import Machine
+from pytest_vmbottle.packs import Manifest, Pack
+from pytest_vmbottle.seed import write_seed
+from pytest_vmbottle.spec import Layer, MachineSpec, digest
+
+__all__ = ["Provisioner", "Settings", "Tally"]
+
+log = logging.getLogger(__name__)
+
+_SEED_FORMAT = 1
+"""Part of the key of every pack of an image: what our cloud-init seed does to a guest."""
+_EMULATED_FACTOR = 4.0
+_BUILD_TIMEOUT = 1800.0
+# cloud-init has ended, well or badly, when it has written its result; where it is not there or switched off there is nothing to wait for.
+# A guest that is otherwise in a sorry state is still the one that was asked for.
+_CLOUD_INIT_ENDED = r"""
+[ -e /run/cloud-init/result.json ] || [ -e /run/cloud-init/disabled ] || [ -e /etc/cloud/cloud-init.disabled ] || ! command -v cloud-init >/dev/null ||
+systemctl is-failed --quiet cloud-final.service
+"""
+_INSTALL = r"""
+export DEBIAN_FRONTEND=noninteractive
+if command -v apt-get >/dev/null; then apt-get -qq update && apt-get install -y --no-install-recommends -- "$@"
+elif command -v dnf >/dev/null; then dnf install -y -- "$@"
+elif command -v apk >/dev/null; then apk add -- "$@"
+elif command -v zypper >/dev/null; then zypper --non-interactive install -- "$@"
+else echo "no package manager is known in this guest" >&2; exit 1; fi
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What a run was told.
+
+    Attributes:
+        timeout_factor: What every time-out is multiplied with.
+        rebuild_before: Packs made before this moment, in seconds since 1970, are made again.
+        report: Takes a line about long work.
+        warn: Takes a sentence that somebody should read.
+        ready: Called with a machine before anybody gets it.
+        stopping: Called with a machine before it is ended.
+    """
+
+    timeout_factor: float = 1.0
+    rebuild: bool = False
+    report: Callable[[str], None] = log.info
+    warn: Callable[[str], None] = log.warning
+    ready: Callable[[Machine], None] = lambda _: None
+    stopping: Callable[[Machine], None] = lambda _: None
+
+
+@attrs.define
+class Tally:
+    """What was done: counts, and seconds spent waiting for machines."""
+
+    poured: int = 0
+    booted: int = 0
+    built: int = 0
+    reused: int = 0
+    waited: float = 0.0
+
+
+@attrs.frozen(kw_only=True)
+class _Plan:
+    """One pack to be: what it is made of, and what it goes by."""
+
+    key: str
+    kind: PackKind
+    spec: MachineSpec
+    image: Image
+    steps: tuple[Layer, ...]
+    parent: _Plan | None
+
+    @property
+    def name(self) -> str:
+        return self.steps[-1].name if self.steps else self.image.name
+
+
+class Provisioner:
+    """Gives out machines of one backend from one catalog."""
+
+    def __init__(self, catalog: Catalog, backend: Backend, *, name: str, settings: Settings) -> None:
+        """Sweeps up after dead processes and starts nothing."""
+        self._catalog, self._backend, self._name, self._settings = catalog, backend, name, settings
+        self._images = ImageStore(catalog.images)
+        self._usable: dict[str, tuple[object, Pack]] = {}
+        self._failed: dict[str, VMBottleError] = {}
+        self._counted: set[str] = set()
+        self._fallback: PackKind | None = None
+        self._leases: list[int] = []
+        self.tally = Tally()
+        catalog.sweep()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the backend can do here."""
+        return self._backend.probe()
+
+    def close(self) -> None:
+        """Gives up the holds on packs; may be called again."""
+        while self._leases:
+            os.close(self._leases.pop())
+
+    # -- machines --------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def machine(self, spec: MachineSpec) -> Iterator[Machine]:
+        """A running, ready machine for the length of a block.
+
+        Raises:
+            SpecError: This host is too small for it.
+            MachineError: It could not be provided.
+            BackendUnavailable: The backend does not work here.
+            CatalogError: There is no such image, or the catalog cannot be used.
+        """
+        began = time.monotonic()
+        _check_fits(spec)
+        started = self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
+        with started as machine:
+            self.tally.waited += time.monotonic() - began
+            self._settings.ready(machine)
+            try:
+                yield machine
+            finally:
+                self._stopping(machine)
+
+    def _stopping(self, machine: Machine) -> None:
+        try:
+            self._settings.stopping(machine)
+        except Exception as error:  # noqa: BLE001 - a hook of somebody else's must not keep the machine alive
+            self._settings.warn(f"a hook failed while the machine {machine.name!r} was being ended: {error!r}")
+
+    @contextmanager
+    def _poured(self, spec: MachineSpec) -> Iterator[Machine]:
+        with ExitStack() as stack:
+            yield self._pour(spec, stack)
+
+    def _pour(self, spec: MachineSpec, stack: ExitStack) -> Machine:
+        pack = self._pack(self._plan(spec, self._kind()))
+        try:
+            return stack.enter_context(self._launched(spec, self._start(spec, pack)))
+        except MachineError as error:
+            if pack.manifest.kind == PackKind.DISK:
+                raise
+            self._condemn(pack, error)
+        return stack.enter_context(self._launched(spec, self._start(spec, self._pack(self._plan(spec, self._kind())))))
+
+    def _condemn(self, pack: Pack, error: MachineError) -> None:
+        """Puts a pack aside that could not be poured, and goes on with packs of the next kind."""
+        self._fallback = PackKind.DISK
+        self._usable.pop(pack.key, None)
+        with suppress(OSError):
+            self._catalog.quarantine(pack.path)
+        self._settings.warn(f"the pack of {pack.manifest.name} could not be poured and was put aside; machines are booted from disk packs now: {error}")
+
+    @contextmanager
+    def _cold(self, spec: MachineSpec) -> Iterator[Machine]:
+        if spec.steps:
+            pack = self._pack(self._plan(spec, PackKind.DISK))
+            with self._launched(spec, self._start(spec, pack)) as machine:
+                yield machine
+            return
+        with self._catalog.staging() as folder, self._launched(spec, self._cold_start(spec, self._image(spec), folder)) as machine:
+            yield machine
+
+    @contextmanager
+    def _launched(self, spec: MachineSpec, start: Start) -> Iterator[Machine]:
+        machine_id = f"{spec.name}-{secrets.token_hex(4)}"
+        deadline = Deadline(self._patience(spec.timeout))
+        with self._catalog.rundir(machine_id) as rundir:
+            instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
+            try:
+                channel = instance.channel(deadline=deadline)
+                if start.saved is None:
+                    _await_boot(instance, channel, spec, deadline)
+                    self.tally.booted += 1
+                else:
+                    self.tally.poured += 1
+                yield Machine(instance, spec, id=machine_id, backend=self._name, channel=channel, factor=self._settings.timeout_factor)
+            finally:
+                instance.stop()
+
+    def _patience(self, seconds: float) -> float:
+        return seconds * self._settings.timeout_factor * (_EMULATED_FACTOR if self.capabilities.emulated else 1.0)
+
+    def _kind(self) -> PackKind:
+        return self._fallback or self.capabilities.pack_kind
+
+    # -- packs -----------------------------------------------------------------------------------------------------------------------
+
+    def pack(self, spec: MachineSpec) -> Pack:
+        """The pack that machines of a spec are poured from, made if need be."""
+        return self._pack(self._plan(spec, self._kind()))
+
+    def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
+        image = self._image(spec)
+        base = attrs.evolve(spec, source=spec.image, packages=(), files={}, run=(), network=False, ports=(), name="vm", timeout=spec.timeout)
+        key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.sha256, image.cmdline, spec.boot_digest(), self._backend.fingerprint(spec))
+        plan = _Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
+        for step in spec.steps:
+            build = _build_spec(spec, step)
+            key = digest(plan.key, step.recipe(), build.network, build.env, build.user)
+            plan = _Plan(key=key, kind=kind, spec=build, image=image, steps=(*plan.steps, step), parent=plan)
+        return plan
+
+    def _pack(self, plan: _Plan) -> Pack:
+        if plan.key in self._failed:
+            first = str(self._failed[plan.key]).splitlines()[0]
+            raise MachineError(f"the pack of {plan.name} could not be built earlier in this run: {first}", machine=plan.spec.name)
+        try:
+            return self._find(plan) or self._build_once(plan)
+        except VMBottleError as error:
+            self._failed.setdefault(plan.key, error)
+            raise
+
+    def _find(self, plan: _Plan) -> Pack | None:
+        """The published pack, checked: wholly the first time this process uses it, afterwards by a glance."""
+        try:
+            pack = self._checked(plan.key)
+        except FileNotFoundError:
+            return None
+        except PackCorrupt as error:
+            self._put_aside(plan.key, str(error))
+            return None
+        if self._settings.rebuild_before is not None and pack.manifest.created < self._settings.rebuild_before:
+            return None
+        if plan.key not in self._counted:
+            self._counted.add(plan.key)
+            self.tally.reused += 1
+        return pack
+
+    def _checked(self, key: str) -> Pack:
+        """The pack of this key and, beneath it, the very packs it was made on.
+
+        Raises:
+            FileNotFoundError: There is none.
+            PackCorrupt: Its files, or those of a pack beneath it, are not what they were.
+        """
+        known = self._usable.get(key)
+        if known is not None and known[0] == known[1].stamp():
+            return known[1]
+        pack = packs.read(self._catalog.packs / key)
+        self._leases.append(self._catalog.lease(pack.path))
+        pack.verify()
+        if pack.manifest.parent is not None:
+            self._check_parent(pack, pack.manifest.parent)
+        self._usable[key] = (pack.stamp(), pack)
+        return pack
+
+    def _check_parent(self, pack: Pack, parent: str) -> None:
+        # A disk is only right on top of the very one it was written on: made again by the same recipe it has the same key and other content.
+        try:
+            same = self._checked(parent).seal == pack.manifest.parent_seal
+        except (FileNotFoundError, PackCorrupt):
+            same = False
+        if not same:
+            raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) stands on a pack that is gone or was made again")
+
+    def _put_aside(self, key: str, why: str) -> None:
+        self._usable.pop(key, None)
+        with suppress(OSError):
+            aside = self._catalog.quarantine(self._catalog.packs / key)
+            self._settings.warn(f"{why}; it was moved to {aside} and is built again")
+
+    def _build_once(self, plan: _Plan) -> Pack:
+        parent = self._pack(plan.parent) if plan.parent is not None else None
+        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+        with self._catalog.lock(f"pack-{plan.key[:24]}", deadline=deadline, waiting=self._settings.report):
+            already = self._find(plan)
+            if already is not None:
+                return already
+            self._catalog.discard(self._catalog.packs / plan.key, held=True)
+            self._usable.pop(plan.key, None)
+            self._build(plan, parent)
+            self._counted.add(plan.key)
+            self.tally.built += 1
+            return self._checked(plan.key)
+
+    def _build(self, plan: _Plan, parent: Pack | None) -> None:
+        began = time.monotonic()
+        self._settings.report(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
+        with self._catalog.staging() as staged:
+            start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)
+            self._prepare(plan, start, staged)
+            manifest = Manifest(
+                key=plan.key,
+                kind=plan.kind,
+                name=plan.name,
+                parent=parent.key if parent else None,
+                parent_seal=parent.seal if parent else "",
+                image=plan.image.sha256,
+                backend=f"{self._name} {self.capabilities.version} {self.capabilities.accelerator}",
+                memory=plan.spec.memory,
+                disk_size=start.disk_size,
+            )
+            packs.seal(staged, manifest)
+            final = self._catalog.publish(staged, plan.key)
+        size = format_size(packs.read(final).size)
+        self._settings.report(f"built the {plan.kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")
+
+    def _prepare(self, plan: _Plan, start: Start, staged: Path) -> None:
+        """Runs a machine, has the step done to it, and saves it."""
+        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+        with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
+            instance = self._backend.launch(plan.spec, source=start, rundir=rundir, deadline=deadline)
+            try:
+                ready = Deadline(self._patience(plan.spec.timeout))
+                channel = instance.channel(deadline=ready)
+                if start.saved is None:
+                    _await_boot(instance, channel, plan.spec, ready)
+                    self.tally.booted += 1
+                if plan.steps:
+                    machine = Machine(instance, plan.spec, id=rundir.name, backend=self._name, channel=channel, factor=self._settings.timeout_factor)
+                    self._do(plan.steps[-1], machine)
+                instance.save(staged, kind=plan.kind, deadline=deadline)
+            finally:
+                instance.stop()
+
+    def _do(self, step: Layer, machine: Machine) -> None:
+        try:
+            _apply(step, machine)
+        except VMBottleError as error:
+            tail = machine.console.tail(20)
+            raise MachineError(f"the layer {step.name} could not be built: {error}", machine=machine.name, console_tail=tail) from error
+        except Exception as error:
+            tail = machine.console.tail(20)
+            message = f"the layer {step.name} could not be built: {type(error).__name__}: {error}"
+            raise MachineError(message, machine=machine.name, console_tail=tail) from error
+
+    def _start(self, spec: MachineSpec, pack: Pack, *, building: bool = False) -> Start:
+        """How a machine starts from a pack: the chain of disks down to the image, and the seed and keys of its first boot."""
+        image = self._image(spec)
+        disks = [Disk(path=pack.path / "disk.qcow2")]
+        base = pack
+        while base.manifest.parent is not None:
+            base = self._checked(base.manifest.parent)
+            disks.append(Disk(path=base.path / "disk.qcow2"))
+        return Start(
+            disks=(Disk(path=image.disk, format=image.format), *reversed(disks)),
+            disk_size=pack.manifest.disk_size,
+            kernel=image.kernel,
+            initrd=image.initrd,
+            cmdline=image.cmdline,
+            seed=base.path / "seed.iso",
+            keys=_read_keys(base.path / "keys.json"),
+            saved=pack.path if pack.manifest.kind == PackKind.TEMPLATE else None,
+            building=building,
+        )
+
+    def _cold_start(self, spec: MachineSpec, image: Image, folder: Path) -> Start:
+        keys = new_keys()
+        write_seed(folder / "seed.iso", hostname=spec.name, keys=keys, user_data=spec.user_data)
+        _write_keys(folder / "keys.json", keys)
+        return Start(
+            disks=(Disk(path=image.disk, format=image.format),),
+            disk_size=_disk_size(spec, image),
+            kernel=image.kernel,
+            initrd=image.initrd,
+            cmdline=image.cmdline,
+            seed=folder / "seed.iso",
+            keys=keys,
+        )
+
+    # -- images ----------------------------------------------------------------------------------------------------------------------
+
+    def _image(self, spec: MachineSpec) -> Image:
+        source = spec.image
+        if isinstance(source, Path) or "/" in source:
+            return self._images.import_path(Path(source))
+        found = self._images.get(source)
+        return found if found is not None else self._build_image(source)
+
+    def _build_image(self, name: str) -> Image:
+        if not images.can_build(name):
+            there = ", ".join(image.name for image in self._images.list()) or "none"
+            raise CatalogError(
+                f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). "
+                f"Add one: vmbottle image add FILE --name {name}"
+            )
+        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+        with self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report):
+            return self._images.get(name) or images.build(self._images, name, progress=self._settings.report)
+
+
+def _check_fits(spec: MachineSpec) -> None:
+    total = host.total_memory()
+    if spec.memory >= total:
+        raise SpecError(f"memory={format_size(spec.memory)} for the machine {spec.name!r} is more than this host's {format_size(total)}: ask for less")
+
+
+def _disk_size(spec: MachineSpec, image: Image) -> int:
+    if spec.disk is not None and spec.disk < image.virtual_size:
+        raise SpecError(f"disk={format_size(spec.disk)} is less than the image {image.name} needs: {format_size(image.virtual_size)}")
+    return spec.disk or image.virtual_size
+
+
+def _build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
+    """What the machine is that a step is done on: it boots with what the final one does, and all else is the step's own."""
+    boots = {key: getattr(spec, key) for key in ("arch", "backend", "cpus", "memory", "disk", "user_data", "timeout")}
+    own = {key: value for key, value in step.keywords.items() if key not in {*boots, "packages", "files", "run", "fresh", "name"}}
+    inherited = MachineSpec.resolve(step.source, {}) if isinstance(step.source, Layer) else MachineSpec(source=step.source)
+    launch = {key: getattr(inherited, key) for key in ("network", "user")} | {"env": dict(inherited.env), "ports": inherited.ports}
+    return MachineSpec(source=step.source, **{**launch, **own, **boots})
+
+
+def _apply(step: Layer, machine: Machine) -> None:
+    packages = tuple(step.keywords.get("packages", ()))
+    if packages:
+        machine.exec(["sh", "-c", _INSTALL, "sh", *packages], timeout=_BUILD_TIMEOUT)
+    for path, content in dict(step.keywords.get("files", {})).items():
+        target = machine.path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = content.read_bytes() if isinstance(content, Path) else content.encode() if isinstance(content, str) else content
+        target.write_bytes(data)
+    for script in step.keywords.get("run", ()):
+        machine.exec(script, timeout=_BUILD_TIMEOUT)
+    step(machine)
+
+
+def _await_boot(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
+    question = Command(argv=("/bin/sh", "-c", _CLOUD_INIT_ENDED), env=(("PATH", GUEST_PATH),))
+
+    def ended() -> bool:
+        return channel.run(question, deadline=Deadline(30)).returncode == 0
+
+    if deadline.poll(ended, every=0.5) is None:
+        tail = instance.console.tail(30)
+        raise MachineTimeout(f"cloud-init had not ended after {deadline.seconds:.0f} s", machine=spec.name, console_tail=tail)
+
+
+def _write_keys(path: Path, keys: Keys) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(attrs.asdict(keys)).encode())
+
+
+def _read_keys(path: Path) -> Keys:
+    return Keys(**json.loads(path.read_bytes()))
