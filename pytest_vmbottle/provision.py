@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -26,7 +27,7 @@ from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.packs import Manifest, Pack
 from pytest_vmbottle.seed import write_seed
-from pytest_vmbottle.spec import Layer, MachineSpec, digest
+from pytest_vmbottle.spec import BOOT, Layer, MachineSpec, digest
 
 __all__ = ["Provisioner", "Settings", "Tally"]
 
@@ -66,7 +67,7 @@ class Settings:
     """
 
     timeout_factor: float = 1.0
-    rebuild: bool = False
+    rebuild_before: float | None = None
     report: Callable[[str], None] = log.info
     warn: Callable[[str], None] = log.warning
     ready: Callable[[Machine], None] = lambda _: None
@@ -218,7 +219,7 @@ class Provisioner:
 
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
         image = self._image(spec)
-        base = attrs.evolve(spec, source=spec.image, packages=(), files={}, run=(), network=False, ports=(), name="vm", timeout=spec.timeout)
+        base = MachineSpec(source=spec.image, **_boots(spec))
         key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.sha256, image.cmdline, spec.boot_digest(), self._backend.fingerprint(spec))
         plan = _Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
         for step in spec.steps:
@@ -418,9 +419,13 @@ def _disk_size(spec: MachineSpec, image: Image) -> int:
     return spec.disk or image.virtual_size
 
 
+def _boots(spec: MachineSpec) -> dict[str, Any]:
+    return {key: getattr(spec, key) for key in (*BOOT, "timeout")}
+
+
 def _build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
     """What the machine is that a step is done on: it boots with what the final one does, and all else is the step's own."""
-    boots = {key: getattr(spec, key) for key in ("arch", "backend", "cpus", "memory", "disk", "user_data", "timeout")}
+    boots = _boots(spec)
     own = {key: value for key, value in step.keywords.items() if key not in {*boots, "packages", "files", "run", "fresh", "name"}}
     inherited = MachineSpec.resolve(step.source, {}) if isinstance(step.source, Layer) else MachineSpec(source=step.source)
     launch = {key: getattr(inherited, key) for key in ("network", "user")} | {"env": dict(inherited.env), "ports": inherited.ports}

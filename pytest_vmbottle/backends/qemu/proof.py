@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,7 +148,7 @@ def prove_template(binary: Path, accelerator: Accelerator, *, workdir: Path) -> 
             counted = _save(bench)
             saved = bench.ram.read_bytes()
             _count_on(bench, counted)
-        except (_Unproven, QmpFailed) as error:
+        except _Unproven as error:
             return str(error)
         if bench.ram.read_bytes() != saved:
             return "a clone's writes reached the RAM file that it shares with others"
@@ -157,7 +157,7 @@ def prove_template(binary: Path, accelerator: Accelerator, *, workdir: Path) -> 
 
 # --- accelerators ---------------------------------------------------------------------------------------------------------------------
 
-# Some hosts list IA32_ARCH_CAPABILITIES (MSR 0x10a) and refuse to set it, on which QEMU aborts. Without it the processor is the host's still.
+# Some hosts list IA32_ARCH_CAPABILITIES (MSR 0x10a) and refuse to set it, whereupon QEMU aborts.
 _KVM = (KVM, attrs.evolve(KVM, cpu="host,arch-capabilities=off"))
 _HVF = (HVF,)
 
@@ -198,12 +198,12 @@ def kvm_refusal(device: Path) -> str | None:
 
 def _kvm_remedy(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        return "run `sudo modprobe -a kvm_intel kvm_amd`; if that fails, turn on virtualization in the firmware, or nested virtualization outside"
+        return "run `sudo modprobe kvm_intel` or `sudo modprobe kvm_amd`; if that fails, turn on virtualization in firmware or hypervisor"
     if isinstance(error, PermissionError):
-        rule = 'KERNEL=="kvm", GROUP="kvm", MODE="0666", OPTIONS+="static_node=kvm"'
         return (
-            "run `sudo usermod -aG kvm $USER` and log in again, or on a CI host "
-            f"`echo '{rule}' | sudo tee /etc/udev/rules.d/99-kvm.rules && sudo udevadm control --reload && sudo udevadm trigger --name-match=kvm`"
+            "run `sudo usermod -aG kvm $USER` and log in again, or on a CI host add the udev rule "
+            """`echo 'KERNEL=="kvm", MODE="0666", OPTIONS+="static_node=kvm"' | sudo tee /etc/udev/rules.d/99-kvm.rules`, then run """
+            "`sudo udevadm control --reload` and `sudo udevadm trigger --name-match=kvm`"
         )
     return "see `dmesg | grep -i kvm`"
 
@@ -293,11 +293,11 @@ class _Bench:
             monitor = ("-chardev", f"socket,id=qmp,fd={server.fileno()},server=on,wait=off", "-mon", "chardev=qmp,mode=control")
             with self.guest(name, *monitor, *extra, share=share, fds=(server.fileno(),)) as guest:
                 server.close()
-                qmp = Qmp(sock, deadline=Deadline(_ANSWER_SECONDS))
                 try:
-                    yield guest, qmp
-                finally:
-                    qmp.close()
+                    with closing(Qmp(sock, deadline=Deadline(_ANSWER_SECONDS))) as qmp:
+                        yield guest, qmp
+                except QmpFailed as error:
+                    raise _Unproven(f"{error}; QEMU printed {_said(guest.process.output)}") from error
 
     def _argv(self, report: Path, *, share: bool) -> list[str]:
         ram = {"qom-type": "memory-backend-file", "id": "ram0", "size": _RAM, "mem-path": str(self.ram), "share": share}
@@ -402,9 +402,9 @@ def _status(status: int) -> str:
 
 
 def _said(output: str) -> str:
-    """What is worth telling of what QEMU printed: the first line that is no warning, and KVM's reason.
+    r"""What is worth telling of what QEMU printed: the first line that is no warning, and KVM's reason.
 
-    >>> _said("qemu-system-x86_64: warning: old\\nqemu-system-x86_64: error: failed to set MSR 0x10a to 0x69\\n")
+    >>> _said("qemu-system-x86_64: warning: old\nqemu-system-x86_64: error: failed to set MSR 0x10a to 0x69\n")
     "'error: failed to set MSR 0x10a to 0x69'"
     """
     lines = [re.sub(r"^\S*qemu\S*: ", "", line).strip() for line in output.splitlines()]
@@ -712,10 +712,10 @@ _VECTORS = {3: "on_event", 6: "on_undefined", 14: "on_page_fault", 0x40: "on_tic
 
 
 def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
-    """The machine code of a listing, and where its labels are.
+    r"""The machine code of a listing, and where its labels are.
 
-    >>> assemble("start:\\n000  90    nop\\nend:\\n001  eb fd    jmp start")
-    (b'\\x90\\xeb\\xfd', {'start': 0, 'end': 1})
+    >>> assemble("start:\n000  90    nop\nend:\n001  eb fd    jmp start")
+    (b'\x90\xeb\xfd', {'start': 0, 'end': 1})
     """
     code, labels = b"", {}
     for line in listing.strip().splitlines():
@@ -730,7 +730,7 @@ def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
 
 
 def firmware(listing: str) -> bytes:
-    """The image of a program: entered at its end by a reset, then the common start, the program, and the tables of a processor in long mode."""
+    """The image of a program: the reset vector at its end, the common start, the program itself, and the tables of long mode."""
     start, body = assemble(_START)[0], assemble(listing)[0]
     parts = {
         0x0: start.ljust(_BODY, b"\x90") + body,

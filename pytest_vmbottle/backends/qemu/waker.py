@@ -76,7 +76,8 @@ class Waker:
         Raises:
             MachineError: The guest has no Python, or its port does not work.
         """
-        done = channel.run(Command(argv=("python3", "-c", _SCRIPT), env=(("PATH", GUEST_PATH),)), deadline=deadline)
+        script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
+        done = channel.run(script, deadline=deadline)
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip()[-500:]
             raise MachineError(f"the guest cannot run the Python that wakes it after a restore: {reason}")

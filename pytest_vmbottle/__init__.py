@@ -1,0 +1,43 @@
+"""Real machines for tests: booted once, bottled with their RAM, poured for every test."""
+
+from __future__ import annotations
+
+from pytest_vmbottle.errors import (
+    BackendUnavailable,
+    CatalogError,
+    CommandFailed,
+    CommandTimeout,
+    LaunchError,
+    MachineDied,
+    MachineError,
+    MachineTimeout,
+    PackCorrupt,
+    SpecError,
+    TransferError,
+    VMBottleError,
+)
+from pytest_vmbottle.guestpath import GuestPath
+from pytest_vmbottle.machine import Machine
+from pytest_vmbottle.result import Result
+from pytest_vmbottle.spec import Layer, MachineSpec, layer
+
+__all__ = [
+    "BackendUnavailable",
+    "CatalogError",
+    "CommandFailed",
+    "CommandTimeout",
+    "GuestPath",
+    "Layer",
+    "LaunchError",
+    "Machine",
+    "MachineDied",
+    "MachineError",
+    "MachineSpec",
+    "MachineTimeout",
+    "PackCorrupt",
+    "Result",
+    "SpecError",
+    "TransferError",
+    "VMBottleError",
+    "layer",
+]

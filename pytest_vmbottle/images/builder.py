@@ -1,0 +1,330 @@
+"""Makes base images with mmdebstrap, as root or as an ordinary user."""
+
+from __future__ import annotations
+
+import io
+import os
+import pwd
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections import deque
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pytest_vmbottle._os import Deadline, format_size
+from pytest_vmbottle.errors import BackendUnavailable, CatalogError
+from pytest_vmbottle.images.apt import apt_sources, keyrings
+from pytest_vmbottle.images.recipes import RECIPES, Recipe
+from pytest_vmbottle.images.store import INITRD, KERNEL, Image, ImageStore, check_name, copy_in, explained
+from pytest_vmbottle.spec import host_arch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+__all__ = ["build", "can_build"]
+
+_CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip"
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(?:[=/][A-Za-z0-9.+:~-]+)?")
+_TOOLS = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "qemu-img": "qemu-utils", "tar": "tar"}
+_ROOT_TOOLS = {"setpriv": "util-linux", "unshare": "util-linux"}
+_USER_TOOLS = {"newuidmap": "uidmap"}
+# What mmdebstrap mounts and starts ends with it, and it ends with us, however that comes: else a later clean-up would go through
+# its mounts into the host. For an ordinary user it makes such namespaces itself.
+_NAMESPACES = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+_NEEDED_SPACE = 2 << 30
+# What mmdebstrap says it is doing, and what that is called here.
+_STEPS = {
+    "running apt-get update": "reading the package lists",
+    "downloading packages": "downloading the essential packages",
+    "extracting archives": "unpacking them",
+    "installing essential packages": "installing them",
+    "installing remaining packages": "downloading and installing the kernel and the other packages",
+    "cleaning package lists": "tidying up",
+}
+
+
+def can_build(name: str) -> bool:
+    """Whether there is a recipe of this name."""
+    return name in RECIPES
+
+
+def build(
+    store: ImageStore,
+    recipe: str,
+    *,
+    name: str | None = None,
+    include: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Image:
+    """Makes a base image, as root or as an ordinary user, and puts it into the store; an older one of its name is replaced.
+
+    Args:
+        recipe: One of `RECIPES`.
+        name: What it is to be called, if not like the recipe.
+        include: More packages.
+        progress: Gets a line for each step, with the seconds since the start.
+
+    Raises:
+        BackendUnavailable: This host lacks what it takes; the remedy says what to install.
+        CatalogError: The recipe is unknown, or a step failed; then the message has the end of its output. Nothing was added.
+    """
+    if recipe not in RECIPES:
+        raise CatalogError(f"there is no recipe for {recipe!r}: there {'is' if len(RECIPES) == 1 else 'are'} {', '.join(sorted(RECIPES))}")
+    chosen, name = RECIPES[recipe], name or recipe
+    check_name(name)
+    for package in include:
+        if not _PACKAGE.fullmatch(package):
+            raise CatalogError(f"{package!r} is not the name of a package: give names, one by one, such as 'nginx' or 'nginx=1.22.1-9'")
+    arch, console = _arch_of(chosen, recipe)
+    started = time.monotonic()
+
+    def say(step: str) -> None:
+        progress(f"{time.monotonic() - started:4.0f} s  {step}")
+
+    with explained(f"build {recipe}"), _Workshop.opened(say) as shop, store.staging() as folder:
+        root = _install(shop, chosen, arch, include)
+        say("making the disk")
+        _make_disk(shop, root, folder, chosen.disk_size)
+        say("adding it to the images")
+        words = f"{chosen.description}{', with ' + ', '.join(include) if include else ''}"
+        image = store.publish(folder, name=name, cmdline=_CMDLINE.format(console=console), description=words, replace=True)
+    say("done")
+    return image
+
+
+def _arch_of(recipe: Recipe, name: str) -> tuple[str, str]:
+    try:
+        return recipe.arches[host_arch()]
+    except KeyError:
+        raise BackendUnavailable(
+            f"{name} cannot be built on this host: there is no recipe for {host_arch()}",
+            f"Add a disk of your own with `vmbottle image add FILE --name {name}`",
+        ) from None
+
+
+class _Workshop:
+    """A folder to build in, and a way to run tools there with root's view of who owns what.
+
+    An ordinary user gets that view from a user namespace: mmdebstrap maps root and the others in it to the ids set aside for the
+    user. These must reach the folder and write to it, so it is open to everyone, inside one that nobody else can list.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.say = say
+        self._rootless = os.geteuid() != 0
+        # Administrators' tools are not on the path of ordinary users.
+        self._path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+
+    @classmethod
+    @contextmanager
+    def opened(cls, say: Callable[[str], None]) -> Iterator[_Workshop]:
+        """Opens a workshop that can be worked in; leaves nothing of it."""
+        with tempfile.TemporaryDirectory(prefix="vmbottle-build-", ignore_cleanup_errors=True) as outer:
+            shop = cls(Path(outer) / secrets.token_hex(16), say)
+            shop.folder.parent.chmod(0o711)
+            shop.folder.mkdir()
+            shop.folder.chmod(0o777)
+            try:
+                shop.check()
+                yield shop
+            finally:
+                shop.clear()
+
+    def check(self) -> None:
+        """Refuses a host that lacks a tool, space, or the ids that an ordinary user needs."""
+        tools = _TOOLS | (_USER_TOOLS if self._rootless else _ROOT_TOOLS)
+        missing = {tool: package for tool, package in tools.items() if not shutil.which(tool, path=self._path)}
+        if missing:
+            raise BackendUnavailable(f"{', '.join(missing)} is missing", f"sudo apt-get install {' '.join(sorted(set(missing.values())))}")
+        place = self.folder.parent.parent
+        free = shutil.disk_usage(place).free
+        if free < _NEEDED_SPACE:
+            reason = f"building needs {format_size(_NEEDED_SPACE)} in {place}, which has {format_size(free)} left"
+            raise BackendUnavailable(reason, "Set TMPDIR to a folder with more space")
+        if self._rootless:
+            self._check_namespaces()
+
+    def _check_namespaces(self) -> None:
+        for parent in self.folder.parents:
+            if not parent.stat().st_mode & stat.S_IXOTH:
+                reason = f"{parent} is closed to other users, and building without root uses other user ids"
+                raise BackendUnavailable(reason, "Set TMPDIR to a folder that everyone may enter, such as /var/tmp")
+        try:
+            self.run_as_root("true")
+        except CatalogError as error:
+            raise _no_namespaces(str(error)) from None
+
+    def run(self, *argv: str | Path, on_line: Callable[[str], None] = lambda _: None) -> None:
+        """Runs a tool to its end.
+
+        Raises:
+            CatalogError: It failed; with the last lines of its output.
+        """
+        words = [str(word) for word in argv]
+        environment = {**os.environ, "PATH": self._path, "TMPDIR": str(self.folder), "LC_ALL": "C.UTF-8"}
+        process = subprocess.Popen(  # noqa: S603 - argv list, no shell
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=self.folder,
+            env=environment,
+            umask=0o022,  # the mapped ids read what we write, and we read what they write
+            start_new_session=True,
+        )
+        tail: deque[str] = deque(maxlen=25)
+        try:
+            for line in process.stdout or ():
+                tail.append("".join(char if char.isprintable() else " " for char in line).rstrip())
+                on_line(tail[-1])
+            status = process.wait()
+        except BaseException:
+            _end_group(process)
+            raise
+        finally:
+            if process.stdout:
+                process.stdout.close()
+        if status:
+            tool = next((word for word in words if word in _TOOLS), words[0])
+            raise CatalogError(f"{tool} failed with status {status}. The end of its output:\n" + "\n".join(tail))
+
+    def run_as_root(self, *argv: str | Path) -> None:
+        """Runs a tool that sees, and makes, files that belong to root."""
+        self.run(*(("mmdebstrap", "--unshare-helper") if self._rootless else ()), *argv)
+
+    def bootstrap(self, *arguments: str | Path) -> None:
+        """Runs mmdebstrap and reports its steps."""
+        command = ("mmdebstrap", "--mode=unshare") if self._rootless else (*_NAMESPACES, "mmdebstrap", "--mode=root")
+        self.run(*command, *arguments, on_line=self._report)
+
+    def _report(self, line: str) -> None:
+        for start, step in _STEPS.items():
+            if line.startswith(f"I: {start}"):
+                self.say(step)
+
+    def clear(self) -> None:
+        """Removes everything in the folder, whoever owns it."""
+        content = list(self.folder.iterdir())
+        if content:
+            try:
+                self.run_as_root("rm", "-rf", "--one-file-system", "--", *content)
+            except (CatalogError, OSError) as error:
+                self.say(f"cannot remove {self.folder}: {error}")
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """Ends a process and all that it started; its id stays taken until then, so that no other group can be hit."""
+
+    def ended() -> bool:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        Deadline(5).poll(ended)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _no_namespaces(output: str) -> BackendUnavailable:
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    lines = [line for file in ("/etc/subuid", "/etc/subgid") if (path := Path(file)).exists() for line in path.read_text().splitlines()]
+    if sum(line.split(":")[0] in (user, str(os.geteuid())) for line in lines) < 2:  # noqa: PLR2004 - one in each file
+        reason = f"{user} has no subordinate user and group ids, which building without root needs"
+        return BackendUnavailable(reason, f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}")
+    return BackendUnavailable(
+        f"this host gives an ordinary user no user namespace, which building without root needs ({output})",
+        "Build as root, or allow it: sudo sysctl -w kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 "
+        "(a host has one or the other)",
+    )
+
+
+def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str]) -> Path:
+    """Installs the system into a folder."""
+    sources = apt_sources(recipe.suite)
+    early, late, root = shop.folder / "early.tar", shop.folder / "late.tar", shop.folder / "root"
+    _write_tar(early, recipe.early, {})
+    _write_tar(late, {**recipe.files, **_foreign_keys(sources.values(), recipe)}, recipe.links)
+    for name, text in sources.items():
+        (shop.folder / name).write_text(text)
+    packages = [package.format(arch=arch) for package in recipe.packages] + list(include)
+    shop.bootstrap(
+        "--variant=apt",
+        "--format=directory",
+        f"--architectures={arch}",
+        f"--include={','.join(packages)}",
+        f"--essential-hook=tar-in {shlex.quote(str(early))} /",
+        f"--customize-hook=tar-in {shlex.quote(str(late))} /",
+        *([] if sources else [_default_keyring(recipe)]),
+        recipe.suite,
+        root,
+        *(shop.folder / name for name in sources),
+    )
+    # Every machine has its own, and one that forgot would share these with all others.
+    shop.run_as_root("find", root / "etc/ssh", "-name", "ssh_host_*", "-delete")
+    return root
+
+
+def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
+    """Puts the system on a disk without partitions, and its kernel beside it."""
+    for pattern, target in (("vmlinuz-*", KERNEL), ("initrd.img-*", INITRD)):
+        found = sorted(root.glob(f"boot/{pattern}"))
+        if not found:
+            raise CatalogError(f"the packages brought no boot/{pattern}")
+        with found[-1].open("rb") as source:
+            copy_in(source, folder / target)
+    raw = shop.folder / "disk.raw"
+    lazy = "lazy_itable_init=1,lazy_journal_init=1"
+    shop.run_as_root("mke2fs", "-q", "-t", "ext4", "-L", "root", "-E", lazy, "-d", root, raw, f"{size >> 10}k")
+    shop.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, folder / "disk.qcow2")
+    with (folder / "disk.qcow2").open("rb") as disk:
+        os.fsync(disk.fileno())
+
+
+def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str, str]) -> None:
+    """Writes root's files, the folders they are in, and links."""
+
+    def member(name: str, kind: bytes, mode: int) -> tarfile.TarInfo:
+        info = tarfile.TarInfo(name)
+        info.type, info.mode, info.mtime = kind, mode, int(time.time())
+        return info
+
+    folders = {str(parent) for name in (*files, *links) for parent in PurePosixPath(name).parents} - {"."}
+    with tarfile.open(path, "w") as tar:
+        for name in sorted(folders):
+            tar.addfile(member(name, tarfile.DIRTYPE, 0o755))
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = member(name, tarfile.REGTYPE, 0o644)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, target in links.items():
+            info = member(name, tarfile.SYMTYPE, 0o777)
+            info.linkname = target
+            tar.addfile(info)
+
+
+def _foreign_keys(sources: Iterable[str], recipe: Recipe) -> dict[str, bytes]:
+    """The keys that sources name by path, other than the archive's own: the guest needs them where the host has them."""
+    paths = keyrings(sources) - {recipe.keyring[0]}
+    return {str(path.relative_to("/")): path.read_bytes() for path in sorted(paths) if path.is_file()}
+
+
+def _default_keyring(recipe: Recipe) -> str:
+    path, package = recipe.keyring
+    if not path.exists():
+        raise BackendUnavailable(
+            f"this host has no package sources for {recipe.suite}, and not its archive's keys", f"sudo apt-get install {package}"
+        )
+    return f"--keyring={path}"

@@ -1,0 +1,169 @@
+"""Whether a file is a disk image, told from its first bytes.
+
+A disk comes from anywhere, and a qcow2 can name host files and servers that QEMU would open in its user's name. So its header
+is read here, strictly, before any tool of QEMU sees it. Format: https://www.qemu.org/docs/master/interop/qcow2.html
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from pytest_vmbottle._os import format_size
+from pytest_vmbottle.errors import CatalogError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from io import BufferedReader
+    from pathlib import Path
+
+__all__ = ["DiskFormat", "disk_format", "inspect", "opened"]
+
+DiskFormat = Literal["qcow2", "raw"]
+
+_QCOW2_MAGIC = b"QFI\xfb"
+_QCOW2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_QCOW2_V3 = struct.Struct(">QQQII")
+_COMPRESSION_AT = _QCOW2.size + _QCOW2_V3.size
+_DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
+_KNOWN_FEATURES = _DIRTY | _CORRUPT | _DATA_FILE | _COMPRESSION | _EXTENDED_L2
+# QEMU's own limits: a larger table is an attack on memory, not a disk.
+_MAX_L1 = 32 << 20
+_MAX_REFCOUNT_TABLE = 8 << 20
+_MAX_DISK = 16 << 40
+_MIN_DISK = 1 << 20
+_SECTOR = 512
+
+# How a file begins that is no disk, though people try: a download still packed, another hypervisor's format.
+_LOOKALIKES = (
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\xfd7zXZ\0", "an xz archive: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first"),
+    (b"BZh", "a bzip2 archive: unpack it first"),
+    (b"PK\x03\x04", "a zip archive: unpack it first"),
+    (b"KDMV", "a VMDK: convert it first with `qemu-img convert -O qcow2`"),
+    (b"vhdxfile", "a VHDX: convert it first with `qemu-img convert -O qcow2`"),
+    (b"<<< ", "a VDI: convert it first with `qemu-img convert -O qcow2`"),
+)
+# What a raw disk has somewhere near its start: (offset, bytes).
+_SIGNATURES = (
+    (510, b"\x55\xaa"),  # a partition table (MBR, and the one that protects a GPT)
+    (1024 + 56, b"\x53\xef"),  # ext2, ext3, ext4
+    (0, b"XFSB"),
+    (0, b"hsqs"),  # squashfs
+    (1024, b"\x10\x20\xf5\xf2"),  # f2fs
+    (0x10040, b"_BHRfS_M"),  # btrfs
+)
+_HEAD = 0x10048
+
+
+def disk_format(head: bytes, size: int) -> tuple[DiskFormat, int]:
+    """Tells from its first bytes whether a file is a disk image that is safe to give to QEMU.
+
+    Args:
+        head: The file's first 65,608 bytes, or all of it if it is shorter.
+        size: The file's length in bytes.
+
+    Returns:
+        The format, and how many bytes the guest will see.
+
+    Raises:
+        CatalogError: It is not a disk image, or one that refers to anything outside itself.
+    """
+    if head.startswith(_QCOW2_MAGIC):
+        return "qcow2", _qcow2_size(head, size)
+    for magic, what in _LOOKALIKES:
+        if head.startswith(magic):
+            raise CatalogError(f"is not a disk image but {what}")
+    if size < _MIN_DISK or size % _SECTOR or not any(head.startswith(magic, at) for at, magic in _SIGNATURES):
+        raise CatalogError(
+            "is not a disk image: it is no qcow2, and has neither a partition table nor a file system that a raw disk begins with"
+        )
+    if size > _MAX_DISK:
+        raise CatalogError(f"is not a disk image: {format_size(size)} is more than a disk can have")
+    return "raw", size
+
+
+def _qcow2_size(head: bytes, file_size: int) -> int:
+    if len(head) < _QCOW2.size:
+        raise CatalogError("is not a disk image: its qcow2 header is cut off")
+    _, version, backing_at, backing_len, cluster_bits, size, crypt, *tables = _QCOW2.unpack_from(head)
+    if version not in (2, 3):
+        raise CatalogError(f"is a qcow of version {version}: only 2 and 3 are known; make a new one with `qemu-img convert -O qcow2`")
+    if backing_at or backing_len:
+        raise CatalogError("refers to a backing file: if you trust its origin, make it whole with `qemu-img convert -O qcow2`")
+    if crypt:
+        raise CatalogError("is encrypted: decrypt it with `qemu-img convert -O qcow2`")
+    if tables[4]:  # their number
+        raise CatalogError("has internal snapshots: make a plain copy with `qemu-img convert -O qcow2`")
+    if not 0 < size <= _MAX_DISK:
+        raise CatalogError(f"is not a disk image: its qcow2 header claims a disk of {size} bytes")
+    _need(9 <= cluster_bits <= 21, f"clusters of 2^{cluster_bits} bytes")  # noqa: PLR2004 - QEMU's own limits
+    extended = version == 3 and _check_features(head, cluster_bits)  # noqa: PLR2004 - the version with feature bits
+    _check_tables(1 << cluster_bits, size, tables, extended=extended, file_size=file_size)
+    return int(size)
+
+
+def _check_tables(cluster: int, size: int, tables: list[int], *, extended: bool, file_size: int) -> None:
+    l1_len, l1_at, refs_at, refs_len, *_ = tables
+    per_table = cluster // (16 if extended else 8)
+    _need(-(-size // (cluster * per_table)) <= l1_len <= _MAX_L1 // 8, f"an L1 table of {l1_len} entries for {size} bytes")
+    _need(_inside(l1_at, l1_len * 8, cluster, file_size), "an L1 table outside the file")
+    _need(0 < refs_len * cluster <= _MAX_REFCOUNT_TABLE, f"a refcount table of {refs_len} clusters")
+    _need(_inside(refs_at, refs_len * cluster, cluster, file_size), "a refcount table outside the file")
+
+
+def _check_features(head: bytes, cluster_bits: int) -> bool:
+    """Refuses what a version 3 header may turn on, except for another compression and extended L2 entries: whether it has these."""
+    if len(head) < _COMPRESSION_AT:
+        raise CatalogError("is not a disk image: its qcow2 header is cut off")
+    features, _, extras, refcount_order, length = _QCOW2_V3.unpack_from(head, _QCOW2.size)
+    if features & _DATA_FILE:
+        raise CatalogError("keeps its data in another file: if you trust its origin, make it whole with `qemu-img convert -O qcow2`")
+    if features & (_DIRTY | _CORRUPT):
+        raise CatalogError("was not closed properly or is marked corrupt: repair it with `qemu-img check -r all`")
+    if features & ~_KNOWN_FEATURES:
+        raise CatalogError(
+            f"needs qcow2 features that are not known here ({features:#x}): make a plain copy with `qemu-img convert -O qcow2`"
+        )
+    if extras:
+        raise CatalogError("has bitmaps or other extras: make a plain copy with `qemu-img convert -O qcow2`")
+    _need(_COMPRESSION_AT <= length <= 1 << cluster_bits and length % 8 == 0, f"a header of {length} bytes")
+    _need(refcount_order <= 6, f"refcounts of 2^{refcount_order} bits")  # noqa: PLR2004 - the format's limit
+    if features & _COMPRESSION:
+        known = length > _COMPRESSION_AT and head[_COMPRESSION_AT : _COMPRESSION_AT + 1] == b"\x01"
+        _need(known, "an unknown compression")
+    extended = bool(features & _EXTENDED_L2)
+    _need(not extended or cluster_bits >= 14, "extended L2 entries in clusters that are too small")  # noqa: PLR2004 - the format's limit
+    return extended
+
+
+def _need(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - the two read as a sentence
+    if not holds:
+        raise CatalogError(f"is not a disk image: its qcow2 header claims {otherwise}")
+
+
+def _inside(at: int, length: int, cluster: int, file_size: int) -> bool:
+    return at >= cluster and at % cluster == 0 and at + length <= file_size
+
+
+def inspect(file: BufferedReader, path: Path) -> tuple[DiskFormat, int]:
+    """Does the same for an open file; the error names `path`."""
+    try:
+        return disk_format(os.pread(file.fileno(), _HEAD, 0), os.fstat(file.fileno()).st_size)
+    except CatalogError as error:
+        raise CatalogError(f"{path} {error}") from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Opens a file that someone named; a folder, pipe or device is refused, not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CatalogError(f"{path} is not a disk image: it is not even a file")
+    with os.fdopen(fd, "rb") as file:
+        yield file

@@ -1,0 +1,479 @@
+"""A content-addressed, read-only store of named images.
+
+Below the store's folder::
+
+    sha256/<digest of the disk>/    disk.qcow2 or disk.raw, vmlinuz, initrd.img, image.json (the sha256 of every file)
+    names/<name>.json               the digest a name stands for
+    seen/<digest of a path>.json    the digest of a disk that is used in place, and what its file looked like then
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from pytest_vmbottle._os import atomic_file, copy_sparse, private_dir, sync_dir
+from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.images.disk import DiskFormat, inspect, opened
+from pytest_vmbottle.spec import digest, host_arch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from io import BufferedReader
+
+__all__ = ["INITRD", "KERNEL", "Image", "ImageStore", "check_name", "copy_in", "explained", "unknown_image"]
+
+KERNEL, INITRD = "vmlinuz", "initrd.img"
+_RECORD = "image.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@attrs.frozen(kw_only=True)
+class Image:
+    """A base OS disk, and what boots it.
+
+    Attributes:
+        name: The name it was looked up by.
+        sha256: The digest of the disk, by which it is stored.
+        key: A digest of all that a guest boots from, kernel and its command line included: what is made from the image is keyed by it.
+        disk: The disk, read-only unless it is used in place.
+        format: How it is written.
+        virtual_size: The bytes a guest sees.
+        arch: The architecture, as `uname -m` names it.
+        kernel, initrd: For a direct boot; None where the firmware boots the disk.
+        cmdline: The kernel's command line; empty without a kernel.
+        created: When it was added, in ISO 8601.
+        description: What it is, in a few words.
+    """
+
+    name: str
+    sha256: str
+    key: str
+    disk: Path
+    format: DiskFormat
+    virtual_size: int
+    arch: str
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    created: str = ""
+    description: str = ""
+
+
+def _typed(kind: type) -> Any:
+    return attrs.field(validator=attrs.validators.instance_of(kind))
+
+
+def _matching(pattern: re.Pattern[str]) -> Any:
+    return attrs.field(validator=attrs.validators.matches_re(pattern))
+
+
+def _entries(value: object) -> dict[str, _Entry]:
+    if not isinstance(value, dict) or not value.keys() <= {"disk.qcow2", "disk.raw", KERNEL, INITRD}:
+        raise TypeError("it does not list an image's files")
+    return {name: _Entry(**entry) for name, entry in value.items()}
+
+
+@attrs.frozen(kw_only=True)
+class _Entry:
+    sha256: str = _matching(_SHA256)
+    size: int = _typed(int)
+
+
+@attrs.frozen(kw_only=True)
+class _Manifest:
+    """The content of an `image.json`."""
+
+    format: DiskFormat = attrs.field(validator=attrs.validators.in_(("qcow2", "raw")))
+    virtual_size: int = _typed(int)
+    arch: str = _typed(str)
+    cmdline: str = _typed(str)
+    created: str = _typed(str)
+    description: str = _typed(str)
+    files: dict[str, _Entry] = attrs.field(converter=_entries)
+
+    @property
+    def disk(self) -> str:
+        return f"disk.{self.format}"
+
+    @property
+    def sha256(self) -> str:
+        return self.files[self.disk].sha256
+
+    @property
+    def key(self) -> str:
+        return digest("image", {name: entry.sha256 for name, entry in self.files.items()}, self.format, self.arch, self.cmdline)
+
+    def image(self, name: str, folder: Path) -> Image:
+        paths = {part: folder / part if part in self.files else None for part in (KERNEL, INITRD)}
+        return Image(
+            name=name,
+            sha256=self.sha256,
+            key=self.key,
+            disk=folder / self.disk,
+            format=self.format,
+            virtual_size=self.virtual_size,
+            arch=self.arch,
+            kernel=paths[KERNEL],
+            initrd=paths[INITRD],
+            cmdline=self.cmdline,
+            created=self.created,
+            description=self.description,
+        )
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns what the operating system says into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise CatalogError(f"cannot {what}: {error.strerror or error}{where}") from error
+
+
+class ImageStore:
+    """The images that have names here. Nothing in it is ever changed: files are added under the digest of the disk, and removed."""
+
+    def __init__(self, root: Path) -> None:
+        """Takes the store's folder, which is made when the first image is added."""
+        self.root = root.absolute()
+        self._blobs = self.root / "sha256"
+        self._names = self.root / "names"
+
+    def names(self) -> tuple[str, ...]:
+        """The names, sorted; of damaged images too."""
+        return tuple(sorted(path.stem for path in self._names.glob("*.json") if _NAME.fullmatch(path.stem)))
+
+    def list(self) -> tuple[Image, ...]:
+        """All images.
+
+        Raises:
+            CatalogError: One is damaged. To see the others, ask for each of `names()` with `get`.
+        """
+        return tuple(image for name in self.names() if (image := self.get(name)))
+
+    def get(self, name: str) -> Image | None:
+        """The image of this name, or None. Only the files' sizes are checked: `verify` reads them.
+
+        Raises:
+            CatalogError: Its record or files are damaged; the message says what to do.
+        """
+        found = self._read(name)
+        return found[0].image(name, found[1]) if found else None
+
+    def add(  # noqa: PLR0913 - an image has many parts
+        self,
+        file: Path,
+        *,
+        name: str,
+        sha256: str | None = None,
+        kernel: Path | None = None,
+        initrd: Path | None = None,
+        cmdline: str = "",
+        arch: str | None = None,
+        description: str = "",
+        replace: bool = False,
+    ) -> Image:
+        """Copies a disk into the store.
+
+        Args:
+            file: A qcow2 or raw disk.
+            name: What it is to be called.
+            sha256: The digest the file must have.
+            kernel: For a direct boot, with `initrd` and the kernel's `cmdline`; else the firmware boots the disk.
+            arch: The architecture of what is on it; the host's if not given.
+            replace: Whether the name may be taken from another image.
+
+        Raises:
+            CatalogError: The file is not a disk image or has another digest, or the name is taken. Nothing was added.
+        """
+        check_name(name)
+        _check_boot(kernel, initrd, cmdline)
+        wanted = _check_digest(sha256)
+        with explained(f"add {file} to the images"), self.staging() as folder:
+            with opened(file) as source:
+                kind, _ = inspect(source, file)
+                copy_in(source, folder / f"disk.{kind}")
+            for part, target in ((kernel, KERNEL), (initrd, INITRD)):
+                if part is not None:
+                    with opened(part) as source:
+                        copy_in(source, folder / target)
+            return self.publish(folder, name=name, sha256=wanted, arch=arch, cmdline=cmdline, description=description, replace=replace)
+
+    def remove(self, name: str) -> None:
+        """Removes a name, and the files that no name stands for any more.
+
+        Raises:
+            CatalogError: There is no such name.
+        """
+        if name not in self.names():
+            raise unknown_image(name, self.names())
+        with explained(f"remove the image {name!r}"), self._exclusive():
+            (self._names / f"{name}.json").unlink(missing_ok=True)
+            self._sweep()
+
+    def verify(self, name: str) -> None:
+        """Reads all of an image's files and compares their digests.
+
+        Raises:
+            CatalogError: There is no such image, or a file is not what was stored; the message names the file.
+        """
+        with explained(f"verify the image {name!r}"):
+            found = self._read(name)
+            if found is None:
+                raise unknown_image(name, self.names())
+            manifest, folder = found
+            for part, entry in manifest.files.items():
+                actual = _sha256(folder / part)
+                if actual != entry.sha256:
+                    raise _damaged(name, f"{folder / part} has the sha256 {actual}, not {entry.sha256}")
+
+    def import_path(self, path: Path) -> Image:
+        """Describes a disk that stays where it is; its digest is remembered for as long as the file looks the same.
+
+        Raises:
+            CatalogError: It is not there, or is not a disk image.
+        """
+        with explained(f"use {path} as an image"), opened(path) as file:
+            kind, size = inspect(file, path)
+            found = self._digest_of(file, path.resolve())
+        key = digest("image", {f"disk.{kind}": found}, kind, host_arch(), "")
+        return Image(name=str(path), sha256=found, key=key, disk=path.resolve(), format=kind, virtual_size=size, arch=host_arch())
+
+    def _digest_of(self, file: BufferedReader, path: Path) -> str:
+        record = self.root / "seen" / f"{digest(str(path))}.json"
+        looks = _looks(file)
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            seen = json.loads(record.read_bytes())
+            if seen["looks"] == looks and _SHA256.fullmatch(seen["sha256"]):
+                return str(seen["sha256"])
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        if _looks(file) != looks:
+            raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")
+        with suppress(OSError):  # only a short cut: a store that cannot be written to costs time, nothing else
+            private_dir(record.parent)
+            _write_json(record, {"path": str(path), "looks": looks, "sha256": found})
+        return found
+
+    def _read(self, name: str) -> tuple[_Manifest, Path] | None:
+        """The record of an image and its folder."""
+        if not _NAME.fullmatch(name):
+            return None
+        try:
+            address = _address(self._names / f"{name}.json")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _damaged(name, f"{self._names / f'{name}.json'} cannot be read: {error}") from None
+        folder = self._blobs / address
+        try:
+            manifest = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
+            matches = manifest.sha256 == address
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _damaged(name, f"{folder / _RECORD} cannot be read: {error}") from None
+        if not matches:
+            raise _damaged(name, f"{folder / _RECORD} describes another disk")
+        for part, entry in manifest.files.items():
+            _check_size(name, folder / part, entry.size)
+        return manifest, folder
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Makes a folder for `publish`, on the store's file system, that is gone at the end unless it was published."""
+        private_dir(self.root)
+        folder = private_dir(self._blobs) / f".new-{secrets.token_hex(8)}"
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(  # noqa: PLR0913 - an image has many parts
+        self,
+        folder: Path,
+        *,
+        name: str,
+        sha256: str | None = None,
+        arch: str | None = None,
+        cmdline: str = "",
+        description: str = "",
+        replace: bool = False,
+    ) -> Image:
+        """Gives the files in a folder from `staging` their place and their name: both or neither.
+
+        Args:
+            folder: Has `disk.qcow2` or `disk.raw`, and perhaps `vmlinuz` and `initrd.img`; all on disk already.
+            name, sha256, arch, cmdline, description, replace: As for `add`.
+
+        Raises:
+            CatalogError: The disk has another digest, or the name is taken.
+        """
+        manifest = _describe(folder, arch=arch or host_arch(), cmdline=cmdline, description=description)
+        if sha256 not in (None, manifest.sha256):
+            raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, and {sha256} was demanded")
+        _write_json(folder / _RECORD, attrs.asdict(manifest))
+        (folder / _RECORD).chmod(0o444)
+        private_dir(self._names)
+        with self._exclusive():
+            self._check_free(name, manifest.sha256, replace=replace)
+            return self._place(folder, manifest, name)
+
+    def _check_free(self, name: str, sha256: str, *, replace: bool) -> None:
+        record = self._names / f"{name}.json"
+        if record.exists() and not replace and _address_or_none(record) != sha256:
+            raise CatalogError(f"there is another image named {name!r}: remove it with `vmbottle image rm {name}`, or choose another name")
+
+    def _place(self, folder: Path, manifest: _Manifest, name: str) -> Image:
+        final = self._blobs / manifest.sha256
+        if final.exists():
+            manifest = self._same(final, manifest)
+        else:
+            folder.rename(final)
+            sync_dir(self._blobs)
+        _write_json(self._names / f"{name}.json", {"sha256": manifest.sha256})
+        self._sweep()
+        return manifest.image(name, final)
+
+    def _same(self, folder: Path, manifest: _Manifest) -> _Manifest:
+        """The record of a disk that is stored already, if it boots in the same way."""
+        try:
+            stored = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
+            if stored.key == manifest.key:
+                return stored
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            pass
+        names = [name for name in self.names() if _address_or_none(self._names / f"{name}.json") == folder.name]
+        raise CatalogError(
+            f"this disk is stored already as {' and '.join(names) or 'an image without a name'}, with another kernel, command line or "
+            f"architecture, or damaged: remove that first with `vmbottle image rm {' '.join(names) or 'NAME'}`"
+        )
+
+    def _sweep(self) -> None:
+        """Deletes what no name stands for; folders that are being filled are left alone."""
+        named = {_address_or_none(self._names / f"{name}.json") for name in self.names()}
+        if None in named:  # a damaged record may stand for any of them
+            return
+        for folder in self._blobs.iterdir():
+            if _SHA256.fullmatch(folder.name) and folder.name not in named:
+                # Under its name it is whole or not there.
+                shutil.rmtree(folder.rename(self._blobs / f".old-{secrets.token_hex(8)}"), ignore_errors=True)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Holds the store's folder locked for a moment: between an image's place and its name nobody else tidies up."""
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def unknown_image(name: str, names: Iterable[str]) -> CatalogError:
+    """The error for a name that stands for nothing."""
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    there = f"The images are: {', '.join(known)}" if known else "There are no images yet: build one with `vmbottle image build debian-12`"
+    return CatalogError(f"there is no image named {name!r}.{hint} {there}")
+
+
+def _damaged(name: str, detail: str) -> CatalogError:
+    return CatalogError(f"the image {name!r} is damaged: {detail}. Remove it with `vmbottle image rm {name}`, then build or add it again")
+
+
+def check_name(name: str) -> None:
+    """Refuses what cannot name an image: names are files, and words of a command line."""
+    if not _NAME.fullmatch(name):
+        raise CatalogError(f"{name!r} cannot name an image: use letters, digits, '.', '_' and '-', a letter or digit first, 100 at most")
+
+
+def _check_boot(kernel: Path | None, initrd: Path | None, cmdline: str) -> None:
+    if kernel is None and (initrd is not None or cmdline):
+        raise CatalogError("an initrd or a command line is of no use without a kernel: give the kernel too")
+    if kernel is not None and not cmdline:
+        raise CatalogError("a kernel needs a command line that says where its root is, for example 'root=/dev/vda1 rw console=ttyS0'")
+
+
+def _check_digest(sha256: str | None) -> str | None:
+    if sha256 is None:
+        return None
+    wanted = sha256.strip().lower().removeprefix("sha256:")
+    if not _SHA256.fullmatch(wanted):
+        raise CatalogError(f"{sha256!r} is not a sha256: it has 64 hexadecimal digits")
+    return wanted
+
+
+def _check_size(name: str, path: Path, size: int) -> None:
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise _damaged(name, f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        raise _damaged(name, f"{path} has {status.st_size} bytes, not {size}")
+
+
+def _address(path: Path) -> str:
+    address = json.loads(path.read_bytes())["sha256"]
+    if not _SHA256.fullmatch(address):
+        raise ValueError("it holds no sha256")
+    return str(address)
+
+
+def _address_or_none(path: Path) -> str | None:
+    try:
+        return _address(path)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _describe(folder: Path, *, arch: str, cmdline: str, description: str) -> _Manifest:
+    """Makes the record of the files in a folder, as they are there: what they were copied from may have changed meanwhile."""
+    disk = next(folder.glob("disk.*"))
+    with disk.open("rb") as file:
+        kind, size = inspect(file, disk)
+    if disk.suffix != f".{kind}":
+        raise CatalogError("the disk was changed while it was copied: add it again when nothing writes to it any more")
+    files = {}
+    for path in folder.iterdir():
+        path.chmod(0o444)
+        files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return _Manifest(format=kind, virtual_size=size, arch=arch, cmdline=cmdline, created=created, description=description, files=files)
+
+
+def copy_in(source: BufferedReader, target: Path) -> None:
+    """Copies an open file, holes as holes, to stay."""
+    with target.open("xb") as copy:
+        copy_sparse(source.fileno(), copy.fileno())
+        os.fsync(copy.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _looks(file: BufferedReader) -> list[int]:
+    status = os.fstat(file.fileno())
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _write_json(path: Path, value: object) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True).encode())

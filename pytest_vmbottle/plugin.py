@@ -1,0 +1,526 @@
+"""The pytest plugin: options, the `vm` mark, fixtures, and what a run says about its machines."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+
+from pytest_vmbottle import hookspec
+from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
+from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_keywords, digest
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.backend import Backend
+    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.provision import Provisioner, Tally
+
+_SHARED = ("session_vm", "module_vm", "class_vm")
+_FIXTURES = (*_SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
+
+# -- options ---------------------------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Option:
+    name: str
+    default: str
+    help: str
+    choices: tuple[str, ...] = ()
+    flag: bool = False
+
+    @property
+    def ini(self) -> str:
+        return f"vm_{self.name.replace('-', '_')}"
+
+    @property
+    def env(self) -> str:
+        return f"VMBOTTLE_{self.name.replace('-', '_').upper()}"
+
+
+_OPTIONS = (
+    _Option("backend", "auto", "What runs machines: auto, qemu, or a name that a plugin knows"),
+    _Option("accel", "auto", "How QEMU runs guest code", ("auto", "kvm", "hvf", "tcg")),
+    _Option("catalog", "", "Folder shared by all workers and runs (default: pytest-vmbottle in the user's cache folder)"),
+    _Option("missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")),
+    _Option("pack", "auto", "Kind of pack that machines are poured from: template (disk and RAM) or disk", ("auto", "template", "disk")),
+    _Option("rebuild", "", "Make all packs of this run again", flag=True),
+    _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the `--vm-*` options and their ini twins."""
+    group = parser.getgroup("vmbottle", "real machines (pytest-vmbottle)")
+    for option in _OPTIONS:
+        text = f"{option.help}. Also {option.env} and ini {option.ini}."
+        if option.flag:
+            group.addoption(f"--vm-{option.name}", action="store_const", const="true", default=None, help=text)
+        else:
+            group.addoption(f"--vm-{option.name}", metavar="|".join(option.choices) or None, default=None, help=text)
+        parser.addini(option.ini, option.help, default=None)
+    parser.addini("vm_defaults", "Defaults for the keywords of the vm mark, one `keyword = value` per line", type="linelist", default=[])
+
+
+def _option(config: pytest.Config, name: str) -> str:
+    """The value of an option: from the command line, the environment, the ini file, or its default."""
+    option = next(each for each in _OPTIONS if each.name == name)
+    given = (config.getoption(f"--vm-{name}"), os.environ.get(option.env), config.getini(option.ini))
+    value = next((str(each) for each in given if each not in (None, "")), option.default)
+    if option.choices and value and value not in option.choices:
+        raise pytest.UsageError(f"--vm-{name} takes {' or '.join(option.choices)}, not {value!r}")
+    return value
+
+
+def _timeout_factor(config: pytest.Config) -> float:
+    text = _option(config, "timeout-factor")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise pytest.UsageError(f"--vm-timeout-factor takes a number above 0, not {text!r}")
+    return factor
+
+
+def _ini_defaults(config: pytest.Config) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for line in config.getini("vm_defaults"):
+        try:
+            defaults.update(tomllib.loads(line))
+        except tomllib.TOMLDecodeError:
+            keyword, equals, value = line.partition("=")
+            if not equals:
+                raise pytest.UsageError(f"vm_defaults: {line!r} is not of the form keyword = value") from None
+            defaults[keyword.strip()] = value.strip()
+    try:
+        check_keywords({key: value for key, value in defaults.items() if key != "source"})
+    except SpecError as error:
+        raise pytest.UsageError(f"vm_defaults: {error}") from None
+    return defaults
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Offers the hooks of `hookspec`."""
+    pluginmanager.add_hookspecs(hookspec)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the mark and checks the options; makes nothing."""
+    config.addinivalue_line("markers", f"{SIGNATURE}: run the test on a real machine made from an image or a layer.")
+    for option in _OPTIONS:
+        _option(config, option.name)
+    _timeout_factor(config)
+    config.stash[_SESSION] = _Session(config)
+    config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
+
+
+# -- marks -----------------------------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class _Plan:
+    """The machines that one test's marks ask for: the keywords of each by its name. Equal plans are one object."""
+
+    wishes: Mapping[str, Mapping[str, Any]]
+    label: str
+    key: str
+
+
+def _merged(node: pytest.Item) -> dict[str, dict[str, Any]]:
+    """The keywords of all marks on a test, by the machine's name; of the same keyword the closest mark's."""
+    wishes: dict[str, dict[str, Any]] = {}
+    for mark in reversed(list(node.iter_markers("vm"))):
+        keywords = dict(mark.kwargs)
+        if len(mark.args) > 1:
+            raise SpecError(f"the vm mark takes one source, not {len(mark.args)}\n  the signature is {SIGNATURE}")
+        if mark.args:
+            keywords["source"] = mark.args[0]
+        check_keywords({key: value for key, value in keywords.items() if key != "source"})
+        wishes.setdefault(keywords.get("name", "vm"), {}).update(keywords)
+    return wishes
+
+
+def _plans(node: pytest.Item) -> list[_Plan]:
+    """What a test's marks come to: one plan, or one for each combination of sources that they list."""
+    wishes = _merged(node) or {"vm": {}}
+    choices = [[(name, source) for source in _sources(node, wish)] for name, wish in wishes.items()]
+    plans = []
+    for combination in itertools.product(*choices):
+        chosen = {name: {**wishes[name], **({} if source is None else {"source": source})} for name, source in combination}
+        for wish in chosen.values():
+            if "source" in wish:  # checked together, so that a layer's keywords and the mark's are known to fit
+                MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
+        label = "-".join(_label(source) for _, source in combination)
+        plans.append(_plan(node.config, chosen, label))
+    return plans
+
+
+def _plan(config: pytest.Config, wishes: Mapping[str, Mapping[str, Any]], label: str) -> _Plan:
+    named = {name: {key: repr(value) for key, value in wish.items()} for name, wish in wishes.items()}
+    layers = [id(wish.get("source")) for wish in wishes.values() if isinstance(wish.get("source"), Layer)]
+    key = digest(named, layers)
+    return config.stash[_SESSION].plans.setdefault(key, _Plan(wishes, label, key))
+
+
+def _sources(node: pytest.Item, wish: Mapping[str, Any]) -> list[Source | None]:
+    source = wish.get("source")
+    if source is None:
+        return [None]
+    sources = list(source) if isinstance(source, list | tuple) else [source]
+    if not sources:
+        raise SpecError("source=[]: takes at least one source")
+    return [_named_layer(node, each) if isinstance(each, str) else each for each in sources]
+
+
+def _named_layer(node: pytest.Item, name: str) -> Source:
+    """The layer of this name in the test's module or in a conftest above it; else the name is an image's."""
+    module = getattr(node, "module", None)
+    conftests = [
+        plugin
+        for plugin in node.config.pluginmanager.get_plugins()
+        if Path(str(getattr(plugin, "__file__", None) or "")).name == "conftest.py" and Path(plugin.__file__).parent in node.path.parents
+    ]
+    conftests.sort(key=lambda plugin: len(Path(plugin.__file__).parts), reverse=True)
+    for place in (module, *conftests):
+        found = getattr(place, name, None) if name.isidentifier() else None
+        if isinstance(found, Layer):
+            return found
+    return name
+
+
+def _label(source: Source | None) -> str:
+    if isinstance(source, Layer):
+        return source.name
+    return Path(source).stem if isinstance(source, Path) else str(source or "vm")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives a test its plan as a parameter; only a list of sources shows in the node id."""
+    names = [name for name in (*_SHARED, "_vm_plan") if name in metafunc.fixturenames]
+    if not names:
+        return
+    try:
+        plans = _plans(metafunc.definition)
+    except SpecError:
+        return  # told in pytest_collection_modifyitems, for all tests together
+    single = len(plans) == 1
+    ids = [pytest.HIDDEN_PARAM if single else plan.label for plan in plans]
+    for name in names if single else names[:1]:
+        metafunc.parametrize(name, plans, indirect=True, ids=ids)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuses wrong marks, all of them at once, before anything runs."""
+    problems = {}
+    for item in items:
+        if item.get_closest_marker("vm") is not None:
+            try:
+                _plans(item)
+            except SpecError as error:
+                problems[f"{item.nodeid}: {error}"] = None
+    if problems:
+        raise pytest.UsageError("\n".join(["wrong vm marks:", *problems]))
+    config.stash[_SESSION].has_machines = any(_uses_machine(item) for item in items)
+
+
+def _uses_machine(item: pytest.Item) -> bool:
+    return item.get_closest_marker("vm") is not None or bool(set(_FIXTURES) & set(getattr(item, "fixturenames", ())))
+
+
+class _Sorting:
+    """Brings tests that share a session's machine next to each other, after all others have had their say about the order."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sorts the tests that use `session_vm`, stably, among the places they have; all other tests stay where they are."""
+        places = [index for index, item in enumerate(items) if "session_vm" in getattr(item, "fixturenames", ())]
+        first: dict[str, int] = {}
+        for index in places:
+            first.setdefault(_session_key(items[index]), index)
+        ordered = sorted((items[index] for index in places), key=lambda item: first[_session_key(item)])
+        for index, item in zip(places, ordered, strict=True):
+            items[index] = item
+
+
+def _session_key(item: pytest.Item) -> str:
+    plan = _given(item, "session_vm")
+    return plan.key if isinstance(plan, _Plan) else ""
+
+
+def _given(node: object, name: str) -> object:
+    """The parameter that a test got for a fixture, if any."""
+    callspec = getattr(node, "callspec", None)
+    return None if callspec is None else callspec.params.get(name)
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """What one pytest process knows: its provisioners, made when the first machine is asked for."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._provisioners: dict[str, Provisioner] = {}
+        self._catalog: Catalog | None = None
+        self._began = time.time()
+        self.plans: dict[str, _Plan] = {}
+        self.has_machines = False
+        self.told: dict[str, None] = {}
+        self.tallies: list[dict[str, float]] = []
+
+    @property
+    def catalog(self) -> Catalog:
+        # Imported here and not above: a suite without machines pays nothing for what they need (psutil, paramiko, asyncio).
+        from pytest_vmbottle.catalog import Catalog, default_root  # noqa: PLC0415
+
+        if self._catalog is None:
+            given = _option(self._config, "catalog")
+            self._catalog = Catalog(Path(given).expanduser() if given else default_root())
+        return self._catalog
+
+    def provisioner(self, wanted: str) -> Provisioner:
+        """What gives out machines of a backend; `"auto"` is what the option says, and by default QEMU."""
+        from pytest_vmbottle.provision import Provisioner, Settings  # noqa: PLC0415
+
+        asked = _option(self._config, "backend") if wanted == "auto" else wanted
+        name = "qemu" if asked == "auto" else asked
+        if name not in self._provisioners:
+            backend: Backend | None = self._config.hook.pytest_vmbottle_make_backend(config=self._config, name=name)
+            if backend is None:
+                raise BackendUnavailable(f"there is no backend {name!r}", "Choose qemu, or install the plugin that brings it")
+            settings = Settings(
+                timeout_factor=_timeout_factor(self._config),
+                rebuild_before=self._began if _option(self._config, "rebuild") not in ("", "false") else None,
+                report=self.say,
+                warn=self.say,
+                ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
+                stopping=lambda machine: self._config.hook.pytest_vmbottle_machine_stopping(machine=machine),
+            )
+            self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
+        return self._provisioners[name]
+
+    def say(self, line: str) -> None:
+        """Writes a line to the terminal at once, also from a worker, whatever is being captured."""
+        capture = self._config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            reporter = self._config.pluginmanager.getplugin("terminalreporter")
+            if reporter is not None:
+                reporter.ensure_newline()
+                reporter.write_line(f"vmbottle: {line}")
+            else:
+                sys.stderr.write(f"vmbottle: {line}\n")
+                sys.stderr.flush()
+
+    def describe_host(self) -> str:
+        """One line: what machines run on, and why."""
+        try:
+            able = self.provisioner("auto").capabilities
+        except (VMBottleError, pytest.UsageError) as error:
+            return f"vmbottle: no machine can be run here: {error}"
+        return f"vmbottle: {able.backend} ({able.version}), {able.accelerator} [{able.reason}], {able.pack_kind} packs, catalog {self.catalog.root}"
+
+    def collect(self) -> None:
+        """Adds up what this process did, and ends its provisioners."""
+        for provisioner in self._provisioners.values():
+            provisioner.close()
+            self.tallies.append(attrs.asdict(provisioner.tally))
+            self.told.setdefault(self.describe_host())
+        self._provisioners.clear()
+
+
+_SESSION: pytest.StashKey[_Session] = pytest.StashKey()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | None:
+    """Makes QEMU's backend."""
+    if name != "qemu":
+        return None
+    from pytest_vmbottle.backend import PackKind  # noqa: PLC0415
+    from pytest_vmbottle.backends.qemu import QemuBackend  # noqa: PLC0415
+
+    kind = _option(config, "pack")
+    forced = None if kind == "auto" else PackKind(kind)
+    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, proofs=config.stash[_SESSION].catalog.proofs)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Says what machines run on, if there are any to run."""
+    session = config.stash[_SESSION]
+    if not session.has_machines or config.option.collectonly or config.getoption("setupplan", default=False):
+        return []
+    session.told.setdefault(session.describe_host())
+    return list(session.told)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands a worker's counts to the controller."""
+    ours = session.config.stash[_SESSION]
+    ours.collect()
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes a worker's counts."""
+    output = getattr(node, "workeroutput", {}).get("vmbottle", {})
+    ours = node.config.stash[_SESSION]
+    ours.tallies.extend(output.get("tallies", ()))
+    ours.told.update(dict.fromkeys(output.get("told", ())))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says what became of machines and packs."""
+    ours = config.stash[_SESSION]
+    if not ours.tallies:
+        return
+    total = {key: sum(tally[key] for tally in ours.tallies) for key in ours.tallies[0]}
+    if hasattr(config.option, "dist") and config.option.dist != "no":
+        for line in ours.told:
+            terminalreporter.write_line(line)
+    terminalreporter.write_line(
+        f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
+        f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    if call.when == "setup" and call.excinfo is not None and isinstance(call.excinfo.value, VMBottleError) and not item.config.option.fulltrace:
+        report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+    return report  # type: ignore[return-value]
+
+
+# -- fixtures --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def vm_defaults(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Defaults for the keywords of the vm mark, from the ini file. Override it, session-scoped, to add your own."""
+    return _ini_defaults(request.config)
+
+
+@pytest.fixture(scope="session")
+def vm_catalog(request: pytest.FixtureRequest) -> Catalog:
+    """The folder that holds images and packs, shared by all workers and runs."""
+    return request.config.stash[_SESSION].catalog
+
+
+@pytest.fixture
+def _vm_plan(request: pytest.FixtureRequest) -> _Plan:
+    plan = getattr(request, "param", None) or next((_given(request.node, name) for name in _SHARED if _given(request.node, name)), None)
+    if isinstance(plan, _Plan):
+        return plan
+    return _plans(request.node)[0]  # asked for by getfixturevalue, where nothing was parametrised
+
+
+@pytest.fixture
+def vm_spec(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_defaults: dict[str, Any]) -> MachineSpec:
+    """What the test's machine is to be, complete. Parametrise it (or `vm`) indirectly with a source, keywords, or a `MachineSpec`."""
+    given = getattr(request, "param", None) or _given(request.node, "vm")
+    if isinstance(given, MachineSpec):
+        return given
+    wish = dict(_vm_plan.wishes.get("vm") or next(iter(_vm_plan.wishes.values())))
+    if given is not None:
+        wish.update(given if isinstance(given, Mapping) else {"source": given})
+    return _resolve(request.config, wish, vm_defaults, request.node)
+
+
+def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
+    keywords = dict(wish)
+    if "source" not in keywords and "source" not in defaults:
+        raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
+    keywords.setdefault("source", defaults.get("source"))
+    changed = config.hook.pytest_vmbottle_spec(item=item, keywords=keywords)
+    keywords = dict(changed if changed is not None else keywords)
+    source = keywords.pop("source")
+    if isinstance(source, str) and item is not None:
+        source = _named_layer(item, source)
+    return MachineSpec.resolve(source, keywords, defaults={key: value for key, value in defaults.items() if key != "source"})
+
+
+@pytest.fixture
+def vms(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any]) -> Iterator[dict[str, Machine]]:
+    """The test's machines by name, each fresh: one for each `name=` among its vm marks."""
+    with ExitStack() as stack:
+        primary = "vm" if "vm" in _vm_plan.wishes else next(iter(_vm_plan.wishes))
+        specs = {
+            name: vm_spec if name == primary else _resolve(request.config, wish, vm_defaults, request.node)
+            for name, wish in _vm_plan.wishes.items()
+        }
+        yield {name: _enter(request, stack, spec) for name, spec in specs.items()}
+
+
+@pytest.fixture
+def vm(vms: dict[str, Machine]) -> Machine:
+    """The test's own machine: fresh, running, and gone after the test."""
+    return vms.get("vm") or next(iter(vms.values()))
+
+
+@pytest.fixture
+def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Callable[..., Machine]]:
+    """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first."""
+    with ExitStack() as stack:
+
+        def make(source: Source | MachineSpec, **keywords: Any) -> Machine:
+            if isinstance(source, MachineSpec):
+                spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
+            else:
+                spec = _resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
+            return _enter(request, stack, spec)
+
+        yield make
+
+
+def _shared(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterator[Machine]:
+    plan = getattr(request, "param", None)
+    wish = {} if plan is None else plan.wishes.get("vm") or next(iter(plan.wishes.values()))
+    with ExitStack() as stack:
+        yield _enter(request, stack, _resolve(request.config, wish, defaults, None))
+
+
+@pytest.fixture(scope="class")
+def class_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Machine]:
+    """A machine shared by the tests of a class."""
+    yield from _shared(request, vm_defaults)
+
+
+@pytest.fixture(scope="module")
+def module_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Machine]:
+    """A machine shared by the tests of a module."""
+    yield from _shared(request, vm_defaults)
+
+
+@pytest.fixture(scope="session")
+def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Machine]:
+    """A machine shared by all tests that ask for the same one, per worker."""
+    yield from _shared(request, vm_defaults)
+
+
+def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec) -> Machine:
+    session = request.config.stash[_SESSION]
+    try:
+        return stack.enter_context(session.provisioner(spec.backend).machine(spec))
+    except BackendUnavailable as error:
+        missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
+        if missing == "fail":
+            raise
+        pytest.skip(f"no machine can be run here: {error}")

@@ -1,0 +1,139 @@
+"""A backend without a hypervisor, for testing what is built around machines: plugins, conftests, and this package's own wiring.
+
+It runs nothing. A test about a guest needs a real machine.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start
+from pytest_vmbottle.errors import LaunchError
+from pytest_vmbottle.spec import MachineSpec, digest
+
+__all__ = ["FakeBackend", "FakeChannel", "FakeInstance"]
+
+Handler = Callable[[Command], Finished]
+
+
+def _succeed(command: Command) -> Finished:
+    return Finished(returncode=0, stdout=" ".join(command.argv).encode())
+
+
+class FakeChannel:
+    """A channel that answers by calling a function of yours."""
+
+    def __init__(self, handler: Handler) -> None:
+        """Takes what turns a command into its end."""
+        self._handler = handler
+
+    def run(self, command: Command, *, deadline: Deadline) -> Finished:  # noqa: ARG002
+        """Calls the function."""
+        return self._handler(command)
+
+    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:  # noqa: ARG002
+        """Reads the input to its end and calls the function."""
+        source.read()
+        return self._handler(command)
+
+    def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:  # noqa: ARG002
+        """Calls the function and writes the output it made up."""
+        finished = self._handler(command)
+        sink.write(finished.stdout)
+        return finished
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class FakeInstance:
+    """A machine that is only on paper; `log` in its folder's console records what is done to it."""
+
+    def __init__(self, backend: FakeBackend, rundir: Path) -> None:
+        """Takes the backend that made it and its folder."""
+        self._backend = backend
+        self._log = rundir / "console.log"
+        self.console = Console(self._log)
+        self.pid = os.getpid()
+        self.running = True
+
+    def _note(self, line: str) -> None:
+        with self._log.open("a") as log:
+            log.write(line + "\n")
+
+    def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:  # noqa: ARG002
+        """A `FakeChannel`."""
+        return FakeChannel(self._backend.handler)
+
+    def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:  # noqa: ARG002
+        """Writes files that have the right names and no meaning."""
+        names = ["disk.qcow2", "empty.qcow2"] + (["ram.img", "state.bin"] if kind is PackKind.TEMPLATE else [])
+        for name in names:
+            (dest / name).write_text(secrets.token_hex(16))
+        self.stop()
+
+    def pause(self) -> None:
+        """Notes it."""
+        self._note("paused")
+
+    def resume(self) -> None:
+        """Notes it."""
+        self._note("resumed")
+
+    def reset(self) -> None:
+        """Notes it."""
+        self._note("reset")
+
+    def stop(self) -> None:
+        """Ends it; may be called again."""
+        if self.running:
+            self.running = False
+            self._backend.stopped += 1
+
+
+class FakeBackend:
+    """Makes machines that run nothing.
+
+    Attributes:
+        handler: Turns every command into its end; by default it succeeds and prints its own words.
+        broken: Where it says something, every launch fails with it.
+        launched: Where each machine that was started started from.
+        stopped: How many were ended.
+    """
+
+    def __init__(self, handler: Handler = _succeed, *, broken: str = "", pack_kind: PackKind = PackKind.TEMPLATE) -> None:
+        """Starts nothing."""
+        self.handler = handler
+        self.broken = broken
+        self.launched: list[Start] = []
+        self.stopped = 0
+        self._pack_kind = pack_kind
+
+    def probe(self) -> Capabilities:
+        """Says that it can do everything, because it does nothing."""
+        return Capabilities(
+            backend="fake",
+            version="1",
+            accelerator="none",
+            reason="nothing is run",
+            pack_kind=self._pack_kind,
+            pack_reason="nothing is restored",
+            emulated=False,
+        )
+
+    def fingerprint(self, spec: MachineSpec) -> str:
+        """The same for all specs of one architecture."""
+        return digest("fake", spec.arch)
+
+    def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:  # noqa: ARG002
+        """Makes a `FakeInstance`, or fails if it is broken."""
+        if self.broken:
+            raise LaunchError(self.broken, machine=spec.name)
+        self.launched.append(source)
+        (rundir / "console.log").write_text(f"{spec.name} started\n")
+        return FakeInstance(self, rundir)
