@@ -6,9 +6,10 @@ import hashlib
 import os
 import re
 import secrets
+import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_LAST_WORDS = 2.0
+"""Seconds in which the output of a killed process is read to its end."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -48,7 +51,7 @@ def parse_size(value: int | str) -> int:
     if isinstance(value, int):
         size = value
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", value.upper())
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*", value.upper())
         if match is None:
             raise SpecError(f"{value!r} is not a size: write bytes or a string such as '512M' or '2G'")
         size = int(float(match[1]) * _UNITS[match[2]])
@@ -99,7 +102,7 @@ class Deadline:
         return time.monotonic() >= self.at
 
     def poll(self, check: Callable[[], _T | None], *, every: float = 0.1, first: float | None = None) -> _T | None:
-        """Calls `check` until it returns something other than None or False; returns that, or None at the end.
+        """Calls `check` until it returns something true; returns that, or None at the end.
 
         The pause grows from `first` (default: `every`) by half each time, up to `every`. The check is always called at least once, and once more at the deadline.
         """
@@ -107,7 +110,7 @@ class Deadline:
         while True:
             last = self.expired
             answer = check()
-            if answer is not None and answer is not False:
+            if answer:
                 return answer
             if last:
                 return None
@@ -235,15 +238,26 @@ def run_tool(argv: Sequence[str | Path], *, timeout: float, env: dict[str, str] 
         text=True,
         errors="replace",
         env=env,
+        start_new_session=True,  # so that what it starts can be killed with it, and keeps nobody waiting for the end of its output
     )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        return Ended(argv=words, returncode=None, output=output)
+        return Ended(argv=words, returncode=None, output=_kill_group(process))
     except BaseException:
-        process.kill()
-        process.wait()
+        _kill_group(process)
         raise
     return Ended(argv=words, returncode=process.returncode, output=output)
+
+
+def _kill_group(process: subprocess.Popen[str]) -> str:
+    """Kills a process with all that it has started, and returns what it printed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        return process.communicate(timeout=_LAST_WORDS)[0]
+    except subprocess.TimeoutExpired as error:  # something has left the group and holds the other end
+        if process.stdout is not None:
+            process.stdout.close()
+        process.wait()
+        return (error.output or b"").decode(errors="replace")

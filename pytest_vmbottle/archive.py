@@ -31,7 +31,7 @@ def pack(source: Path, sink: BinaryIO, *, name: str) -> None:
 
 
 def unpack(source: BinaryIO, folder: Path) -> None:
-    """Unpacks a tar stream into an empty folder, by rules of our own: the library's filters have been got around (CVE-2025-4517).
+    """Unpacks a tar file into an empty folder, by rules of our own: the library's filters have been got around (CVE-2025-4517).
 
     Only folders, regular files, hard links among them and symbolic links come out, each name once, each below a folder that came before
     it. Symbolic links are made as they are and never followed, so they cannot lead a later entry astray. Set-id bits are dropped.
@@ -41,14 +41,23 @@ def unpack(source: BinaryIO, folder: Path) -> None:
     """
     reader = _Reader(folder)
     try:
-        with tarfile.open(fileobj=source, mode="r|") as tar:
+        with tarfile.open(fileobj=source, mode="r:") as tar:
             for count, member in enumerate(tar, start=1):
                 if count > MAX_ENTRIES:
                     raise Refused(f"it has more than {MAX_ENTRIES} entries")
                 reader.take(tar, member)
-    except tarfile.TarError as error:
+                tar.members.clear()  # kept for look-ups by name that nobody makes
+            _check_end(source, tar.offset)
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # the library lets more through than its own error
         raise Refused(f"it is not a whole tar archive: {error}") from error
     reader.finish()
+
+
+def _check_end(source: BinaryIO, offset: int) -> None:
+    """Tells an archive's end from the place where it breaks off, which the library takes for its end too."""
+    source.seek(offset)
+    if source.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+        raise Refused("it is not a whole tar archive: it breaks off")
 
 
 class _Reader:
@@ -60,6 +69,8 @@ class _Reader:
     def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         parts = _parts(member.name)
         path = self._root.joinpath(*parts)
+        if member.size < 0:  # the library would read on at an earlier place, for ever (CVE-2025-8194)
+            raise Refused(f"{member.name!r} has no size")
         if parts[:-1] not in self._modes:
             raise Refused(f"{member.name!r} comes without the folder it is in")
         if os.path.lexists(path):
@@ -67,10 +78,10 @@ class _Reader:
         if member.isdir():
             path.mkdir(mode=0o700)
             self._modes[parts] = member.mode & 0o777
-        elif member.isreg():
+        elif member.isreg() and not member.issparse():  # a few bytes can stand for a sparse file that fills any disk
             self._write(tar, member, path)
             self._files.add(parts)
-        elif member.issym():
+        elif member.issym() and member.linkname:
             path.symlink_to(member.linkname)
         elif member.islnk():
             target = _parts(member.linkname)

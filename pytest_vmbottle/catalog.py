@@ -179,6 +179,21 @@ class Catalog:
         fcntl.flock(fd, fcntl.LOCK_SH)
         return fd
 
+    def in_use(self, pack: Path) -> bool:
+        """Whether somebody holds a pack at this moment."""
+        try:
+            fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(fd)
+
     def sweep(self) -> int:
         """Removes the folders of machines whose process is dead, which its lock proves; returns how many processes that were."""
         swept = 0

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
 import cattrs
 
 from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
-from pytest_vmbottle.errors import PackCorrupt
+from pytest_vmbottle.errors import CatalogError, PackCorrupt
 from pytest_vmbottle.spec import digest
 
-__all__ = ["FORMAT", "Manifest", "Pack", "read", "seal"]
+__all__ = ["FORMAT", "Manifest", "Pack", "check_parent", "children_first", "find", "prunable", "read", "scan", "seal", "sizes"]
 
 FORMAT = 1
 """Version of the manifest: packs of another are not read, and their keys differ."""
@@ -118,11 +119,112 @@ def read(path: Path) -> Pack:
         if path.is_dir():
             raise PackCorrupt(f"the pack {path.name[:12]} has no {_MANIFEST}") from None
         raise
-    except (OSError, ValueError, cattrs.BaseValidationError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, cattrs.BaseValidationError) as error:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} cannot be read: {type(error).__name__}") from error
     if manifest.format != FORMAT or manifest.key != path.name:
         raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another's name")
     return Pack(path=path, manifest=manifest)
+
+
+def scan(folder: Path) -> tuple[tuple[Pack, ...], Mapping[str, PackCorrupt]]:
+    """All packs in the folder of published ones, oldest first; and by their names those whose manifest cannot be read."""
+    found: list[Pack] = []
+    damaged: dict[str, PackCorrupt] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            found.append(read(path))
+        except PackCorrupt as error:
+            damaged[path.name] = error
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # removed a moment ago, or no pack at all
+    return tuple(sorted(found, key=lambda pack: (pack.manifest.created, pack.key))), dict(sorted(damaged.items()))
+
+
+def find(folder: Path, prefix: str) -> Path:
+    """The folder of the one pack, damaged or not, whose key begins like this.
+
+    Raises:
+        CatalogError: There is none, or more than one.
+    """
+    names = folder.iterdir() if prefix and folder.is_dir() else ()
+    found = sorted(path for path in names if path.name.startswith(prefix) and path.is_dir())
+    if not found:
+        raise CatalogError(f"there is no pack whose key begins with {prefix!r}: `vmbottle pack ls` shows those that are there")
+    if len(found) > 1:
+        raise CatalogError(
+            f"{prefix!r} is the beginning of {len(found)} keys, give more of it: {', '.join(path.name[:12] for path in found)}"
+        )
+    return found[0]
+
+
+def check_parent(pack: Pack) -> None:
+    """Compares what a pack stands on with what it was made on, without reading the files of either.
+
+    Raises:
+        PackCorrupt: The pack beneath it is gone, damaged, or was made again.
+    """
+    if pack.manifest.parent is None:
+        return
+    try:
+        same = read(pack.path.with_name(pack.manifest.parent)).seal == pack.manifest.parent_seal
+    except (FileNotFoundError, PackCorrupt):
+        same = False
+    if not same:
+        raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) stands on a pack that is gone or was made again")
+
+
+def children_first(chosen: Iterable[Pack]) -> list[Pack]:
+    """Packs in an order in which none is removed before those that stand on it."""
+    left = {pack.key: pack for pack in chosen}
+    ordered: list[Pack] = []
+    while left:
+        bases = {pack.manifest.parent for pack in left.values()}
+        # Keys are digests of their parents' keys, so there is no circle but in a forged manifest.
+        top = left.keys() - bases or left.keys()
+        ordered += [pack for key, pack in left.items() if key in top]
+        left = {key: pack for key, pack in left.items() if key not in top}
+    return ordered
+
+
+def sizes(packs: Iterable[Pack]) -> dict[str, int]:
+    """By their keys, what packs take on disk; without those that are gone meanwhile."""
+    found = {}
+    for pack in packs:
+        with suppress(FileNotFoundError):
+            found[pack.key] = pack.size
+    return found
+
+
+def prunable(
+    everything: Sequence[Pack], *, held: Callable[[Pack], bool], made_before: float | None = None, keep_size: int | None = None
+) -> list[Pack]:
+    """Which packs to remove, in this order: the oldest first, and none that is held or that one which stays stands on.
+
+    Args:
+        everything: All packs.
+        held: Whether somebody uses a pack.
+        made_before: Those made before this moment go, in seconds since 1970.
+        keep_size: The oldest go until those that are left take at most so many bytes on disk. Without either, all that can go do.
+    """
+    taken = sizes(everything)
+    left = {pack.key: pack for pack in everything if not held(pack)}
+    stays = [pack for pack in everything if pack.key not in left]
+    gone: list[Pack] = []
+
+    def due(pack: Pack) -> bool:
+        if made_before is None and keep_size is None:
+            return True
+        too_old = made_before is not None and pack.manifest.created < made_before
+        return too_old or (keep_size is not None and sum(taken.values()) > keep_size)
+
+    while True:
+        bases = {pack.manifest.parent for pack in (*stays, *left.values())}
+        free = sorted((pack for pack in left.values() if pack.key not in bases), key=lambda pack: pack.manifest.created)
+        chosen = next((pack for pack in free if due(pack)), None)
+        if chosen is None:
+            return gone
+        gone.append(left.pop(chosen.key))
+        taken.pop(chosen.key, None)
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

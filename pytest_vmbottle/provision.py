@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -193,7 +194,8 @@ class Provisioner:
         machine_id = f"{spec.name}-{secrets.token_hex(4)}"
         deadline = Deadline(self._patience(spec.timeout))
         with self._catalog.rundir(machine_id) as rundir:
-            instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
+            with self._explained():
+                instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
             try:
                 channel = instance.channel(deadline=deadline)
                 if start.saved is None:
@@ -233,10 +235,31 @@ class Provisioner:
             first = str(self._failed[plan.key]).splitlines()[0]
             raise MachineError(f"the pack of {plan.name} could not be built earlier in this run: {first}", machine=plan.spec.name)
         try:
-            return self._find(plan) or self._build_once(plan)
+            with self._explained():
+                return self._find(plan) or self._build_once(plan)
         except VMBottleError as error:
             self._failed.setdefault(plan.key, error)
             raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what a failure of the file system means here."""
+        try:
+            yield
+        except VMBottleError:
+            raise
+        except OSError as error:
+            root = self._catalog.root
+            hint = "make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+            raise CatalogError(f"the catalog {root} cannot be used: {error.strerror or error}; {hint}") from error
+
+    def _check_room(self, plan: _Plan) -> None:
+        free, needed = shutil.disk_usage(self._catalog.root).free, plan.spec.memory // 4
+        if free < needed:
+            raise CatalogError(
+                f"the disk of the catalog {self._catalog.root} is full: {format_size(free)} are free, and the pack of {plan.name} takes about "
+                f"{format_size(needed)}; make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+            )
 
     def _find(self, plan: _Plan) -> Pack | None:
         """The published pack, checked: wholly the first time this process uses it, afterwards by a glance."""
@@ -303,6 +326,7 @@ class Provisioner:
 
     def _build(self, plan: _Plan, parent: Pack | None) -> None:
         began = time.monotonic()
+        self._check_room(plan)
         self._settings.report(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with self._catalog.staging() as staged:
             start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)

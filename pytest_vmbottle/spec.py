@@ -42,6 +42,8 @@ _USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _MAX_CPUS = 64
 _MAX_PORT = 65535
+_MIB = 1 << 20  # QEMU rounds a machine's memory to pages; a file for it must have the very same size
+_MIN_MEMORY = 16 * _MIB
 
 
 def host_arch() -> str:
@@ -129,7 +131,10 @@ def _user(value: object) -> str:
 
 
 def _memory(value: object) -> int:
-    return _size("memory", value)
+    size = _size("memory", value)
+    if size < _MIN_MEMORY:
+        raise _fail("memory", value, "is less than 16 MiB: bytes are meant, or write a string such as '512M'")
+    return -(-size // _MIB) * _MIB
 
 
 def _disk(value: object) -> int | None:
@@ -166,7 +171,7 @@ def _env(value: object) -> tuple[tuple[str, str], ...]:
             raise _fail("env", name, "is not a name for an environment variable")
         if not isinstance(content, str) or "\0" in content:
             raise _fail("env", {name: content}, "takes strings without NUL bytes")
-    return tuple(value.items())
+    return tuple(sorted(value.items()))
 
 
 def _files(value: object) -> tuple[tuple[str, Content], ...]:
@@ -177,7 +182,7 @@ def _files(value: object) -> tuple[tuple[str, Content], ...]:
             raise _fail("files", path, "is not an absolute path in the guest")
         if not isinstance(content, str | bytes | Path):
             raise _fail("files", {path: content}, "takes text, bytes or a local Path as content")
-    return tuple(value.items())
+    return tuple(sorted(value.items(), key=lambda item: item[0]))
 
 
 def _user_data(value: object) -> str | None:

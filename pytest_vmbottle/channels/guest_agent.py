@@ -108,8 +108,12 @@ class GuestAgent:
         except TimeoutError as error:
             raise MachineTimeout(f"the guest agent does not take {name}: its buffer stays full") from error
         except OSError as error:
-            self._alive()
-            raise MachineDied(f"the guest agent's line is closed: {error}") from error
+            raise self._lost(str(error)) from error
+
+    def _lost(self, reason: str) -> MachineDied:
+        """What to raise for a closed line: if the hypervisor is ending, its end says more, so that is waited for."""
+        Deadline(2.0).poll(self._alive, every=0.05)
+        return MachineDied(f"the guest agent's line is closed: {reason}")
 
     def _line(self, deadline: Deadline) -> bytes | None:
         """The next line, or None at the deadline."""
@@ -133,11 +137,9 @@ class GuestAgent:
                 self._alive()
                 continue
             except OSError as error:
-                self._alive()
-                raise MachineDied(f"the guest agent's line is closed: {error}") from error
+                raise self._lost(str(error)) from error
             if not received:
-                self._alive()
-                raise MachineDied("the guest agent's line was closed by the hypervisor")
+                raise self._lost("by the hypervisor")
             self._buffer += received
             return True
         return False
@@ -220,6 +222,7 @@ class GuestAgent:
 
     def _status(self, pid: int, deadline: Deadline) -> dict[str, Any] | None:
         """How the process ended, or None if it has not by the deadline."""
+        began = time.monotonic()
         pause = 0.001
         while True:
             status: dict[str, Any] = self.call("guest-exec-status", deadline=Deadline(deadline.remaining + _GRACE), pid=pid)
@@ -228,7 +231,8 @@ class GuestAgent:
             if deadline.expired:
                 return None
             time.sleep(min(pause, deadline.remaining))
-            pause = min(0.05, pause * 1.3)
+            # Every question costs the guest time that its command could use; what is lost by asking late is an eighth, or a few ms.
+            pause = min(2 * pause, max(0.008, (time.monotonic() - began) / 8), 0.05)
 
     def close(self) -> None:
         """Closes the line."""

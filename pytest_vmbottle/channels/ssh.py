@@ -30,6 +30,8 @@ _CHUNK = 1 << 18
 _GRACE = 10.0
 _WINDOW = 1 << 25
 log = logging.getLogger(__name__)
+_QUIET = log.getChild("transport")
+_QUIET.setLevel(logging.CRITICAL)
 
 
 class HostKeyMismatch(MachineError):
@@ -181,6 +183,8 @@ def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) 
     # Without it each small packet waits up to 40 ms for the acknowledgement of the one before.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     transport = _Transport(sock)
+    # It logs each failed attempt with a traceback, and a guest that boots refuses many.
+    transport.set_log_channel(_QUIET.name)
     try:
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = deadline.remaining
         transport.get_security_options().key_types = ("ssh-ed25519",)

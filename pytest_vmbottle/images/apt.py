@@ -46,11 +46,11 @@ def _stanzas(text: str, suite: str) -> Iterator[str]:
     lines = "\n".join(line.rstrip() for line in text.splitlines() if not line.startswith("#"))
     for stanza in re.split(r"\n{2,}", lines.strip()):
         # A line that begins with a blank continues the field above it.
-        fields = {key.strip().lower(): value.strip() for key, _, value in (field.partition(":") for field in re.split(r"\n(?=\S)", stanza))}
+        fields = {key.strip().lower(): value for key, _, value in (field.partition(":") for field in re.split(r"\n(?=\S)", stanza))}
         suites = [candidate for candidate in fields.get("suites", "").split() if _wanted(suite, candidate)]
-        if suites and "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").lower() not in ("no", "false", "0"):
-            kept = fields | {"types": "deb", "suites": " ".join(suites)}
-            yield "".join(f"{key.title()}: {value}\n" for key, value in kept.items())
+        if suites and "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").strip().lower() not in ("no", "false", "0"):
+            kept = fields | {"types": " deb", "suites": " " + " ".join(suites)}
+            yield "".join(f"{key.title()}:{value}\n" for key, value in kept.items())
 
 
 def keyrings(sources: Iterable[str]) -> set[Path]:

@@ -24,7 +24,7 @@ from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images.apt import apt_sources, keyrings
 from pytest_vmbottle.images.recipes import RECIPES, Recipe
-from pytest_vmbottle.images.store import INITRD, KERNEL, Image, ImageStore, check_name, copy_in, explained
+from pytest_vmbottle.images.store import INITRD, KERNEL, Image, ImageStore, abandoned, check_name, claimed, copy_in, explained
 from pytest_vmbottle.spec import host_arch
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ _USER_TOOLS = {"newuidmap": "uidmap"}
 # its mounts into the host. For an ordinary user it makes such namespaces itself.
 _NAMESPACES = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _NEEDED_SPACE = 2 << 30
+_PREFIX = "vmbottle-build-"
+_SUBORDINATE = re.compile(r"^([^:\n]+):(\d+):(\d+)$", re.MULTILINE)  # subuid(5)
 # What mmdebstrap says it is doing, and what that is called here.
 _STEPS = {
     "running apt-get update": "reading the package lists",
@@ -128,9 +130,14 @@ class _Workshop:
     @classmethod
     @contextmanager
     def opened(cls, say: Callable[[str], None]) -> Iterator[_Workshop]:
-        """Opens a workshop that can be worked in; leaves nothing of it."""
-        with tempfile.TemporaryDirectory(prefix="vmbottle-build-", ignore_cleanup_errors=True) as outer:
-            shop = cls(Path(outer) / secrets.token_hex(16), say)
+        """Opens a workshop that can be worked in; leaves nothing of it, nor of one whose owner was killed."""
+        for outer in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            if abandoned(outer):
+                for folder in outer.iterdir():
+                    cls(folder, say).clear()
+                shutil.rmtree(outer, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as new, claimed(Path(new)):
+            shop = cls(Path(new) / secrets.token_hex(16), say)
             shop.folder.parent.chmod(0o711)
             shop.folder.mkdir()
             shop.folder.chmod(0o777)
@@ -235,14 +242,27 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         Deadline(5).poll(ended)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        Deadline(2).poll(lambda: _is_empty(process.pid), every=0.02)
 
 
-def _no_namespaces(output: str) -> BackendUnavailable:
+def _is_empty(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):  # none is left, or the number is someone else's already
+        return True
+    return False
+
+
+def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> BackendUnavailable:
+    """Says why an ordinary user cannot pass for root here."""
     user = pwd.getpwuid(os.geteuid()).pw_name
-    lines = [line for file in ("/etc/subuid", "/etc/subgid") if (path := Path(file)).exists() for line in path.read_text().splitlines()]
-    if sum(line.split(":")[0] in (user, str(os.geteuid())) for line in lines) < 2:  # noqa: PLR2004 - one in each file
+    ranges = [_SUBORDINATE.findall(file.read_text()) if file.exists() else [] for file in files]
+    if not all(any(owner in (user, str(os.geteuid())) for owner, _, _ in entries) for entries in ranges):
+        # Behind everybody else's: ids that two users share would let each at the other's files.
+        first = max([100_000, *(int(start) + int(count) for entries in ranges for _, start, count in entries)])
+        span = f"{first}-{first + 65_535}"
         reason = f"{user} has no subordinate user and group ids, which building without root needs"
-        return BackendUnavailable(reason, f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}")
+        return BackendUnavailable(reason, f"sudo usermod --add-subuids {span} --add-subgids {span} {user}")
     return BackendUnavailable(
         f"this host gives an ordinary user no user namespace, which building without root needs ({output})",
         "Build as root, or allow it: sudo sysctl -w kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 "

@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from io import BufferedReader
 
-__all__ = ["INITRD", "KERNEL", "Image", "ImageStore", "check_name", "copy_in", "explained", "unknown_image"]
+__all__ = ["INITRD", "KERNEL", "Image", "ImageStore", "abandoned", "check_name", "claimed", "copy_in", "explained", "unknown_image"]
 
 KERNEL, INITRD = "vmlinuz", "initrd.img"
 _RECORD = "image.json"
+_FRESH = 60  # seconds in which a new folder may not be claimed yet
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -144,6 +146,36 @@ def explained(what: str) -> Iterator[None]:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise CatalogError(f"cannot {what}: {error.strerror or error}{where}") from error
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Marks a folder as being worked in for as long as this process lives."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether a folder is ours and whoever worked in it is gone, killed in the middle."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or time.time() - status.st_ctime < _FRESH:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(fd)
 
 
 class ImageStore:
@@ -299,7 +331,8 @@ class ImageStore:
         folder = private_dir(self._blobs) / f".new-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         try:
-            yield folder
+            with claimed(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -364,7 +397,10 @@ class ImageStore:
         )
 
     def _sweep(self) -> None:
-        """Deletes what no name stands for; folders that are being filled are left alone."""
+        """Deletes what no name stands for, and what was never finished; folders that are being filled are left alone."""
+        for folder in self._blobs.glob(".new-*"):
+            if abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
         named = {_address_or_none(self._names / f"{name}.json") for name in self.names()}
         if None in named:  # a damaged record may stand for any of them
             return

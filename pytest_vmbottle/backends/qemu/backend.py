@@ -61,7 +61,11 @@ class Proof:
     @property
     def reason(self) -> str:
         """Why this accelerator, in one sentence."""
-        return "; ".join(f"{verdict.accelerator.name}: {verdict.evidence}" for verdict in self.verdicts)
+        refused = [verdict for verdict in self.verdicts if not verdict.works]
+        if not refused:
+            return self.verdicts[-1].evidence
+        name = refused[-1].accelerator.name.upper()
+        return f"{name} runs no guest here: {refused[-1].evidence}"
 
 
 class QemuBackend:

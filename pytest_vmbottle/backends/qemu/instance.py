@@ -286,7 +286,8 @@ class _Watch:
             self._read += new.rfind(b"\n") + 1 if len(new) < 1 << 20 else len(new)
             if match:
                 self._read = 0  # it stays true
-                return match[0].decode("ascii", "replace").strip()
+                line = match[0].decode("ascii", "replace").strip()
+                return "its initial RAM disk gave up and waits at a prompt" if line == "(initramfs)" else line
         return None
 
 

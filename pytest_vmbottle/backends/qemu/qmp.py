@@ -35,8 +35,6 @@ class QmpFailed(VMBottleError):
 def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="vmbottle-qemu", daemon=True).start()
-    # qemu.qmp logs every lost connection as an error; a machine that ends is an everyday thing here.
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     return loop
 
 
@@ -64,6 +62,8 @@ class Qmp:
     def __init__(self, sock: socket.socket, *, deadline: Deadline) -> None:
         """Talks over a connected socket, or raises `QmpFailed`."""
         self._client = QMPClient("vmbottle")
+        # It logs every lost connection as an error; a machine that ends is an everyday thing here.
+        self._client.logger.setLevel(logging.CRITICAL)
         # Only these: the history is kept, and a guest can cause others without end.
         self._events = EventListener(("MIGRATION", "GUEST_PANICKED", "BLOCK_IO_ERROR"))
         self._client.register_listener(self._events)

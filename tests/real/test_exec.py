@@ -1,0 +1,131 @@
+"""Commands in a real guest, over the guest agent and over SSH: the same call gives the same result."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import pytest
+
+from pytest_vmbottle import CommandFailed, CommandTimeout, Machine
+
+pytestmark = pytest.mark.vm("debian-12")
+
+AWKWARD = [
+    "plain",
+    "",
+    " spaces  inside ",
+    "it's",
+    'say "hi"',
+    "$HOME ${PATH} $(id) `id`",
+    "back\\slash \\n",
+    "line one\nline two\n",
+    "\ttab",
+    "-n",
+    "--",
+    "-rf /",
+    "* ? [a-z] {a,b} ~",
+    "a;b|c&d>e<f#g!h%i",
+    "grüße 世界 🙂",
+    "=x",
+    "x" * 30000,
+]
+
+
+def test_arguments_arrive_exactly_as_they_were_given(either: Machine) -> None:
+    sent = either.exec(["printf", "%s\\0", *AWKWARD]).stdout.split("\0")[:-1]
+    assert sent == AWKWARD
+
+
+def test_a_string_is_a_shell_script_that_stops_at_the_first_error(either: Machine) -> None:
+    result = either.exec("echo one; false; echo two", check=False)
+    assert (result.returncode, result.stdout) == (1, "one\n")
+    assert "unset" in either.exec('echo "$unset"', check=False).stderr
+
+
+def test_both_streams_are_kept_apart(either: Machine) -> None:
+    result = either.exec("echo out; echo err >&2")
+    assert (result.stdout, result.stderr, result.returncode) == ("out\n", "err\n", 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["sh", "-c", "exit 3"], 3), (["sh", "-c", "exit 137"], 137), (["sh", "-c", "kill -KILL $$"], -9), (["sh", "-c", "kill -TERM $$"], -15)],
+)
+def test_the_status_tells_an_exit_from_a_death_by_signal(either: Machine, command: list[str], status: int) -> None:
+    assert either.exec(command, check=False).returncode == status
+
+
+def test_a_program_that_is_not_there_gives_127_and_one_that_cannot_run_126(either: Machine) -> None:
+    missing = either.exec(["no-such-program", "x"], check=False)
+    assert (missing.returncode, missing.stderr) == (127, "no-such-program: not found\n")
+    refused = either.exec(["/etc/hostname"], check=False)
+    assert (refused.returncode, refused.stderr) == (126, "/etc/hostname: cannot be executed\n")
+
+
+def test_a_failing_command_raises_with_everything_it_printed(either: Machine) -> None:
+    with pytest.raises(CommandFailed, match="status 4") as caught:
+        either.exec("echo evidence; echo more >&2; exit 4")
+    assert caught.value.result.stdout == "evidence\n"
+    assert "evidence" in str(caught.value)
+    assert "more" in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_kept(either: Machine) -> None:
+    every = bytes(range(1, 256))
+    octal = "".join(f"\\{byte:03o}" for byte in every)
+    assert either.exec(["printf", octal.replace("%", "%%")]).stdout_bytes == every
+
+
+def test_input_of_any_bytes_reaches_the_command(either: Machine) -> None:
+    data = bytes(range(256)) * 2000
+    assert either.exec(["cat"], input=data).stdout_bytes == data
+    assert either.exec(["wc", "-c"]).stdout.strip() == "0"
+
+
+def test_environment_and_folder_are_what_was_asked_for(either: Machine) -> None:
+    result = either.exec(["sh", "-c", 'pwd; printf "%s|" "$ONE" "$PATH" "$HOME"'], env={"ONE": "1 'quoted'"}, cwd="/usr/share")
+    assert result.stdout == "/usr/share\n1 'quoted'|/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin|/root|"
+    assert either.exec(["pwd"]).stdout == "/\n"
+
+
+def test_nothing_else_is_in_the_environment_on_either_channel(either: Machine) -> None:
+    names = {line.partition("=")[0] for line in either.exec(["env"]).stdout.splitlines()}
+    assert names == {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "VMBOTTLE_EXEC"}
+
+
+def test_another_user_can_run_it(either: Machine) -> None:
+    result = either.exec(["sh", "-c", "id -un; echo $HOME; echo $USER"], user="nobody")
+    assert result.stdout == "nobody\n/nonexistent\nnobody\n"
+    unknown = either.exec(["true"], user="somebody", check=False)
+    assert unknown.returncode == 125
+    assert "no user somebody" in unknown.stderr
+
+
+def test_a_timeout_kills_the_command_with_its_children_and_says_what_it_had_printed(either: Machine) -> None:
+    began = time.monotonic()
+    with pytest.raises(CommandTimeout) as caught:
+        either.exec("echo before; sleep 4711 & setsid sleep 4711 & sleep 4711", timeout=2)
+    assert time.monotonic() - began < 40
+    assert caught.value.result.stdout == "before\n"
+    assert "before" in str(caught.value)
+    assert either.exec(["pgrep", "-f", "sleep 4711"], check=False).stdout == ""
+    assert either.exec(["echo", "alive"]).stdout == "alive\n"
+
+
+@pytest.mark.parametrize("word", ["a\0b", "\ud800"])
+def test_what_no_command_can_be_given_is_refused_before_sending(either: Machine, word: str) -> None:
+    with pytest.raises(ValueError, match="command"):
+        either.exec(["echo", word])
+
+
+def test_a_hundred_megabytes_of_output_are_cut_with_a_mark_in_bounded_memory(either: Machine) -> None:
+    either.exec(["true"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = either.exec("head -c 100000000 /dev/zero; echo done >&2; exit 5", check=False, timeout=300)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert (result.returncode, result.stderr, result.truncated) == (5, "done\n", True)
+    assert result.stdout.startswith("\0" * 1000)
+    assert result.stdout.endswith("truncated after 16 MiB]\n")
+    assert len(result.stdout) < (16 << 20) + 100
+    assert grown < 200 << 20

@@ -1,0 +1,209 @@
+"""Time limits, atomic files, sparse copies and short-lived processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, private_dir, run_tool, size_on_disk, sparse_digest
+
+BLOCK = 1 << 16
+PIECES = st.lists(st.tuples(st.sampled_from(["hole", "zeros", "data"]), st.sampled_from([1, 4095, 4096, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])), max_size=6)
+
+
+def lay(path: Path, pieces: list[tuple[str, int]], *, dense: bool) -> bytes:
+    """Writes a file of pieces; a hole is left out, or with `dense` written as zeros."""
+    content = b""
+    with path.open("wb") as file:
+        for number, (kind, length) in enumerate(pieces, start=1):
+            piece = bytes([number]) * length if kind == "data" else bytes(length)
+            if kind == "hole" and not dense:
+                file.seek(length, os.SEEK_CUR)
+            else:
+                file.write(piece)
+            content += piece
+        file.truncate(len(content))
+    return content
+
+
+@settings(max_examples=60, deadline=None)
+@given(PIECES)
+def test_equal_contents_have_equal_digests_wherever_the_holes_are(tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[str, int]]) -> None:
+    folder = tmp_path_factory.mktemp("digest")
+    content = lay(folder / "sparse", pieces, dense=False)
+    lay(folder / "dense", pieces, dense=True)
+
+    assert sparse_digest(folder / "sparse") == sparse_digest(folder / "dense")
+    (folder / "longer").write_bytes(content + b"\0")
+    assert sparse_digest(folder / "longer") != sparse_digest(folder / "dense")
+
+
+@settings(max_examples=60, deadline=None)
+@given(PIECES, st.data())
+def test_any_changed_byte_changes_the_digest(tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[str, int]], data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("digest") / "file"
+    content = lay(path, [*pieces, ("data", 1)], dense=False)
+    before = sparse_digest(path)
+    at = data.draw(st.integers(0, len(content) - 1))
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([content[at] ^ data.draw(st.integers(1, 255))]))
+
+    assert sparse_digest(path) != before
+
+
+@settings(max_examples=60, deadline=None)
+@given(PIECES)
+def test_a_sparse_copy_has_the_same_content_and_no_more_blocks(tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[str, int]]) -> None:
+    folder = tmp_path_factory.mktemp("copy")
+    content = lay(folder / "source", pieces, dense=True)
+    with (folder / "source").open("rb") as source, (folder / "copy").open("wb") as target:
+        copy_sparse(source.fileno(), target.fileno())
+
+    assert (folder / "copy").read_bytes() == content
+    assert size_on_disk(folder / "copy") <= size_on_disk(folder / "source")
+
+
+def test_a_sparse_copy_of_a_file_of_many_gibibytes_of_nothing_takes_no_disk(tmp_path: Path) -> None:
+    with (tmp_path / "big").open("wb") as big, (tmp_path / "copy").open("wb") as target:
+        big.truncate(64 << 30)
+        os.pwrite(big.fileno(), b"x", 40 << 30)
+        with (tmp_path / "big").open("rb") as source:
+            copy_sparse(source.fileno(), target.fileno())
+
+    assert (tmp_path / "copy").stat().st_size == 64 << 30
+    assert size_on_disk(tmp_path / "copy") <= 1 << 20
+    assert sparse_digest(tmp_path / "copy") == sparse_digest(tmp_path / "big")
+
+
+def test_polling_returns_the_first_answer_and_stops_asking() -> None:
+    answers = iter([None, False, "yes", "no"])
+
+    assert Deadline(30).poll(lambda: next(answers), every=0.001) == "yes"
+    assert next(answers) == "no"
+
+
+@pytest.mark.parametrize("answer", [0, "", []])
+def test_an_answer_that_is_empty_is_still_an_answer(answer: object) -> None:
+    assert Deadline(30).poll(lambda: answer) is answer
+
+
+def test_polling_asks_at_least_once_even_when_the_time_is_over_and_once_more_at_the_end() -> None:
+    asked: list[float] = []
+    late = Deadline(0)
+    assert late.poll(lambda: asked.append(1)) is None
+    assert len(asked) == 1
+
+    deadline = Deadline(0.05)
+    assert deadline.poll(lambda: asked.append(deadline.remaining), every=10) is None
+    assert asked[-1] == 0.0
+    assert deadline.expired
+
+
+def test_pauses_grow_from_the_first_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    answers = iter([None] * 6 + [True])
+    assert Deadline(1000).poll(lambda: next(answers), every=0.2, first=0.1)
+
+    assert pauses == pytest.approx([0.1, 0.15, 0.2, 0.2, 0.2, 0.2])
+
+
+def test_a_file_keeps_its_old_content_when_writing_the_new_one_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="in the middle"), atomic_file(path) as file:
+        file.write(b"new")
+        raise RuntimeError("in the middle")
+
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_gets_its_name_mode_and_content_at_the_end_and_the_umask_takes_nothing_private_away(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(private_dir(tmp_path / "a" / "b").stat().st_mode) == 0o700
+
+
+READER = """
+import sys
+seen = set()
+while True:
+    text = open(sys.argv[1], "rb").read()
+    assert len(text) == 100_000 and len(set(text)) == 1, f"torn: {len(text)} {set(text)}"
+    seen.add(text[0])
+    if text[0] == ord("z"):
+        break
+print(len(seen))
+"""
+
+
+def test_another_process_never_reads_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 100_000)
+    reader = subprocess.Popen([sys.executable, "-c", READER, path], stdout=subprocess.PIPE, text=True)
+    try:
+        for number in range(150):
+            with atomic_file(path) as file:
+                for _ in range(10):
+                    file.write(bytes([ord("a") + number % 20]) * 10_000)
+                    file.flush()
+        with atomic_file(path) as file:
+            file.write(b"z" * 100_000)
+        output, _ = reader.communicate(timeout=30)
+    finally:
+        reader.kill()
+        reader.wait()
+
+    assert reader.returncode == 0
+    assert int(output) > 1
+
+
+def test_a_tool_that_takes_too_long_is_killed_and_what_it_printed_is_kept(tmp_path: Path) -> None:
+    script = tmp_path / "tool"
+    script.write_text("#!/bin/sh\necho $$\nexec sleep 600\n")
+    script.chmod(0o700)
+    ended = run_tool([script], timeout=1)
+
+    assert ended.returncode is None
+    assert not ended.ok
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ended.output), 0)
+
+
+def test_a_tool_that_leaves_a_child_holding_its_output_does_not_keep_us_waiting(tmp_path: Path) -> None:
+    script = tmp_path / "tool"
+    script.write_text("#!/bin/sh\nsleep 20 &\necho $!\nsleep 600\n")
+    script.chmod(0o700)
+    began = time.monotonic()
+    ended = run_tool([script], timeout=1)
+    took = time.monotonic() - began
+    os.kill(int(ended.output), signal.SIGKILL)
+
+    assert ended.returncode is None
+    assert took < 15
+
+
+def test_a_tool_is_given_its_words_as_they_are_and_its_status_never_raises() -> None:
+    assert run_tool(["printf", "%s|", "a b", "$HOME", "", "*"], timeout=10).output == "a b|$HOME||*|"
+    assert run_tool(["sh", "-c", "echo oops >&2; exit 3"], timeout=10).returncode == 3
+    assert run_tool(["sh", "-c", "kill -9 $$"], timeout=10).returncode == -9
+    assert run_tool(["cat"], timeout=10).ok
+    assert run_tool(["printf", "\\377"], timeout=10).output == "\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(FileNotFoundError):
+        run_tool(["/nowhere/at/all"], timeout=1)

@@ -1,0 +1,297 @@
+"""What the vm mark's keywords come to: checked values, layers, and keys that depend on what matters and on nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_vmbottle import Layer, Machine, MachineSpec, SpecError, layer
+from pytest_vmbottle._os import format_size, parse_size
+from pytest_vmbottle.spec import SIGNATURE, check_keywords, digest, host_arch
+
+WORDS = st.text("abcdefgh", min_size=1, max_size=6)
+
+
+@layer("debian-12", cpus=2, memory="2G", env={"A": "layer"}, packages=["nginx"])
+def web(vm: Machine) -> None:
+    vm.exec("true")
+
+
+@layer(web, cpus=3)
+def shop(vm: Machine) -> None:
+    vm.exec("true")
+
+
+def load(path: Path, text: str, **keywords: str) -> Layer:
+    """The layer `made` of a module with this text."""
+    path.write_text(f"from pytest_vmbottle import layer\n{text}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    vars(module).update(keywords)
+    exec(compile(path.read_text(), str(path), "exec"), vars(module))  # noqa: S102 - our own text
+    made = module.made
+    assert isinstance(made, Layer)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", 512 << 20), ("2G", 2 << 30), ("1.5GiB", 3 << 29), ("64k", 64 << 10), (" 1 T ", 1 << 40), ("100", 100), (4096, 4096), ("8MB", 8 << 20)],
+)
+def test_a_size_is_a_number_of_bytes_or_has_a_unit_of_1024(text: int | str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "1X", "-1G", "0", 0, -5, True, None, 1.5, "1,5G", "1e9", "٣G", "1G1M", "inf", "nan"])
+def test_what_is_no_size_is_refused_with_an_example(text: Any) -> None:
+    with pytest.raises(SpecError, match="is not a size"):
+        parse_size(text)
+
+
+@given(st.integers(1, 1 << 44))
+def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: int) -> None:
+    assert parse_size(format_size(size).replace(" ", "")) == pytest.approx(size, rel=0.1, abs=1)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"name": ""},
+        {"name": "1st"},
+        {"name": "a b"},
+        {"name": "ä"},
+        {"name": "x" * 80},
+        {"name": 5},
+        {"name": "a\n"},
+        {"backend": None},
+        {"backend": "../x"},
+        {"arch": 64},
+        {"arch": "riscv64"},
+        {"cpus": 0},
+        {"cpus": 65},
+        {"cpus": "2"},
+        {"cpus": True},
+        {"cpus": 1.0},
+        {"memory": "lots"},
+        {"memory": 0},
+        {"memory": None},
+        {"memory": 512},
+        {"memory": "8M"},
+        {"disk": "-1G"},
+        {"disk": True},
+        {"network": "lan0"},
+        {"network": 1},
+        {"network": None},
+        {"ports": 80},
+        {"ports": "80"},
+        {"ports": [0]},
+        {"ports": [65536]},
+        {"ports": ["80"]},
+        {"ports": [True]},
+        {"packages": "nginx"},
+        {"packages": [""]},
+        {"packages": [1]},
+        {"packages": ["a\0b"]},
+        {"files": ["/etc/x"]},
+        {"files": {"etc/x": ""}},
+        {"files": {"/etc/../x": ""}},
+        {"files": {"/etc/x": 5}},
+        {"files": {"/etc/\0": ""}},
+        {"run": "true"},
+        {"run": [None]},
+        {"user_data": "packages: []"},
+        {"user_data": 5},
+        {"env": {"1A": "x"}},
+        {"env": {"A": 1}},
+        {"env": {"A": "\0"}},
+        {"env": "A=1"},
+        {"env": {"A\n": "x"}},
+        {"user": "Root"},
+        {"user": ""},
+        {"user": "root\n"},
+        {"fresh": "never"},
+        {"fresh": None},
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"timeout": float("nan")},
+        {"timeout": "60"},
+        {"timeout": True},
+    ],
+    ids=repr,
+)
+def test_a_value_that_makes_no_sense_is_refused_with_its_keyword_and_the_signature(keywords: dict[str, Any]) -> None:
+    (keyword,) = keywords
+    with pytest.raises(SpecError) as caught:
+        check_keywords(keywords)
+    first, *rest = str(caught.value).splitlines()
+    assert first.startswith(f"{keyword}=")
+    assert rest == [f"  the signature is {SIGNATURE}"]
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("cpu", "cpus"), ("mem", None), ("memroy", "memory"), ("userdata", "user_data"), ("zzz", None)])
+def test_an_unknown_keyword_is_answered_with_the_one_that_was_meant(wrong: str, meant: str | None) -> None:
+    with pytest.raises(SpecError, match=f"^unknown keyword '{wrong}'") as caught:
+        check_keywords({wrong: 1})
+    assert (f"did you mean {meant!r}?" in str(caught.value)) is (meant is not None)
+    assert SIGNATURE in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["", None, 5, ["debian-12"], b"debian-12"])
+def test_a_source_that_is_neither_image_nor_path_nor_layer_is_refused(source: Any) -> None:
+    with pytest.raises(SpecError, match="takes the name of an image"):
+        MachineSpec(source=source)
+
+
+def test_a_layer_refuses_a_wrong_keyword_where_it_is_defined() -> None:
+    with pytest.raises(SpecError, match=re.escape("did you mean 'memory'?\n  the signature is layer(source, *, depends=")):
+        layer("debian-12", memmory="1G")
+
+
+def test_private_networks_and_other_architectures_are_not_there_yet() -> None:
+    with pytest.raises(SpecError, match="private networks cannot be made yet"):
+        MachineSpec(source="debian-12", network="lan")
+    with pytest.raises(SpecError, match="cannot be run yet"):
+        MachineSpec(source="debian-12", arch="s390x")
+    assert MachineSpec(source="debian-12").arch == host_arch()
+
+
+def test_memory_is_whole_mebibytes_because_nothing_else_fits_the_machine() -> None:
+    assert MachineSpec(source="debian-12", memory="1.3G").memory == 1332 << 20
+    assert MachineSpec(source="debian-12", memory=(64 << 20) + 1).memory == 65 << 20
+
+
+def test_a_layers_keywords_are_defaults_for_machines_poured_from_it_and_the_marks_win() -> None:
+    plain = MachineSpec.resolve(shop, {}, defaults={"cpus": 9, "user": "joe", "memory": "8G"})
+    marked = MachineSpec.resolve(shop, {"cpus": 4, "env": {"B": "mark"}})
+
+    assert (plain.cpus, plain.memory, plain.user, plain.env) == (3, 2 << 30, "joe", (("A", "layer"),))
+    assert (marked.cpus, marked.memory, marked.env) == (4, 2 << 30, (("B", "mark"),))
+
+
+def test_what_a_layer_prepares_is_done_by_its_step_and_not_again_for_the_machine() -> None:
+    spec = MachineSpec.resolve(shop, {"run": ["true"]})
+
+    assert spec.packages == ()
+    assert [step.name for step in spec.steps] == ["web", "shop", "prepared"]
+    assert spec.image == "debian-12"
+    assert [step.name for step in MachineSpec.resolve(shop, {}).steps] == ["web", "shop"]
+
+
+def test_packages_are_installed_with_the_network_on_and_the_machine_itself_keeps_it_off() -> None:
+    spec = MachineSpec(source="debian-12", packages=["nginx"])
+
+    assert spec.network is False
+    assert spec.steps[-1].keywords["network"] is True
+
+
+KEYWORDS = {
+    "cpus": 2,
+    "memory": "2G",
+    "ports": [80, 443],
+    "env": {"A": "1", "B": "2", "C": "3"},
+    "files": {"/a": "1", "/b": b"2", "/c": "3"},
+    "user_data": {"a": {"x": 1, "y": 2}, "b": 2},
+    "run": ["true"],
+    "user": "joe",
+}
+
+
+@given(st.permutations(list(KEYWORDS)), st.permutations(["A", "B", "C"]), st.permutations(["/a", "/b", "/c"]), st.permutations(["a", "b"]))
+def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(keys: list[str], env: list[str], files: list[str], data: list[str]) -> None:
+    reordered: dict[str, Any] = {key: KEYWORDS[key] for key in keys}
+    for key, order in (("env", env), ("files", files), ("user_data", data)):
+        reordered[key] = {inner: reordered[key][inner] for inner in order}
+    one, other = (MachineSpec.resolve("debian-12", keywords) for keywords in (KEYWORDS, reordered))
+
+    assert one.identity() == other.identity()
+    assert one.boot_digest() == other.boot_digest()
+
+
+@pytest.mark.parametrize("keyword", ["cpus", "memory", "ports", "env", "files", "user_data", "run", "user"])
+def test_every_keyword_counts_in_the_identity_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
+    bare = MachineSpec.resolve("debian-12", {})
+    changed = MachineSpec.resolve("debian-12", {keyword: KEYWORDS[keyword]})
+
+    assert changed.identity() != bare.identity()
+    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "memory", "user_data"})
+
+
+@given(st.dictionaries(WORDS, WORDS), st.randoms())
+def test_a_digest_depends_on_what_a_mapping_holds_and_not_on_its_order(mapping: dict[str, str], random: Any) -> None:
+    items = list(mapping.items())
+    random.shuffle(items)
+
+    assert digest(dict(items)) == digest(mapping)
+    assert digest({**mapping, "another": "entry"}) != digest(mapping)
+
+
+def test_parts_of_a_digest_do_not_run_together() -> None:
+    assert len({digest("ab", "c"), digest("a", "bc"), digest("abc"), digest(["ab", "c"]), digest("abc", "")}) == 5
+
+
+BODY = "@layer('debian-12'{more})\ndef made(vm):\n    vm.exec({command!r})\n"
+
+
+def test_a_layer_is_another_when_its_functions_source_changes_and_the_same_in_another_file(tmp_path: Path) -> None:
+    first = load(tmp_path / "one.py", BODY.format(more="", command="true"))
+    same = load(tmp_path / "two.py", "\n\n" + BODY.format(more="", command="true"))
+    changed = load(tmp_path / "three.py", BODY.format(more="", command="false"))
+
+    assert first.recipe() == same.recipe()
+    assert first.recipe() != changed.recipe()
+
+
+def test_a_layer_is_another_when_its_version_changes(tmp_path: Path) -> None:
+    recipes = {load(tmp_path / f"v{n}.py", BODY.format(more=f", version={n}", command="true")).recipe() for n in range(3)}
+
+    assert len(recipes) == 3
+
+
+def test_a_layer_is_another_when_a_file_it_depends_on_changes_and_paths_are_seen_from_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "a").write_text("1")
+    made = load(tmp_path / "one.py", BODY.format(more=", depends=['conf']", command="true"))
+    before = made.recipe()
+    assert made.recipe() == before
+
+    (tmp_path / "conf" / "a").write_text("2")
+    changed = made.recipe()
+    (tmp_path / "conf" / "b").write_text("")
+    added = made.recipe()
+    (tmp_path / "conf" / "b").rename(tmp_path / "conf" / "c")
+
+    assert len({before, changed, added, made.recipe()}) == 4
+
+
+def test_a_layer_is_another_when_a_local_file_that_it_writes_changes(tmp_path: Path) -> None:
+    (tmp_path / "local").write_text("1")
+    made = Layer(source="debian-12", function=None, keywords={"files": {"/etc/x": tmp_path / "local"}})
+    before = made.recipe()
+    (tmp_path / "local").write_text("2")
+
+    assert made.recipe() != before
+
+
+def test_a_file_that_a_layer_depends_on_and_that_is_not_there_is_told(tmp_path: Path) -> None:
+    made = load(tmp_path / "one.py", BODY.format(more=", depends=['nowhere']", command="true"))
+
+    with pytest.raises(SpecError, match="nowhere cannot be read: No such file or directory"):
+        made.recipe()
+
+
+def test_a_layer_without_a_source_text_is_told() -> None:
+    space: dict[str, Any] = {}
+    exec("def made(vm): pass", space)  # noqa: S102 - a function that is in no file
+
+    with pytest.raises(SpecError, match="the source text of the layer made cannot be read"):
+        Layer(source="debian-12", function=space["made"], name="made").recipe()
