@@ -66,14 +66,10 @@ def format_size(size: int) -> str:
     >>> format_size(1536 << 20)
     '1.5 GiB'
     """
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:  # noqa: PLR2004 - the step from one unit to the next
-            break
-        amount /= 1024
-    else:
-        unit = "TiB"
-    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"  # noqa: PLR2004
+    power = min((size.bit_length() - 1) // 10, 4) if size else 0
+    amount = size / (1 << 10 * power)
+    digits = 1 if power and amount < 10 else 0  # noqa: PLR2004 - two figures are enough
+    return f"{amount:.{digits}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 @attrs.frozen
@@ -104,7 +100,8 @@ class Deadline:
     def poll(self, check: Callable[[], _T | None], *, every: float = 0.1, first: float | None = None) -> _T | None:
         """Calls `check` until it returns something true; returns that, or None at the end.
 
-        The pause grows from `first` (default: `every`) by half each time, up to `every`. The check is always called at least once, and once more at the deadline.
+        The pause grows from `first` (default: `every`) by half each time, up to `every`. The check is always called at least once, and once
+        more at the deadline.
         """
         pause = every if first is None else first
         while True:
@@ -149,7 +146,10 @@ def sync_dir(path: Path) -> None:
 
 def private_dir(path: Path) -> Path:
     """Makes a folder, and its parents, that only this user can enter; returns it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.is_dir():
+        if path.parent != path:
+            private_dir(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 

@@ -71,10 +71,7 @@ class _Reader:
         path = self._root.joinpath(*parts)
         if member.size < 0:  # the library would read on at an earlier place, for ever (CVE-2025-8194)
             raise Refused(f"{member.name!r} has no size")
-        if parts[:-1] not in self._modes:
-            raise Refused(f"{member.name!r} comes without the folder it is in")
-        if os.path.lexists(path):
-            raise Refused(f"{member.name!r} is there twice")
+        self._check_place(member.name, parts, path)
         if member.isdir():
             path.mkdir(mode=0o700)
             self._modes[parts] = member.mode & 0o777
@@ -84,12 +81,21 @@ class _Reader:
         elif member.issym() and member.linkname:
             path.symlink_to(member.linkname)
         elif member.islnk():
-            target = _parts(member.linkname)
-            if target not in self._files:
-                raise Refused(f"{member.name!r} is a hard link to something that is not in it")
-            os.link(self._root.joinpath(*target), path, follow_symlinks=False)
+            self._link(member, path)
         else:
             raise Refused(f"{member.name!r} is neither a file nor a folder nor a link")
+
+    def _check_place(self, name: str, parts: tuple[str, ...], path: Path) -> None:
+        if parts[:-1] not in self._modes:
+            raise Refused(f"{name!r} comes without the folder it is in")
+        if os.path.lexists(path):
+            raise Refused(f"{name!r} is there twice")
+
+    def _link(self, member: tarfile.TarInfo, path: Path) -> None:
+        target = _parts(member.linkname)
+        if target not in self._files:
+            raise Refused(f"{member.name!r} is a hard link to something that is not in it")
+        os.link(self._root.joinpath(*target), path, follow_symlinks=False)
 
     def _write(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
         content = tar.extractfile(member)
@@ -98,6 +104,7 @@ class _Reader:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "wb") as file:
             shutil.copyfileobj(content, file, 1 << 20)
+            file.flush()  # a write after it would change the time again
             os.fchmod(file.fileno(), member.mode & 0o777)
             os.utime(file.fileno(), (member.mtime, member.mtime))
 

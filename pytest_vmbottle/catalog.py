@@ -105,7 +105,10 @@ class Catalog:
     def rundir(self, machine_id: str) -> Iterator[Path]:
         """A private folder for one machine, gone at the end of the block; its parent says which process it belongs to."""
         with self._owning:
-            if self._owner is None or self._owner.pid != os.getpid():
+            if self._owner is not None and self._owner.pid != os.getpid():
+                self._owner.close()
+                self._owner = None
+            if self._owner is None:
                 self._owner = _Owner(private_dir(self.root / "run"))
             folder = self._owner.folder / machine_id
         private_dir(folder)
@@ -113,6 +116,13 @@ class Catalog:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes this process's folder of machines, which must have ended; may be called again, and the catalog can still be used."""
+        with self._owning:
+            if self._owner is not None:
+                self._owner.close()
+                self._owner = None
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -160,11 +170,11 @@ class Catalog:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Out of sight first: nobody finds half a pack.
             shutil.rmtree(self.quarantine(pack))
-            return True
         except BlockingIOError:
             return False
         finally:
             os.close(fd)
+        return True
 
     def lease(self, pack: Path) -> int:
         """Holds a pack so that it is not removed; returns the descriptor whose closing ends the hold, as the end of the process does.
@@ -193,6 +203,7 @@ class Catalog:
             return False
         finally:
             os.close(fd)
+        return True
 
     def sweep(self) -> int:
         """Removes the folders of machines whose process is dead, which its lock proves; returns how many processes that were."""
@@ -212,10 +223,19 @@ class _Owner:
 
     def __init__(self, run: Path) -> None:
         self.pid = os.getpid()
-        name = f"{self.pid}-{secrets.token_hex(6)}"
-        self._file = (run / f"{name}.lock").open("wb")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self.folder = private_dir(run / name)
+        self.folder = run / f"{self.pid}-{secrets.token_hex(6)}"
+        self._lock = self.folder.with_suffix(".lock")
+        # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
+        self._fd = os.open(self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        private_dir(self.folder)
+
+    def close(self) -> None:
+        """Removes folder and lock; in a forked child only gives up its copy of the hold on them."""
+        if self.pid == os.getpid():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.unlink(missing_ok=True)
+        os.close(self._fd)
 
 
 def _who(holder: Path) -> str:
@@ -239,11 +259,15 @@ def _check(root: Path) -> None:
         raise CatalogError(f"the catalog {root} cannot be made: {error.strerror}; {hint}") from error
     if not stat.S_ISDIR(status.st_mode):
         raise CatalogError(f"the catalog {root} is not a folder: {hint}")
+    _check_ours(root, status, hint)
+    if host.is_network_file_system(root):
+        raise CatalogError(f"the catalog {root} lies on a network file system ({host.file_system(root)}), where locks do not hold: {hint}")
+
+
+def _check_ours(root: Path, status: os.stat_result, hint: str) -> None:
     if status.st_uid != os.geteuid():
         raise CatalogError(f"the catalog {root} belongs to user {status.st_uid}: it cannot be shared between users; {hint}")
     if stat.S_IMODE(status.st_mode) & 0o077:
         root.chmod(0o700)
     if not os.access(root, os.W_OK | os.X_OK):
         raise CatalogError(f"the catalog {root} cannot be written: {hint}")
-    if host.is_network_file_system(root):
-        raise CatalogError(f"the catalog {root} lies on a network file system ({host.file_system(root)}), where locks do not hold: {hint}")

@@ -42,6 +42,11 @@ elif [ -e "$path" ]; then chmod "$(stat -c %a "$path")" "$new"; chown "$(stat -c
 else chmod "$(printf '%o' $((0666 & ~$(umask))))" "$new"; fi && mv -f "$new" "$path"
 """
 _LIST = '[ -e "$1" ] || exit 101; [ -d "$1" ] || exit 103; exec find "$1/" -mindepth 1 -maxdepth 1 -print0'
+_MKDIR = """
+[ -d "$1" ] && [ -n "$2" ] && exit 0; [ -e "$1" ] && exit 104
+[ -n "$3" ] && mkdir -p -- "${1%/*}/"
+exec mkdir -m "$4" -- "$1"
+"""
 _UNLINK = '[ -e "$1" ] || [ -L "$1" ] || exit 101; [ -d "$1" ] && [ ! -L "$1" ] && exit 102; exec rm -f -- "$1"'
 
 
@@ -166,9 +171,8 @@ class GuestPath:
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.mkdir` does.
         """
-        script = '[ -d "$1" ] && [ -n "$2" ] && exit 0; [ -e "$1" ] && exit 104; [ -n "$3" ] && mkdir -p -- "${1%/*}/"; exec mkdir -m "$4" -- "$1"'
         bits = f"{mode & ~0o022:o}"
-        raise_for(self._shell.script(script, str(self), "1" if exist_ok else "", "1" if parents else "", bits), self)
+        raise_for(self._shell.script(_MKDIR, str(self), "1" if exist_ok else "", "1" if parents else "", bits), self)
 
     def iterdir(self) -> Iterator[GuestPath]:
         """What is in the folder, in no particular order.

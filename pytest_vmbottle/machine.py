@@ -201,13 +201,16 @@ class Machine:
         if callable(check):
             return self._wait(check, f"{getattr(check, '__name__', 'the condition')} to come true", timeout, every)
         command = check
-        last: list[Result] = []
+        answers: list[Result] = []
 
         def succeeds() -> Result | None:
-            last[:] = [self.exec(command, check=False)]
-            return last[0] if last[0].ok else None
+            answers[:] = [self.exec(command, check=False)]
+            return answers[0] if answers[0].ok else None
 
-        return self._wait(succeeds, f"{command!r} to succeed", timeout, every, lambda: last[0].describe())
+        def last() -> str:
+            return answers[0].describe()
+
+        return self._wait(succeeds, f"{command!r} to succeed", timeout, every, last)
 
     def wait_for_unit(self, unit: str, *, timeout: float = 60) -> None:
         """Waits until a systemd unit is active.
@@ -227,7 +230,7 @@ class Machine:
                 raise self._hopeless(unit, state)
             return state.get("ActiveState") == "active"
 
-        self._wait(active, f"the unit {unit} to be active", timeout, 0.25, lambda: str(state))
+        self._wait(active, f"the unit {unit} to be active", timeout, 0.25, state.__str__)
 
     def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
         journal = self.exec(["journalctl", "--no-pager", "-n", "20", "-u", unit], check=False).stdout
@@ -300,7 +303,7 @@ def _check_words(words: Sequence[str]) -> None:
         except UnicodeEncodeError:
             raise ValueError(f"{word[:80]!r} is not text: a command takes what UTF-8 can write") from None
     if total > _MAX_COMMAND:
-        raise ValueError(f"the command has {total} bytes, more than {_MAX_COMMAND}: write it to a file with vm.path(...).write_text, or use input=")
+        raise ValueError(f"the command has {total} bytes, more than {_MAX_COMMAND}: write it to a file with vm.path(), or use input=")
 
 
 def _result(argv: tuple[str, ...], finished: Finished, duration: float) -> Result:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.machine import Machine
-    from pytest_vmbottle.provision import Provisioner, Tally
+    from pytest_vmbottle.provision import Provisioner
 
 _SHARED = ("session_vm", "module_vm", "class_vm")
 _FIXTURES = (*_SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
@@ -223,7 +223,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuses wrong marks, all of them at once, before anything runs."""
-    problems = {}
+    problems: dict[str, None] = {}
     for item in items:
         if item.get_closest_marker("vm") is not None:
             try:
@@ -284,7 +284,7 @@ class _Session:
     @property
     def catalog(self) -> Catalog:
         # Imported here and not above: a suite without machines pays nothing for what they need (psutil, paramiko, asyncio).
-        from pytest_vmbottle.catalog import Catalog, default_root  # noqa: PLC0415
+        from pytest_vmbottle.catalog import Catalog, default_root
 
         if self._catalog is None:
             given = _option(self._config, "catalog")
@@ -293,7 +293,7 @@ class _Session:
 
     def provisioner(self, wanted: str) -> Provisioner:
         """What gives out machines of a backend; `"auto"` is what the option says, and by default QEMU."""
-        from pytest_vmbottle.provision import Provisioner, Settings  # noqa: PLC0415
+        from pytest_vmbottle.provision import Provisioner, Settings
 
         asked = _option(self._config, "backend") if wanted == "auto" else wanted
         name = "qemu" if asked == "auto" else asked
@@ -339,6 +339,8 @@ class _Session:
             self.tallies.append(attrs.asdict(provisioner.tally))
             self.told.setdefault(self.describe_host())
         self._provisioners.clear()
+        if self._catalog is not None:
+            self._catalog.close()
 
 
 _SESSION: pytest.StashKey[_Session] = pytest.StashKey()
@@ -349,8 +351,8 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
     """Makes QEMU's backend."""
     if name != "qemu":
         return None
-    from pytest_vmbottle.backend import PackKind  # noqa: PLC0415
-    from pytest_vmbottle.backends.qemu import QemuBackend  # noqa: PLC0415
+    from pytest_vmbottle.backend import PackKind
+    from pytest_vmbottle.backends.qemu import QemuBackend
 
     kind = _option(config, "pack")
     forced = None if kind == "auto" else PackKind(kind)
@@ -403,7 +405,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
-    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    report: pytest.TestReport = yield  # type: ignore[assignment]
     if call.when == "setup" and call.excinfo is not None and isinstance(call.excinfo.value, VMBottleError) and not item.config.option.fulltrace:
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     return report  # type: ignore[return-value]

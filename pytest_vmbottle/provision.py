@@ -153,7 +153,7 @@ class Provisioner:
     def _stopping(self, machine: Machine) -> None:
         try:
             self._settings.stopping(machine)
-        except Exception as error:  # noqa: BLE001 - a hook of somebody else's must not keep the machine alive
+        except Exception as error:
             self._settings.warn(f"a hook failed while the machine {machine.name!r} was being ended: {error!r}")
 
     @contextmanager
@@ -222,7 +222,7 @@ class Provisioner:
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
         image = self._image(spec)
         base = MachineSpec(source=spec.image, **_boots(spec))
-        key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.sha256, image.cmdline, spec.boot_digest(), self._backend.fingerprint(spec))
+        key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.key, spec.boot_digest(), self._backend.fingerprint(spec))
         plan = _Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
         for step in spec.steps:
             build = _build_spec(spec, step)
@@ -467,7 +467,8 @@ def _apply(step: Layer, machine: Machine) -> None:
         target.write_bytes(data)
     for script in step.keywords.get("run", ()):
         machine.exec(script, timeout=_BUILD_TIMEOUT)
-    step(machine)
+    if step.function is not None:
+        step.function(machine)
 
 
 def _await_boot(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:

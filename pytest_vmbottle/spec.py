@@ -243,11 +243,6 @@ class Layer:
         """
         return digest(_function_source(self), [_content_digest(path) for path in self.depends], self.version, _prepared(self.keywords))
 
-    def __call__(self, machine: Machine) -> None:
-        """Runs the preparation on a machine, as a plain call of the function would."""
-        if self.function is not None:
-            self.function(machine)
-
 
 def layer(
     source: str | Path | Layer, *, depends: Iterable[str | Path] = (), version: str | int = "", **keywords: Any

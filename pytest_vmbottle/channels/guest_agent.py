@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["AgentRefused", "GuestAgent"]
 
 _CHUNK = 1 << 20
-_SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")
+_SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")  # noqa: S108 - in the guest
 _GRACE = 10.0
 """Seconds that the agent itself may take over a reply, beyond what a command was given."""
 _MAX_REPLY = 8 * MAX_OUTPUT

@@ -66,7 +66,10 @@ def _on_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
 
 
 class _Transport(paramiko.Transport):
-    _channel_handler_table: ClassVar = {**paramiko.Transport._channel_handler_table, _MSG_CHANNEL_REQUEST: _on_request}  # type: ignore[attr-defined]
+    _channel_handler_table: ClassVar = {
+        **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]  # noqa: SLF001
+        _MSG_CHANNEL_REQUEST: _on_request,
+    }
 
 
 class _Head:
@@ -150,7 +153,7 @@ class SshChannel:
             self._ended(session, threads[1:], Deadline(_GRACE))
         status = session.exit_status
         session.close()
-        if not timed_out and not session.status_event.is_set() or (status == -1 and not self._transport.is_active()):
+        if (not timed_out and not session.status_event.is_set()) or (status == -1 and not self._transport.is_active()):
             self._alive()
             raise MachineDied("the SSH connection was lost while a command ran")
         return not_run(

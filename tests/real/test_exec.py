@@ -50,7 +50,12 @@ def test_both_streams_are_kept_apart(either: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("command", "status"),
-    [(["sh", "-c", "exit 3"], 3), (["sh", "-c", "exit 137"], 137), (["sh", "-c", "kill -KILL $$"], -9), (["sh", "-c", "kill -TERM $$"], -15)],
+    [
+        (["sh", "-c", "exit 3"], 3),
+        (["sh", "-c", "exit 137"], 137),
+        (["sh", "-c", "kill -KILL $$"], -9),
+        (["sh", "-c", "kill -TERM $$"], -15),
+    ],
 )
 def test_the_status_tells_an_exit_from_a_death_by_signal(either: Machine, command: list[str], status: int) -> None:
     assert either.exec(command, check=False).returncode == status

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.vm("debian-12")
 
 
 @pytest.fixture
-def place(either: Machine, request: pytest.FixtureRequest) -> str:
+def place(either: Machine) -> str:
     """A folder in the guest for one test."""
     return either.exec(["mktemp", "-d", "/root/t.XXXXXX"]).stdout.strip()
 

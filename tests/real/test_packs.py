@@ -62,7 +62,9 @@ def test_what_one_clone_does_no_other_sees(vm: Machine, vm_factory: Callable[...
 @pytest.mark.vm(prepared)
 def test_clones_are_not_rebooted_and_yet_never_give_the_same_random_bytes(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
     clones = [vm, *(vm_factory(prepared) for _ in range(2))]
-    look = "cat /proc/sys/kernel/random/boot_id; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; cat /proc/sys/kernel/random/uuid"
+    look = (
+        "cat /proc/sys/kernel/random/boot_id; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; cat /proc/sys/kernel/random/uuid"
+    )
     seen = [clone.exec(look).stdout.split() for clone in clones]
     boot_ids, random, uuids = ({each[column] for each in seen} for column in range(3))
     assert len(boot_ids) == 1
@@ -107,7 +109,9 @@ def test_a_guest_reaches_nothing_of_the_host_unless_its_network_is_opened(vm: Ma
         assert opened.exec(["python3", "-c", probe], check=False).returncode == 0
 
 
-@pytest.mark.vm("debian-12", files={"/etc/motd": "bottled\n", "/srv/bytes": b"\x00\xff"}, run=["echo ran > /root/ran"], env={"FROM": "the mark"})
+@pytest.mark.vm(
+    "debian-12", files={"/etc/motd": "bottled\n", "/srv/bytes": b"\x00\xff"}, run=["echo ran > /root/ran"], env={"FROM": "the mark"}
+)
 def test_files_and_commands_of_a_mark_are_done_beforehand(vm: Machine) -> None:
     assert vm.path("/etc/motd").read_text() == "bottled\n"
     assert vm.path("/srv/bytes").read_bytes() == b"\x00\xff"
@@ -135,7 +139,8 @@ def test_a_damaged_pack_is_refused_put_aside_and_built_again(vm_catalog: Catalog
 
 
 def _provisioner(catalog: Catalog, warned: list[str] | None = None, kind: PackKind | None = None) -> Provisioner:
-    settings = Settings(warn=[].append if warned is None else warned.append)
+    said: list[str] = [] if warned is None else warned
+    settings = Settings(warn=said.append)
     return Provisioner(catalog, QemuBackend(proofs=catalog.proofs, pack_kind=kind), name="qemu", settings=settings)
 
 

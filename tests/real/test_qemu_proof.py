@@ -10,7 +10,7 @@ import attrs
 import psutil
 import pytest
 
-from pytest_vmbottle.backends.qemu import proof
+from pytest_vmbottle.backends.qemu import firmware, proof
 from pytest_vmbottle.backends.qemu.command_line import KVM, TCG
 
 
@@ -97,7 +97,7 @@ def test_a_processor_that_qemu_does_not_know_is_told_in_its_words(qemu: Path, tm
 
 def test_wrong_results_do_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # x + x in the place of 3 * x
-    monkeypatch.setattr(proof, "_WORK", damaged(proof._WORK, "48 0f af c3", "48 01 c0 90"))
+    monkeypatch.setattr(proof, "WORK", damaged(firmware.WORK, "48 0f af c3", "48 01 c0 90"))
     verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
@@ -105,7 +105,7 @@ def test_wrong_results_do_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_interrupt_without_a_cause_does_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_WORK", damaged(proof._WORK, "0f 0b   ", "cd 99   "))
+    monkeypatch.setattr(proof, "WORK", damaged(firmware.WORK, "0f 0b   ", "cd 99   "))
     verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
@@ -114,7 +114,7 @@ def test_an_interrupt_without_a_cause_does_not_pass(qemu: Path, tmp_path: Path, 
 
 def test_a_guest_that_resets_itself_does_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # No interrupt table, so that the first exception is a triple fault.
-    monkeypatch.setattr(proof, "_interrupt_table", lambda _: b"")
+    monkeypatch.setattr(firmware, "_interrupt_table", lambda _: b"")
     verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
 
     assert not verdict.works

@@ -60,7 +60,7 @@ def sleeping(pytester: pytest.Pytester, tmp_path: Path, request: pytest.FixtureR
     extra = getattr(request, "param", [])
     run = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *extra], cwd=pytester.path, start_new_session=True)
     try:
-        written = Deadline(300).poll(lambda: flag.exists() and flag.read_text(), every=0.1)
+        written = Deadline(300).poll(lambda: flag.read_text() if flag.exists() else None, every=0.1)
         assert written, "the test did not begin"
         yield run, int(written)
     finally:
@@ -68,7 +68,9 @@ def sleeping(pytester: pytest.Pytester, tmp_path: Path, request: pytest.FixtureR
         run.wait()
 
 
-def test_killing_pytest_in_the_middle_of_a_test_leaves_no_machine(sleeping: tuple[subprocess.Popen[bytes], int], vm_catalog: Catalog) -> None:
+def test_killing_pytest_in_the_middle_of_a_test_leaves_no_machine(
+    sleeping: tuple[subprocess.Popen[bytes], int], vm_catalog: Catalog
+) -> None:
     run, machine = sleeping
     folders = list((vm_catalog.root / "run").glob(f"{run.pid}-*"))
     run.kill()
@@ -90,7 +92,10 @@ def test_ctrl_c_in_the_middle_of_a_test_leaves_nothing(sleeping: tuple[subproces
 def test_ctrl_c_while_a_machine_boots_leaves_nothing(pytester: pytest.Pytester, vm_catalog: Catalog, machines_of: Find) -> None:
     pytester.makepyfile('import pytest\n@pytest.mark.vm("debian-12", fresh="boot", name="interrupted")\ndef test_x(vm): pass\n')
     run = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], cwd=pytester.path, start_new_session=True)
-    mine = lambda: [pid for pid in machines_of(vm_catalog.root) if "interrupted" in Path(f"/proc/{pid}/cmdline").read_text()]  # noqa: E731
+
+    def mine() -> list[int]:
+        return [pid for pid in machines_of(vm_catalog.root) if "interrupted" in Path(f"/proc/{pid}/cmdline").read_text()]
+
     assert Deadline(120).poll(mine, every=0.1), "no machine was started"
     time.sleep(1)
     run.send_signal(signal.SIGINT)
@@ -133,11 +138,11 @@ def test_a_machine_that_dies_in_a_test_is_told_at_once_with_its_cause(pytester: 
 
 def test_two_workers_make_a_pack_once_and_each_uses_it(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
-        """
+        f"""
         import pytest
         from pytest_vmbottle import layer
 
-        @layer("debian-12", version="%s")
+        @layer("debian-12", version="{time.time_ns()}")
         def counted(vm):
             vm.path("/root/built").write_text("x")
 
@@ -146,7 +151,6 @@ def test_two_workers_make_a_pack_once_and_each_uses_it(pytester: pytest.Pytester
         def test_each(vm, number):
             assert vm.path("/root/built").read_text() == "x"
         """
-        % time.time_ns()
     )
     result = pytester.runpytest_subprocess("-n2", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=4)
@@ -239,7 +243,9 @@ def own_image(vm_catalog: Catalog, tmp_path: Path) -> Iterator[Callable[[str, st
         assert debian is not None
         disk = tmp_path / f"{name}.raw"
         # Another content, because the store goes by it: a small file system's beginning is enough for a kernel that never mounts it.
-        subprocess.run(["mke2fs", "-q", "-L", name, disk, "4M"], check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
+        subprocess.run(
+            ["mke2fs", "-q", "-L", name, disk, "4M"], check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        )
         store.add(disk, name=name, kernel=debian.kernel, initrd=debian.initrd, cmdline=cmdline)
         names.append(name)
 
@@ -286,7 +292,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
-def test_a_catalog_on_a_full_disk_is_told_and_nothing_half_made_is_left(pytester: pytest.Pytester, small_disk: Path, vm_catalog: Catalog) -> None:
+def test_a_catalog_on_a_full_disk_is_told_and_nothing_half_made_is_left(
+    pytester: pytest.Pytester, small_disk: Path, vm_catalog: Catalog
+) -> None:
     catalog = small_disk / "catalog"
     catalog.mkdir(mode=0o700)
     (catalog / "images").symlink_to(vm_catalog.images)

@@ -1,0 +1,236 @@
+"""The vm mark: how several of them become one machine, what a wrong one is answered with, and what shows in node ids."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Run = Callable[..., pytest.RunResult]
+
+
+def said(result: pytest.RunResult) -> str:
+    return result.stdout.str() + "\n" + result.stderr.str()
+
+
+def test_of_the_same_keyword_the_closest_mark_wins_from_the_function_down_to_the_ini_file(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makeini('[pytest]\nvm_defaults =\n    source = "debian-12"\n    cpus = 11\n    memory = "11M"\n    user = ini\n    timeout = 11\n'.replace("11M", "64M"))
+    run(
+        """
+        pytestmark = pytest.mark.vm(cpus=3, memory="192M", env={"FROM": "module"})
+
+        @pytest.mark.vm(cpus=4)
+        class TestIt:
+            @pytest.mark.vm(cpus=5, env={"FROM": "function"})
+            def test_function(self, vm):
+                assert (vm.spec.cpus, vm.spec.memory, dict(vm.spec.env)) == (5, 192 << 20, {"FROM": "function"})
+
+            def test_class(self, vm):
+                assert (vm.spec.cpus, dict(vm.spec.env)) == (4, {"FROM": "module"})
+
+        def test_module(vm):
+            assert (vm.spec.cpus, vm.spec.disk, vm.spec.user, vm.spec.timeout) == (3, 2 << 30, "fixture", 11)
+        """.replace("\n        ", "\n"),
+        conftest="""
+@pytest.fixture(scope="session")
+def vm_defaults(vm_defaults):
+    return {**vm_defaults, "cpus": 22, "user": "fixture", "disk": "2G"}
+""",
+        passed=3,
+    )
+
+
+def test_an_ini_value_need_not_be_quoted(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nvm_defaults =\n    source = debian-12\n    memory = 64M\n    cpus = 2\n    network = true\n    ports = [80]\n")
+    run(
+        "def test_it(vm):\n    assert (vm.spec.memory, vm.spec.cpus, vm.spec.network, vm.spec.ports) == (64 << 20, 2, True, (80,))\n",
+        passed=1,
+    )
+
+
+WRONG = {
+    "unknown keyword": ('"debian-12", cpu=2', "unknown keyword 'cpu'; did you mean 'cpus'?"),
+    "wrong type": ('"debian-12", cpus="2"', "cpus='2': takes a whole number from 1 to 64"),
+    "bad size": ('"debian-12", memory="lots"', "memory='lots': takes bytes above 0, or a string such as '512M' or '2G'"),
+    "private network": ('"debian-12", network="lan"', "network='lan': private networks cannot be made yet"),
+    "other architecture": ('"debian-12", arch="s390x"', "arch='s390x': guests of another architecture"),
+    "two sources": ('"debian-12", "debian-13"', "the vm mark takes one source, not 2"),
+    "source twice": ('"debian-12", source="debian-13"', "the source is given twice"),
+    "source of a wrong type": ("5", "source=5: takes the name of an image"),
+    "no source in the list": ("[]", "takes at least one source"),
+    "wrong source in the list": ('["debian-12", 5]', "source=5: takes the name of an image"),
+    "name of a wrong type": ('"debian-12", name=["a"]', "name=['a']: takes a letter"),
+}
+
+
+@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+def test_every_wrong_mark_is_a_usage_error_with_node_id_and_signature_before_anything_runs(
+    run: Run, pytester: pytest.Pytester, workers: tuple[str, ...]
+) -> None:
+    wrong = [f"@pytest.mark.vm({arguments})\ndef test_{number}(vm): pass\n" for number, (arguments, _) in enumerate(WRONG.values())]
+    right = "def test_right():\n    open('ran', 'w').close()\n"
+    result = run("\n".join([*wrong, right]), *workers, status=4)
+
+    assert "ERROR: wrong vm marks:" in said(result)
+    for number, (_, message) in enumerate(WRONG.values()):
+        assert len(re.findall(rf"^test_it.py::test_{number}: .*{re.escape(message)}", said(result), re.MULTILINE)) == 1, message
+        assert "  the signature is vm(source, *, name='vm'" in said(result)
+    assert "Traceback" not in said(result)
+    assert not (pytester.path / "ran").exists()
+
+
+def test_a_wrong_mark_is_told_even_where_the_test_uses_no_machine(run: Run) -> None:
+    result = run('@pytest.mark.vm("debian-12", cpuz=1)\ndef test_it(): pass\n', status=4)
+
+    assert "test_it.py::test_it: unknown keyword 'cpuz'; did you mean 'cpus'?" in said(result)
+
+
+def test_keywords_of_a_mark_and_of_its_layer_are_checked_together(run: Run) -> None:
+    result = run(
+        """
+@layer("debian-12", env={"A": "1"})
+def web(vm): pass
+
+@pytest.mark.vm(web, user="Not A User")
+def test_it(vm): pass
+""",
+        status=4,
+    )
+
+    assert "user='Not A User': takes the name of a user" in said(result)
+
+
+def test_a_layer_with_a_wrong_keyword_is_told_where_it_stands(run: Run) -> None:
+    result = run('@layer("debian-12", memmory="1G")\ndef web(vm): pass\ndef test_it(): pass\n', status=2)
+
+    assert re.search(r"unknown keyword 'memmory'; did you mean 'memory'\?", said(result))
+    assert "test_it.py" in said(result)
+
+
+def test_a_list_of_sources_makes_one_test_each_with_readable_ids_and_one_source_leaves_the_id_alone(run: Run, catalog: object) -> None:
+    result = run(
+        """
+@layer("debian-12")
+def web(vm): pass
+
+@pytest.mark.vm(["debian-12", web])
+def test_matrix(vm): pass
+
+@pytest.mark.vm(["debian-12", web])
+@pytest.mark.parametrize("n", [1, 2])
+def test_both(vm, n): pass
+
+@pytest.mark.vm([web])
+def test_list_of_one(vm): pass
+
+@pytest.mark.vm("debian-12")
+def test_single(vm): pass
+
+@pytest.mark.vm(["debian-12", web])
+@pytest.mark.vm("debian-12", name="db")
+def test_two(vms): pass
+
+@pytest.mark.vm(["debian-12", web])
+def test_shared(session_vm): pass
+""",
+        "--collect-only",
+        "-q",
+    )
+
+    ids = [line.partition("::")[2] for line in result.outlines if "::" in line]
+    assert sorted(ids) == sorted([
+        "test_matrix[debian-12]", "test_matrix[web]",
+        "test_both[debian-12-1]", "test_both[debian-12-2]", "test_both[web-1]", "test_both[web-2]",
+        "test_list_of_one", "test_single",
+        "test_two[debian-12-debian-12]", "test_two[debian-12-web]",
+        "test_shared[debian-12]", "test_shared[web]",
+    ])  # fmt: skip
+
+
+def test_each_source_of_a_list_gives_its_own_machine(run: Run) -> None:
+    run(
+        """
+@layer("debian-12", cpus=2)
+def web(vm): pass
+
+@pytest.mark.vm(["debian-12", web])
+def test_fresh(vm, request):
+    assert vm.spec.cpus == (2 if "web" in request.node.name else 1)
+
+@pytest.mark.vm(["debian-12", web])
+def test_shared(session_vm, request):
+    assert session_vm.spec.cpus == (2 if "web" in request.node.name else 1)
+""",
+        passed=4,
+    )
+
+
+def test_a_layer_is_found_by_its_name_in_the_module_and_in_the_conftests_above_the_closest_first(run: Run, pytester: pytest.Pytester) -> None:
+    sub = pytester.mkdir("sub")
+    aside = pytester.mkdir("aside")
+    for folder, user in ((sub, "sub"), (aside, "aside")):
+        (folder / "conftest.py").write_text(f'from pytest_vmbottle import layer\n@layer("debian-12", user="{user}")\ndef near(vm): pass\n')
+    (aside / "test_aside.py").write_text("def test_nothing(): pass\n")
+    (sub / "test_sub.py").write_text("""
+import pytest
+from pytest_vmbottle import layer
+
+@layer("debian-12", user="module")
+def own(vm): pass
+
+@pytest.mark.vm("own")
+def test_module(vm): assert vm.spec.user == "module"
+
+@pytest.mark.vm("near")
+def test_near(vm): assert vm.spec.user == "sub"
+
+@pytest.mark.vm("far")
+def test_far(vm): assert vm.spec.user == "root"
+
+@pytest.mark.vm("far")
+def test_shared(session_vm): assert session_vm.spec.steps[0].name == "far"
+
+def test_factory(vm_factory): assert vm_factory("near").spec.user == "sub"
+""")
+    run(
+        '@pytest.mark.vm("near")\ndef test_top(vm): assert vm.spec.user == "top"\n',
+        conftest='\n@layer("debian-12", user="top")\ndef near(vm): pass\n@layer("debian-12")\ndef far(vm): pass\n',
+        passed=7,
+    )
+
+
+def test_marks_with_several_names_make_several_machines(run: Run) -> None:
+    run(
+        """
+@pytest.mark.vm("debian-12", name="client")
+@pytest.mark.vm("debian-12", name="server", cpus=2)
+def test_two(vms):
+    assert sorted(vms) == ["client", "server"]
+    assert (vms["client"].name, vms["server"].spec.cpus, vms["client"].spec.cpus) == ("client", 2, 1)
+    assert vms["client"].id != vms["server"].id
+
+@pytest.mark.vm("debian-12")
+@pytest.mark.vm("debian-12", name="server")
+def test_main_and_another(vm, vms):
+    assert vms["vm"] is vm
+    assert len(vms) == 2
+
+@pytest.mark.vm("debian-12", name="box")
+def test_renamed(vm, vms):
+    assert vms == {"box": vm}
+    assert vm.name == "box"
+""",
+        passed=3,
+    )
+
+
+def test_tests_with_machines_are_selected_by_their_mark(run: Run) -> None:
+    text = '@pytest.mark.vm("debian-12")\ndef test_with(vm): pass\n\ndef test_without(): pass\n'
+    run(text, "-m", "vm", passed=1, deselected=1)
+    result = run(text, "-m", "not vm", passed=1, deselected=1)
+
+    assert "vmbottle:" not in said(result)

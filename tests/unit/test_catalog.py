@@ -1,0 +1,327 @@
+"""The shared directory, with real processes that fight for it, are killed, and leave things behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pytest_vmbottle import CatalogError
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.catalog import Catalog, default_root
+
+PRELUDE = """
+import sys, time, os
+from contextlib import ExitStack
+from pathlib import Path
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.catalog import Catalog
+catalog = Catalog(Path(sys.argv[1]))
+"""
+HOLD = PRELUDE + """
+with catalog.lock("thing", deadline=Deadline(30), waiting=lambda _: None):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+LIVE = PRELUDE + """
+with catalog.rundir("vm-1") as folder:
+    (folder / "overlay").write_text("x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+COUNT = PRELUDE + """
+counter = catalog.root / "counter"
+for _ in range(40):
+    with catalog.lock("counter", deadline=Deadline(60), waiting=lambda _: None):
+        value = int(counter.read_text())
+        time.sleep(0.001)
+        counter.write_text(str(value + 1))
+"""
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(tmp_path / "catalog")
+
+
+@contextlib.contextmanager
+def process(text: str, catalog: Catalog) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs this text and waits; killed at the end."""
+    running = subprocess.Popen([sys.executable, "-c", text, catalog.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def line(running: subprocess.Popen[str]) -> str:
+    assert running.stdout is not None
+    return running.stdout.readline().strip()
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_opening_a_catalog_makes_one_private_folder_and_nothing_in_it(catalog: Catalog) -> None:
+    assert stat.S_IMODE(catalog.root.stat().st_mode) == 0o700
+    assert list(catalog.root.iterdir()) == []
+
+
+def test_a_catalog_that_others_could_read_is_made_private(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    Catalog(tmp_path / "open")
+
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o700
+
+
+def test_a_symbolic_link_is_refused_as_catalog(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+
+    with pytest.raises(CatalogError, match=r"is a symbolic link: choose another folder with --vm-catalog or VMBOTTLE_CATALOG"):
+        Catalog(tmp_path / "link")
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_a_dangling_symbolic_link_is_refused_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+
+    with pytest.raises(CatalogError, match="is a symbolic link"):
+        Catalog(tmp_path / "link")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_is_refused_as_catalog_and_as_a_folder_above_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CatalogError, match="a file stands there: choose another"):
+            Catalog(root)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "theirs"
+    root.mkdir(mode=0o755)
+    os.chown(root, 12345, 12345)
+
+    with pytest.raises(CatalogError, match=r"belongs to user 12345: it cannot be shared between users; choose another"):
+        Catalog(root)
+    assert stat.S_IMODE(root.stat().st_mode) == 0o755
+
+
+def test_a_place_where_nothing_can_be_made_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"^the catalog /proc/vmbottle cannot be made: .*; choose another"):
+        Catalog(Path("/proc/vmbottle"))
+    with pytest.raises(CatalogError, match="cannot be made: File name too long"):
+        Catalog(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs", "9p"])
+def test_a_network_file_system_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    # Only the table of mounts is made up: a test cannot count on a server of each kind.
+    mounts = [psutil._ntuples.sdiskpart("/dev/root", "/", "ext4", "rw"), psutil._ntuples.sdiskpart("server:/", str(tmp_path), kind, "rw")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda *_args, **_keywords: mounts)
+
+    with pytest.raises(CatalogError, match=re.escape(f"lies on a network file system ({kind}), where locks do not hold")):
+        Catalog(tmp_path / "catalog")
+    Catalog(tmp_path.parent / f"{tmp_path.name}-local")
+
+
+def test_the_default_catalog_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    assert default_root() == tmp_path / "pytest-vmbottle"
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_hold_a_lock_together(catalog: Catalog) -> None:
+    (catalog.root / "counter").write_text("0")
+    with process(COUNT, catalog) as one, process(COUNT, catalog) as other:
+        assert (one.wait(60), other.wait(60)) == (0, 0)
+
+    assert (catalog.root / "counter").read_text() == "80"
+
+
+def test_the_lock_of_a_killed_process_goes_to_the_next(catalog: Catalog) -> None:
+    with process(HOLD, catalog) as holder:
+        assert line(holder) == "held"
+        with pytest.raises(CatalogError), catalog.lock("thing", deadline=Deadline(0), waiting=quiet):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        taken = []
+        with catalog.lock("thing", deadline=Deadline(10), waiting=taken.append):
+            taken.append("taken")
+
+    assert taken == ["taken"]
+
+
+def test_who_waits_in_vain_is_told_which_process_holds_the_lock(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_vmbottle.catalog._LONG_WAIT", 0.05)
+    told: list[str] = []
+    with process(HOLD, catalog) as holder:
+        assert line(holder) == "held"
+        with (
+            pytest.raises(CatalogError, match=rf"^thing was not to be had within 1 s: process {holder.pid} has been at it for \d+ s"),
+            catalog.lock("thing", deadline=Deadline(1), waiting=told.append),
+        ):
+            pass
+
+    assert len(told) == 1
+    assert told[0].startswith(f"waiting for thing: process {holder.pid} has been at it")
+
+
+def test_a_lock_is_free_again_when_its_block_fails_and_other_locks_are_not_in_the_way(catalog: Catalog) -> None:
+    with pytest.raises(RuntimeError), catalog.lock("thing", deadline=Deadline(1), waiting=quiet):
+        raise RuntimeError
+    with catalog.lock("thing", deadline=Deadline(0), waiting=quiet), catalog.lock("other", deadline=Deadline(0), waiting=quiet):
+        assert sorted(path.name for path in (catalog.root / "locks").glob("*.lock")) == ["other.lock", "thing.lock"]
+
+
+@pytest.mark.parametrize("record", [b"", b"{}", b"null", b"\xff", b'{"pid": "x", "since": 1}', b'{"pid": 1, "since": null}'])
+def test_a_damaged_record_of_the_holder_does_not_hide_that_the_lock_is_held(catalog: Catalog, record: bytes) -> None:
+    with process(HOLD, catalog) as holder:
+        assert line(holder) == "held"
+        (catalog.root / "locks" / "thing.holder").write_bytes(record)
+        with pytest.raises(CatalogError, match="another process is at it"), catalog.lock("thing", deadline=Deadline(0), waiting=quiet):
+            pass
+
+
+# -- the folders of machines ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_machines_folder_is_private_and_gone_at_the_end_even_after_a_failure(catalog: Catalog) -> None:
+    with pytest.raises(RuntimeError), catalog.rundir("vm-1") as folder:
+        (folder / "file").touch()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+        raise RuntimeError
+
+    assert not folder.exists()
+
+
+def test_sweeping_removes_what_a_killed_process_left_and_nothing_of_a_living_one(catalog: Catalog) -> None:
+    with process(LIVE, catalog) as living, process(LIVE, catalog) as dead, catalog.rundir("ours") as ours:
+        theirs, left = Path(line(living)), Path(line(dead))
+        assert catalog.sweep() == 0
+        dead.send_signal(signal.SIGKILL)
+        dead.wait()
+
+        assert catalog.sweep() == 1
+        assert not left.parent.exists()
+        assert not left.parent.with_suffix(".lock").exists()
+        assert (theirs / "overlay").read_text() == "x"
+        assert ours.is_dir()
+        assert catalog.sweep() == 0
+
+
+def test_a_forked_child_has_a_folder_of_its_own(catalog: Catalog) -> None:
+    with catalog.rundir("parent") as folder:
+        child = os.fork()
+        if child == 0:
+            with catalog.rundir("child") as own:
+                os._exit(0 if own.parent != folder.parent else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- packs -----------------------------------------------------------------------------------------------------------------------------
+
+
+def publish(catalog: Catalog, content: str, key: str = "key") -> Path:
+    with catalog.staging() as folder:
+        (folder / "disk").write_text(content)
+        return catalog.publish(folder, key)
+
+
+def test_a_published_pack_is_there_whole_and_its_building_place_is_gone(catalog: Catalog) -> None:
+    assert publish(catalog, "first") == catalog.packs / "key"
+
+    assert [(path.name, path.read_text()) for path in (catalog.packs / "key").iterdir()] == [("disk", "first")]
+    assert list(catalog.root.rglob("staging-*")) == []
+
+
+def test_publishing_over_an_existing_pack_keeps_that_one(catalog: Catalog) -> None:
+    publish(catalog, "first")
+
+    assert (publish(catalog, "second") / "disk").read_text() == "first"
+    assert list(catalog.root.rglob("staging-*")) == []
+
+
+def test_a_pack_that_could_not_be_built_leaves_nothing(catalog: Catalog) -> None:
+    with pytest.raises(RuntimeError), catalog.staging() as folder:
+        (folder / "disk").write_text("half")
+        raise RuntimeError
+
+    assert not folder.exists()
+    assert not catalog.packs.exists()
+
+
+def test_a_pack_that_is_held_is_not_discarded_unless_it_must(catalog: Catalog) -> None:
+    pack = publish(catalog, "x")
+    hold, other = catalog.lease(pack), catalog.lease(pack)
+    assert not catalog.discard(pack)
+    os.close(hold)
+    assert not catalog.discard(pack)
+    assert (pack / "disk").read_text() == "x"
+    os.close(other)
+
+    assert catalog.discard(pack)
+    assert not pack.exists()
+    again = publish(catalog, "y")
+    hold = catalog.lease(again)
+    assert catalog.discard(again, held=True)
+    assert not again.exists()
+    os.close(hold)
+
+
+def test_the_hold_of_a_killed_process_ends_with_it(catalog: Catalog) -> None:
+    pack = publish(catalog, "x")
+    with process(PRELUDE + "\nfd = catalog.lease(catalog.packs / 'key')\nprint('held', flush=True)\nsys.stdin.read()\n", catalog) as holder:
+        assert line(holder) == "held"
+        assert not catalog.discard(pack)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+
+        assert catalog.discard(pack)
+
+
+def test_a_pack_that_is_not_there_cannot_be_held_and_is_gone_already(catalog: Catalog) -> None:
+    with pytest.raises(CatalogError, match="the pack nothing was removed"):
+        catalog.lease(catalog.packs / "nothing")
+    assert catalog.discard(catalog.packs / "nothing")
+
+
+def test_what_is_damaged_is_moved_aside_and_kept_each_time_under_another_name(catalog: Catalog) -> None:
+    aside = [catalog.quarantine(publish(catalog, text)) for text in ("one", "two")]
+
+    assert [(path / "disk").read_text() for path in aside] == ["one", "two"]
+    assert not (catalog.packs / "key").exists()
+    assert {path.parent for path in aside} == {catalog.root / "quarantine"}
+
+
+def test_a_closed_catalog_has_no_trace_of_this_process_and_can_be_used_again(catalog: Catalog) -> None:
+    for _ in range(2):
+        with catalog.rundir("vm-1"):
+            pass
+        assert len(list((catalog.root / "run").iterdir())) == 2
+        catalog.close()
+        catalog.close()
+        assert list((catalog.root / "run").iterdir()) == []

@@ -1,0 +1,296 @@
+"""What the doctor says of hosts that lack something: search paths, limits and folders made for the purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+from pytest_vmbottle import doctor, host
+from pytest_vmbottle.doctor import Finding, State, can_run, examine
+from pytest_vmbottle.spec import host_arch
+
+QEMU = f"qemu-system-{host_arch()}"
+TOPICS = {
+    *("qemu", "qemu-img", "accelerator", "packs", "catalog", "disk space", "memory", "setpriv", "open files"),
+    *("mmdebstrap", "user namespaces", "archive keys"),
+}
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in the search path; it is empty."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+
+
+def findings(root: Path, accel: str = "auto") -> dict[str, Finding]:
+    return {finding.topic: finding for finding in examine(root, accel=accel)}
+
+
+def finding(topic: str, state: State) -> Finding:
+    return Finding(topic=topic, state=state, text="")
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_host_without_any_program_is_told_what_to_install(tmp_path: Path) -> None:
+    found = findings(tmp_path / "catalog")
+
+    assert set(found) == TOPICS
+    assert found["qemu"].state == found["qemu-img"].state == found["accelerator"].state == State.MISSING
+    assert QEMU in found["qemu"].text
+    assert found["qemu"].remedy == "sudo apt-get install qemu-system-x86 qemu-utils"
+    assert found["qemu-img"].remedy == "sudo apt-get install qemu-utils"
+    assert found["packs"].state is State.UNKNOWN
+    assert found["setpriv"].state is State.DEGRADED
+    assert found["setpriv"].remedy == "sudo apt-get install util-linux"
+    assert not can_run(found.values())
+
+
+@pytest.mark.usefixtures("programs")
+def test_missing_tools_for_building_images_do_not_keep_machines_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    found = findings(tmp_path / "catalog")
+
+    assert found["mmdebstrap"].state is State.DEGRADED
+    assert "no mmdebstrap and no mke2fs" in found["mmdebstrap"].text
+    assert "e2fsprogs mmdebstrap" in found["mmdebstrap"].remedy
+    assert can_run([found["mmdebstrap"], found["setpriv"], found["user namespaces"], found["archive keys"]])
+
+
+def test_a_qemu_for_other_processors_is_named(programs: Path, tmp_path: Path) -> None:
+    program(programs / "qemu-system-sparc64", "exit 1")
+    found = findings(tmp_path / "catalog")["qemu"]
+
+    assert found.state is State.MISSING
+    assert "qemu-system-sparc64" in found.text
+    assert found.details["others"] == ["qemu-system-sparc64"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("echo hello", "is not QEMU: asked for its version, it printed 'hello'"), ("exit 127", "ended with status 127")]
+)
+def test_a_program_that_is_not_qemu_is_missing(text: str, told: str, programs: Path, tmp_path: Path) -> None:
+    program(programs / QEMU, text)
+    program(programs / "qemu-img", "echo qemu-img version 99.1")
+    found = findings(tmp_path / "catalog")
+
+    assert found["qemu"].state is State.MISSING
+    assert told in found["qemu"].text
+    assert found["accelerator"].state is State.MISSING
+    assert found["qemu-img"].state is State.OK
+    assert found["qemu-img"].details["version"] == "qemu-img version 99.1"
+
+
+def test_what_qemu_was_built_without_is_found_by_asking_it(programs: Path, tmp_path: Path) -> None:
+    answers = {
+        "--version": "QEMU emulator version 99.1",
+        "-accel": "Accelerators supported in QEMU binary:\\ntcg\\nkvm",
+        "-device": 'Misc devices:\\nname "pvpanic-pci", bus PCI\\nname "virtio-rng-pci", bus PCI, alias "virtio-rng"',
+        "-netdev": "Available netdev backend types:\\nsocket\\nuser",
+    }
+    cases = "\n".join(f"{word}) printf '{answer}\\n' ;;" for word, answer in answers.items())
+    program(programs / QEMU, f'case "$1" in\n{cases}\nesac')
+    found = findings(tmp_path / "catalog")["qemu"]
+
+    assert found.state is State.MISSING
+    assert "vmgenid" in found.text
+    assert "pvpanic" not in found.text
+    assert found.details["accelerators"] == ["kvm", "tcg"]
+    assert found.details["has"]["virtio-rng-pci"]
+    assert found.details["has"]["user network"]
+    assert not found.details["has"]["virtserialport"]
+
+
+def test_a_qemu_img_that_hangs_is_given_up(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_TOOL_SECONDS", 0.2)
+    program(programs / "qemu-img", "while :; do :; done")
+    found = findings(tmp_path / "catalog")["qemu-img"]
+
+    assert found.state is State.MISSING
+    assert "does not work" in found.text
+
+
+def test_a_setpriv_that_cannot_end_processes_with_their_parent_is_told(programs: Path, tmp_path: Path) -> None:
+    program(programs / "setpriv", "echo 'unrecognized option: pdeathsig' >&2; exit 1")
+    found = findings(tmp_path / "catalog")["setpriv"]
+
+    assert found.state is State.DEGRADED
+    assert "does not know --pdeathsig" in found.text
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_catalog_that_cannot_be_used_is_missing_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    found = findings(tmp_path / "file")
+
+    assert found["catalog"].state is State.MISSING
+    assert "a file stands there" in found["catalog"].text
+    assert found["catalog"].remedy.startswith("export VMBOTTLE_CATALOG=")
+    assert found["disk space"].details["path"] == str(tmp_path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_catalog_on_a_network_file_system_is_refused_with_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = host.file_system(tmp_path)
+    assert kind
+    assert findings(tmp_path / "catalog")["catalog"].state is State.OK
+    monkeypatch.setattr(host, "_NETWORK", frozenset({kind}))
+    found = findings(tmp_path / "catalog")["catalog"]
+
+    assert found.state is State.MISSING
+    assert f"network file system ({kind})" in found.text
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    ("limits", "state", "remedy"),
+    [
+        ((1 << 10, 1 << 9), State.OK, ""),
+        ((1 << 60, 1 << 9), State.DEGRADED, "vmbottle pack prune --older-than 7d"),
+        ((1 << 60, 1 << 60), State.MISSING, "vmbottle pack prune"),
+    ],
+)
+def test_disk_space_is_judged_by_what_images_and_packs_take(
+    limits: tuple[int, int], state: State, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_LITTLE_SPACE", limits[0])
+    monkeypatch.setattr(doctor, "_NO_SPACE", limits[1])
+    found = findings(tmp_path / "not" / "there")["disk space"]
+
+    assert found.state is state
+    assert found.remedy == remedy
+    assert 0 < found.details["free"] <= found.details["total"]
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_low_limit_of_open_files_is_told_with_what_raises_it(few_files: int, tmp_path: Path) -> None:
+    found = findings(tmp_path / "catalog")["open files"]
+
+    assert found.state is State.DEGRADED
+    assert f"only {few_files} files" in found.text
+    assert found.remedy.endswith("4096")
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_question_that_breaks_is_unknown_and_the_others_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise ZeroDivisionError("no memory to speak of")
+
+    monkeypatch.setattr(host, "available_memory", broken)
+    found = findings(tmp_path / "catalog")
+
+    assert found["memory"].state is State.UNKNOWN
+    assert "ZeroDivisionError: no memory to speak of" in found["memory"].text
+    assert set(found) == TOPICS
+    assert found["open files"].state is not State.UNKNOWN
+
+
+@pytest.mark.usefixtures("programs")
+def test_findings_are_fit_for_json(tmp_path: Path) -> None:
+    found = examine(tmp_path / "catalog")
+
+    assert json.loads(json.dumps([attrs.asdict(each) for each in found]))[0]["state"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("topic", "state"),
+    [("qemu", State.MISSING), ("accelerator", State.UNKNOWN), ("disk space", State.MISSING), ("catalog", State.MISSING)],
+)
+def test_machines_cannot_be_run_without_what_they_need(topic: str, state: State) -> None:
+    assert not can_run([finding("qemu-img", State.OK), finding(topic, state)])
+
+
+@pytest.mark.parametrize(
+    ("topic", "state"),
+    [("accelerator", State.DEGRADED), ("disk space", State.DEGRADED), ("packs", State.UNKNOWN), ("user namespaces", State.UNKNOWN)],
+)
+def test_machines_can_be_run_on_a_host_that_is_less_than_perfect(topic: str, state: State) -> None:
+    assert can_run([finding("qemu-img", State.OK), finding(topic, state)])
+
+
+def test_memory_is_limited_by_the_tightest_control_group_above(tmp_path: Path) -> None:
+    membership, mounted = tmp_path / "cgroup", tmp_path / "fs"
+    (mounted / "a" / "b").mkdir(parents=True)
+    (mounted / "a" / "memory.max").write_text(f"{1 << 30}\n")
+    (mounted / "a" / "b" / "memory.max").write_text("max\n")
+    membership.write_text("0::/a/b\n")
+
+    assert doctor._cgroup_limit(membership, mounted) == 1 << 30
+
+
+def test_the_memory_limit_of_version_1_is_found_too_and_its_way_to_say_none(tmp_path: Path) -> None:
+    membership, mounted = tmp_path / "cgroup", tmp_path / "fs"
+    (mounted / "memory" / "job").mkdir(parents=True)
+    limit = mounted / "memory" / "job" / "memory.limit_in_bytes"
+    membership.write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
+    limit.write_text("9223372036854771712\n")
+    assert doctor._cgroup_limit(membership, mounted) is None
+
+    limit.write_text("536870912\n")
+    assert doctor._cgroup_limit(membership, mounted) == 512 << 20
+
+
+def test_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cgroup_limit", lambda: 512 << 20)
+    answer = doctor._memory()
+
+    assert answer.state is State.DEGRADED
+    assert "a limit of 512 MiB on this control group" in answer.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_kvm_device_is_brought_by_its_module(tmp_path: Path) -> None:
+    assert doctor._kvm_remedy(tmp_path / "kvm").startswith("sudo modprobe kvm_")
+
+
+def test_a_kvm_device_that_the_group_kvm_may_use_takes_joining_that_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    device.chmod(0o660)
+    monkeypatch.setattr(Path, "group", lambda _: "kvm")
+    assert doctor._kvm_remedy(device) == "sudo usermod -aG kvm $USER  # then log in again"
+
+    device.chmod(0o600)
+    assert "/etc/udev/rules.d/99-kvm.rules" in doctor._kvm_remedy(device)
+
+
+def test_a_kvm_device_of_another_group_takes_a_udev_rule(tmp_path: Path) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    remedy = doctor._kvm_remedy(device)
+
+    assert remedy.startswith("""echo 'KERNEL=="kvm", GROUP="kvm", MODE="0660\"""")
+    assert "udevadm control --reload" in remedy
+
+
+def test_subordinate_ids_are_found_by_number(tmp_path: Path) -> None:
+    file = tmp_path / "subuid"
+    assert not doctor._has_ids(file)
+    file.write_text("somebody:100000:65536\n")
+    assert not doctor._has_ids(file)
+    file.write_text(f"somebody:100000:65536\n{os.geteuid()}:165536:65536\n")
+
+    assert doctor._has_ids(file)

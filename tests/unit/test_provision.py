@@ -1,0 +1,498 @@
+"""From a spec to a machine, with a backend that runs nothing: packs, layers, damage, failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import pytest
+
+from pytest_vmbottle import CatalogError, Layer, LaunchError, Machine, MachineError, MachineSpec, MachineTimeout, SpecError, host, layer, packs
+from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.images import ImageStore
+from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.testing import FakeBackend
+
+IMAGE = "debian-12"
+Make = Callable[..., Provisioner]
+
+
+def disk(path: Path) -> Path:
+    """The smallest file that passes for a disk."""
+    content = bytearray(1 << 20)
+    content[510:512] = b"\x55\xaa"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    catalog = Catalog(tmp_path / "catalog")
+    ImageStore(catalog.images).add(disk(tmp_path / "disk.raw"), name=IMAGE)
+    return catalog
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What was warned about."""
+    return []
+
+
+@pytest.fixture
+def make(catalog: Catalog, backend: FakeBackend, said: list[str], request: pytest.FixtureRequest) -> Make:
+    """Another provisioner on the same catalog, as another process or a later run has."""
+
+    def make(using: FakeBackend = backend, **settings: object) -> Provisioner:
+        made = Provisioner(catalog, using, name="fake", settings=attrs.evolve(Settings(warn=said.append), **settings))
+        request.addfinalizer(made.close)
+        return made
+
+    return make
+
+
+def pour(provisioner: Provisioner, source: str | Layer = IMAGE, **keywords: object) -> Machine:
+    with provisioner.machine(MachineSpec.resolve(source, keywords)) as machine:
+        return machine
+
+
+ran: list[str] = []
+
+
+@layer(IMAGE)
+def web(vm: Machine) -> None:
+    ran.append("web")
+    vm.exec("install web")
+
+
+@layer(web, packages=["nginx"], files={"/srv/x": "hello"}, run=["systemctl start nginx"])
+def shop(vm: Machine) -> None:
+    ran.append("shop")
+    vm.exec("open shop")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    ran.clear()
+
+
+# -- packs are made once ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_is_built_by_one_boot_and_every_machine_is_poured_from_it(make: Make, backend: FakeBackend) -> None:
+    provisioner = make()
+    pour(provisioner)
+    pour(provisioner)
+
+    assert (provisioner.tally.booted, provisioner.tally.built, provisioner.tally.poured, provisioner.tally.reused) == (1, 1, 2, 0)
+    assert [start.saved is not None for start in backend.launched] == [False, True, True]
+    assert backend.stopped == 3
+
+
+def test_another_process_uses_the_pack_that_is_there(make: Make, backend: FakeBackend) -> None:
+    pour(make())
+    later = make()
+    pour(later)
+    pour(later)
+
+    assert (later.tally.booted, later.tally.built, later.tally.poured, later.tally.reused) == (0, 0, 2, 1)
+    assert len(backend.launched) == 4
+
+
+def test_specs_that_differ_only_after_the_boot_share_a_pack_and_others_do_not(make: Make) -> None:
+    provisioner = make()
+    for keywords in ({}, {"env": {"A": "1"}}, {"user": "joe"}, {"network": True}, {"ports": [80]}, {"name": "other"}):
+        pour(provisioner, **keywords)
+    assert provisioner.tally.built == 1
+    for keywords in ({"cpus": 2}, {"memory": "2G"}, {"user_data": {"a": 1}}):
+        pour(provisioner, **keywords)
+    assert provisioner.tally.built == 4
+
+
+def test_layers_are_built_on_layers_each_once_and_disks_lie_in_their_order(make: Make, backend: FakeBackend, catalog: Catalog) -> None:
+    provisioner = make()
+    pour(provisioner, shop)
+    pour(provisioner, web)
+    pour(make(), shop)
+
+    assert ran == ["web", "shop"]
+    assert provisioner.tally.built == 3
+    found = {pack.manifest.name: pack for pack in map(packs.read, catalog.packs.iterdir())}
+    assert found["shop"].manifest.parent == found["web"].key
+    assert found["shop"].manifest.parent_seal == found["web"].seal
+    assert found["web"].manifest.parent == found[IMAGE].key
+    names = [IMAGE, "web", "shop"]
+    assert [item.path for item in backend.launched[-1].disks[1:]] == [found[name].path / "disk.qcow2" for name in names]
+    assert backend.launched[-1].saved == found["shop"].path
+    assert backend.launched[-1].seed == found[IMAGE].path / "seed.iso"
+    assert [start.building for start in backend.launched] == [False, True, True, False, False, False]
+
+
+def test_a_layer_does_packages_then_files_then_commands_then_its_function(make: Make) -> None:
+    done: list[str] = []
+
+    def note(command: Command) -> Finished:
+        done.append(" ".join(command.argv))
+        return Finished(returncode=0)
+
+    pour(make(FakeBackend(note)), shop)
+    order = [next(index for index, line in enumerate(done) if text in line) for text in ("sh nginx", "/srv/x", "systemctl start nginx", "open shop")]
+
+    assert order == sorted(order)
+    assert "apt-get install" in done[order[0]]
+
+
+def test_what_a_mark_prepares_is_bottled_too(make: Make) -> None:
+    first, second = make(), make()
+    pour(first, run=["touch /x"])
+    pour(second, run=["touch /x"])
+    pour(second, run=["touch /y"])
+
+    assert first.tally.built == 2
+    assert second.tally.built == 1
+
+
+def test_a_cold_machine_boots_from_the_image_and_builds_nothing(make: Make, backend: FakeBackend, catalog: Catalog) -> None:
+    provisioner = make()
+    pour(provisioner, fresh="boot")
+
+    assert (provisioner.tally.booted, provisioner.tally.built, provisioner.tally.poured) == (1, 0, 0)
+    assert len(backend.launched[0].disks) == 1
+    assert not catalog.packs.exists()
+    assert list(catalog.root.rglob("staging-*")) == []
+
+
+def test_a_cold_machine_of_a_layer_boots_from_its_disk(make: Make, backend: FakeBackend) -> None:
+    provisioner = make()
+    pour(provisioner, web, fresh="boot")
+
+    assert ran == ["web"]
+    assert backend.launched[-1].saved is None
+    assert len(backend.launched[-1].disks) == 3
+
+
+def test_two_machines_have_keys_of_their_pack_and_two_images_have_keys_of_their_own(make: Make, backend: FakeBackend) -> None:
+    provisioner = make()
+    pour(provisioner)
+    pour(provisioner, cpus=2)
+    built, poured, other, _ = backend.launched
+
+    assert attrs.asdict(built.keys) == attrs.asdict(poured.keys)
+    assert built.keys.user_private != other.keys.user_private
+    assert built.keys.host_private != built.keys.user_private
+
+
+def test_packs_made_before_a_moment_are_made_again_with_all_that_stands_on_them_and_only_once(make: Make) -> None:
+    pour(make(), web)
+    rebuilding = make(rebuild_before=time.time())
+    pour(rebuilding, web)
+    pour(rebuilding, web)
+
+    assert ran == ["web", "web"]
+    assert (rebuilding.tally.built, rebuilding.tally.reused, rebuilding.tally.poured) == (2, 0, 2)
+    later = make()
+    pour(later, web)
+    assert later.tally.built == 0
+
+
+def test_an_image_that_was_replaced_gets_another_pack(make: Make, catalog: Catalog, tmp_path: Path) -> None:
+    provisioner = make()
+    pour(provisioner)
+    other = disk(tmp_path / "other.raw")
+    with other.open("r+b") as file:
+        file.write(b"other")
+    ImageStore(catalog.images).add(other, name=IMAGE, replace=True)
+    pour(provisioner)
+
+    assert provisioner.tally.built == 2
+
+
+def test_the_same_disk_with_another_kernel_is_another_image(make: Make, catalog: Catalog, tmp_path: Path) -> None:
+    store = ImageStore(catalog.images)
+    store.remove(IMAGE)
+    built = []
+    for kernel in ("one", "two"):
+        (tmp_path / kernel).write_text(kernel)
+        store.add(disk(tmp_path / "disk.raw"), name=IMAGE, kernel=tmp_path / kernel, cmdline="root=/dev/vda")
+        provisioner = make()
+        pour(provisioner)
+        built.append(provisioner.tally.built)
+        store.remove(IMAGE)
+
+    assert built == [1, 1]
+
+
+def test_a_disk_image_can_be_named_by_its_path(make: Make, tmp_path: Path) -> None:
+    provisioner = make()
+    pour(provisioner, str(tmp_path / "disk.raw"))
+
+    assert provisioner.tally.built == 1
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    path.chmod(0o600)
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+def named(catalog: Catalog, name: str) -> Path:
+    return next(path for path in catalog.packs.iterdir() if packs.read(path).manifest.name == name)
+
+
+@pytest.mark.parametrize("name", ["ram.img", "disk.qcow2", "state.bin", "keys.json", "seed.iso"])
+def test_a_damaged_pack_is_put_aside_with_a_warning_and_made_again(make: Make, catalog: Catalog, said: list[str], name: str) -> None:
+    pour(make())
+    flip(named(catalog, IMAGE) / name)
+    later = make()
+    pour(later)
+
+    assert later.tally.built == 1
+    (warning,) = said
+    assert f"is damaged: {name} is not what was published; it was moved to {catalog.root / 'quarantine'}" in warning
+    assert len(list((catalog.root / "quarantine").iterdir())) == 1
+    packs.read(named(catalog, IMAGE)).verify()
+
+
+def test_damage_that_comes_while_a_process_uses_the_pack_is_seen_at_the_next_machine(make: Make, catalog: Catalog, said: list[str]) -> None:
+    provisioner = make()
+    pour(provisioner)
+    flip(named(catalog, IMAGE) / "ram.img")
+    pour(provisioner)
+
+    assert provisioner.tally.built == 2
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", "[]"])
+def test_a_pack_with_a_damaged_manifest_is_made_again(make: Make, catalog: Catalog, said: list[str], text: str) -> None:
+    pour(make())
+    manifest = named(catalog, IMAGE) / "pack.json"
+    manifest.chmod(0o600)
+    manifest.write_text(text)
+    later = make()
+    pour(later)
+
+    assert later.tally.built == 1
+    assert len(said) == 1
+
+
+def test_a_layer_is_made_again_when_what_it_stands_on_was(make: Make, catalog: Catalog, said: list[str]) -> None:
+    pour(make(), shop)
+    flip(named(catalog, "web") / "disk.qcow2")
+    later = make()
+    pour(later, shop)
+
+    assert ran == ["web", "shop", "web", "shop"]
+    assert later.tally.built == 2
+    assert any("(shop) stands on a pack that is gone or was made again" in line for line in said)
+    for path in catalog.packs.iterdir():
+        packs.read(path).verify()
+
+
+def test_a_pack_that_is_removed_under_a_layer_is_made_again_with_the_layer(make: Make, catalog: Catalog) -> None:
+    pour(make(), web)
+    shutil.rmtree(named(catalog, IMAGE))
+    later = make()
+    pour(later, web)
+
+    assert later.tally.built == 2
+    assert ran == ["web", "web"]
+
+
+# -- failure ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Stubborn(FakeBackend):
+    """Restores nothing."""
+
+    def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
+        if source.saved is not None:
+            raise LaunchError("the state cannot be loaded", machine=spec.name)
+        return super().launch(spec, source=source, rundir=rundir, deadline=deadline)
+
+
+def test_where_a_pack_cannot_be_poured_machines_are_booted_from_disk_packs_and_that_is_said_once(make: Make, said: list[str], catalog: Catalog) -> None:
+    backend = Stubborn()
+    provisioner = make(backend)
+    pour(provisioner)
+    pour(provisioner)
+
+    (warning,) = said
+    assert "could not be poured and was put aside; machines are booted from disk packs now: the state cannot be loaded" in warning
+    assert [packs.read(path).manifest.kind for path in catalog.packs.iterdir()] == ["disk"]
+    assert all(start.saved is None for start in backend.launched)
+    assert provisioner.tally.poured == 0
+    assert len(list((catalog.root / "quarantine").iterdir())) == 1
+
+
+def test_a_disk_pack_that_does_not_boot_is_an_error_and_no_reason_to_try_for_ever(make: Make) -> None:
+    backend = FakeBackend(pack_kind=PackKind.DISK)
+    provisioner = make(backend)
+    pour(provisioner)
+    backend.broken = "no more"
+
+    with pytest.raises(LaunchError, match="no more"):
+        pour(provisioner)
+
+
+@layer(IMAGE)
+def failing(vm: Machine) -> None:
+    ran.append("failing")
+    raise RuntimeError("the shelf\nis empty")
+
+
+@layer(failing)
+def above(vm: Machine) -> None:
+    ran.append("above")
+
+
+def test_a_failing_layer_raises_once_in_full_then_shortly_and_is_tried_again_by_the_next_run(make: Make, backend: FakeBackend, catalog: Catalog) -> None:
+    provisioner = make()
+    with pytest.raises(MachineError) as full:
+        pour(provisioner, failing)
+    with pytest.raises(MachineError) as short:
+        pour(provisioner, failing)
+
+    assert "the layer failing could not be built: RuntimeError: the shelf\nis empty" in str(full.value)
+    assert full.value.console_tail == "vm started"
+    assert isinstance(full.value.__cause__, RuntimeError)
+    assert str(short.value) == (
+        "the pack of failing could not be built earlier in this run: the layer failing could not be built: RuntimeError: the shelf"
+    )
+    assert ran == ["failing"]
+    assert backend.stopped == len(backend.launched)
+    assert [packs.read(path).manifest.name for path in catalog.packs.iterdir()] == [IMAGE]
+    with pytest.raises(MachineError, match="is empty"):
+        pour(make(), failing)
+    assert ran == ["failing", "failing"]
+
+
+def test_a_layer_on_a_failing_layer_is_not_begun(make: Make) -> None:
+    provisioner = make()
+    for _ in range(2):
+        with pytest.raises(MachineError, match="could not be built"):
+            pour(provisioner, above)
+
+    assert ran == ["failing"]
+
+
+@layer(IMAGE)
+def commanding(vm: Machine) -> None:
+    vm.exec(["false"])
+
+
+def test_a_command_that_fails_in_a_layer_is_shown_with_its_output(make: Make) -> None:
+    def fail(command: Command) -> Finished:
+        return Finished(returncode=7 if command.argv == ("false",) else 0, stderr=b"no such package")
+
+    with pytest.raises(MachineError, match=r"(?s)the layer commanding could not be built: the command ended with status 7\n\$ false.*no such package"):
+        pour(make(FakeBackend(fail)), commanding)
+
+
+def test_nothing_half_made_stays_when_no_machine_starts(make: Make, catalog: Catalog) -> None:
+    with pytest.raises(LaunchError, match="qemu is ill"):
+        pour(make(FakeBackend(broken="qemu is ill")))
+
+    assert not catalog.packs.exists()
+    assert [path for path in catalog.root.rglob("*") if path.is_dir() and path.name.startswith(("staging", "build", "vm-"))] == []
+
+
+def test_a_guest_whose_cloud_init_never_ends_is_given_up_with_its_console(make: Make) -> None:
+    backend = FakeBackend(lambda _: Finished(returncode=1))
+    with pytest.raises(MachineTimeout, match=r"(?s)cloud-init had not ended after 0 s.*vm started"):
+        pour(make(backend, timeout_factor=0.001))
+
+    assert backend.stopped == len(backend.launched) == 1
+
+
+def test_more_memory_than_the_host_has_is_refused_before_anything_starts(make: Make, backend: FakeBackend) -> None:
+    with pytest.raises(SpecError, match=r"^memory=.* for the machine 'vm' is more than this host's .*: ask for less$"):
+        pour(make(), memory=host.total_memory() + (1 << 30))
+
+    assert backend.launched == []
+
+
+def test_a_disk_smaller_than_the_images_is_refused(make: Make) -> None:
+    with pytest.raises(SpecError, match=r"disk=512 KiB is less than the image debian-12 needs: 1\.0 MiB"):
+        pour(make(), disk="512K")
+
+
+def test_an_image_that_is_not_there_is_told_with_the_commands_that_bring_it(make: Make) -> None:
+    with pytest.raises(CatalogError, match="there is no image 'debian-99'") as caught:
+        pour(make(), "debian-99")
+
+    assert "vmbottle image add FILE --name debian-99" in str(caught.value)
+    assert "debian-12" in str(caught.value)
+
+
+def test_a_path_where_no_image_is_and_a_file_that_is_none_are_told(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(CatalogError, match="No such file or directory"):
+        pour(make(), str(tmp_path / "nothing"))
+    with pytest.raises(CatalogError, match="is not a disk image"):
+        pour(make(), str(tmp_path / "text"))
+
+
+# -- around a machine ------------------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_told_of_a_machine_and_a_failing_one_does_not_keep_it_alive(make: Make, backend: FakeBackend, said: list[str]) -> None:
+    seen: list[str] = []
+
+    def stopping(machine: Machine) -> None:
+        seen.append(f"stopping {machine.name}, {len(backend.launched) - backend.stopped} alive")
+        raise ValueError("oops")
+
+    pour(make(ready=lambda machine: seen.append(f"ready {machine.name}"), stopping=stopping), name="db")
+
+    assert seen == ["ready db", "stopping db, 1 alive"]
+    assert backend.stopped == len(backend.launched)
+    assert said == ["a hook failed while the machine 'db' was being ended: ValueError('oops')"]
+
+
+def test_a_machine_ends_when_its_block_fails_or_its_ready_hook_does(make: Make, backend: FakeBackend) -> None:
+    with pytest.raises(RuntimeError), make().machine(MachineSpec(source=IMAGE)):
+        raise RuntimeError
+
+    def unready(_: Machine) -> None:
+        raise ValueError("not yet")
+
+    with pytest.raises(ValueError, match="not yet"):
+        pour(make(ready=unready))
+    assert backend.stopped == len(backend.launched)
+
+
+def test_the_log_tells_of_long_work(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    pour(make())
+
+    assert caplog.messages[0] == f"building the template pack of {IMAGE} (this boots a machine once)"
+    assert caplog.messages[-1].startswith(f"built the template pack of {IMAGE} in ")
+
+
+def test_packs_in_use_are_held_until_the_provisioner_is_closed(make: Make, catalog: Catalog) -> None:
+    provisioner = make()
+    pour(provisioner)
+    pack = named(catalog, IMAGE)
+    assert not catalog.discard(pack)
+    before = len(os.listdir("/proc/self/fd"))
+    provisioner.close()
+    provisioner.close()
+
+    assert len(os.listdir("/proc/self/fd")) < before
+    assert catalog.discard(pack)
