@@ -31,8 +31,12 @@ def main_pid(vm: Machine) -> int:
 def test_service_comes_back_after_kill_9(service: Machine) -> None:
     before = main_pid(service)
     service.exec(["kill", "-9", str(before)])
-    after = service.wait_until(lambda: pid if (pid := main_pid(service)) not in (0, before) else None)
-    assert service.path(f"/proc/{after}/comm").read_text() == "sleep\n"
+
+    def another_process() -> bool:
+        return main_pid(service) not in (0, before)
+
+    service.wait_until(another_process)
+    assert service.path(f"/proc/{main_pid(service)}/comm").read_text() == "sleep\n"
 
 
 @pytest.mark.vm("debian-12")

@@ -199,7 +199,8 @@ class Machine:
         """
         __tracebackhide__ = True
         if callable(check):
-            return self._wait(check, f"{getattr(check, '__name__', 'the condition')} to come true", timeout, every)
+            name = getattr(check, "__name__", "<lambda>").replace("<lambda>", "the condition")
+            return self._wait(check, f"{name} to come true", timeout, every)
         command = check
         answers: list[Result] = []
 

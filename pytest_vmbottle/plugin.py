@@ -121,6 +121,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for option in _OPTIONS:
         _option(config, option.name)
     _timeout_factor(config)
+    _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
 
@@ -143,7 +144,9 @@ def _merged(node: pytest.Item) -> dict[str, dict[str, Any]]:
     for mark in reversed(list(node.iter_markers("vm"))):
         keywords = dict(mark.kwargs)
         if len(mark.args) > 1:
-            raise SpecError(f"the vm mark takes one source, not {len(mark.args)}\n  the signature is {SIGNATURE}")
+            raise SpecError(f"the vm mark takes one source, not {len(mark.args)}")
+        if mark.args and "source" in keywords:
+            raise SpecError("the source is given twice: by place and by name")
         if mark.args:
             keywords["source"] = mark.args[0]
         check_keywords({key: value for key, value in keywords.items() if key != "source"})
@@ -167,7 +170,7 @@ def _plans(node: pytest.Item) -> list[_Plan]:
 
 
 def _plan(config: pytest.Config, wishes: Mapping[str, Mapping[str, Any]], label: str) -> _Plan:
-    named = {name: {key: repr(value) for key, value in wish.items()} for name, wish in wishes.items()}
+    named = {name: {key: repr(sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in wish.items()} for name, wish in wishes.items()}
     layers = [id(wish.get("source")) for wish in wishes.values() if isinstance(wish.get("source"), Layer)]
     key = digest(named, layers)
     return config.stash[_SESSION].plans.setdefault(key, _Plan(wishes, label, key))
@@ -223,16 +226,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuses wrong marks, all of them at once, before anything runs."""
-    problems: dict[str, None] = {}
+    session = config.stash[_SESSION]
     for item in items:
         if item.get_closest_marker("vm") is not None:
             try:
                 _plans(item)
             except SpecError as error:
-                problems[f"{item.nodeid}: {error}"] = None
-    if problems:
-        raise pytest.UsageError("\n".join(["wrong vm marks:", *problems]))
-    config.stash[_SESSION].has_machines = any(_uses_machine(item) for item in items)
+                told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
+                session.problems[f"{item.nodeid}: {told}"] = None
+    if not session.problems:
+        return
+    if not hasattr(config, "workerinput"):
+        raise session.wrong_marks()
+    items.clear()  # xdist takes a usage error in a worker for a crash: its controller raises it, see pytest_sessionfinish
 
 
 def _uses_machine(item: pytest.Item) -> bool:
@@ -243,7 +249,7 @@ class _Sorting:
     """Brings tests that share a session's machine next to each other, after all others have had their say about the order."""
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Sorts the tests that use `session_vm`, stably, among the places they have; all other tests stay where they are."""
         places = [index for index, item in enumerate(items) if "session_vm" in getattr(item, "fixturenames", ())]
         first: dict[str, int] = {}
@@ -252,6 +258,8 @@ class _Sorting:
         ordered = sorted((items[index] for index in places), key=lambda item: first[_session_key(item)])
         for index, item in zip(places, ordered, strict=True):
             items[index] = item
+        # Only now it is known which tests are left: for none that uses a machine, nothing is asked of this host.
+        config.stash[_SESSION].has_machines = any(_uses_machine(item) for item in items)
 
 
 def _session_key(item: pytest.Item) -> str:
@@ -278,6 +286,7 @@ class _Session:
         self._began = time.time()
         self.plans: dict[str, _Plan] = {}
         self.has_machines = False
+        self.problems: dict[str, None] = {}
         self.told: dict[str, None] = {}
         self.tallies: list[dict[str, float]] = []
 
@@ -332,6 +341,10 @@ class _Session:
             return f"vmbottle: no machine can be run here: {error}"
         return f"vmbottle: {able.backend} ({able.version}), {able.accelerator} [{able.reason}], {able.pack_kind} packs, catalog {self.catalog.root}"
 
+    def wrong_marks(self) -> pytest.UsageError:
+        """What is wrong with the marks of all tests."""
+        return pytest.UsageError("\n".join(["wrong vm marks:", *self.problems]))
+
     def collect(self) -> None:
         """Adds up what this process did, and ends its provisioners."""
         for provisioner in self._provisioners.values():
@@ -359,10 +372,13 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
     return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, proofs=config.stash[_SESSION].catalog.proofs)
 
 
+_ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
+
+
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Says what machines run on, if there are any to run."""
     session = config.stash[_SESSION]
-    if not session.has_machines or config.option.collectonly or config.getoption("setupplan", default=False):
+    if not session.has_machines or any(config.getoption(name, default=False) for name in _ONLY_ASKED):
         return []
     session.told.setdefault(session.describe_host())
     return list(session.told)
@@ -370,21 +386,24 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hands a worker's counts to the controller."""
+    """Hands what a worker knows to the controller, which refuses the wrong marks that its workers have found."""
     ours = session.config.stash[_SESSION]
     ours.collect()
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told)}
+        output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told), "problems": list(ours.problems)}
+    elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise ours.wrong_marks()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Takes a worker's counts."""
+    """Takes what a worker knows."""
     output = getattr(node, "workeroutput", {}).get("vmbottle", {})
     ours = node.config.stash[_SESSION]
     ours.tallies.extend(output.get("tallies", ()))
     ours.told.update(dict.fromkeys(output.get("told", ())))
+    ours.problems.update(dict.fromkeys(output.get("problems", ())))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -393,6 +412,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not ours.tallies:
         return
     total = {key: sum(tally[key] for tally in ours.tallies) for key in ours.tallies[0]}
+    if not any(total.values()):
+        return
     if hasattr(config.option, "dist") and config.option.dist != "no":
         for line in ours.told:
             terminalreporter.write_line(line)

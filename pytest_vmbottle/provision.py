@@ -477,7 +477,8 @@ def _await_boot(instance: Instance, channel: Channel, spec: MachineSpec, deadlin
     def ended() -> bool:
         return channel.run(question, deadline=Deadline(30)).returncode == 0
 
-    if deadline.poll(ended, every=0.5) is None:
+    # Each question is work for a guest that is busy booting.
+    if not deadline.poll(ended, every=1.5, first=0.5):
         tail = instance.console.tail(30)
         raise MachineTimeout(f"cloud-init had not ended after {deadline.seconds:.0f} s", machine=spec.name, console_tail=tail)
 

@@ -48,7 +48,6 @@ def _ours(hostname: str, keys: Keys) -> dict[str, object]:
         "disable_root": False,
         "ssh_pwauth": False,
         "ssh_deletekeys": True,
-        "ssh_genkeytypes": [],
         "ssh_keys": {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public},
         "ssh_authorized_keys": [keys.user_public],
         "users": ["default", {"name": "root", "lock_passwd": True, "ssh_authorized_keys": [keys.user_public]}],

@@ -28,6 +28,8 @@ __all__ = ["HostKeyMismatch", "SshChannel", "new_keys"]
 _MSG_CHANNEL_REQUEST = 98  # RFC 4254, section 9
 _CHUNK = 1 << 18
 _GRACE = 10.0
+_PATIENCE = 15.0
+"""Seconds that a guest may take to let us in once it listens: without KVM its part of the key exchange takes several."""
 _WINDOW = 1 << 25
 log = logging.getLogger(__name__)
 _QUIET = log.getChild("transport")
@@ -105,20 +107,45 @@ class SshChannel:
             MachineTimeout: It did not let us in by the deadline.
             MachineDied: From `alive`, which is called between attempts.
         """
-        last: list[str] = []
+        reasons: list[str] = []
 
         def attempt() -> SshChannel | None:
-            alive()
-            try:
-                return cls(_login(address, keys, user, Deadline(min(10.0, max(1.0, deadline.remaining)))), alive=alive)
-            except (paramiko.SSHException, OSError, EOFError) as error:
-                last[:] = [str(error) or type(error).__name__]
-                return None
+            return cls.attempt(address, keys, user=user, alive=alive, reasons=reasons)
 
         channel = deadline.poll(attempt, every=0.5, first=0.05)
         if channel is None:
-            raise MachineTimeout(f"SSH on {address[0]}:{address[1]} did not let us in within {deadline.seconds:g} s; last: {last[0]}")
+            raise MachineTimeout(f"SSH on {address[0]}:{address[1]} did not let us in within {deadline.seconds:g} s; last: {reasons[-1]}")
         return channel
+
+    @classmethod
+    def attempt(
+        cls,
+        address: tuple[str, int],
+        keys: Keys,
+        *,
+        user: str = "root",
+        alive: Callable[[], None],
+        reasons: list[str] | None = None,
+    ) -> SshChannel | None:
+        """Logs in, or returns None: at once if nothing listens in the guest, because QEMU then drops the connection it has taken.
+
+        Args:
+            address: Where the guest's port is forwarded from.
+            keys: Ours to log in with, and the guest's to know it by.
+            user: Who logs in.
+            alive: Called first; raises `MachineDied` when the guest cannot answer any more.
+            reasons: Gets why it failed.
+
+        Raises:
+            HostKeyMismatch: The server is not the guest we know.
+        """
+        alive()
+        try:
+            return cls(_login(address, keys, user, Deadline(_PATIENCE)), alive=alive)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            if reasons is not None:
+                reasons[:] = [str(error) or type(error).__name__]
+            return None
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command to its end (see `Channel.run`)."""

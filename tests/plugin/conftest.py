@@ -58,7 +58,8 @@ def run(pytester: pytest.Pytester, catalog: Path, monkeypatch: pytest.MonkeyPatc
     def run(text: str, *args: str, conftest: str = "", status: int = 0, **outcomes: int) -> pytest.RunResult:
         pytester.makeconftest(CONFTEST + conftest)
         pytester.makepyfile(test_it=f"import pytest\nfrom pytest_vmbottle import layer, MachineSpec\n{text}")
-        result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", *args)
+        quick = ("-p", "no:hypothesispytest", "-p", "no:timeout", *(() if "-n2" in args else ("-p", "no:xdist")))
+        result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", *quick, *args)
         assert result.ret == status, said(result)
         assert "INTERNALERROR" not in said(result)
         if outcomes:

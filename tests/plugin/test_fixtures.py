@@ -200,18 +200,6 @@ def test_it(request):
     )
 
 
-def test_a_shared_machine_asked_for_while_the_test_runs_is_the_one_of_its_mark(run: Run) -> None:
-    run(
-        """
-@pytest.mark.vm("debian-12", cpus=2)
-@pytest.mark.parametrize("name", ["class_vm", "module_vm"])
-def test_it(request, name):
-    assert request.getfixturevalue(name).spec.cpus == 2
-""",
-        passed=2,
-    )
-
-
 @pytest.mark.parametrize("fixture", ["vm", "vms", "vm_spec", "class_vm", "module_vm", "session_vm"])
 def test_a_test_that_says_nowhere_what_machine_it_wants_is_told_which_mark_to_add(run: Run, fixture: str) -> None:
     result = run(f"def test_it({fixture}): pass\n", status=1, errors=1)
@@ -253,16 +241,16 @@ def pytest_vmbottle_spec(item, keywords):
     return {**keywords, "env": {"ITEM": item.name if item else "none"}}
 
 def pytest_vmbottle_machine_ready(machine):
-    print("READY", machine.name, machine.exec("hello").stdout)
+    assert machine.exec("hello").ok
 
 def pytest_vmbottle_machine_stopping(machine):
-    print("STOPPING", machine.exec("goodbye").stdout)
+    assert machine.exec("goodbye").ok
     raise RuntimeError("a hook that fails")
 """,
+        passed=2,
     )
-    result = run("", "-s", conftest="", status=5) if result is None else result
+
     assert "a hook failed while the machine 'vm' was being ended: RuntimeError('a hook that fails')" in said(result)
-    assert "2 passed" in said(result)
 
 
 def test_two_backends_can_be_used_side_by_side(run: Run) -> None:

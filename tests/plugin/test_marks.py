@@ -146,7 +146,7 @@ def test_shared(session_vm): pass
         "test_matrix[debian-12]", "test_matrix[web]",
         "test_both[debian-12-1]", "test_both[debian-12-2]", "test_both[web-1]", "test_both[web-2]",
         "test_list_of_one", "test_single",
-        "test_two[debian-12-debian-12]", "test_two[debian-12-web]",
+        "test_two[debian-12-debian-12]", "test_two[web-debian-12]",
         "test_shared[debian-12]", "test_shared[web]",
     ])  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import paramiko
 import pytest
@@ -166,9 +167,27 @@ def test_a_pack_that_cannot_be_restored_gives_way_to_a_disk_pack_and_says_so(vm_
     second.close()
 
 
-@pytest.mark.vm("debian-12", fresh="boot")
-def test_a_cold_machine_boots_with_keys_of_its_own(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+OWN_CONFIG = {"write_files": [{"path": "/root/from-user-data", "content": "ours\n"}], "runcmd": ["touch /root/ran"]}
+
+
+@pytest.mark.vm("debian-12", fresh="boot", disk="9G", cpus=2, user_data=OWN_CONFIG)
+def test_a_cold_machine_boots_with_keys_of_its_own_and_what_its_mark_says(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
     poured = vm_factory("debian-12")
     facts = "cat /proc/sys/kernel/random/boot_id /etc/ssh/ssh_host_ed25519_key.pub /root/.ssh/authorized_keys"
     assert set(vm.exec(facts).stdout.splitlines()).isdisjoint(poured.exec(facts).stdout.splitlines())
     assert vm.exec(["cloud-init", "status"]).stdout == "status: done\n"
+    assert vm.path("/root/from-user-data").read_text() == "ours\n"
+    assert vm.path("/root/ran").exists()
+    assert vm.exec(["nproc"]).stdout == "2\n"
+    assert int(vm.exec("df --output=size -B1 / | tail -1").stdout) > 8.5 * 2**30
+    assert "Valid cloud-config" in vm.exec(["cloud-init", "schema", "--system"], timeout=200).stdout
+
+
+@pytest.mark.vm("debian-12", user_data={"bootcmd": ["rm -f /usr/sbin/qemu-ga"]})
+def test_a_guest_without_the_agent_is_spoken_to_by_ssh_and_poured_all_the_same(vm: Machine, tmp_path: Path) -> None:
+    assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"], check=False).stdout != "active\n"
+    assert type(vm._channel).__name__ == "SshChannel"
+    assert abs(float(vm.exec(["date", "+%s"]).stdout) - time.time()) < 5
+    (tmp_path / "f").write_text("there and back")
+    vm.cp(tmp_path / "f", vm.path("/root/f"))
+    assert vm.path("/root/f").read_text() == "there and back"

@@ -445,6 +445,15 @@ def test_a_pack_whose_base_is_gone_is_bad(stock: Stock) -> None:
     assert re.search(rf"^on +{stock.base.key[:12]} which is gone", shown, re.MULTILINE)
 
 
+def test_a_pack_whose_base_was_made_again_is_bad(stock: Stock, disk: Path) -> None:
+    stock.catalog.discard(stock.base.path)
+    again = Provisioner(stock.catalog, FakeBackend(), name="fake", settings=Settings())
+    assert again.pack(MachineSpec.resolve(disk, {})).key == stock.base.key
+    again.close()
+
+    assert sorted(run("pack", "verify").stdout.split()) == sorted(["ok", stock.base.key, "bad", stock.web.key, "bad", stock.db.key])
+
+
 def test_a_pack_without_a_manifest_is_told_verified_as_bad_and_can_be_removed(stock: Stock) -> None:
     (stock.db.path / "pack.json").unlink()
 
@@ -472,12 +481,14 @@ def test_a_pack_that_others_stand_on_goes_only_with_them(stock: Stock) -> None:
     assert stock.there() == set()
 
 
-def test_a_pack_in_use_is_not_removed_nor_are_the_others_of_the_call(stock: Stock) -> None:
-    hold = stock.catalog.lease(stock.web.path)
+@pytest.mark.parametrize("held", ["web", "db"])
+def test_a_pack_in_use_is_not_removed_nor_are_the_others_of_the_call(stock: Stock, held: str) -> None:
+    pack = getattr(stock, held)
+    hold = stock.catalog.lease(pack.path)
     told = failed(1, "pack", "rm", stock.db.key, stock.web.key)
     os.close(hold)
 
-    assert f"the pack {stock.web.key[:12]} is in use" in told
+    assert f"the pack {pack.key[:12]} is in use" in told
     assert stock.there() == {stock.base.key, stock.web.key, stock.db.key}
 
 
@@ -492,7 +503,7 @@ def test_pruning_without_options_removes_all_that_nobody_uses(stock: Stock) -> N
 
 def test_pruning_leaves_what_is_used_and_what_that_stands_on(stock: Stock) -> None:
     hold = stock.catalog.lease(stock.web.path)
-    done("pack", "prune")
+    assert done("pack", "prune", "--dry-run") == done("pack", "prune") == f"{stock.db.key}\n"
     os.close(hold)
 
     assert stock.there() == {stock.base.key, stock.web.key}

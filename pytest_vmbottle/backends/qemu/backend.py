@@ -17,7 +17,7 @@ from pytest_vmbottle._os import Deadline, atomic_file, private_dir
 from pytest_vmbottle.backend import Capabilities, Instance, PackKind, Start
 from pytest_vmbottle.backends.qemu import proof
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator
-from pytest_vmbottle.backends.qemu.instance import Binaries, start
+from pytest_vmbottle.backends.qemu.instance import Binaries, Hypervisor, start
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec, digest, host_arch
 
@@ -140,12 +140,19 @@ class QemuBackend:
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
         processor = "" if accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
         return digest(
-            "qemu", FORMAT, self.proof.version, _content(self.binaries.system, self._proofs), attrs.astuple(accelerator), processor, spec.arch
+            "qemu",
+            FORMAT,
+            self.proof.version,
+            _content(self.binaries.system, self._proofs),
+            attrs.astuple(accelerator),
+            processor,
+            spec.arch,
         )
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Starts a machine (see `Backend.launch`)."""
-        return start(self.binaries, self.proof.accelerator, spec, source=source, rundir=rundir, deadline=deadline)
+        hypervisor = Hypervisor(binaries=self.binaries, accelerator=self.proof.accelerator)
+        return start(hypervisor, spec, source=source, rundir=rundir, deadline=deadline)
 
 
 def _boot_id() -> str:

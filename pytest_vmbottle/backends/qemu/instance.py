@@ -27,10 +27,8 @@ from pytest_vmbottle.channels.ssh import SshChannel
 from pytest_vmbottle.errors import LaunchError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["Binaries", "QemuInstance", "start"]
+__all__ = ["Binaries", "Hypervisor", "QemuInstance", "start"]
 
-# RAM stays in its file (x-ignore-shared); `events` has QEMU tell when a migration ends instead of being asked again and again.
-_CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 _FATAL = re.compile(
     rb"Kernel panic - not syncing[^\r\n]*|You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE
 )
@@ -46,19 +44,36 @@ class Binaries:
     img: Path
 
 
+@attrs.frozen(kw_only=True)
+class Hypervisor:
+    """The programs, and how they run guest code."""
+
+    binaries: Binaries
+    accelerator: Accelerator
+
+
+@attrs.frozen(kw_only=True)
+class Parts:
+    """What a started QEMU consists of on the host."""
+
+    process: QemuProcess
+    qmp: Qmp
+    lines: Lines
+    ram: Ram
+    rundir: Path
+
+
 class QemuInstance:
     """A running machine."""
 
-    def __init__(
-        self, spec: MachineSpec, source: Start, *, binaries: Binaries, process: QemuProcess, qmp: Qmp, lines: Lines, ram: Ram, rundir: Path
-    ) -> None:
+    def __init__(self, spec: MachineSpec, source: Start, *, binaries: Binaries, parts: Parts) -> None:
         """Takes over what `start` has made."""
         self._spec, self._source, self._binaries = spec, source, binaries
-        self._process, self._qmp, self._ram, self._rundir = process, qmp, ram, rundir
-        self.console = Console(rundir / "console.log")
-        self._watch = _Watch(rundir / "console.log")
-        self._agent = GuestAgent(lines.agent, alive=self.alive)
-        self._waker = Waker(lines.waker)
+        self._process, self._qmp, self._ram, self._rundir = parts.process, parts.qmp, parts.ram, parts.rundir
+        self.console = Console(parts.rundir / "console.log")
+        self._watch = _Watch(parts.rundir / "console.log")
+        self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
+        self._waker = Waker(parts.lines.waker)
         self._has_agent: bool | None = None
         self._ssh: SshChannel | None = None
         self._lock = threading.RLock()
@@ -85,8 +100,8 @@ class QemuInstance:
         verdict = self._watch.verdict() or ("the guest's kernel panicked" if self._qmp.seen("GUEST_PANICKED") else None)
         if verdict:
             raise self._died(f"the guest is lost: {verdict}")
-        if self._qmp.seen("BLOCK_IO_ERROR"):
-            raise self._died("the guest was stopped because its disk cannot be written: is the catalog's file system full?")
+        if self._qmp.seen("BLOCK_IO_ERROR", action="stop"):
+            raise self._died("the guest was stopped because its disk could not be written: is the catalog's file system full?")
 
     def _died(self, message: str) -> MachineDied:
         output = self._process.output.strip()
@@ -106,12 +121,14 @@ class QemuInstance:
             with suppress(MachineTimeout):
                 self._agent.sync(deadline=Deadline(min(2.0, deadline.remaining)))
                 return True
-            with suppress(MachineTimeout):
-                ssh = self._ssh_channel(Deadline(min(0.2, deadline.remaining)))
-                if not _has_agent_installed(ssh):
-                    return False
+            ssh = SshChannel.attempt(self.forward(22), self._source.keys, alive=self.alive)
+            if ssh is not None and not _has_agent_installed(ssh):
+                self._ssh = ssh
+                return False
         raise MachineTimeout(
-            f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s", machine=self._spec.name, console_tail=self.console.tail(30)
+            f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s",
+            machine=self._spec.name,
+            console_tail=self.console.tail(30),
         )
 
     def _ssh_channel(self, deadline: Deadline) -> SshChannel:
@@ -145,7 +162,7 @@ class QemuInstance:
         """Loads what `save` wrote, lets it run, and wakes the guest."""
         facts = json.loads((saved / _SAVED).read_text())
         with _open(saved / "state.bin", os.O_RDONLY) as state:
-            self._migrate("migrate-incoming", state, deadline)
+            self._qmp.migrate("migrate-incoming", state, deadline=deadline)
         self._qmp.execute("cont", deadline=deadline)
         self._waker.wake(facts["nonce"], deadline=Deadline(min(deadline.remaining, 20.0)))
         self._has_agent = facts["agent"]
@@ -169,7 +186,7 @@ class QemuInstance:
         nonce = self._waker.freeze(channel, deadline=deadline)
         self.pause()
         with _open(dest / "state.bin", os.O_RDWR | os.O_CREAT | os.O_EXCL) as state:
-            self._migrate("migrate", state, deadline)
+            self._qmp.migrate("migrate", state, deadline=deadline)
         self._end()
         with _open(dest / "ram.img", os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
             copy_sparse(self._ram.fd, file)
@@ -184,14 +201,6 @@ class QemuInstance:
         self._end()
         if ended is None:
             raise MachineTimeout("the guest did not shut down, so its disk cannot be packed", machine=self._spec.name)
-
-    def _migrate(self, verb: str, fd: int, deadline: Deadline) -> None:
-        self._qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES, deadline=deadline)
-        self._qmp.send_fd("state", fd, deadline=deadline)
-        self._qmp.execute(verb, uri="fd:state", deadline=deadline)
-        if self._qmp.wait_for("MIGRATION", frozenset({"completed", "failed"}), deadline=deadline) == "failed":
-            reason = self._process.output.strip() or "no reason was given"
-            raise MachineError(f"QEMU's {verb} failed: {reason}", machine=self._spec.name)
 
     def pause(self) -> None:
         """Stops its processors."""
@@ -291,15 +300,14 @@ class _Watch:
         return None
 
 
-def start(
-    binaries: Binaries, accelerator: Accelerator, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline
-) -> QemuInstance:
+def start(hypervisor: Hypervisor, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
     """Starts a machine, restored and awake or just booting.
 
     Raises:
         LaunchError: QEMU did not start.
         MachineError: The saved state could not be restored, or the guest did not wake up.
     """
+    binaries = hypervisor.binaries
     if source.saved is None or source.building:
         _make_overlay(rundir / "disk.qcow2", source.disk_size, binaries)
     else:
@@ -307,14 +315,15 @@ def start(
     with ExitStack() as undo:
         ram = Ram(spec, source, rundir)
         undo.callback(ram.close)
-        process, lines = _spawn(binaries, accelerator, spec, source, ram, rundir)
+        process, lines = _spawn(hypervisor, spec, source, ram, rundir)
         undo.callback(lines.close)
         undo.callback(process.kill)
         try:
             qmp = Qmp(lines.qmp, deadline=Deadline(min(_GRACE, deadline.remaining)))
         except QmpFailed as error:
             raise _not_launched(process, spec) from error
-        instance = QemuInstance(spec, source, binaries=binaries, process=process, qmp=qmp, lines=lines, ram=ram, rundir=rundir)
+        parts = Parts(process=process, qmp=qmp, lines=lines, ram=ram, rundir=rundir)
+        instance = QemuInstance(spec, source, binaries=binaries, parts=parts)
         undo.callback(instance.stop)
         if source.saved is not None:
             try:
@@ -326,9 +335,7 @@ def start(
     return instance
 
 
-def _spawn(
-    binaries: Binaries, accelerator: Accelerator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path
-) -> tuple[QemuProcess, Lines]:
+def _spawn(hypervisor: Hypervisor, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Lines]:
     names = ("qmp", "agent", "waker")
     with ExitStack() as ours:
         # Bound and connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
@@ -336,7 +343,7 @@ def _spawn(
         lines = Lines(*(connect(rundir / f"{name}.sock") for name in names))
         qmp, agent, waker = (port.fileno() for port in ports)
         wiring = Wiring(
-            name=f"{spec.name}-{rundir.name}",
+            name=rundir.name,
             ram=ram.path,
             share=not ram.private,
             overlay=rundir / "disk.qcow2",
@@ -351,7 +358,7 @@ def _spawn(
             waker=waker,
             incoming=source.saved is not None,
         )
-        argv = command_line(binaries.system, accelerator, spec, wiring)
+        argv = command_line(hypervisor.binaries.system, hypervisor.accelerator, spec, wiring)
         inherited = [qmp, agent, waker, *([ram.fd] if ram.fd >= 0 else [])]
         try:
             return QemuProcess(argv, log=rundir / "qemu.log", fds=inherited), lines
@@ -364,7 +371,11 @@ def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
     status = process.wait(Deadline(1))
     ending = "does not answer" if status is None else f"ended with status {status}{_signal_hint(status)}"
     return LaunchError(
-        f"QEMU {ending} before the machine {spec.name!r} could run", argv=process.argv, exitcode=status, output=process.output, machine=spec.name
+        f"QEMU {ending} before the machine {spec.name!r} could run",
+        argv=process.argv,
+        exitcode=status,
+        output=process.output,
+        machine=spec.name,
     )
 
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
@@ -443,12 +443,6 @@ def _await_laps(guest: _Guest, size: int, what: str) -> None:
     raise _Unproven(f"{what} did not count on within {_ANSWER_SECONDS:g} s: it reported {guest.report.hex(' ') or 'nothing'}")
 
 
-def _migrate(qmp: Qmp, command: str, state: Path) -> None:
-    deadline = Deadline(_ANSWER_SECONDS)
-    capabilities = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
-    qmp.execute("migrate-set-capabilities", deadline=deadline, capabilities=capabilities)
+def _migrate(qmp: Qmp, verb: Literal["migrate", "migrate-incoming"], state: Path) -> None:
     with state.open("r+b" if state.exists() else "w+b") as file:
-        qmp.send_fd("state", file.fileno(), deadline=deadline)
-    qmp.execute(command, deadline=deadline, uri="fd:state")
-    if qmp.wait_for("MIGRATION", frozenset({"completed", "failed"}), deadline=deadline) == "failed":
-        raise _Unproven(f"QEMU could not complete {command} with the RAM left in its file")
+        qmp.migrate(verb, file.fileno(), deadline=Deadline(_ANSWER_SECONDS))

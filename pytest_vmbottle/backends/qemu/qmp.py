@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
@@ -19,11 +19,14 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.errors import VMBottleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
 __all__ = ["Qmp", "QmpFailed", "in_background"]
 
 _T = TypeVar("_T")
+# RAM stays in its file (x-ignore-shared); `events` has QEMU tell when a migration ends instead of being asked again and again.
+_CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+_STATE = "state"
 log = logging.getLogger(__name__)
 
 
@@ -85,33 +88,38 @@ class Qmp:
             self._client.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()}), deadline, command
         )
 
-    def send_fd(self, name: str, fd: int, *, deadline: Deadline) -> None:
-        """Gives QEMU a copy of an open file, to be named `fd:name` in other commands."""
+    def migrate(self, verb: Literal["migrate", "migrate-incoming"], file: int, *, deadline: Deadline) -> None:
+        """Writes the machine's state to an open file, or reads it from there; the guest's RAM stays in the file that it is.
 
-        async def send() -> None:
-            self._client.send_fd_scm(fd)
-            await self._client.execute("getfd", {"fdname": name})
+        The descriptor is handed over, because QEMU before 8.2 has no `file:` and its `exec:` would need a shell.
 
-        self._guard(send(), deadline, "getfd")
+        Raises:
+            QmpFailed: It was not completed.
+        """
+        self.execute("migrate-set-capabilities", capabilities=_CAPABILITIES, deadline=deadline)
+        self._guard(self._send_fd(file), deadline, "getfd")
+        self.execute(verb, uri=f"fd:{_STATE}", deadline=deadline)
+        if self._guard(self._migrated(), deadline, f"with the end of {verb}") == "failed":
+            raise QmpFailed(f"QEMU could not complete {verb}")
 
-    def wait_for(self, event: str, statuses: frozenset[str], *, deadline: Deadline) -> str:
-        """Waits for an event whose data has one of these statuses, and returns that."""
+    async def _send_fd(self, file: int) -> None:
+        self._client.send_fd_scm(file)
+        await self._client.execute("getfd", {"fdname": _STATE})
 
-        async def wait() -> str:
-            async for message in self._events:
-                status = str(message.get("data", {}).get("status", ""))  # type: ignore[attr-defined]
-                if message["event"] == event and status in statuses:
-                    return status
-            raise EOFError(f"no {event} came")
+    async def _migrated(self) -> str:
+        async for message in self._events:
+            status = str(message.get("data", {}).get("status", ""))  # type: ignore[attr-defined]
+            if message["event"] == "MIGRATION" and status in ("completed", "failed"):
+                return status
+        raise EOFError("its monitor was closed")
 
-        return self._guard(wait(), deadline, f"with {event}")
-
-    def seen(self, *events: str) -> str | None:
-        """The first of these events among those that have come and nobody waited for."""
+    def seen(self, event: str, **data: object) -> bool:
+        """Whether an event has come that says this."""
         for message in self._events.history:
-            if message["event"] in events:
-                return str(message["event"])
-        return None
+            told: Mapping[str, object] = message.get("data", {})  # type: ignore[assignment]
+            if message["event"] == event and all(told.get(key) == value for key, value in data.items()):
+                return True
+        return False
 
     def close(self) -> None:
         """Ends the connection; QEMU runs on. May be called again."""

@@ -1,0 +1,147 @@
+"""Options: from the command line, the environment, the ini file, in this order; wrong values stop the run before it begins."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Run = Callable[..., pytest.RunResult]
+
+OPTIONS = ("backend", "accel", "catalog", "missing", "pack", "rebuild", "timeout-factor")
+ONE = '@pytest.mark.vm("debian-12")\ndef test_it(vm): print("factor", vm._factor)\n'
+
+
+def said(result: pytest.RunResult) -> str:
+    return result.stdout.str() + "\n" + result.stderr.str()
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def factor(*args: str) -> str:
+        found = re.search(r"factor (\S+)", said(run(ONE, "-s", *args, passed=1)))
+        assert found is not None
+        return found[1]
+
+    assert factor() == "1.0"
+    pytester.makeini("[pytest]\nvm_timeout_factor = 2\n")
+    assert factor() == "2.0"
+    monkeypatch.setenv("VMBOTTLE_TIMEOUT_FACTOR", "3")
+    assert factor() == "3.0"
+    assert factor("--vm-timeout-factor=4") == "4.0"
+    monkeypatch.setenv("VMBOTTLE_TIMEOUT_FACTOR", "")
+    assert factor() == "2.0"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("accel", "xen", "--vm-accel takes auto or kvm or hvf or tcg, not 'xen'"),
+        ("missing", "maybe", "--vm-missing takes skip or fail, not 'maybe'"),
+        ("pack", "stream", "--vm-pack takes auto or template or disk, not 'stream'"),
+        ("timeout-factor", "0", "--vm-timeout-factor takes a number above 0, not '0'"),
+        ("timeout-factor", "much", "--vm-timeout-factor takes a number above 0, not 'much'"),
+        ("timeout-factor", "nan", "--vm-timeout-factor takes a number above 0, not 'nan'"),
+    ],
+)
+@pytest.mark.parametrize("way", ["command line", "environment", "ini"])
+def test_a_wrong_value_is_a_usage_error_whichever_way_it_comes(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str, value: str, message: str, way: str
+) -> None:
+    name = option.replace("-", "_")
+    args = [f"--vm-{option}={value}"] if way == "command line" else []
+    if way == "environment":
+        monkeypatch.setenv(f"VMBOTTLE_{name.upper()}", value)
+    if way == "ini":
+        pytester.makeini(f"[pytest]\nvm_{name} = {value}\n")
+    result = pytester.runpytest_inprocess("--collect-only", *args)
+
+    assert result.ret == 4
+    assert f"ERROR: {message}" in said(result)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("cpuz = 2", "vm_defaults: unknown keyword 'cpuz'; did you mean 'cpus'?"),
+        ("cpus = many", "vm_defaults: cpus='many': takes a whole number from 1 to 64"),
+        ("debian-12", "vm_defaults: 'debian-12' is not of the form keyword = value"),
+    ],
+)
+def test_wrong_defaults_in_the_ini_file_are_a_usage_error(pytester: pytest.Pytester, lines: str, message: str) -> None:
+    pytester.makeini(f"[pytest]\nvm_defaults =\n    {lines}\n")
+    result = pytester.runpytest_inprocess("--collect-only")
+
+    assert result.ret == 4
+    assert f"ERROR: {message}" in said(result)
+
+
+def test_every_option_is_in_the_help_with_its_environment_variable_and_ini_name(pytester: pytest.Pytester) -> None:
+    text = re.sub(r"\s+", " ", said(pytester.runpytest_inprocess("--help")))
+
+    for option in OPTIONS:
+        name = option.replace("-", "_")
+        assert f"--vm-{option}" in text
+        assert f"Also VMBOTTLE_{name.upper()} and ini vm_{name}." in text
+
+
+MISSING = """
+from pytest_vmbottle import BackendUnavailable
+
+class Broken(FakeBackend):
+    def launch(self, *args, **keywords):
+        raise BackendUnavailable("QEMU is missing", "Run apt-get install qemu-system-x86")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_vmbottle_make_backend(config, name):
+    return Broken()
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "variables", "outcome"),
+    [
+        ((), {}, "skipped"),
+        ((), {"CI": "true"}, "errors"),
+        (("--vm-missing=fail",), {}, "errors"),
+        (("--vm-missing=skip",), {"CI": "true"}, "skipped"),
+        ((), {"VMBOTTLE_MISSING": "fail"}, "errors"),
+    ],
+)
+def test_where_machines_cannot_be_run_tests_are_skipped_and_with_ci_or_if_told_so_fail(
+    run: Run, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], variables: dict[str, str], outcome: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run(ONE, "-rs", *args, conftest=MISSING, status=1 if outcome == "errors" else 0, **{outcome: 1})
+
+    assert "QEMU is missing. Run apt-get install qemu-system-x86" in said(result)
+
+
+def test_a_backend_that_nobody_knows_is_told(run: Run) -> None:
+    result = run(ONE, "--vm-backend=vmware", "--vm-missing=fail", status=1, errors=1)
+
+    assert "there is no backend 'vmware'. Choose qemu, or install the plugin that brings it" in said(result)
+
+
+def test_rebuild_makes_every_pack_again_once(run: Run) -> None:
+    text = ONE + ONE.replace("test_it", "test_again")
+    assert "1 packs built, 0 reused" in said(run(text))
+    assert "0 packs built, 1 reused" in said(run(text))
+    assert "1 packs built, 0 reused" in said(run(text, "--vm-rebuild"))
+    assert "0 packs built, 1 reused" in said(run(text))
+
+
+def test_a_catalog_that_cannot_be_used_is_told_in_words(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run(ONE, f"--vm-catalog={tmp_path / 'file'}", status=1, errors=1)
+
+    assert "cannot be a folder, because a file stands there: choose another folder with --vm-catalog" in said(result)
+    assert "Traceback" not in said(result)
+    assert "catalog.py" not in said(result)

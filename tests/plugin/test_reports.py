@@ -1,0 +1,110 @@
+"""What a run says: a line about the host, a line about its machines, and errors in words."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Run = Callable[..., pytest.RunResult]
+
+
+def said(result: pytest.RunResult) -> str:
+    return result.stdout.str() + "\n" + result.stderr.str()
+
+
+def test_a_run_says_what_machines_run_on_and_what_became_of_them(run: Run, catalog: Path) -> None:
+    text = '@pytest.mark.vm("debian-12")\n@pytest.mark.parametrize("n", range(3))\ndef test_it(vm, n): pass\n'
+    first = said(run(text, passed=3))
+    second = said(run(text, "-p", "no:cacheprovider", passed=3))
+
+    for text in (first, second):
+        assert f"vmbottle: fake (1), none [nothing is run], template packs, catalog {catalog}" in text
+    assert re.search(r"^vmbottle: 3 machines poured, 1 booted; 1 packs built, 0 reused; \d+\.\d s spent waiting for machines$", first, re.MULTILINE)
+    assert "vmbottle: 3 machines poured, 0 booted; 0 packs built, 1 reused" in second
+    assert "vmbottle: building the template pack of debian-12 (this boots a machine once)" in first
+    assert "building" not in second
+
+
+def test_a_machine_that_cannot_be_provided_is_an_error_in_words_once_in_full(run: Run) -> None:
+    result = said(
+        run(
+            """
+@layer("debian-12")
+def web(vm):
+    raise RuntimeError("the shelf is empty")
+
+pytestmark = pytest.mark.vm(web)
+
+def test_one(vm): pass
+def test_two(vm): pass
+""",
+            status=1,
+            errors=2,
+        )
+    )
+
+    assert "MachineError: the layer web could not be built: RuntimeError: the shelf is empty" in result
+    assert "--- the console's last lines ---\nvm started" in result
+    assert "MachineError: the pack of web could not be built earlier in this run" in result
+    assert result.count("--- the console's last lines ---") == 1
+    assert "provision.py" not in result
+    assert "plugin.py" not in result
+
+
+def test_an_image_that_is_not_there_is_told_with_the_commands_that_bring_it(run: Run) -> None:
+    result = said(run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', status=1, errors=1))
+
+    assert "CatalogError: there is no image 'my-image' in the catalog" in result
+    assert "vmbottle image add FILE --name my-image" in result
+    assert ".py:" not in result.replace("test_it.py", "")
+
+
+def test_more_memory_than_the_host_has_is_told_in_words(run: Run) -> None:
+    result = said(run('@pytest.mark.vm("debian-12", memory="900T")\ndef test_it(vm): pass\n', status=1, errors=1))
+
+    assert "is more than this host's" in result
+    assert "provision.py" not in result
+
+
+def test_a_full_traceback_shows_where_it_came_from_when_it_is_asked_for(run: Run) -> None:
+    result = said(run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', "--full-trace", status=1, errors=1))
+
+    assert "provision.py" in result
+
+
+def test_a_failing_command_shows_its_output_and_no_frame_of_ours(run: Run) -> None:
+    result = said(
+        run(
+            '@pytest.mark.vm("debian-12")\ndef test_it(vm):\n    vm.exec("rm -rf /x")\n',
+            conftest="""
+from pytest_vmbottle.backend import Finished
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_vmbottle_make_backend(config, name):
+    return FakeBackend(lambda command: Finished(returncode=5 if "rm" in command.argv[-1] else 0, stderr=b"\\x1b[31mbusy\\n::error::x"))
+""",
+            status=1,
+            failed=1,
+        )
+    )
+
+    assert "$ sh -eu -c 'rm -rf /x'" in result
+    assert "status 5" in result
+    assert "\\x1b[31mbusy" in result
+    assert "machine.py" not in result
+    assert not re.search(r"^::error", result, re.MULTILINE)
+
+
+def test_the_mark_and_the_fixtures_are_listed_with_what_they_are(pytester: pytest.Pytester) -> None:
+    marks = said(pytester.runpytest_inprocess("--markers"))
+    fixtures = said(pytester.runpytest_inprocess("--fixtures"))
+
+    assert "@pytest.mark.vm(source, *, name='vm'" in marks
+    for name in ("vm", "vms", "vm_factory", "vm_spec", "vm_defaults", "vm_catalog", "class_vm", "module_vm", "session_vm"):
+        assert re.search(rf"^{name}( \[(session|module|class) scope\])? -- .*plugin\.py:\d+\n    \S", fixtures, re.MULTILINE), name

@@ -1,0 +1,152 @@
+"""What QEMU is told: nothing more than a machine needs, and nothing that a name or a spec can change the meaning of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_vmbottle import MachineSpec
+from pytest_vmbottle.backend import Disk
+from pytest_vmbottle.backends.qemu.command_line import KVM, TCG, Wiring, command_line
+
+WIRING = Wiring(
+    name="vm-1",
+    ram=Path("/run/ram"),
+    share=True,
+    overlay=Path("/run/overlay.qcow2"),
+    disks=(Disk(path=Path("/img/base.raw"), format="raw"), Disk(path=Path("/packs/a/disk.qcow2")), Disk(path=Path("/packs/b/disk.qcow2"))),
+    seed=Path("/packs/a/seed.iso"),
+    console=Path("/run/console.log"),
+    kernel=Path("/img/vmlinuz"),
+    initrd=Path("/img/initrd"),
+    cmdline="root=/dev/vda console=ttyS0,115200",
+    qmp=3,
+    agent=4,
+    waker=5,
+    incoming=False,
+)
+
+
+def line(spec: dict[str, Any] | None = None, **wiring: Any) -> list[str]:
+    return command_line(Path("/usr/bin/qemu"), TCG, MachineSpec.resolve("debian-12", spec or {}), attrs.evolve(WIRING, **wiring))
+
+
+def values(argv: list[str], option: str) -> list[str]:
+    return [argv[index + 1] for index, word in enumerate(argv) if word == option]
+
+
+def test_the_guest_reaches_nothing_unless_it_is_let_and_is_reached_from_this_host_only() -> None:
+    (closed,), (opened,) = values(line(), "-netdev"), values(line({"network": True, "ports": [80, 22, 443]}), "-netdev")
+
+    assert closed == "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"
+    assert opened == "user,id=net0,restrict=off," + ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in (22, 80, 443))
+
+
+def test_no_address_but_the_hosts_own_is_listened_on() -> None:
+    text = " ".join(line({"ports": [80]}))
+
+    assert "0.0.0.0" not in text
+    assert "tcp::" not in text
+    assert "vnc" not in text
+    assert "telnet" not in text
+    assert all(value.startswith(("socket,id=", "file,id=console,")) for value in values(line(), "-chardev"))
+    assert all("fd=" in value and "path=" not in value for value in values(line(), "-chardev") if value.startswith("socket"))
+
+
+def test_qemu_may_do_nothing_that_it_need_not() -> None:
+    argv = line()
+
+    assert values(argv, "-sandbox") == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    assert {"-nodefaults", "-no-user-config"} <= set(argv)
+    assert values(argv, "-display") == ["none"]
+    assert "-monitor" not in argv
+    assert "-daemonize" not in argv
+
+
+def test_the_whole_chain_of_disks_is_spelled_out_read_only_with_its_formats_below_one_overlay() -> None:
+    overlay, seed = (json.loads(value) for value in values(line(), "-blockdev"))
+    chain = []
+    node = overlay
+    while node is not None:
+        chain.append((node["driver"], node["file"]["filename"], node.get("read-only", False), node["file"].get("read-only", False)))
+        node = node.get("backing")
+
+    assert chain == [
+        ("qcow2", "/run/overlay.qcow2", False, False),
+        ("qcow2", "/packs/b/disk.qcow2", True, True),
+        ("qcow2", "/packs/a/disk.qcow2", True, True),
+        ("raw", "/img/base.raw", True, True),
+    ]
+    assert (seed["driver"], seed["read-only"], seed["file"]["read-only"]) == ("raw", True, True)
+
+
+def test_a_qcow2_at_the_bottom_is_told_to_have_nothing_beneath_it() -> None:
+    overlay = json.loads(values(line(disks=(Disk(path=Path("/img/base.qcow2")),)), "-blockdev")[0])
+
+    assert "backing" in overlay["backing"]
+    assert overlay["backing"]["backing"] is None
+
+
+def test_a_machine_that_waits_for_a_saved_state_differs_only_in_sharing_its_ram_and_in_waiting() -> None:
+    booting, restoring = line(), line(share=False, incoming=True)
+
+    assert restoring[-2:] == ["-incoming", "defer"]
+    different = [(one, other) for one, other in zip(booting, restoring[:-2], strict=True) if one != other]
+    assert len(different) == 1
+    one, other = (json.loads(value) for value in different[0])
+    assert {**one, "share": False} == other
+    assert one["share"] is True
+
+
+def test_the_ram_is_a_named_file_of_exactly_the_machines_size() -> None:
+    argv = line({"memory": "1.3G"})
+    ram = json.loads(values(argv, "-object")[0])
+
+    assert ram == {"qom-type": "memory-backend-file", "id": "ram0", "size": 1332 << 20, "mem-path": "/run/ram", "share": True}
+    assert values(argv, "-m") == [f"{1332 << 10}k"]
+    assert "memory-backend=ram0" in values(argv, "-machine")[0]
+
+
+PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=20).map(lambda text: Path(f"/x/{text},readonly=off,share=on"))
+
+
+@given(PATHS)
+def test_no_path_splits_an_option(path: Path) -> None:
+    argv = line(ram=path, overlay=path, disks=(Disk(path=path),), seed=path, console=path, kernel=path, initrd=path)
+    plain = line(disks=(Disk(path=Path("/y")),))
+
+    assert len(argv) == len(plain)
+    assert json.loads(values(argv, "-object")[0])["mem-path"] == str(path)
+    overlay, seed = (json.loads(value) for value in values(argv, "-blockdev"))
+    assert overlay["file"]["filename"] == overlay["backing"]["file"]["filename"] == seed["file"]["filename"] == str(path)
+    console = next(value for value in values(argv, "-chardev") if value.startswith("file,"))
+    assert console == f"file,id=console,path={str(path).replace(',', ',,')},append=on"
+    assert (values(argv, "-kernel"), values(argv, "-initrd")) == ([str(path)], [str(path)])
+
+
+def test_a_kernel_is_booted_directly_and_without_one_the_firmware_boots_the_disk() -> None:
+    assert values(line(), "-append") == ["root=/dev/vda console=ttyS0,115200"]
+    assert not {"-kernel", "-initrd", "-append"} & set(line(kernel=None, initrd=None, cmdline=""))
+    assert "-initrd" not in line(initrd=None)
+
+
+@pytest.mark.parametrize("accelerator", [KVM, TCG])
+def test_the_accelerator_and_its_processor_are_said(accelerator: Any) -> None:
+    argv = command_line(Path("/usr/bin/qemu"), accelerator, MachineSpec(source="x", cpus=3), WIRING)
+
+    assert (values(argv, "-accel"), values(argv, "-cpu"), values(argv, "-smp")) == ([accelerator.option], [accelerator.cpu], ["3"])
+
+
+def test_a_machine_has_what_a_clone_needs_to_be_itself() -> None:
+    devices = " ".join(values(line(), "-device"))
+
+    assert "virtio-rng-pci" in devices
+    assert "vmgenid,guid=auto" in devices
+    assert "name=org.qemu.guest_agent.0" in devices
+    assert "pvpanic-pci" in devices
