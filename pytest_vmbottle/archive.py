@@ -46,7 +46,7 @@ def unpack(source: BinaryIO, folder: Path) -> None:
                 if count > MAX_ENTRIES:
                     raise Refused(f"it has more than {MAX_ENTRIES} entries")
                 reader.take(tar, member)
-                tar.members.clear()  # kept for look-ups by name that nobody makes
+                tar.members.clear()  # type: ignore[attr-defined] # kept for look-ups by name that nobody makes
             _check_end(source, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # the library lets more through than its own error
         raise Refused(f"it is not a whole tar archive: {error}") from error

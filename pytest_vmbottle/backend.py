@@ -125,7 +125,8 @@ class Start:
 # Finds whatever still carries a command's tag in its environment, children of children included, until nothing is left.
 _KILL = r"""
 for round in 1 2 3 4 5 6; do
-  found=$(grep -lsz "^VMBOTTLE_EXEC=$1\$" /proc/[0-9]*/environ) || exit 0
+  found=$(grep -lsz "^VMBOTTLE_EXEC=$1\$" /proc/[0-9]*/environ) # its status also tells of processes that were gone meanwhile
+  [ -n "$found" ] || exit 0
   for file in $found; do pid=${file#/proc/}; kill -KILL "${pid%/environ}" 2>/dev/null; done
 done
 """

@@ -70,13 +70,14 @@ class Catalog:
         return self.root / "proofs"
 
     @contextmanager
-    def lock(self, name: str, *, deadline: Deadline, waiting: Callable[[str], None]) -> Iterator[None]:
+    def lock(self, name: str, *, deadline: Deadline, waiting: Callable[[str], None], label: str = "") -> Iterator[None]:
         """Holds the lock `name` against all other processes and threads that use this catalog.
 
         Args:
             name: What is locked; part of a file name.
             deadline: When to give up.
             waiting: Told once, in a sentence, when this takes long.
+            label: What people call it; by default its name.
 
         Raises:
             CatalogError: Another process has held it until the deadline; the message names that process.
@@ -88,10 +89,10 @@ class Catalog:
             try:
                 lock.acquire(timeout=min(_LONG_WAIT, deadline.remaining))
             except filelock.Timeout:
-                waiting(f"waiting for {name}: {_who(holder)}")
+                waiting(f"waiting for {label or name}: {_who(holder)}")
                 lock.acquire(timeout=deadline.remaining)
         except filelock.Timeout:
-            raise CatalogError(f"{name} was not to be had within {deadline.seconds:.0f} s: {_who(holder)}") from None
+            raise CatalogError(f"{label or name} was not to be had within {deadline.seconds:.0f} s: {_who(holder)}") from None
         except OSError as error:
             raise CatalogError(f"the lock {folder / name} cannot be taken: {error.strerror}") from error
         try:
@@ -153,6 +154,11 @@ class Catalog:
         aside = private_dir(self.root / "quarantine") / f"{path.name}-{secrets.token_hex(4)}"
         path.rename(aside)
         return aside
+
+    def set_aside(self) -> tuple[Path, ...]:
+        """What `quarantine` has moved out of the way."""
+        aside = self.root / "quarantine"
+        return tuple(aside.iterdir()) if aside.is_dir() else ()
 
     def discard(self, pack: Path, *, held: bool = False) -> bool:
         """Removes a published pack; returns whether it is gone.

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import re
-import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -276,7 +276,7 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
     store, name = _images(catalog), name or recipe
     images.store.check_name(name)
     before = _stored(store, name)
-    with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=_say):
+    with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=_say, label=f"the image {name}"):
         built = _stored(store, name)
         if built is None or built == before or not _is_of(built, recipe, include):
             built = images.build(store, recipe, name=name, include=include, progress=_say)
@@ -426,11 +426,11 @@ def list_packs(*, as_json: bool) -> None:
 
 
 def _mention_quarantine(catalog: Catalog) -> None:
-    aside = catalog.root / "quarantine"
     with suppress(OSError):  # what is just being removed
-        if aside.is_dir() and any(aside.iterdir()):
-            size = format_size(size_on_disk(aside))
-            _say(f"Damaged packs that were put aside take {size}; remove them with: rm -r {shlex.quote(str(aside))}")
+        aside = catalog.set_aside()
+        if aside:
+            size = format_size(sum(size_on_disk(each) for each in aside))
+            _say(f"Damaged packs that were put aside take {size}; remove them with: vmbottle pack prune")
 
 
 def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
@@ -584,7 +584,7 @@ def _discard(catalog: Catalog, path: Path) -> bool:
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 def prune(*, older_than: float | None, keep_size: int | None, dry_run: bool) -> None:
-    """Remove packs that no test run uses, the oldest first.
+    """Remove packs that no test run uses, the oldest first, and whatever was found damaged and put aside.
 
     Without options these are all of them: pytest makes them again when it needs them. A pack that one which is kept stands on is kept.
     With both options each removes its share. The keys of what was removed are written to stdout.
@@ -603,6 +603,8 @@ def prune(*, older_than: float | None, keep_size: int | None, dry_run: bool) -> 
             gone.append(each.key)
         else:  # somebody has begun to use it
             stays.add(each.manifest.parent)
+    for aside in () if dry_run else catalog.set_aside():
+        shutil.rmtree(aside, ignore_errors=True)
     for key in gone:
         click.echo(key)
     freed = format_size(sum(taken.get(key, 0) for key in gone))

@@ -201,7 +201,7 @@ class _Qemu:
 
     def accelerator(self) -> _Answer:
         try:
-            proved = self._backend.proof
+            proved = self._backend.prove_again()
         except BackendUnavailable as error:
             self._failure = error
             return _missing(error.reason, self._remedy(), wanted=self._wanted)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +51,9 @@ _OPTIONS = (
     _Option("backend", "auto", "What runs machines: auto, qemu, or a name that a plugin knows"),
     _Option("accel", "auto", "How QEMU runs guest code", ("auto", "kvm", "hvf", "tcg")),
     _Option("catalog", "", "Folder shared by all workers and runs (default: pytest-vmbottle in the user's cache folder)"),
-    _Option("missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")),
+    _Option(
+        "missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")
+    ),
     _Option("pack", "auto", "Kind of pack that machines are poured from: template (disk and RAM) or disk", ("auto", "template", "disk")),
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
@@ -170,7 +171,10 @@ def _plans(node: pytest.Item) -> list[_Plan]:
 
 
 def _plan(config: pytest.Config, wishes: Mapping[str, Mapping[str, Any]], label: str) -> _Plan:
-    named = {name: {key: repr(sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in wish.items()} for name, wish in wishes.items()}
+    named = {
+        name: {key: repr(sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in wish.items()}
+        for name, wish in wishes.items()
+    }
     layers = [id(wish.get("source")) for wish in wishes.values() if isinstance(wish.get("source"), Layer)]
     key = digest(named, layers)
     return config.stash[_SESSION].plans.setdefault(key, _Plan(wishes, label, key))
@@ -312,7 +316,7 @@ class _Session:
                 raise BackendUnavailable(f"there is no backend {name!r}", "Choose qemu, or install the plugin that brings it")
             settings = Settings(
                 timeout_factor=_timeout_factor(self._config),
-                rebuild_before=self._began if _option(self._config, "rebuild") not in ("", "false") else None,
+                rebuild_before=self._began if _option(self._config, "rebuild").lower() not in ("", "0", "false", "no", "off") else None,
                 report=self.say,
                 warn=self.say,
                 ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
@@ -324,14 +328,16 @@ class _Session:
     def say(self, line: str) -> None:
         """Writes a line to the terminal at once, also from a worker, whatever is being captured."""
         capture = self._config.pluginmanager.getplugin("capturemanager")
+        reporter = self._config.pluginmanager.getplugin("terminalreporter")
+        worker = getattr(self._config, "workerinput", None)
         with capture.global_and_fixture_disabled() if capture else nullcontext():
-            reporter = self._config.pluginmanager.getplugin("terminalreporter")
-            if reporter is not None:
+            if worker is not None:
+                # A worker's own streams lead nowhere, so it is told where the controller's terminal is.
+                with suppress(OSError), open(worker.get("vmbottle_terminal", os.devnull), "a") as stream:  # noqa: PTH123
+                    stream.write(f"\nvmbottle: {line}\n")
+            elif reporter is not None:
                 reporter.ensure_newline()
                 reporter.write_line(f"vmbottle: {line}")
-            else:
-                sys.stderr.write(f"vmbottle: {line}\n")
-                sys.stderr.flush()
 
     def describe_host(self) -> str:
         """One line: what machines run on, and why."""
@@ -339,7 +345,8 @@ class _Session:
             able = self.provisioner("auto").capabilities
         except (VMBottleError, pytest.UsageError) as error:
             return f"vmbottle: no machine can be run here: {error}"
-        return f"vmbottle: {able.backend} ({able.version}), {able.accelerator} [{able.reason}], {able.pack_kind} packs, catalog {self.catalog.root}"
+        runs_on = f"{able.backend} ({able.version}), {able.accelerator} [{able.reason}]"
+        return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}"
 
     def wrong_marks(self) -> pytest.UsageError:
         """What is wrong with the marks of all tests."""
@@ -397,6 +404,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tells a worker where its words about long work are seen."""
+    capture = node.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Takes what a worker knows."""
     output = getattr(node, "workeroutput", {}).get("vmbottle", {})
@@ -427,7 +442,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
-    if call.when == "setup" and call.excinfo is not None and isinstance(call.excinfo.value, VMBottleError) and not item.config.option.fulltrace:
+    if (
+        call.when == "setup"
+        and call.excinfo is not None
+        and isinstance(call.excinfo.value, VMBottleError)
+        and not item.config.option.fulltrace
+    ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     return report  # type: ignore[return-value]
 

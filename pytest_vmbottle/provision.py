@@ -177,7 +177,9 @@ class Provisioner:
         self._usable.pop(pack.key, None)
         with suppress(OSError):
             self._catalog.quarantine(pack.path)
-        self._settings.warn(f"the pack of {pack.manifest.name} could not be poured and was put aside; machines are booted from disk packs now: {error}")
+        self._settings.warn(
+            f"the pack of {pack.manifest.name} could not be poured and was put aside; machines are booted from disk packs now: {error}"
+        )
 
     @contextmanager
     def _cold(self, spec: MachineSpec) -> Iterator[Machine]:
@@ -313,7 +315,8 @@ class Provisioner:
     def _build_once(self, plan: _Plan) -> Pack:
         parent = self._pack(plan.parent) if plan.parent is not None else None
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        with self._catalog.lock(f"pack-{plan.key[:24]}", deadline=deadline, waiting=self._settings.report):
+        label = f"the {plan.kind} pack of {plan.name}"
+        with self._catalog.lock(f"pack-{plan.key[:24]}", deadline=deadline, waiting=self._settings.report, label=label):
             already = self._find(plan)
             if already is not None:
                 return already
@@ -359,7 +362,9 @@ class Provisioner:
                     _await_boot(instance, channel, plan.spec, ready)
                     self.tally.booted += 1
                 if plan.steps:
-                    machine = Machine(instance, plan.spec, id=rundir.name, backend=self._name, channel=channel, factor=self._settings.timeout_factor)
+                    machine = Machine(
+                        instance, plan.spec, id=rundir.name, backend=self._name, channel=channel, factor=self._settings.timeout_factor
+                    )
                     self._do(plan.steps[-1], machine)
                 instance.save(staged, kind=plan.kind, deadline=deadline)
             finally:
@@ -427,14 +432,16 @@ class Provisioner:
                 f"Add one: vmbottle image add FILE --name {name}"
             )
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        with self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report):
+        with self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}"):
             return self._images.get(name) or images.build(self._images, name, progress=self._settings.report)
 
 
 def _check_fits(spec: MachineSpec) -> None:
     total = host.total_memory()
     if spec.memory >= total:
-        raise SpecError(f"memory={format_size(spec.memory)} for the machine {spec.name!r} is more than this host's {format_size(total)}: ask for less")
+        raise SpecError(
+            f"memory={format_size(spec.memory)} for the machine {spec.name!r} is more than this host's {format_size(total)}: ask for less"
+        )
 
 
 def _disk_size(spec: MachineSpec, image: Image) -> int:
@@ -453,6 +460,8 @@ def _build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
     own = {key: value for key, value in step.keywords.items() if key not in {*boots, "packages", "files", "run", "fresh", "name"}}
     inherited = MachineSpec.resolve(step.source, {}) if isinstance(step.source, Layer) else MachineSpec(source=step.source)
     launch = {key: getattr(inherited, key) for key in ("network", "user")} | {"env": dict(inherited.env), "ports": inherited.ports}
+    if step.keywords.get("packages"):
+        launch["network"] = True  # where packages come from
     return MachineSpec(source=step.source, **{**launch, **own, **boots})
 
 

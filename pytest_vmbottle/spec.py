@@ -373,8 +373,6 @@ class MachineSpec:
         own: dict[str, Any] = {"packages": self.packages, "files": dict(self.files), "run": self.run}
         if not any(own.values()):
             return below
-        if self.packages:
-            own["network"] = True
         return (*below, Layer(source=self.source, function=None, keywords=own, name="prepared"))
 
     def boot_digest(self) -> str:

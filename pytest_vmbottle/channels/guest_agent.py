@@ -241,7 +241,7 @@ class GuestAgent:
 
 def _finished(status: dict[str, Any], *, timed_out: bool) -> Finished:
     return Finished(
-        returncode=-status["signal"] if "signal" in status else status.get("exitcode", 0),
+        returncode=-9 if timed_out else -status["signal"] if "signal" in status else status.get("exitcode", 0),
         stdout=base64.b64decode(status.get("out-data", "")),
         stderr=base64.b64decode(status.get("err-data", "")),
         truncated=bool(status.get("out-truncated") or status.get("err-truncated")),

@@ -159,10 +159,22 @@ class SshChannel:
         """Runs a command and writes its standard output to a host file."""
         return self._execute(command, BytesIO(command.input), sink, deadline)
 
-    def _execute(self, command: Command, source: BinaryIO, sink: BinaryIO | None, deadline: Deadline) -> Finished:
+    def _begin(self, command: Command, deadline: Deadline) -> paramiko.Channel:
+        seconds = max(0.1, deadline.remaining)
+        session = self._transport.open_session(timeout=seconds, window_size=_WINDOW)
+        # The library waits for the answer to this request without a limit, unless the session is closed.
+        limit = threading.Timer(seconds, session.close)
+        limit.daemon = True
+        limit.start()
         try:
-            session = self._transport.open_session(timeout=max(0.1, deadline.remaining), window_size=_WINDOW)
             session.exec_command(_remote(command))
+        finally:
+            limit.cancel()
+        return session
+
+    def _execute(self, command: Command, source: BinaryIO, sink: BinaryIO | None, deadline: Deadline, *, killing: bool = False) -> Finished:
+        try:
+            session = self._begin(command, deadline)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._alive()
             raise MachineDied(f"the SSH connection is lost: {error}") from error
@@ -175,8 +187,8 @@ class SshChannel:
         for thread in threads:
             thread.start()
         timed_out = not self._ended(session, threads[1:], deadline)
-        if timed_out:
-            self.run(command.killer(), deadline=Deadline(_GRACE))
+        if timed_out and not killing:  # a guest that does not even answer this is not asked again and again
+            self._execute(command.killer(), BytesIO(), None, Deadline(_GRACE), killing=True)
             self._ended(session, threads[1:], Deadline(_GRACE))
         status = session.exit_status
         session.close()

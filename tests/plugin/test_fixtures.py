@@ -8,6 +8,7 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Run = Callable[..., pytest.RunResult]
 
@@ -204,7 +205,9 @@ def test_it(request):
 def test_a_test_that_says_nowhere_what_machine_it_wants_is_told_which_mark_to_add(run: Run, fixture: str) -> None:
     result = run(f"def test_it({fixture}): pass\n", status=1, errors=1)
 
-    assert 'no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12' in said(result)
+    assert 'no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12' in said(
+        result
+    )
     assert "plugin.py" not in said(result)
 
 
@@ -223,7 +226,7 @@ def vm_defaults():
     )
 
 
-def test_the_catalog_is_the_one_that_the_run_uses(run: Run, catalog: object) -> None:
+def test_the_catalog_is_the_one_that_the_run_uses(run: Run, catalog: Path) -> None:
     run(f"def test_it(vm_catalog):\n    assert str(vm_catalog.root) == {str(catalog)!r}\n", passed=1)
 
 

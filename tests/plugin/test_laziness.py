@@ -53,11 +53,11 @@ def bare(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     return bare
 
 
-@pytest.mark.parametrize("catalog", [True, False], ids=["catalog given", "default catalog"])
+@pytest.mark.parametrize("catalog", ["given", "default"])
 def test_a_suite_without_machines_imports_nothing_heavy_and_makes_no_folder(
-    bare: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, catalog: bool
+    bare: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, catalog: str
 ) -> None:
-    if not catalog:
+    if catalog == "default":
         monkeypatch.delenv("VMBOTTLE_CATALOG")
     heavy = bare("def test_it(tmp_path): assert 1 + 1 == 2\n", conftest=TOUCHY)
 
@@ -67,18 +67,26 @@ def test_a_suite_without_machines_imports_nothing_heavy_and_makes_no_folder(
 
 @pytest.mark.parametrize(
     ("args", "status"),
-    [(["--help"], 0), (["--markers"], 0), (["--fixtures"], 0), (["--collect-only"], 0), (["--setup-plan"], 0), (["-k", "nothing"], 5), (["-m", "not vm"], 5), (["--fixtures-per-test"], 0)],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_asking_about_a_suite_with_machines_touches_none(bare: Callable[..., str], tmp_path: Path, args: list[str], status: int) -> None:
-    heavy = bare(MARKED, *args, status=status, conftest=TOUCHY)
+    [
+        *((option, 0) for option in ("--help", "--markers", "--fixtures", "--fixtures-per-test", "--collect-only", "--setup-plan")),
+        ("-k nothing", 5),
+        ("-m not_vm", 5),
+    ],
+)
+def test_asking_about_a_suite_with_machines_touches_none(bare: Callable[..., str], tmp_path: Path, args: str, status: int) -> None:
+    heavy = bare(MARKED, *args.replace("_", " ").split(" ", 1), status=status, conftest=TOUCHY)
 
     assert heavy == ""
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_layer_and_the_public_names_can_be_imported_without_any_cost(bare: Callable[..., str]) -> None:
-    assert bare('import pytest_vmbottle as v\n@v.layer("debian-12")\ndef web(vm): pass\ndef test_it(): assert v.MachineSpec(source=web).image\n') == ""
+    assert (
+        bare(
+            'import pytest_vmbottle as v\n@v.layer("debian-12")\ndef web(vm): pass\ndef test_it(): assert v.MachineSpec(source=web).image\n'
+        )
+        == ""
+    )
 
 
 def test_a_suite_with_a_machine_does_import_what_it_needs(run: Run, pytester: pytest.Pytester) -> None:

@@ -18,7 +18,11 @@ def said(result: pytest.RunResult) -> str:
 
 
 def test_of_the_same_keyword_the_closest_mark_wins_from_the_function_down_to_the_ini_file(run: Run, pytester: pytest.Pytester) -> None:
-    pytester.makeini('[pytest]\nvm_defaults =\n    source = "debian-12"\n    cpus = 11\n    memory = "11M"\n    user = ini\n    timeout = 11\n'.replace("11M", "64M"))
+    pytester.makeini(
+        '[pytest]\nvm_defaults =\n    source = "debian-12"\n    cpus = 11\n    memory = "11M"\n    user = ini\n    timeout = 11\n'.replace(
+            "11M", "64M"
+        )
+    )
     run(
         """
         pytestmark = pytest.mark.vm(cpus=3, memory="192M", env={"FROM": "module"})
@@ -45,7 +49,9 @@ def vm_defaults(vm_defaults):
 
 
 def test_an_ini_value_need_not_be_quoted(run: Run, pytester: pytest.Pytester) -> None:
-    pytester.makeini("[pytest]\nvm_defaults =\n    source = debian-12\n    memory = 64M\n    cpus = 2\n    network = true\n    ports = [80]\n")
+    pytester.makeini(
+        "[pytest]\nvm_defaults =\n    source = debian-12\n    memory = 64M\n    cpus = 2\n    network = true\n    ports = [80]\n"
+    )
     run(
         "def test_it(vm):\n    assert (vm.spec.memory, vm.spec.cpus, vm.spec.network, vm.spec.ports) == (64 << 20, 2, True, (80,))\n",
         passed=1,
@@ -111,7 +117,7 @@ def test_a_layer_with_a_wrong_keyword_is_told_where_it_stands(run: Run) -> None:
     assert "test_it.py" in said(result)
 
 
-def test_a_list_of_sources_makes_one_test_each_with_readable_ids_and_one_source_leaves_the_id_alone(run: Run, catalog: object) -> None:
+def test_a_list_of_sources_makes_one_test_each_with_readable_ids_and_one_source_leaves_the_id_alone(run: Run) -> None:
     result = run(
         """
 @layer("debian-12")
@@ -169,7 +175,9 @@ def test_shared(session_vm, request):
     )
 
 
-def test_a_layer_is_found_by_its_name_in_the_module_and_in_the_conftests_above_the_closest_first(run: Run, pytester: pytest.Pytester) -> None:
+def test_a_layer_is_found_by_its_name_in_the_module_and_in_the_conftests_above_the_closest_first(
+    run: Run, pytester: pytest.Pytester
+) -> None:
     sub = pytester.mkdir("sub")
     aside = pytester.mkdir("aside")
     for folder, user in ((sub, "sub"), (aside, "aside")):

@@ -51,7 +51,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file(
     ],
 )
 @pytest.mark.parametrize("way", ["command line", "environment", "ini"])
-def test_a_wrong_value_is_a_usage_error_whichever_way_it_comes(
+def test_a_wrong_value_is_a_usage_error_whichever_way_it_comes(  # noqa: PLR0917
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str, value: str, message: str, way: str
 ) -> None:
     name = option.replace("-", "_")

@@ -25,7 +25,9 @@ def test_a_run_says_what_machines_run_on_and_what_became_of_them(run: Run, catal
 
     for text in (first, second):
         assert f"vmbottle: fake (1), none [nothing is run], template packs, catalog {catalog}" in text
-    assert re.search(r"^vmbottle: 3 machines poured, 1 booted; 1 packs built, 0 reused; \d+\.\d s spent waiting for machines$", first, re.MULTILINE)
+    assert re.search(
+        r"^vmbottle: 3 machines poured, 1 booted; 1 packs built, 0 reused; \d+\.\d s spent waiting for machines$", first, re.MULTILINE
+    )
     assert "vmbottle: 3 machines poured, 0 booted; 0 packs built, 1 reused" in second
     assert "vmbottle: building the template pack of debian-12 (this boots a machine once)" in first
     assert "building" not in second

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pytest_vmbottle import Machine
+from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.cli import main
 
@@ -46,15 +47,25 @@ def test_the_doctor_finds_that_this_host_runs_machines_and_how(tmp_path: Path) -
     assert "unknown" not in {finding["state"] for finding in found.values()}
 
 
-def test_what_was_proved_is_not_proved_again(tmp_path: Path) -> None:
-    first = findings(tmp_path)
+def test_what_the_doctor_proved_no_machine_proves_again(tmp_path: Path) -> None:
+    found = findings(tmp_path)["accelerator"]
     (record,) = (tmp_path / "proofs").glob("qemu-*.json")
     before = record.stat()
-    second = findings(tmp_path)
+    proved = QemuBackend(proofs=tmp_path / "proofs").proof
 
-    assert second["accelerator"] == first["accelerator"]
+    assert proved.accelerator.name == found["details"]["name"]
     assert record.stat().st_mtime_ns == before.st_mtime_ns
     assert [path.name for path in (tmp_path / "proofs").iterdir()] == [record.name]
+
+
+def test_the_doctor_tries_anew_each_time(tmp_path: Path) -> None:
+    findings(tmp_path)
+    (record,) = (tmp_path / "proofs").glob("qemu-*.json")
+    record.write_text(record.read_text().replace('"template": null', '"template": "said once"'))
+    found = findings(tmp_path)
+
+    assert found["packs"]["details"]["kind"] == "template"
+    assert "said once" not in record.read_text()
 
 
 def test_emulation_as_asked_for_is_no_defect(tmp_path: Path) -> None:

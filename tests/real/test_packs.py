@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
+import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import paramiko
@@ -118,6 +123,41 @@ def test_files_and_commands_of_a_mark_are_done_beforehand(vm: Machine) -> None:
     assert vm.path("/srv/bytes").read_bytes() == b"\x00\xff"
     assert vm.path("/root/ran").read_text() == "ran\n"
     assert vm.exec('echo "$FROM"').stdout == "the mark\n"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[int]:
+    """A repository with one small package on a port of this host's loopback."""
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    about = "Package: bottled\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: a test\n"
+    (tree / "DEBIAN" / "control").write_text(about)
+    (tree / "usr" / "bin").mkdir(parents=True)
+    (tree / "usr" / "bin" / "bottled").write_text("#!/bin/sh\necho installed\n")
+    (tree / "usr" / "bin" / "bottled").chmod(0o755)
+    served = tmp_path / "served"
+    served.mkdir()
+    package = served / "bottled.deb"
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, package], check=True, stdout=subprocess.DEVNULL)
+    digest = hashlib.sha256(package.read_bytes()).hexdigest()
+    (served / "Packages").write_text(f"{about}Filename: ./bottled.deb\nSize: {package.stat().st_size}\nSHA256: {digest}\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(served))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_packages_of_a_mark_are_installed_beforehand_and_the_machine_stays_closed(
+    repository: int, vm_factory: Callable[..., Machine]
+) -> None:
+    @layer("debian-12", version=repository)
+    def sourced(vm: Machine) -> None:
+        vm.exec("rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*")
+        vm.path("/etc/apt/sources.list").write_text(f"deb [trusted=yes] http://10.0.2.2:{repository} ./\n")
+
+    vm = vm_factory(sourced, packages=["bottled"])
+    assert vm.exec("bottled").stdout == "installed\n"
+    assert vm.exec(["apt-get", "update", "--error-on=any"], check=False).returncode != 0
 
 
 def test_a_damaged_pack_is_refused_put_aside_and_built_again(vm_catalog: Catalog) -> None:

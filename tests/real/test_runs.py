@@ -155,6 +155,7 @@ def test_two_workers_make_a_pack_once_and_each_uses_it(pytester: pytest.Pytester
     result = pytester.runpytest_subprocess("-n2", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["*vmbottle: 4 machines poured, 0 booted; 1 packs built, *"])
+    assert result.stderr.str().count("vmbottle: building the template pack of counted") == 1
 
 
 def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(pytester: pytest.Pytester, vm_catalog: Catalog) -> None:

@@ -57,7 +57,7 @@ def test_a_condition_of_ones_own_is_waited_for_and_its_value_returned(session_vm
 
     assert session_vm.wait_until(third) == ["again\n"] * 3
     result = session_vm.wait_until(["test", "-e", "/etc/hostname"])
-    assert result.ok  # type: ignore[union-attr]
+    assert result.ok
 
 
 def test_the_console_has_what_the_guest_wrote_to_it_with_control_characters_made_visible(session_vm: Machine) -> None:

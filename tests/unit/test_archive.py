@@ -7,6 +7,7 @@ import os
 import stat
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,11 @@ def folder(tmp_path: Path) -> Path:
 def outside(folder: Path) -> dict[str, str]:
     """What there is around the folder."""
     watched = folder.parent.parent
-    return {str(path.relative_to(watched)): path.read_text() if path.is_file() else "" for path in watched.rglob("*") if folder not in path.parents}
+    return {
+        str(path.relative_to(watched)): path.read_text() if path.is_file() else ""
+        for path in watched.rglob("*")
+        if folder not in path.parents
+    }
 
 
 UNTOUCHED = {"canary": CANARY, "between": "", "between/inside": ""}
@@ -157,7 +162,9 @@ def test_an_archive_that_breaks_off_is_refused_wherever_that_is(tmp_path: Path) 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_damaged_archive_is_refused_or_stays_inside(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    whole = bytearray(tar(("t", FOLDER, "", b""), file("t/a"), ("t/l", SYM, "a", b""), ("t/h", LINK, "t/a", b""), file("t/\udcff" + "n" * 120)).getvalue())
+    whole = bytearray(
+        tar(("t", FOLDER, "", b""), file("t/a"), ("t/l", SYM, "a", b""), ("t/h", LINK, "t/a", b""), file("t/\udcff" + "n" * 120)).getvalue()
+    )
     whole = whole[: len(whole.rstrip(b"\0")) + 1024]
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(whole) - 1))
@@ -169,17 +176,23 @@ def test_a_damaged_archive_is_refused_or_stays_inside(tmp_path_factory: pytest.T
     inside = tmp_path_factory.mktemp("a") / "inside"
     inside.mkdir()
 
-    try:
+    with suppress(Refused, OSError):  # the file system has its own word on names
         unpack(io.BytesIO(bytes(whole)), inside)
-    except (Refused, OSError):  # the file system has its own word on names
-        pass
     assert [path.name for path in inside.parent.iterdir()] == ["inside"]
 
 
 def test_a_tree_comes_back_with_modes_links_times_and_odd_names(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
-    for name, mode in (("plain", 0o644), ("run me", 0o755), ("-rf", 0o400), ("new\nline", 0o600), ("ünï", 0o644), ("n" * 200, 0o644), (os.fsdecode(b"\xff\xfe"), 0o640)):
+    for name, mode in (
+        ("plain", 0o644),
+        ("run me", 0o755),
+        ("-rf", 0o400),
+        ("new\nline", 0o600),
+        ("ünï", 0o644),
+        ("n" * 200, 0o644),
+        (os.fsdecode(b"\xff\xfe"), 0o640),
+    ):
         (tree / name).write_text(name, errors="surrogateescape")
         (tree / name).chmod(mode)
         os.utime(tree / name, (1_000_000_000.25, 1_000_000_000.25))
@@ -201,7 +214,7 @@ def snapshot(tree: Path) -> dict[str, tuple[int, str, float]]:
     found = {}
     for path in sorted(tree.rglob("*")):
         status = path.lstat()
-        content = os.readlink(path) if path.is_symlink() else path.read_text(errors="surrogateescape") if path.is_file() else ""
+        content = str(path.readlink()) if path.is_symlink() else path.read_text(errors="surrogateescape") if path.is_file() else ""
         found[str(path.relative_to(tree))] = (status.st_mode, content, status.st_mtime if path.is_file() and not path.is_symlink() else 0.0)
     return found
 

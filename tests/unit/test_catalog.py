@@ -27,18 +27,26 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.catalog import Catalog
 catalog = Catalog(Path(sys.argv[1]))
 """
-HOLD = PRELUDE + """
+HOLD = (
+    PRELUDE
+    + """
 with catalog.lock("thing", deadline=Deadline(30), waiting=lambda _: None):
     print("held", flush=True)
     sys.stdin.read()
 """
-LIVE = PRELUDE + """
+)
+LIVE = (
+    PRELUDE
+    + """
 with catalog.rundir("vm-1") as folder:
     (folder / "overlay").write_text("x")
     print(folder, flush=True)
     sys.stdin.read()
 """
-COUNT = PRELUDE + """
+)
+COUNT = (
+    PRELUDE
+    + """
 counter = catalog.root / "counter"
 for _ in range(40):
     with catalog.lock("counter", deadline=Deadline(60), waiting=lambda _: None):
@@ -46,6 +54,7 @@ for _ in range(40):
         time.sleep(0.001)
         counter.write_text(str(value + 1))
 """
+)
 
 
 @pytest.fixture
@@ -167,7 +176,7 @@ def test_the_lock_of_a_killed_process_goes_to_the_next(catalog: Catalog) -> None
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        taken = []
+        taken: list[str] = []
         with catalog.lock("thing", deadline=Deadline(10), waiting=taken.append):
             taken.append("taken")
 
@@ -209,7 +218,7 @@ def test_a_damaged_record_of_the_holder_does_not_hide_that_the_lock_is_held(cata
 
 
 def test_a_machines_folder_is_private_and_gone_at_the_end_even_after_a_failure(catalog: Catalog) -> None:
-    with pytest.raises(RuntimeError), catalog.rundir("vm-1") as folder:
+    with pytest.raises(RuntimeError), catalog.rundir("vm-1") as folder:  # noqa: PT012
         (folder / "file").touch()
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
@@ -266,7 +275,7 @@ def test_publishing_over_an_existing_pack_keeps_that_one(catalog: Catalog) -> No
 
 
 def test_a_pack_that_could_not_be_built_leaves_nothing(catalog: Catalog) -> None:
-    with pytest.raises(RuntimeError), catalog.staging() as folder:
+    with pytest.raises(RuntimeError), catalog.staging() as folder:  # noqa: PT012
         (folder / "disk").write_text("half")
         raise RuntimeError
 

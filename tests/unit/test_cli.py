@@ -317,7 +317,7 @@ def builder(root: Path, tmp_path: Path) -> Iterator[Builder]:
         environment = {**os.environ, "PATH": str(tmp_path)}
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stderr is not None
-            assert f"waiting for image-debian-12: process {os.getpid()}" in process.stderr.readline()
+            assert f"waiting for the image debian-12: process {os.getpid()}" in process.stderr.readline()
             yield Builder(process, lock)
             process.kill()
 
@@ -545,4 +545,8 @@ def test_pruning_removes_what_cannot_be_read(stock: Stock) -> None:
 def test_packs_that_were_put_aside_are_mentioned_with_the_command_that_removes_them(stock: Stock) -> None:
     stock.catalog.quarantine(stock.db.path)
 
-    assert f"rm -r {stock.catalog.root / 'quarantine'}" in run("pack", "ls").stderr
+    assert "remove them with: vmbottle pack prune" in run("pack", "ls").stderr
+    run("pack", "prune", "--dry-run")
+    assert stock.catalog.set_aside()
+    run("pack", "prune")
+    assert not stock.catalog.set_aside()

@@ -113,7 +113,9 @@ def test_the_ram_is_a_named_file_of_exactly_the_machines_size() -> None:
     assert "memory-backend=ram0" in values(argv, "-machine")[0]
 
 
-PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=20).map(lambda text: Path(f"/x/{text},readonly=off,share=on"))
+PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=20).map(
+    lambda text: Path(f"/x/{text},readonly=off,share=on")
+)
 
 
 @given(PATHS)

@@ -41,7 +41,7 @@ def test_every_public_error_is_a_name_of_the_package() -> None:
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
 def test_an_error_comes_out_of_a_pickle_with_its_text_and_all_its_attributes(error: VMBottleError, protocol: int) -> None:
     error.add_note("seen on the way")
-    revived = pickle.loads(pickle.dumps(error, protocol))  # noqa: S301 - our own pickle
+    revived = pickle.loads(pickle.dumps(error, protocol))
 
     assert type(revived) is type(error)
     assert str(revived) == str(error)
@@ -52,7 +52,12 @@ def test_an_error_comes_out_of_a_pickle_with_its_text_and_all_its_attributes(err
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(errors.SpecError, ValueError), (errors.MachineTimeout, TimeoutError), (errors.CommandTimeout, TimeoutError), (errors.PackCorrupt, errors.CatalogError)],
+    [
+        (errors.SpecError, ValueError),
+        (errors.MachineTimeout, TimeoutError),
+        (errors.CommandTimeout, TimeoutError),
+        (errors.PackCorrupt, errors.CatalogError),
+    ],
 )
 def test_an_error_is_also_what_python_calls_it(error: type[Exception], kind: type[Exception]) -> None:
     assert issubclass(error, kind)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 
-from pytest_vmbottle import CatalogError, Layer, LaunchError, Machine, MachineError, MachineSpec, MachineTimeout, SpecError, host, layer, packs
-from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start
+from pytest_vmbottle import (
+    CatalogError,
+    LaunchError,
+    Layer,
+    Machine,
+    MachineError,
+    MachineSpec,
+    MachineTimeout,
+    SpecError,
+    host,
+    layer,
+    packs,
+)
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.images import ImageStore
-from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
 from pytest_vmbottle.testing import FakeBackend
 
 IMAGE = "debian-12"
@@ -54,7 +66,7 @@ def said() -> list[str]:
 def make(catalog: Catalog, backend: FakeBackend, said: list[str], request: pytest.FixtureRequest) -> Make:
     """Another provisioner on the same catalog, as another process or a later run has."""
 
-    def make(using: FakeBackend = backend, **settings: object) -> Provisioner:
+    def make(using: FakeBackend = backend, **settings: Any) -> Provisioner:
         made = Provisioner(catalog, using, name="fake", settings=attrs.evolve(Settings(warn=said.append), **settings))
         request.addfinalizer(made.close)
         return made
@@ -62,7 +74,7 @@ def make(catalog: Catalog, backend: FakeBackend, said: list[str], request: pytes
     return make
 
 
-def pour(provisioner: Provisioner, source: str | Layer = IMAGE, **keywords: object) -> Machine:
+def pour(provisioner: Provisioner, source: str | Layer = IMAGE, **keywords: Any) -> Machine:
     with provisioner.machine(MachineSpec.resolve(source, keywords)) as machine:
         return machine
 
@@ -112,10 +124,12 @@ def test_another_process_uses_the_pack_that_is_there(make: Make, backend: FakeBa
 
 def test_specs_that_differ_only_after_the_boot_share_a_pack_and_others_do_not(make: Make) -> None:
     provisioner = make()
-    for keywords in ({}, {"env": {"A": "1"}}, {"user": "joe"}, {"network": True}, {"ports": [80]}, {"name": "other"}):
+    after: list[dict[str, Any]] = [{}, {"env": {"A": "1"}}, {"user": "joe"}, {"network": True}, {"ports": [80]}, {"name": "other"}]
+    for keywords in after:
         pour(provisioner, **keywords)
     assert provisioner.tally.built == 1
-    for keywords in ({"cpus": 2}, {"memory": "2G"}, {"user_data": {"a": 1}}):
+    before: list[dict[str, Any]] = [{"cpus": 2}, {"memory": "2G"}, {"user_data": {"a": 1}}]
+    for keywords in before:
         pour(provisioner, **keywords)
     assert provisioner.tally.built == 4
 
@@ -147,7 +161,10 @@ def test_a_layer_does_packages_then_files_then_commands_then_its_function(make: 
         return Finished(returncode=0)
 
     pour(make(FakeBackend(note)), shop)
-    order = [next(index for index, line in enumerate(done) if text in line) for text in ("sh nginx", "/srv/x", "systemctl start nginx", "open shop")]
+    order = [
+        next(index for index, line in enumerate(done) if text in line)
+        for text in ("sh nginx", "/srv/x", "systemctl start nginx", "open shop")
+    ]
 
     assert order == sorted(order)
     assert "apt-get install" in done[order[0]]
@@ -326,7 +343,9 @@ class Stubborn(FakeBackend):
         return super().launch(spec, source=source, rundir=rundir, deadline=deadline)
 
 
-def test_where_a_pack_cannot_be_poured_machines_are_booted_from_disk_packs_and_that_is_said_once(make: Make, said: list[str], catalog: Catalog) -> None:
+def test_where_a_pack_cannot_be_poured_machines_are_booted_from_disk_packs_and_that_is_said_once(
+    make: Make, said: list[str], catalog: Catalog
+) -> None:
     backend = Stubborn()
     provisioner = make(backend)
     pour(provisioner)
@@ -351,17 +370,19 @@ def test_a_disk_pack_that_does_not_boot_is_an_error_and_no_reason_to_try_for_eve
 
 
 @layer(IMAGE)
-def failing(vm: Machine) -> None:
+def failing(_: Machine) -> None:
     ran.append("failing")
     raise RuntimeError("the shelf\nis empty")
 
 
 @layer(failing)
-def above(vm: Machine) -> None:
+def above(_: Machine) -> None:
     ran.append("above")
 
 
-def test_a_failing_layer_raises_once_in_full_then_shortly_and_is_tried_again_by_the_next_run(make: Make, backend: FakeBackend, catalog: Catalog) -> None:
+def test_a_failing_layer_raises_once_in_full_then_shortly_and_is_tried_again_by_the_next_run(
+    make: Make, backend: FakeBackend, catalog: Catalog
+) -> None:
     provisioner = make()
     with pytest.raises(MachineError) as full:
         pour(provisioner, failing)
@@ -400,7 +421,9 @@ def test_a_command_that_fails_in_a_layer_is_shown_with_its_output(make: Make) ->
     def fail(command: Command) -> Finished:
         return Finished(returncode=7 if command.argv == ("false",) else 0, stderr=b"no such package")
 
-    with pytest.raises(MachineError, match=r"(?s)the layer commanding could not be built: the command ended with status 7\n\$ false.*no such package"):
+    with pytest.raises(
+        MachineError, match=r"(?s)the layer commanding could not be built: the command ended with status 7\n\$ false.*no such package"
+    ):
         pour(make(FakeBackend(fail)), commanding)
 
 
@@ -490,9 +513,18 @@ def test_packs_in_use_are_held_until_the_provisioner_is_closed(make: Make, catal
     pour(provisioner)
     pack = named(catalog, IMAGE)
     assert not catalog.discard(pack)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     provisioner.close()
     provisioner.close()
 
-    assert len(os.listdir("/proc/self/fd")) < before
+    assert len(list(Path("/proc/self/fd").iterdir())) < before
     assert catalog.discard(pack)
+
+
+def test_packages_are_installed_with_the_network_on_and_the_machine_itself_keeps_it_off() -> None:
+    marked = MachineSpec(source="debian-12", packages=["nginx"])
+    layered = Layer(source="debian-12", function=None, keywords={"packages": ["nginx"]}, name="served")
+
+    assert marked.network is False
+    assert _build_spec(marked, marked.steps[-1]).network is True
+    assert _build_spec(MachineSpec(source=layered), layered).network is True

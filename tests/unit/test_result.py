@@ -20,7 +20,9 @@ def test_nothing_that_steers_a_terminal_or_reorders_text_is_printed(text: str) -
     shown.encode()
 
 
-@pytest.mark.parametrize("line", ["::error::x", "  ::set-output name=a::b", "##vso[task.complete]", "ok\n::add-mask::x", "\x1c::error::x", "\r\n::error::"])
+@pytest.mark.parametrize(
+    "line", ["::error::x", "  ::set-output name=a::b", "##vso[task.complete]", "ok\n::add-mask::x", "\x1c::error::x", "\r\n::error::"]
+)
 def test_no_line_of_guest_text_is_a_command_to_a_ci_service(line: str) -> None:
     assert not re.search(r"^\s*(::|##)", "\n".join(printable(line).split("\n")).replace(" ::", "_").replace(" ##", "_"), re.MULTILINE)
 

@@ -27,7 +27,10 @@ def contents(path: Path) -> dict[str, str]:
     iso = pycdlib.PyCdlib()
     iso.open(str(path))
     try:
-        by_rock, by_joliet = ({name: read(iso, **{f"{kind}_path": f"/{name}"}) for name in ("user-data", "meta-data", "network-config")} for kind in ("rr", "joliet"))
+        by_rock, by_joliet = (
+            {name: read(iso, **{f"{kind}_path": f"/{name}"}) for name in ("user-data", "meta-data", "network-config")}
+            for kind in ("rr", "joliet")
+        )
         assert by_rock == by_joliet
         assert iso.pvd.volume_identifier.strip() == b"cidata"
         return by_rock
@@ -57,7 +60,9 @@ def test_a_seed_carries_the_machines_name_and_keys_and_is_private(tmp_path: Path
     assert yaml.safe_load(files["network-config"])["version"] == 2
 
 
-@pytest.mark.parametrize("data", ["#cloud-config\npackage_update: true\nhostname: mine\n", '#cloud-config\n{"package_update": true, "hostname": "mine"}'])
+@pytest.mark.parametrize(
+    "data", ["#cloud-config\npackage_update: true\nhostname: mine\n", '#cloud-config\n{"package_update": true, "hostname": "mine"}']
+)
 def test_what_the_user_adds_wins_and_the_rest_of_ours_stays(tmp_path: Path, keys: Keys, data: str) -> None:
     write_seed(tmp_path / "seed.iso", hostname="db", keys=keys, user_data=data)
     user = yaml.safe_load(contents(tmp_path / "seed.iso")["user-data"])

@@ -82,6 +82,7 @@ class QemuBackend:
         self._wanted = accelerator
         self._pack_kind = pack_kind
         self._proofs = proofs
+        self._refused: BackendUnavailable | None = None
 
     @cached_property
     def binaries(self) -> Binaries:
@@ -95,14 +96,29 @@ class QemuBackend:
         Raises:
             BackendUnavailable: No accelerator runs a guest.
         """
-        key = digest(_boot_id(), _identity(self.binaries.system), self._wanted, FORMAT, _kvm_access())
-        path = private_dir(self._proofs) / f"qemu-{key[:24]}.json"
-        known = _read(path)
-        if known is None:
+        known = _read(self._memory())
+        return known if known is not None else self.prove_again()
+
+    def prove_again(self) -> Proof:
+        """Proves it now, whatever was proved before, and remembers it; that nothing works is only remembered by this object.
+
+        Raises:
+            BackendUnavailable: No accelerator runs a guest.
+        """
+        if self._refused is not None:
+            raise self._refused
+        try:
             known = self._prove()
-            with atomic_file(path) as file:
-                file.write(json.dumps(cattrs.unstructure(known)).encode())
+        except BackendUnavailable as error:
+            self._refused = error
+            raise
+        with atomic_file(self._memory()) as file:
+            file.write(json.dumps(cattrs.unstructure(known)).encode())
         return known
+
+    def _memory(self) -> Path:
+        key = digest(_boot_id(), _identity(self.binaries.system), self._wanted, FORMAT, _kvm_access())
+        return private_dir(self._proofs) / f"qemu-{key[:24]}.json"
 
     def _prove(self) -> Proof:
         workdir = private_dir(self._proofs / f"proving-{os.getpid()}")
