@@ -193,6 +193,9 @@ class Catalog:
         except FileNotFoundError:
             raise CatalogError(f"the pack {pack.name} was removed") from None
         fcntl.flock(fd, fcntl.LOCK_SH)
+        if not pack.exists() or not os.path.samestat(os.fstat(fd), pack.stat()):
+            os.close(fd)
+            raise CatalogError(f"the pack {pack.name} was removed")
         return fd
 
     def in_use(self, pack: Path) -> bool:

@@ -40,6 +40,7 @@ class Manifest:
         disk_size: Bytes of the disk its machine sees.
         created: Seconds since 1970.
         files: The digest of each file (see `sparse_digest`).
+        check: `body()` when it was written: a manifest that says something else was damaged.
     """
 
     format: int = FORMAT
@@ -54,6 +55,11 @@ class Manifest:
     disk_size: int
     created: float = attrs.field(factory=time.time)
     files: Mapping[str, str] = attrs.field(factory=dict)
+    check: str = ""
+
+    def body(self) -> str:
+        """A digest of all that it says but `check`."""
+        return digest(cattrs.unstructure(attrs.evolve(self, check="")))
 
 
 @attrs.frozen(kw_only=True)
@@ -121,6 +127,8 @@ def read(path: Path) -> Pack:
         raise
     except (OSError, ValueError, TypeError, RecursionError, cattrs.BaseValidationError) as error:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} cannot be read: {type(error).__name__}") from error
+    if manifest.check != manifest.body():
+        raise PackCorrupt(f"the manifest of the pack {path.name[:12]} is damaged: it is not what was published")
     if manifest.format != FORMAT or manifest.key != path.name:
         raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another's name")
     return Pack(path=path, manifest=manifest)
@@ -235,5 +243,6 @@ def seal(folder: Path, manifest: Manifest) -> None:
         # QEMU before 8.2 opens the file of a private RAM mapping for writing, which it then never does; only root could with 0400.
         path.chmod(0o600 if path.name == "ram.img" else 0o400)
     record = attrs.evolve(manifest, files=files)
+    record = attrs.evolve(record, check=record.body())
     with atomic_file(folder / _MANIFEST, mode=0o400) as file:
         file.write(json.dumps(cattrs.unstructure(record), indent=1).encode())

@@ -41,7 +41,8 @@ _BUILD_TIMEOUT = 1800.0
 # cloud-init has ended, well or badly, when it has written its result; where it is not there or switched off there is nothing to wait for.
 # A guest that is otherwise in a sorry state is still the one that was asked for.
 _CLOUD_INIT_ENDED = r"""
-[ -e /run/cloud-init/result.json ] || [ -e /run/cloud-init/disabled ] || [ -e /etc/cloud/cloud-init.disabled ] || ! command -v cloud-init >/dev/null ||
+[ -e /run/cloud-init/result.json ] || [ -e /run/cloud-init/disabled ] || [ -e /etc/cloud/cloud-init.disabled ] ||
+! command -v cloud-init >/dev/null ||
 systemctl is-failed --quiet cloud-final.service
 """
 _INSTALL = r"""
@@ -259,8 +260,8 @@ class Provisioner:
         free, needed = shutil.disk_usage(self._catalog.root).free, plan.spec.memory // 4
         if free < needed:
             raise CatalogError(
-                f"the disk of the catalog {self._catalog.root} is full: {format_size(free)} are free, and the pack of {plan.name} takes about "
-                f"{format_size(needed)}; make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+                f"the disk of the catalog {self._catalog.root} is full: {format_size(free)} are free, and the pack of {plan.name} "
+                f"takes about {format_size(needed)}; make room (vmbottle pack prune), or choose another folder with --vm-catalog"
             )
 
     def _find(self, plan: _Plan) -> Pack | None:
@@ -298,7 +299,7 @@ class Provisioner:
         return pack
 
     def _check_parent(self, pack: Pack, parent: str) -> None:
-        # A disk is only right on top of the very one it was written on: made again by the same recipe it has the same key and other content.
+        # A disk is only right on top of the very one it was written on. One made again by the same recipe has the same key, other content.
         try:
             same = self._checked(parent).seal == pack.manifest.parent_seal
         except (FileNotFoundError, PackCorrupt):

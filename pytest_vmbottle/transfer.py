@@ -105,8 +105,18 @@ def _settle(arrived: Path, final: Path) -> None:
         raise archive.Refused("what was asked for is not in it")
     merging = final.is_dir() and not final.is_symlink() and arrived.is_dir() and not arrived.is_symlink()
     if not merging:
-        arrived.replace(final)
+        _rename(arrived, final)
         return
     for child in arrived.iterdir():
         _settle(child, final / child.name)
     shutil.copymode(arrived, final)
+
+
+def _rename(arrived: Path, final: Path) -> None:
+    if arrived.is_symlink() or not arrived.is_dir():
+        arrived.replace(final)
+        return
+    mode = arrived.stat().st_mode  # a folder that its owner may not write cannot be moved, because its parent changes
+    arrived.chmod(mode | 0o200)
+    arrived.replace(final)
+    final.chmod(mode)

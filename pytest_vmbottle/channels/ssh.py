@@ -28,6 +28,8 @@ __all__ = ["HostKeyMismatch", "SshChannel", "new_keys"]
 _MSG_CHANNEL_REQUEST = 98  # RFC 4254, section 9
 _CHUNK = 1 << 18
 _GRACE = 10.0
+_NO_STATUS = -(1 << 16)
+"""What stands for the status of a command until it has one; paramiko's own -1 is also that of a command ended by SIGHUP."""
 _PATIENCE = 15.0
 """Seconds that a guest may take to let us in once it listens: without KVM its part of the key exchange takes several."""
 _WINDOW = 1 << 25
@@ -110,7 +112,8 @@ class SshChannel:
         reasons: list[str] = []
 
         def attempt() -> SshChannel | None:
-            return cls.attempt(address, keys, user=user, alive=alive, reasons=reasons)
+            limit = min(_PATIENCE, max(1.0, deadline.remaining))
+            return cls.attempt(address, keys, user=user, limit=limit, alive=alive, reasons=reasons)
 
         channel = deadline.poll(attempt, every=0.5, first=0.05)
         if channel is None:
@@ -118,12 +121,13 @@ class SshChannel:
         return channel
 
     @classmethod
-    def attempt(
+    def attempt(  # noqa: PLR0913 - what a login takes
         cls,
         address: tuple[str, int],
         keys: Keys,
         *,
         user: str = "root",
+        limit: float = _PATIENCE,
         alive: Callable[[], None],
         reasons: list[str] | None = None,
     ) -> SshChannel | None:
@@ -133,6 +137,7 @@ class SshChannel:
             address: Where the guest's port is forwarded from.
             keys: Ours to log in with, and the guest's to know it by.
             user: Who logs in.
+            limit: Seconds that it may take.
             alive: Called first; raises `MachineDied` when the guest cannot answer any more.
             reasons: Gets why it failed.
 
@@ -141,7 +146,7 @@ class SshChannel:
         """
         alive()
         try:
-            return cls(_login(address, keys, user, Deadline(_PATIENCE)), alive=alive)
+            return cls(_login(address, keys, user, Deadline(limit)), alive=alive)
         except (paramiko.SSHException, OSError, EOFError) as error:
             if reasons is not None:
                 reasons[:] = [str(error) or type(error).__name__]
@@ -162,6 +167,7 @@ class SshChannel:
     def _begin(self, command: Command, deadline: Deadline) -> paramiko.Channel:
         seconds = max(0.1, deadline.remaining)
         session = self._transport.open_session(timeout=seconds, window_size=_WINDOW)
+        session.exit_status = _NO_STATUS
         # The library waits for the answer to this request without a limit, unless the session is closed.
         limit = threading.Timer(seconds, session.close)
         limit.daemon = True
@@ -192,7 +198,7 @@ class SshChannel:
             self._ended(session, threads[1:], Deadline(_GRACE))
         status = session.exit_status
         session.close()
-        if (not timed_out and not session.status_event.is_set()) or (status == -1 and not self._transport.is_active()):
+        if not timed_out and status == _NO_STATUS:
             self._alive()
             raise MachineDied("the SSH connection was lost while a command ran")
         return not_run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import socket
 import subprocess
 import threading
@@ -16,8 +15,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pytest_vmbottle import Machine, MachineSpec, layer
-from pytest_vmbottle._os import sparse_digest
+from pytest_vmbottle import Machine, MachineSpec, layer, packs
 from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
@@ -190,12 +188,10 @@ def test_a_pack_that_cannot_be_restored_gives_way_to_a_disk_pack_and_says_so(vm_
     spec = MachineSpec.resolve("debian-12", {"run": ["echo lasting > /root/which; echo gone > /dev/shm/which"]})
     pack = provisioner.pack(spec)
     # A pack whose hashes are right and whose state makes no sense, as after a mistake of QEMU's own.
-    for name in ("state.bin", "pack.json"):
-        (pack.path / name).chmod(0o600)
+    (pack.path / "pack.json").unlink()
+    (pack.path / "state.bin").unlink()
     (pack.path / "state.bin").write_bytes(b"no state at all")
-    manifest = json.loads((pack.path / "pack.json").read_text())
-    manifest["files"]["state.bin"] = sparse_digest(pack.path / "state.bin")
-    (pack.path / "pack.json").write_text(json.dumps(manifest))
+    packs.seal(pack.path, pack.manifest)
     provisioner.close()
     warned: list[str] = []
     second = _provisioner(vm_catalog, warned)

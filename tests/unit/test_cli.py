@@ -55,6 +55,13 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
+def rewrite(pack: packs.Pack, **changes: object) -> None:
+    """Publishes a pack with another manifest."""
+    path = pack.path / "pack.json"
+    path.unlink()
+    packs.seal(pack.path, attrs.evolve(pack.manifest, **changes))
+
+
 @attrs.frozen
 class Stock:
     """A catalog with three packs: `web` and `db` stand on `base`; and what still uses them all."""
@@ -67,10 +74,7 @@ class Stock:
 
     def age(self, pack: packs.Pack, days: float) -> None:
         """Makes a pack look as if it had been made days ago."""
-        path = pack.path / "pack.json"
-        record = json.loads(path.read_text())
-        path.unlink()
-        path.write_text(json.dumps({**record, "created": pack.manifest.created - days * DAY}))
+        rewrite(pack, created=pack.manifest.created - days * DAY)
 
     def there(self) -> set[str]:
         return {path.name for path in self.catalog.packs.iterdir()}
@@ -384,10 +388,7 @@ def test_a_pack_that_a_run_holds_is_in_use() -> None:
 
 
 def test_names_cannot_move_the_cursor_or_forge_lines(stock: Stock) -> None:
-    path = stock.db.path / "pack.json"
-    record = json.loads(path.read_text())
-    path.unlink()
-    path.write_text(json.dumps({**record, "name": "evil\x1b[2J\n::error::x"}))
+    rewrite(stock.db, name="evil\x1b[2J\n::error::x")
 
     for shown in (done("pack", "ls"), done("pack", "show", stock.db.key)):
         assert "evil\\x1b[2J" in shown

@@ -337,7 +337,7 @@ class TestStore:
 
     def test_a_full_or_closed_file_system_is_a_sentence(self, disk: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(CatalogError, match=r"cannot add .* to the images: Not a directory"):
+        with pytest.raises(CatalogError, match=r"cannot add .* to the images: File exists"):
             ImageStore(tmp_path / "file" / "images").add(disk, name="mine")
 
     def test_removing_an_unknown_name_says_which_there_are(self, store: ImageStore, disk: Path) -> None:
