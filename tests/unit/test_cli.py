@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -55,7 +56,7 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
-def rewrite(pack: packs.Pack, **changes: object) -> None:
+def rewrite(pack: packs.Pack, **changes: Any) -> None:
     """Publishes a pack with another manifest."""
     path = pack.path / "pack.json"
     path.unlink()
