@@ -21,6 +21,7 @@ What Python has a word for keeps it: `FileNotFoundError` from a guest path, `Val
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,17 +85,25 @@ class MachineError(VMBottleError):
     Attributes:
         machine: The machine's name.
         console_tail: The last lines of its serial console, control characters neutralised.
+        argv: The hypervisor's command line, where there was one.
+        exitcode: The hypervisor's exit status, negative for a signal; None while it runs, or where there was none.
     """
 
-    def __init__(self, message: str, *, machine: str = "", console_tail: str = "") -> None:
+    def __init__(
+        self, message: str, *, machine: str = "", console_tail: str = "", argv: Sequence[str] = (), exitcode: int | None = None
+    ) -> None:
         super().__init__(message)
         self.machine = machine
         self.console_tail = console_tail
+        self.argv = tuple(argv)
+        self.exitcode = exitcode
 
     def __str__(self) -> str:
         parts = [super().__str__()]
         if self.console_tail.strip():
             parts.append(f"--- the console's last lines ---\n{self.console_tail.rstrip()}")
+        if self.argv:
+            parts.append(f"--- the hypervisor's command line ---\n{shlex.join(self.argv)}")
         return "\n".join(parts)
 
 
@@ -102,8 +111,6 @@ class LaunchError(MachineError):
     """The hypervisor's process ended, or never answered, before a guest could run.
 
     Attributes:
-        argv: The command line that was run.
-        exitcode: Its exit status; negative for a signal, None if it was still running and had to be killed.
         output: What it printed.
     """
 
@@ -117,18 +124,9 @@ class LaunchError(MachineError):
         machine: str = "",
         console_tail: str = "",
     ) -> None:
-        super().__init__(message, machine=machine, console_tail=console_tail)
-        self.argv = tuple(argv)
-        self.exitcode = exitcode
+        told = f"{message}\n--- what it printed ---\n{output.rstrip()}" if output.strip() else message
+        super().__init__(told, machine=machine, console_tail=console_tail, argv=argv, exitcode=exitcode)
         self.output = output
-
-    def __str__(self) -> str:
-        parts = [super().__str__()]
-        if self.output.strip():
-            parts.append(f"--- what it printed ---\n{self.output.rstrip()}")
-        if self.argv:
-            parts.append("--- its command line ---\n" + " ".join(self.argv))
-        return "\n".join(parts)
 
 
 class MachineTimeout(MachineError, TimeoutError):

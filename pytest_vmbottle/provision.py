@@ -489,8 +489,12 @@ def _await_boot(instance: Instance, channel: Channel, spec: MachineSpec, deadlin
 
     # Each question is work for a guest that is busy booting.
     if not deadline.poll(ended, every=1.5, first=0.5):
-        tail = instance.console.tail(30)
-        raise MachineTimeout(f"cloud-init had not ended after {deadline.seconds:.0f} s", machine=spec.name, console_tail=tail)
+        raise MachineTimeout(
+            f"cloud-init had not ended after {deadline.seconds:.0f} s",
+            machine=spec.name,
+            console_tail=instance.console.tail(30),
+            argv=getattr(instance, "argv", ()),
+        )
 
 
 def _write_keys(path: Path, keys: Keys) -> None:

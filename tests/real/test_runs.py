@@ -263,6 +263,7 @@ def test_a_guest_that_panics_is_told_at_once_with_its_console(
     output = _one_test(pytester, '"panics", timeout=1000, name="panicking"')
     assert "Kernel panic - not syncing" in output
     assert "the console's last lines" in output
+    assert "the hypervisor's command line" in output
     assert time.monotonic() - began < 300
     assert not [pid for pid in machines_of(vm_catalog.root) if "panicking" in Path(f"/proc/{pid}/cmdline").read_text()]
 

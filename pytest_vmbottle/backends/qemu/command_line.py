@@ -81,7 +81,7 @@ def command_line(binary: Path, accelerator: Accelerator, spec: MachineSpec, wiri
         str(binary),
         *("-name", f"guest={wiring.name}"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX),
-        *("-machine", "q35,memory-backend=ram0,vmport=off,smbus=off,sata=off,usb=off,graphics=off"),
+        *("-machine", "q35,memory-backend=ram0,vmport=off,smbus=off,sata=off,usb=off,graphics=off,dump-guest-core=off"),
         *("-accel", accelerator.option, "-cpu", accelerator.cpu),
         *("-smp", str(spec.cpus), "-m", f"{spec.memory // 1024}k"),
         *("-rtc", "base=utc,clock=host", "-action", "panic=none"),

@@ -106,7 +106,8 @@ class QemuInstance:
     def _died(self, message: str) -> MachineDied:
         output = self._process.output.strip()
         detail = f"\nQEMU printed: {output}" if output else ""
-        return MachineDied(message + detail, machine=self._spec.name, console_tail=self.console.tail(30))
+        tail = self.console.tail(30)
+        return MachineDied(message + detail, machine=self._spec.name, console_tail=tail, argv=self.argv, exitcode=self._process.exitcode)
 
     def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:
         """The guest agent for short commands, SSH for much data or where there is no agent (see `Instance.channel`)."""
@@ -129,6 +130,7 @@ class QemuInstance:
             f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s",
             machine=self._spec.name,
             console_tail=self.console.tail(30),
+            argv=self.argv,
         )
 
     def _ssh_channel(self, deadline: Deadline) -> SshChannel:
