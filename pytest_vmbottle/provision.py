@@ -23,7 +23,7 @@ from pytest_vmbottle._os import Deadline, atomic_file, format_size
 from pytest_vmbottle.backend import GUEST_PATH, Backend, Capabilities, Channel, Command, Disk, Instance, Keys, PackKind, Start
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
-from pytest_vmbottle.errors import CatalogError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
 from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.packs import Manifest, Pack
@@ -166,6 +166,8 @@ class Provisioner:
         pack = self._pack(self._plan(spec, self._kind()))
         try:
             return stack.enter_context(self._launched(spec, self._start(spec, pack)))
+        except LaunchError:
+            raise  # QEMU itself does not run: no other pack would help
         except MachineError as error:
             if pack.manifest.kind == PackKind.DISK:
                 raise

@@ -339,7 +339,7 @@ class Stubborn(FakeBackend):
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         if source.saved is not None:
-            raise LaunchError("the state cannot be loaded", machine=spec.name)
+            raise MachineError("the state cannot be loaded", machine=spec.name)
         return super().launch(spec, source=source, rundir=rundir, deadline=deadline)
 
 
@@ -365,8 +365,20 @@ def test_a_disk_pack_that_does_not_boot_is_an_error_and_no_reason_to_try_for_eve
     pour(provisioner)
     backend.broken = "no more"
 
-    with pytest.raises(LaunchError, match="no more"):
+    with pytest.raises(MachineError, match="no more"):
         pour(provisioner)
+
+
+def test_a_hypervisor_that_does_not_start_is_no_reason_to_doubt_the_pack(make: Make, said: list[str], catalog: Catalog) -> None:
+    backend = FakeBackend()
+    provisioner = make(backend)
+    pour(provisioner)
+    backend.broken = "out of everything"
+
+    with pytest.raises(LaunchError, match="out of everything"):
+        pour(provisioner)
+    assert said == []
+    assert [packs.read(path).manifest.kind for path in catalog.packs.iterdir()] == ["template"]
 
 
 @layer(IMAGE)
