@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO, StringIO
 from typing import BinaryIO, ClassVar
 
@@ -169,7 +170,7 @@ class SshChannel:
         session = self._transport.open_session(timeout=seconds, window_size=_WINDOW)
         session.exit_status = _NO_STATUS
         # The library waits for the answer to this request without a limit, unless the session is closed.
-        limit = threading.Timer(seconds, session.close)
+        limit = threading.Timer(seconds, _give_up, args=(session,))
         limit.daemon = True
         limit.start()
         try:
@@ -185,10 +186,11 @@ class SshChannel:
             self._alive()
             raise MachineDied(f"the SSH connection is lost: {error}") from error
         out, err = _Head(), _Head()
+        unwritten: list[OSError] = []
         threads = [
             threading.Thread(target=_feed, args=(session, source), daemon=True),
-            threading.Thread(target=_drain, args=(session.recv, sink or out), daemon=True),
-            threading.Thread(target=_drain, args=(session.recv_stderr, err), daemon=True),
+            threading.Thread(target=_drain, args=(session.recv, sink or out, unwritten), daemon=True),
+            threading.Thread(target=_drain, args=(session.recv_stderr, err, unwritten), daemon=True),
         ]
         for thread in threads:
             thread.start()
@@ -197,7 +199,9 @@ class SshChannel:
             self._execute(command.killer(), BytesIO(), None, Deadline(_GRACE), killing=True)
             self._ended(session, threads[1:], Deadline(_GRACE))
         status = session.exit_status
-        session.close()
+        _give_up(session)
+        if unwritten:
+            raise unwritten[0]
         if not timed_out and status == _NO_STATUS:
             self._alive()
             raise MachineDied("the SSH connection was lost while a command ran")
@@ -257,10 +261,20 @@ def _feed(session: paramiko.Channel, source: BinaryIO) -> None:
         while chunk := source.read(_CHUNK):
             session.sendall(chunk)
         session.shutdown_write()
-    except OSError as error:  # the command ended without reading all of it
+    except (OSError, EOFError) as error:  # the command ended without reading all of it
         log.debug("input not taken: %s", error)
 
 
-def _drain(receive: Callable[[int], bytes], sink: BinaryIO | _Head) -> None:
+def _drain(receive: Callable[[int], bytes], sink: BinaryIO | _Head, unwritten: list[OSError]) -> None:
     while chunk := receive(_CHUNK):
-        sink.write(chunk)
+        try:
+            if not unwritten:  # else it is read to its end all the same, so that the command is not held up
+                sink.write(chunk)
+        except OSError as error:
+            unwritten.append(error)
+
+
+def _give_up(session: paramiko.Channel) -> None:
+    """Closes a session, over a connection that may be lost."""
+    with suppress(OSError, EOFError, paramiko.SSHException):
+        session.close()

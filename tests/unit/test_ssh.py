@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import threading
@@ -405,3 +406,14 @@ def test_a_connection_that_ends_while_a_command_runs_is_a_lost_machine(
         run(channel, "anything")
     with pytest.raises(MachineDied, match="the SSH connection is lost"):
         run(channel, "again")
+
+
+class _Full(BytesIO):
+    def write(self, _: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_on_the_host_is_raised_where_the_output_was_wanted(channel: SshChannel) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        channel.get(command("head", "-c", "300000", "/dev/zero"), _Full(), deadline=Deadline(20))
+    assert run(channel, "echo", "still here").stdout == b"still here\n"
