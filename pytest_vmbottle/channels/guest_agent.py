@@ -52,6 +52,7 @@ class GuestAgent:
         self._alive = alive
         self._buffer = bytearray()
         self._lock = threading.Lock()
+        self._unread = False
 
     def sync(self, *, deadline: Deadline) -> None:
         """Waits until the agent answers, and drops whatever an earlier conversation left on the line.
@@ -61,14 +62,18 @@ class GuestAgent:
             MachineDied: It cannot any more.
         """
         with self._lock:
-            while True:
-                token = secrets.randbits(48)
-                # The leading 0xFF makes the agent forget half a request that an earlier connection may have left behind.
-                self._send(b"\xff", "guest-sync-delimited", {"id": token}, deadline)
-                if self._synced(token, Deadline(min(deadline.remaining, 2.0))):
-                    return
-                if deadline.expired:
-                    raise MachineTimeout("the guest agent does not answer")
+            self._sync(deadline)
+
+    def _sync(self, deadline: Deadline) -> None:
+        while True:
+            token = secrets.randbits(48)
+            # The leading 0xFF makes the agent forget half a request that an earlier connection may have left behind.
+            self._send(b"\xff", "guest-sync-delimited", {"id": token}, deadline)
+            if self._synced(token, Deadline(min(deadline.remaining, 2.0))):
+                self._unread = False
+                return
+            if deadline.expired:
+                raise MachineTimeout("the guest agent does not answer")
 
     def _synced(self, token: int, deadline: Deadline) -> bool:
         while (line := self._line(deadline)) is not None:
@@ -88,8 +93,13 @@ class GuestAgent:
         """
         request = {key.replace("_", "-"): value for key, value in arguments.items()}
         with self._lock:
+            if self._unread:
+                self._sync(deadline)
+            # Whatever ends this before the answer is there, a time-out or Ctrl-C, leaves it to whoever calls next.
+            self._unread = True
             self._send(b"", name, request, deadline)
             line = self._line(deadline)
+            self._unread = line is None
         if line is None:
             raise MachineTimeout(f"the guest agent did not answer {name} within {deadline.seconds:g} s")
         try:
@@ -211,7 +221,7 @@ class GuestAgent:
         extra = {"input_data": base64.b64encode(command.input).decode()} if command.input else {}
         answer = self.call(
             "guest-exec",
-            deadline=deadline,
+            deadline=Deadline(deadline.remaining + _GRACE),
             path=command.argv[0],
             arg=list(command.argv[1:]),
             env=[f"{name}={value}" for name, value in command.environment],

@@ -1,0 +1,154 @@
+"""The guest agent's line, with an agent of our own at its other end that answers as it is told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import Command
+from pytest_vmbottle.channels import guest_agent
+from pytest_vmbottle.channels.guest_agent import AgentRefused, GuestAgent
+from pytest_vmbottle.errors import MachineDied, MachineTimeout
+
+Answer = Callable[[str, dict[str, Any]], bytes]
+
+
+class Peer:
+    """What a guest sends: by default what a healthy agent does."""
+
+    def __init__(self) -> None:
+        self.ours, self._theirs = socket.socketpair()
+        self.answer: Answer = self.healthy
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def healthy(self, name: str, arguments: dict[str, Any]) -> bytes:
+        answers: dict[str, Any] = {
+            "guest-sync-delimited": arguments.get("id"),
+            "guest-exec": {"pid": 7},
+            "guest-exec-status": {"exited": True, "exitcode": 0, "out-data": base64.b64encode(b"out").decode()},
+        }
+        prefix = b"\xff" if name == "guest-sync-delimited" else b""
+        return prefix + json.dumps({"return": answers.get(name, {})}).encode() + b"\n"
+
+    def _serve(self) -> None:
+        with self._theirs, self._theirs.makefile("rb") as lines, suppress(OSError):
+            for line in lines:
+                request = json.loads(line.replace(b"\xff", b""))
+                self._theirs.sendall(self.answer(request["execute"], request.get("arguments", {})))
+
+    def hang_up(self) -> None:
+        with suppress(OSError):
+            self._theirs.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+    def close(self) -> None:
+        self.ours.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    made = Peer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def agent(peer: Peer) -> GuestAgent:
+    return GuestAgent(peer.ours, alive=lambda: None)
+
+
+def run(agent: GuestAgent, seconds: float = 5) -> bytes:
+    return agent.run(Command(argv=("true",)), deadline=Deadline(seconds)).stdout
+
+
+def test_an_answer_that_came_too_late_is_not_taken_for_the_next_one(peer: Peer, agent: GuestAgent) -> None:
+    def late(name: str, arguments: dict[str, Any]) -> bytes:
+        if name == "guest-ping":
+            time.sleep(0.4)
+            return b'{"return": {"pid": 666}}\n'
+        return peer.healthy(name, arguments)
+
+    peer.answer = late
+    with pytest.raises(MachineTimeout, match="did not answer guest-ping"):
+        agent.call("guest-ping", deadline=Deadline(0.1))
+    assert agent.call("guest-exec", deadline=Deadline(5)) == {"pid": 7}
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_does_not_shift_the_ones_after_it(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def slow(name: str, arguments: dict[str, Any]) -> bytes:
+        time.sleep(0.7)
+        return peer.healthy(name, arguments)
+
+    agent = GuestAgent(peer.ours, alive=interrupted)
+    peer.answer = slow
+    with pytest.raises(KeyboardInterrupt):
+        agent.call("guest-ping", deadline=Deadline(5))
+    peer.answer = peer.healthy
+    monkeypatch.setattr(agent, "_alive", lambda: None)
+    assert run(agent) == b"out"
+
+
+def test_a_conversation_begins_anew_after_the_rest_of_an_older_one(peer: Peer, agent: GuestAgent) -> None:
+    peer.answer = lambda name, arguments: b'half an answer"}\n{"return": 1}\n' + peer.healthy(name, arguments)
+    agent.sync(deadline=Deadline(5))
+    peer.answer = peer.healthy
+    assert run(agent) == b"out"
+
+
+def test_a_guest_that_does_not_answer_is_a_time_out(peer: Peer, agent: GuestAgent) -> None:
+    peer.answer = lambda *_: b""
+    with pytest.raises(MachineTimeout, match="does not answer"):
+        agent.sync(deadline=Deadline(0.2))
+
+
+@pytest.mark.parametrize("nonsense", [b"\n", b"{\n", b"null\n", b"[]\n", b'"x"\n', b'{"other": 1}\n', b"\xfe\xfd\n", b'{"error": 1}\n'])
+def test_an_answer_that_makes_no_sense_is_a_lost_machine(peer: Peer, agent: GuestAgent, nonsense: bytes) -> None:
+    peer.answer = lambda *_: nonsense
+    with pytest.raises(MachineDied):
+        agent.call("guest-ping", deadline=Deadline(5))
+
+
+def test_an_error_of_the_agents_is_told_in_its_words(peer: Peer, agent: GuestAgent) -> None:
+    peer.answer = lambda *_: b'{"error": {"class": "GenericError", "desc": "not today"}}\n'
+    with pytest.raises(AgentRefused, match="refused guest-ping: not today"):
+        agent.call("guest-ping", deadline=Deadline(5))
+
+
+def test_an_answer_without_an_end_is_not_kept_in_memory_for_ever(peer: Peer, agent: GuestAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "_MAX_REPLY", 100_000)
+    peer.answer = lambda *_: b"x" * 1_000_000
+    with pytest.raises(MachineDied, match="without an end"):
+        agent.call("guest-ping", deadline=Deadline(5))
+
+
+def test_a_line_that_is_closed_gives_the_hypervisors_end_a_moment_to_say_more(peer: Peer) -> None:
+    seen: list[float] = []
+
+    def alive() -> None:
+        seen.append(time.monotonic())
+        if len(seen) > 2:
+            raise MachineDied("QEMU ended with status 3")
+
+    peer.hang_up()
+    with pytest.raises(MachineDied, match="status 3"):
+        GuestAgent(peer.ours, alive=alive).call("guest-ping", deadline=Deadline(5))
+
+
+def test_a_program_that_is_not_there_is_the_status_127_and_one_that_may_not_run_126(peer: Peer, agent: GuestAgent) -> None:
+    for text, status in (("No such file or directory", 127), ("Permission denied", 126)):
+        peer.answer = lambda *_, text=text: json.dumps({"error": {"desc": f"Failed to execute child process: {text}"}}).encode() + b"\n"
+        assert agent.run(Command(argv=("thing",)), deadline=Deadline(5)).returncode == status
