@@ -39,7 +39,8 @@ _ROOT_TOOLS = {"setpriv": "util-linux", "unshare": "util-linux"}
 _USER_TOOLS = {"newuidmap": "uidmap"}
 # What mmdebstrap mounts and starts ends with it, and it ends with us, however that comes: else a later clean-up would go through
 # its mounts into the host. For an ordinary user it makes such namespaces itself.
-_NAMESPACES = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+_LEASH = ("setpriv", "--pdeathsig", "KILL")
+_NAMESPACES = (*_LEASH, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _NEEDED_SPACE = 2 << 30
 _PREFIX = "vmbottle-build-"
 _SUBORDINATE = re.compile(r"^([^:\n]+):(\d+):(\d+)$", re.MULTILINE)  # subuid(5)
@@ -211,9 +212,17 @@ class _Workshop:
         """Runs a tool that sees, and makes, files that belong to root."""
         self.run(*(("mmdebstrap", "--unshare-helper") if self._rootless else ()), *argv)
 
+    def _namespaces(self) -> tuple[str, ...]:
+        """What keeps root's mounts away from the host's: namespaces of their own where they can be had, which is not so in a chroot."""
+        try:
+            self.run(*_NAMESPACES, "true")
+        except CatalogError:
+            return _LEASH
+        return _NAMESPACES
+
     def bootstrap(self, *arguments: str | Path) -> None:
         """Runs mmdebstrap and reports its steps."""
-        command = ("mmdebstrap", "--mode=unshare") if self._rootless else (*_NAMESPACES, "mmdebstrap", "--mode=root")
+        command = ("mmdebstrap", "--mode=unshare") if self._rootless else (*self._namespaces(), "mmdebstrap", "--mode=root")
         self.run(*command, *arguments, on_line=self._report)
 
     def _report(self, line: str) -> None:
