@@ -126,6 +126,8 @@ class QemuInstance:
             if ssh is not None and not _has_agent_installed(ssh):
                 self._ssh = ssh
                 return False
+            if ssh is not None:  # the agent is there and has not been started yet
+                ssh.close()
         raise MachineTimeout(
             f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s",
             machine=self._spec.name,
