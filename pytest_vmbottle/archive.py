@@ -42,11 +42,14 @@ def unpack(source: BinaryIO, folder: Path) -> None:
     reader = _Reader(folder)
     try:
         with tarfile.open(fileobj=source, mode="r:") as tar:
+            count = 0
             for count, member in enumerate(tar, start=1):
                 if count > MAX_ENTRIES:
                     raise Refused(f"it has more than {MAX_ENTRIES} entries")
                 reader.take(tar, member)
                 tar.members.clear()  # type: ignore[attr-defined] # kept for look-ups by name that nobody makes
+            if not count:  # of a damaged first header, newer versions of the library make an empty archive
+                raise Refused("there is nothing in it")
             _check_end(source, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # the library lets more through than its own error
         raise Refused(f"it is not a whole tar archive: {error}") from error

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -186,17 +187,17 @@ class Catalog:
         """Holds a pack so that it is not removed; returns the descriptor whose closing ends the hold, as the end of the process does.
 
         Raises:
-            CatalogError: It is gone.
+            FileNotFoundError: It is gone.
         """
-        try:
-            fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise CatalogError(f"the pack {pack.name} was removed") from None
+        fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_SH)
-        if not pack.exists() or not os.path.samestat(os.fstat(fd), pack.stat()):
-            os.close(fd)
-            raise CatalogError(f"the pack {pack.name} was removed")
-        return fd
+        try:
+            if os.path.samestat(os.fstat(fd), pack.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # removed, or made anew, while we waited
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(pack))
 
     def in_use(self, pack: Path) -> bool:
         """Whether somebody holds a pack at this moment."""

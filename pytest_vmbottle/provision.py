@@ -267,13 +267,21 @@ class Provisioner:
             )
 
     def _find(self, plan: _Plan) -> Pack | None:
-        """The published pack, checked: wholly the first time this process uses it, afterwards by a glance."""
+        """The published pack, or None. One that seems damaged may be being made anew right now: who holds its lock judges it."""
+        try:
+            return self._current(plan)
+        except PackCorrupt:
+            return None
+
+    def _current(self, plan: _Plan) -> Pack | None:
+        """The published pack if it is there and recent enough.
+
+        Raises:
+            PackCorrupt: It is damaged.
+        """
         try:
             pack = self._checked(plan.key)
         except FileNotFoundError:
-            return None
-        except PackCorrupt as error:
-            self._put_aside(plan.key, str(error))
             return None
         if self._settings.rebuild_before is not None and pack.manifest.created < self._settings.rebuild_before:
             return None
@@ -283,17 +291,20 @@ class Provisioner:
         return pack
 
     def _checked(self, key: str) -> Pack:
-        """The pack of this key and, beneath it, the very packs it was made on.
+        """The pack of this key and, beneath it, the very packs it was made on: read wholly the first time, afterwards by a glance.
 
         Raises:
             FileNotFoundError: There is none.
             PackCorrupt: Its files, or those of a pack beneath it, are not what they were.
         """
-        known = self._usable.get(key)
-        if known is not None and known[0] == known[1].stamp():
-            return known[1]
-        pack = packs.read(self._catalog.packs / key)
-        self._leases.append(self._catalog.lease(pack.path))
+        known = self._usable.pop(key, None)
+        with suppress(PackCorrupt):  # made anew meanwhile, perhaps
+            if known is not None and known[0] == known[1].stamp():
+                self._usable[key] = known
+                return known[1]
+        folder = self._catalog.packs / key
+        self._leases.append(self._catalog.lease(folder))
+        pack = packs.read(folder)
         pack.verify()
         if pack.manifest.parent is not None:
             self._check_parent(pack, pack.manifest.parent)
@@ -309,22 +320,25 @@ class Provisioner:
         if not same:
             raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) stands on a pack that is gone or was made again")
 
-    def _put_aside(self, key: str, why: str) -> None:
-        self._usable.pop(key, None)
-        with suppress(OSError):
-            aside = self._catalog.quarantine(self._catalog.packs / key)
-            self._settings.warn(f"{why}; it was moved to {aside} and is built again")
+    def _current_or_aside(self, plan: _Plan) -> Pack | None:
+        """The published pack; a damaged one is moved out of the way. To be called with its lock held."""
+        try:
+            return self._current(plan)
+        except PackCorrupt as error:
+            with suppress(OSError):
+                aside = self._catalog.quarantine(self._catalog.packs / plan.key)
+                self._settings.warn(f"{error}; it was moved to {aside} and is built again")
+            return None
 
     def _build_once(self, plan: _Plan) -> Pack:
         parent = self._pack(plan.parent) if plan.parent is not None else None
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
         label = f"the {plan.kind} pack of {plan.name}"
         with self._catalog.lock(f"pack-{plan.key[:24]}", deadline=deadline, waiting=self._settings.report, label=label):
-            already = self._find(plan)
+            already = self._current_or_aside(plan)
             if already is not None:
                 return already
             self._catalog.discard(self._catalog.packs / plan.key, held=True)
-            self._usable.pop(plan.key, None)
             self._build(plan, parent)
             self._counted.add(plan.key)
             self.tally.built += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,7 +21,6 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.skipif(shutil.which("as") is None or shutil.which("objcopy") is None, reason="the GNU assembler is not installed: binutils")
 @pytest.mark.parametrize("listing", [firmware._START, firmware.WORK, firmware.COUNT], ids=["start", "work", "count"])
 def test_the_machine_code_of_a_listing_is_what_the_gnu_assembler_makes_of_its_instructions(listing: str, tmp_path: Path) -> None:
     instructions = [re.sub(r"^[0-9a-f]{3}  [0-9a-f ]+?  +", " ", line) for line in listing.strip().splitlines()]
