@@ -160,6 +160,8 @@ seen = set()
 while True:
     text = open(sys.argv[1], "rb").read()
     assert len(text) == 100_000 and len(set(text)) == 1, f"torn: {len(text)} {set(text)}"
+    if not seen:
+        print("reading", flush=True)
     seen.add(text[0])
     if text[0] == ord("z"):
         break
@@ -171,7 +173,9 @@ def test_another_process_never_reads_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"a" * 100_000)
     reader = subprocess.Popen([sys.executable, "-c", READER, path], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
     try:
+        assert reader.stdout.readline() == "reading\n"
         for number in range(150):
             with atomic_file(path) as file:
                 for _ in range(10):
