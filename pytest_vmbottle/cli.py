@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,7 +27,7 @@ from pytest_vmbottle.result import printable
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog import Catalog
-    from pytest_vmbottle.images import Image, ImageStore
+    from pytest_vmbottle.images import Image, ImageStore, Traits
     from pytest_vmbottle.packs import Pack
 
 __all__ = ["main"]
@@ -249,6 +249,35 @@ def image() -> None:
     """Base images, from which machines start."""
 
 
+def _traits(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that say what a disk does not tell; the command gets them as `arch` and `traits`."""
+
+    @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="What it runs on; by default what this computer is.")
+    @click.option("--firmware", type=click.Choice(["bios", "uefi"]), help="What boots it; by default uefi for aarch64, else bios.")
+    @click.option("--user", default="", metavar="NAME", help="The user that its cloud-init gives our SSH key.")
+    @click.option(
+        "--ready-when",
+        "readiness",
+        type=click.Choice(["cloud-init", "channel"]),
+        default="cloud-init",
+        show_default=True,
+        help="A booted machine is ready when cloud-init has ended, or as soon as a command can be run in it.",
+    )
+    @wraps(command)
+    def with_traits(*, arch: str | None, firmware: str | None, user: str, readiness: str, **rest: Any) -> None:
+        from pytest_vmbottle.images import Traits, default_firmware
+        from pytest_vmbottle.spec import host_arch
+
+        arch = arch or host_arch()
+        try:
+            traits = Traits(firmware=firmware or default_firmware(arch), user=user, readiness=readiness)  # type: ignore[arg-type]
+        except ValueError:
+            raise click.BadParameter(f"{user!r} is not the name of a user", param_hint="--user") from None
+        command(arch=arch, traits=traits, **rest)
+
+    return with_traits
+
+
 def _images(catalog: Catalog) -> ImageStore:
     from pytest_vmbottle.images import ImageStore
 
@@ -332,6 +361,10 @@ def _image_record(found: Image) -> dict[str, Any]:
         "disk": str(found.disk),
         "kernel": str(found.kernel) if found.kernel else None,
         "cmdline": found.cmdline,
+        "firmware": found.firmware,
+        "user": found.user,
+        "readiness": found.readiness,
+        "prepared": found.prepared,
         "damaged": None,
     }
 
@@ -343,17 +376,24 @@ def _image_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     return (record["name"], record["sha256"][:_SHORT], *sizes, record["created"], record["description"])
 
 
-@image.command(epilog=_examples("vmbottle image add disk.qcow2 --name mine", "vmbottle image add disk.raw --name mine --sha256 1f3a..."))
+@image.command(
+    epilog=_examples(
+        "vmbottle image add disk.qcow2 --name mine",
+        "vmbottle image add disk.raw --name mine --sha256 1f3a...",
+        "vmbottle image add arm.qcow2 --name mine-arm --arch aarch64 --user admin",
+    )
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What to call it.")
 @click.option("--sha256", help="The digest that the file must have.")
-def add(*, file: Path, name: str, sha256: str | None) -> None:
+@_traits
+def add(*, file: Path, name: str, sha256: str | None, arch: str, traits: Traits) -> None:
     """Copy a disk image FILE, qcow2 or raw, into the catalog.
 
-    Its first disk must boot by its firmware (BIOS) and have the QEMU guest agent or cloud-init and SSH. The image's name and sha256 are
-    written to stdout.
+    Its first disk must boot by its firmware and have the QEMU guest agent or cloud-init and SSH. The image's name and sha256 are written
+    to stdout.
     """
-    added = _images(_catalog()).add(file, name=name, sha256=sha256)
+    added = _images(_catalog()).add(file, name=name, sha256=sha256, arch=arch, traits=traits)
     click.echo(f"{added.name} {added.sha256}")
 
 

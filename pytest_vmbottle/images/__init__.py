@@ -3,6 +3,6 @@
 from pytest_vmbottle.images.builder import build, can_build
 from pytest_vmbottle.images.disk import disk_format
 from pytest_vmbottle.images.recipes import RECIPES, Recipe
-from pytest_vmbottle.images.store import Image, ImageStore
+from pytest_vmbottle.images.store import Image, ImageStore, Traits, default_firmware
 
-__all__ = ["RECIPES", "Image", "ImageStore", "Recipe", "build", "can_build", "disk_format"]
+__all__ = ["RECIPES", "Image", "ImageStore", "Recipe", "Traits", "build", "can_build", "default_firmware", "disk_format"]

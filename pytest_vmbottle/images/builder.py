@@ -24,7 +24,7 @@ from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images.apt import apt_sources, keyrings
 from pytest_vmbottle.images.recipes import RECIPES, Recipe
-from pytest_vmbottle.images.store import INITRD, KERNEL, Image, ImageStore, abandoned, check_name, claimed, copy_in, explained
+from pytest_vmbottle.images.store import INITRD, KERNEL, Image, ImageStore, Traits, abandoned, check_name, claimed, copy_in, explained
 from pytest_vmbottle.spec import host_arch
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def build(
         _make_disk(shop, root, folder, chosen.disk_size)
         say("adding it to the images")
         words = f"{chosen.description}{', with ' + ', '.join(include) if include else ''}"
-        image = store.publish(folder, name=name, cmdline=_CMDLINE.format(console=console), description=words, replace=True)
+        cmdline = _CMDLINE.format(console=console)
+        image = store.publish(folder, name=name, cmdline=cmdline, description=words, traits=Traits(prepared=True), replace=True)
     say("done")
     return image
 

@@ -22,7 +22,7 @@ import time
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -32,10 +32,28 @@ from pytest_vmbottle.images.disk import DiskFormat, inspect, opened
 from pytest_vmbottle.spec import digest, host_arch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from io import BufferedReader
 
-__all__ = ["INITRD", "KERNEL", "Image", "ImageStore", "abandoned", "check_name", "claimed", "copy_in", "explained", "unknown_image"]
+__all__ = [
+    "INITRD",
+    "KERNEL",
+    "Firmware",
+    "Image",
+    "ImageStore",
+    "Readiness",
+    "Traits",
+    "abandoned",
+    "check_name",
+    "claimed",
+    "copy_in",
+    "default_firmware",
+    "explained",
+    "unknown_image",
+]
+
+Firmware = Literal["bios", "uefi"]
+Readiness = Literal["cloud-init", "channel"]
 
 KERNEL, INITRD = "vmlinuz", "initrd.img"
 _RECORD = "image.json"
@@ -44,9 +62,44 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def _typed(kind: type) -> Any:
+    return attrs.field(validator=attrs.validators.instance_of(kind))
+
+
+def _matching(pattern: re.Pattern[str]) -> Any:
+    return attrs.field(validator=attrs.validators.matches_re(pattern))
+
+
+def default_firmware(arch: str) -> Firmware:
+    """What boots a disk on an architecture unless it is said: only x86 has a BIOS."""
+    return "bios" if arch == "x86_64" else "uefi"
+
+
 @attrs.frozen(kw_only=True)
-class Image:
-    """A base OS disk, and what boots it.
+class Traits:
+    """What is known of a system on a disk that the disk itself does not tell.
+
+    Attributes:
+        firmware: How the disk boots when there is no kernel beside it.
+        user: The image's own name to log in by; empty if unknown.
+        readiness: When a booted guest is ready: when cloud-init has ended, or as soon as a channel answers.
+        prepared: Whether one of our recipes built it, so that the guest agent and Python are in it.
+    """
+
+    firmware: Firmware = attrs.field(default="bios", validator=attrs.validators.in_(("bios", "uefi")))
+    user: str = attrs.field(default="", validator=attrs.validators.matches_re(r"([A-Za-z_][A-Za-z0-9_.-]{0,31})?"))
+    readiness: Readiness = attrs.field(default="cloud-init", validator=attrs.validators.in_(("cloud-init", "channel")))
+    prepared: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+
+    @property
+    def traits(self) -> Traits:
+        """These alone, of whatever has them."""
+        return Traits(**{field.name: getattr(self, field.name) for field in attrs.fields(Traits)})
+
+
+@attrs.frozen(kw_only=True)
+class Image(Traits):
+    """A base OS disk, and what boots it; its `Traits` too.
 
     Attributes:
         name: The name it was looked up by.
@@ -76,14 +129,6 @@ class Image:
     description: str = ""
 
 
-def _typed(kind: type) -> Any:
-    return attrs.field(validator=attrs.validators.instance_of(kind))
-
-
-def _matching(pattern: re.Pattern[str]) -> Any:
-    return attrs.field(validator=attrs.validators.matches_re(pattern))
-
-
 def _entries(value: object) -> dict[str, _Entry]:
     if not isinstance(value, dict) or not value.keys() <= {"disk.qcow2", "disk.raw", KERNEL, INITRD}:
         raise TypeError("it does not list an image's files")
@@ -97,8 +142,8 @@ class _Entry:
 
 
 @attrs.frozen(kw_only=True)
-class _Manifest:
-    """The content of an `image.json`."""
+class _Manifest(Traits):
+    """The content of an `image.json`; older ones have no traits."""
 
     format: DiskFormat = attrs.field(validator=attrs.validators.in_(("qcow2", "raw")))
     virtual_size: int = _typed(int)
@@ -118,7 +163,8 @@ class _Manifest:
 
     @property
     def key(self) -> str:
-        return digest("image", {name: entry.sha256 for name, entry in self.files.items()}, self.format, self.arch, self.cmdline)
+        digests = {name: entry.sha256 for name, entry in self.files.items()}
+        return _key(digests, self.format, self.arch, self.cmdline, self.firmware)
 
     def image(self, name: str, folder: Path) -> Image:
         paths = {part: folder / part if part in self.files else None for part in (KERNEL, INITRD)}
@@ -135,7 +181,13 @@ class _Manifest:
             cmdline=self.cmdline,
             created=self.created,
             description=self.description,
+            **attrs.asdict(self.traits),
         )
+
+
+def _key(digests: Mapping[str, str], kind: DiskFormat, arch: str, cmdline: str, firmware: Firmware) -> str:
+    """A digest of what a guest boots from; the firmware counts where it boots the disk and is not the one it always was."""
+    return digest("image", digests, kind, arch, cmdline, *([] if KERNEL in digests or firmware == "bios" else [firmware]))
 
 
 @contextmanager
@@ -219,6 +271,7 @@ class ImageStore:
         cmdline: str = "",
         arch: str | None = None,
         description: str = "",
+        traits: Traits | None = None,
         replace: bool = False,
     ) -> Image:
         """Copies a disk into the store.
@@ -229,6 +282,8 @@ class ImageStore:
             sha256: The digest the file must have.
             kernel: For a direct boot, with `initrd` and the kernel's `cmdline`; else the firmware boots the disk.
             arch: The architecture of what is on it; the host's if not given.
+            description: What it is, in a few words.
+            traits: What else is known of it; if not given, that the architecture's usual firmware boots it.
             replace: Whether the name may be taken from another image.
 
         Raises:
@@ -245,7 +300,9 @@ class ImageStore:
                 if part is not None:
                     with opened(part) as source:
                         copy_in(source, folder / target)
-            return self.publish(folder, name=name, sha256=wanted, arch=arch, cmdline=cmdline, description=description, replace=replace)
+            return self.publish(
+                folder, name=name, sha256=wanted, arch=arch, cmdline=cmdline, description=description, traits=traits, replace=replace
+            )
 
     def remove(self, name: str) -> None:
         """Removes a name, and the files that no name stands for any more.
@@ -275,8 +332,12 @@ class ImageStore:
                 if actual != entry.sha256:
                     raise _damaged(name, f"{folder / part} has the sha256 {actual}, not {entry.sha256}")
 
-    def import_path(self, path: Path) -> Image:
+    def import_path(self, path: Path, *, arch: str | None = None, traits: Traits | None = None) -> Image:
         """Describes a disk that stays where it is; its digest is remembered for as long as the file looks the same.
+
+        Args:
+            path: A qcow2 or raw disk.
+            arch, traits: As for `add`.
 
         Raises:
             CatalogError: It is not there, or is not a disk image.
@@ -284,8 +345,18 @@ class ImageStore:
         with explained(f"use {path} as an image"), opened(path) as file:
             kind, size = inspect(file, path)
             found = self._digest_of(file, path.resolve())
-        key = digest("image", {f"disk.{kind}": found}, kind, host_arch(), "")
-        return Image(name=str(path), sha256=found, key=key, disk=path.resolve(), format=kind, virtual_size=size, arch=host_arch())
+        arch = arch or host_arch()
+        traits = traits or Traits(firmware=default_firmware(arch))
+        return Image(
+            name=str(path),
+            sha256=found,
+            key=_key({f"disk.{kind}": found}, kind, arch, "", traits.firmware),
+            disk=path.resolve(),
+            format=kind,
+            virtual_size=size,
+            arch=arch,
+            **attrs.asdict(traits),
+        )
 
     def _digest_of(self, file: BufferedReader, path: Path) -> str:
         record = self.root / "seen" / f"{digest(str(path))}.json"
@@ -345,18 +416,20 @@ class ImageStore:
         arch: str | None = None,
         cmdline: str = "",
         description: str = "",
+        traits: Traits | None = None,
         replace: bool = False,
     ) -> Image:
         """Gives the files in a folder from `staging` their place and their name: both or neither.
 
         Args:
             folder: Has `disk.qcow2` or `disk.raw`, and perhaps `vmlinuz` and `initrd.img`; all on disk already.
-            name, sha256, arch, cmdline, description, replace: As for `add`.
+            name, sha256, arch, cmdline, description, traits, replace: As for `add`.
 
         Raises:
             CatalogError: The disk has another digest, or the name is taken.
         """
-        manifest = _describe(folder, arch=arch or host_arch(), cmdline=cmdline, description=description)
+        arch = arch or host_arch()
+        manifest = _describe(folder, arch, traits or Traits(firmware=default_firmware(arch)), cmdline=cmdline, description=description)
         if sha256 not in (None, manifest.sha256):
             raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, and {sha256} was demanded")
         _write_json(folder / _RECORD, attrs.asdict(manifest))
@@ -364,17 +437,20 @@ class ImageStore:
         private_dir(self._names)
         with self._exclusive():
             self._check_free(name, manifest.sha256, replace=replace)
-            return self._place(folder, manifest, name)
+            return self._place(folder, manifest, name, replace=replace)
 
     def _check_free(self, name: str, sha256: str, *, replace: bool) -> None:
         record = self._names / f"{name}.json"
         if record.exists() and not replace and _address_or_none(record) != sha256:
             raise CatalogError(f"there is another image named {name!r}: remove it with `vmbottle image rm {name}`, or choose another name")
 
-    def _place(self, folder: Path, manifest: _Manifest, name: str) -> Image:
+    def _place(self, folder: Path, manifest: _Manifest, name: str, *, replace: bool) -> Image:
         final = self._blobs / manifest.sha256
+        names = [other for other in self.names() if _address_or_none(self._names / f"{other}.json") == final.name]
+        if final.exists() and replace and names == [name] and not _alike(final, manifest):
+            final.rename(self._blobs / f".old-{secrets.token_hex(8)}")  # the same disk, and only this name's: what else is known is new
         if final.exists():
-            manifest = self._same(final, manifest)
+            manifest = self._same(final, manifest, names)
         else:
             folder.rename(final)
             sync_dir(self._blobs)
@@ -382,25 +458,23 @@ class ImageStore:
         self._sweep()
         return manifest.image(name, final)
 
-    def _same(self, folder: Path, manifest: _Manifest) -> _Manifest:
+    def _same(self, folder: Path, manifest: _Manifest, names: Sequence[str]) -> _Manifest:
         """The record of a disk that is stored already, if it boots in the same way."""
-        try:
-            stored = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
-            if stored.key == manifest.key:
-                return stored
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            pass
-        names = [name for name in self.names() if _address_or_none(self._names / f"{name}.json") == folder.name]
-        raise CatalogError(
-            f"this disk is stored already as {' and '.join(names) or 'an image without a name'}, with another kernel, command line or "
-            f"architecture, or damaged: remove that first with `vmbottle image rm {' '.join(names) or 'NAME'}`"
-        )
+        stored = _alike(folder, manifest)
+        if stored is None:
+            raise CatalogError(
+                f"this disk is stored already as {' and '.join(names) or 'an image without a name'}, with another kernel, command line, "
+                f"architecture, firmware or user, or damaged: remove that first with `vmbottle image rm {' '.join(names) or 'NAME'}`"
+            )
+        return stored
 
     def _sweep(self) -> None:
         """Deletes what no name stands for, and what was never finished; folders that are being filled are left alone."""
         for folder in self._blobs.glob(".new-*"):
             if abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._blobs.glob(".old-*"):  # whoever put it there does not get to it: we hold the lock
+            shutil.rmtree(folder, ignore_errors=True)
         named = {_address_or_none(self._names / f"{name}.json") for name in self.names()}
         if None in named:  # a damaged record may stand for any of them
             return
@@ -478,7 +552,16 @@ def _address_or_none(path: Path) -> str | None:
         return None
 
 
-def _describe(folder: Path, *, arch: str, cmdline: str, description: str) -> _Manifest:
+def _alike(folder: Path, manifest: _Manifest) -> _Manifest | None:
+    """The record in a folder, if it boots in the same way as the other one and the same is known of it."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        stored = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
+        if (stored.key, stored.traits) == (manifest.key, manifest.traits):
+            return stored
+    return None
+
+
+def _describe(folder: Path, arch: str, traits: Traits, *, cmdline: str, description: str) -> _Manifest:
     """Makes the record of the files in a folder, as they are there: what they were copied from may have changed meanwhile."""
     disk = next(folder.glob("disk.*"))
     with disk.open("rb") as file:
@@ -490,7 +573,16 @@ def _describe(folder: Path, *, arch: str, cmdline: str, description: str) -> _Ma
         path.chmod(0o444)
         files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return _Manifest(format=kind, virtual_size=size, arch=arch, cmdline=cmdline, created=created, description=description, files=files)
+    return _Manifest(
+        format=kind,
+        virtual_size=size,
+        arch=arch,
+        cmdline=cmdline,
+        created=created,
+        description=description,
+        files=files,
+        **attrs.asdict(traits),
+    )
 
 
 def copy_in(source: BufferedReader, target: Path) -> None:

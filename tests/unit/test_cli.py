@@ -236,6 +236,22 @@ def test_a_file_that_is_no_disk_is_not_added(root: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("root")
+def test_what_a_disk_does_not_tell_is_said_when_it_is_added_and_listed(disk: Path) -> None:
+    done("image", "add", disk, "--name", "mine", "--arch", "aarch64", "--user", "admin", "--ready-when", "channel")
+    (record,) = json.loads(done("image", "ls", "--json"))
+    assert {key: record[key] for key in ("arch", "firmware", "user", "readiness", "prepared")} == {
+        "arch": "aarch64",
+        "firmware": "uefi",
+        "user": "admin",
+        "readiness": "channel",
+        "prepared": False,
+    }
+
+
+def test_a_user_that_cannot_be_one_is_a_usage_error(disk: Path) -> None:
+    assert "is not the name of a user" in failed(2, "image", "add", disk, "--name", "mine", "--user", "a b")
+
+
 def test_an_image_with_another_digest_is_not_added(disk: Path) -> None:
     assert "0" * 64 in failed(1, "image", "add", disk, "--name", "mine", "--sha256", "0" * 64)
 

@@ -14,15 +14,16 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_vmbottle import spec
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
-from pytest_vmbottle.images import RECIPES, Image, ImageStore, build, can_build, disk_format
+from pytest_vmbottle.images import RECIPES, Image, ImageStore, Traits, build, can_build, disk_format
 from pytest_vmbottle.images import builder as building
 from pytest_vmbottle.images.apt import apt_sources, keyrings
 
@@ -253,6 +254,59 @@ class TestStore:
         assert len({image.sha256 for image in images}) == 1
         assert len({image.key for image in images}) == 4
         assert ImageStore(tmp_path / "4").add(disk, name="other").key == images[0].key
+
+    def test_what_is_known_of_a_disk_is_kept_with_it(self, store: ImageStore, disk: Path) -> None:
+        traits = Traits(firmware="uefi", user="admin", readiness="channel", prepared=True)
+        image = store.add(disk, name="mine", arch="aarch64", traits=traits)
+        assert image == store.get("mine")
+        assert (image.traits, image.arch) == (traits, "aarch64")
+        assert store.import_path(disk, arch="aarch64", traits=traits).key == image.key
+
+    def test_a_record_from_before_there_were_traits_is_read_as_an_unprepared_bios_image(self, store: ImageStore, disk: Path) -> None:
+        image = store.add(disk, name="mine", arch="x86_64")
+        path = image.disk.parent / "image.json"
+        record = json.loads(path.read_text())
+        path.chmod(0o600)
+        path.write_text(json.dumps({key: value for key, value in record.items() if key not in attrs.fields_dict(Traits)}))
+        assert store.get("mine") == image
+        assert image.traits == Traits(firmware="bios", user="", readiness="cloud-init", prepared=False)
+
+    @pytest.mark.parametrize("change", [{"firmware": "coreboot"}, {"user": "a b"}, {"readiness": "soon"}, {"prepared": 1}])
+    def test_a_record_with_an_impossible_trait_is_damaged(self, store: ImageStore, disk: Path, change: dict[str, object]) -> None:
+        path = store.add(disk, name="mine").disk.parent / "image.json"
+        path.chmod(0o600)
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(CatalogError, match="damaged"):
+            store.get("mine")
+
+    def test_the_firmware_is_part_of_the_key_only_where_it_boots_the_disk_and_is_no_bios(self, tmp_path: Path, disk: Path) -> None:
+        def key(firmware: Literal["bios", "uefi"], **boot: Any) -> str:
+            store = ImageStore(tmp_path / f"{firmware}{len(boot)}")
+            return store.add(disk, name="mine", arch="x86_64", traits=Traits(firmware=firmware), **boot).key
+
+        assert key("bios") != key("uefi")
+        assert key("bios", kernel=disk, cmdline=CMDLINE) == key("uefi", kernel=disk, cmdline=CMDLINE)
+        digest = hashlib.sha256(disk.read_bytes()).hexdigest()
+        assert key("bios") == spec.digest("image", {"disk.raw": digest}, "raw", "x86_64", "")
+
+    @pytest.mark.parametrize(("arch", "firmware"), [("x86_64", "bios"), ("aarch64", "uefi")])
+    def test_a_disk_is_taken_to_boot_by_what_its_architecture_has(self, store: ImageStore, disk: Path, arch: str, firmware: str) -> None:
+        assert store.add(disk, name="mine", arch=arch).firmware == firmware
+
+    def test_other_traits_for_the_same_disk_are_taken_on_request_unless_another_name_stands_for_it(
+        self, store: ImageStore, disk: Path
+    ) -> None:
+        store.add(disk, name="mine")
+        with pytest.raises(CatalogError, match=r"stored already as mine, with another .* user"):
+            store.add(disk, name="mine", traits=Traits(user="admin"))
+        assert store.add(disk, name="mine", traits=Traits(user="admin"), replace=True).user == "admin"
+        found = store.get("mine")
+        assert found is not None
+        assert (found.user, found.disk.read_bytes()) == ("admin", disk.read_bytes())
+        assert not list(store.root.glob("sha256/.*"))
+        store.add(disk, name="other", traits=Traits(user="admin"))
+        with pytest.raises(CatalogError, match=r"stored already as mine and other"):
+            store.add(disk, name="mine", traits=Traits(user="root"), replace=True)
 
     @pytest.mark.parametrize(("boot", "reason"), [({"cmdline": "quiet"}, "without a kernel"), ({"kernel": True}, "needs a command line")])
     def test_a_kernel_and_its_command_line_go_together(self, store: ImageStore, disk: Path, boot: dict[str, object], reason: str) -> None:
