@@ -127,8 +127,9 @@ class Floor:
             shutil.copyfile(self._saved / "empty.qcow2", rundir / "disk.qcow2")
             state = stack.enter_context((self._saved / "state.bin").open("rb"))
             self.began = time.perf_counter()
-            ports, ours = zip(*(_port(rundir / name, stack) for name in ("qmp", "agent", "waker")), strict=True)
-            argv = command_line(self._backend.binaries.system, self._backend.proof.accelerator, self._spec, self._wiring(rundir, ports))
+            pairs = [tuple(stack.enter_context(sock) for sock in socket.socketpair()) for _ in ("qmp", "agent", "waker")]
+            ours, ports = [pair[0] for pair in pairs], tuple(pair[1].fileno() for pair in pairs)
+            argv = command_line(self._backend.programs(self._spec.arch).emulator, self._spec, self._wiring(rundir, ports))
             process = subprocess.Popen(argv, pass_fds=ports, cwd="/", stdin=subprocess.DEVNULL)
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -162,16 +163,6 @@ class Floor:
             waker=waker,
             incoming=True,
         )
-
-
-def _port(path: Path, stack: ExitStack) -> tuple[int, socket.socket]:
-    """A listening unix socket's descriptor, and a connection to it."""
-    listening = stack.enter_context(socket.socket(socket.AF_UNIX))
-    listening.bind(str(path))
-    listening.listen(1)
-    ours = stack.enter_context(socket.socket(socket.AF_UNIX))
-    ours.connect(str(path))
-    return listening.fileno(), ours
 
 
 def guest_true(agent: Lines) -> None:

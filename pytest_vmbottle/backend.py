@@ -40,10 +40,21 @@ GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class PackKind(StrEnum):
-    """What a pack restores: `TEMPLATE` a running machine with its RAM, `DISK` a prepared disk that is booted."""
+    """What a pack restores, quickest first.
+
+    `TEMPLATE` is a running machine whose clones share the pack's RAM, `STREAM` a running machine whose RAM each clone reads, `DISK` a
+    prepared disk that is booted.
+    """
 
     TEMPLATE = "template"
+    STREAM = "stream"
     DISK = "disk"
+
+    @property
+    def next(self) -> PackKind:
+        """The kind to try when this one does not work here."""
+        kinds = list(PackKind)
+        return kinds[min(kinds.index(self) + 1, len(kinds) - 1)]
 
 
 @attrs.frozen(kw_only=True)
@@ -105,6 +116,7 @@ class Start:
         kernel: A kernel to boot directly, or None to have the firmware boot the disk.
         initrd: Its initial RAM disk.
         cmdline: Its command line.
+        firmware: What boots the disk where there is no kernel: `"bios"` or `"uefi"`.
         seed: The cloud-init seed, an ISO image.
         keys: The keys that the seed carries.
         saved: A folder that `Instance.save` filled, to be restored; None to boot.
@@ -118,6 +130,7 @@ class Start:
     cmdline: str
     seed: Path
     keys: Keys
+    firmware: str = "bios"
     saved: Path | None = None
     building: bool = False
 
@@ -255,7 +268,7 @@ class Instance(Protocol):
     def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
         """Stops the machine for good and writes it into the empty folder `dest`.
 
-        A `TEMPLATE` can be given as `Start.saved`. Of either kind, `dest / "disk.qcow2"` is the machine's disk on top of `Start.disks`.
+        All but a `DISK` can be given as `Start.saved`. Of any kind, `dest / "disk.qcow2"` is the machine's disk on top of `Start.disks`.
         """
 
     def pause(self) -> None:

@@ -227,6 +227,8 @@ class _Qemu:
         details = {"kind": str(able.pack_kind), "reason": able.pack_reason}
         if able.pack_kind == "template":
             return _ok(f"template packs, with disk and RAM: {able.pack_reason}", **details)
+        if able.pack_kind == "stream":
+            return _degraded(f"stream packs, whose RAM each machine reads, because they cannot share it: {able.pack_reason}", **details)
         return _degraded(f"disk packs, from which machines boot, because RAM cannot be restored: {able.pack_reason}", **details)
 
 

@@ -47,6 +47,8 @@ class _Option:
         return f"VMBOTTLE_{self.name.replace('-', '_').upper()}"
 
 
+_KINDS = ("template", "stream", "disk")
+
 _OPTIONS = (
     _Option("backend", "auto", "What runs machines: auto, qemu, or a name that a plugin knows"),
     _Option("accel", "auto", "How QEMU runs guest code", ("auto", "kvm", "hvf", "tcg")),
@@ -54,7 +56,7 @@ _OPTIONS = (
     _Option(
         "missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")
     ),
-    _Option("pack", "auto", "Kind of pack that machines are poured from: template (disk and RAM) or disk", ("auto", "template", "disk")),
+    _Option("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", ("auto", *_KINDS)),
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
 )

@@ -28,7 +28,7 @@ from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.packs import Manifest, Pack
 from pytest_vmbottle.seed import write_seed
-from pytest_vmbottle.spec import BOOT, Layer, MachineSpec, digest
+from pytest_vmbottle.spec import BOOT, Layer, MachineSpec, digest, host_arch
 
 __all__ = ["Provisioner", "Settings", "Tally"]
 
@@ -163,25 +163,26 @@ class Provisioner:
             yield self._pour(spec, stack)
 
     def _pour(self, spec: MachineSpec, stack: ExitStack) -> Machine:
-        pack = self._pack(self._plan(spec, self._kind()))
-        try:
-            return stack.enter_context(self._launched(spec, self._start(spec, pack)))
-        except LaunchError:
-            raise  # QEMU itself does not run: no other pack would help
-        except MachineError as error:
-            if pack.manifest.kind == PackKind.DISK:
-                raise
-            self._condemn(pack, error)
-        return stack.enter_context(self._launched(spec, self._start(spec, self._pack(self._plan(spec, self._kind())))))
+        while True:
+            pack = self._pack(self._plan(spec, self._kind()))
+            try:
+                return stack.enter_context(self._launched(spec, self._start(spec, pack)))
+            except LaunchError:
+                raise  # QEMU itself does not run: no other pack would help
+            except MachineError as error:
+                if pack.manifest.kind == PackKind.DISK:
+                    raise
+                self._condemn(pack, error)
 
     def _condemn(self, pack: Pack, error: MachineError) -> None:
         """Puts a pack aside that could not be poured, and goes on with packs of the next kind."""
-        self._fallback = PackKind.DISK
+        self._fallback = PackKind(pack.manifest.kind).next
         self._usable.pop(pack.key, None)
         with suppress(OSError):
             self._catalog.quarantine(pack.path)
         self._settings.warn(
-            f"the pack of {pack.manifest.name} could not be poured and was put aside; machines are booted from disk packs now: {error}"
+            f"the {pack.manifest.kind} pack of {pack.manifest.name} could not be poured and was put aside; "
+            f"{self._fallback} packs are used from now on: {error}"
         )
 
     @contextmanager
@@ -197,7 +198,7 @@ class Provisioner:
     @contextmanager
     def _launched(self, spec: MachineSpec, start: Start) -> Iterator[Machine]:
         machine_id = f"{spec.name}-{secrets.token_hex(4)}"
-        deadline = Deadline(self._patience(spec.timeout))
+        deadline = Deadline(self._patience(spec))
         with self._catalog.rundir(machine_id) as rundir:
             with self._explained():
                 instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
@@ -212,8 +213,12 @@ class Provisioner:
             finally:
                 instance.stop()
 
-    def _patience(self, seconds: float) -> float:
-        return seconds * self._settings.timeout_factor * (_EMULATED_FACTOR if self.capabilities.emulated else 1.0)
+    def _patience(self, spec: MachineSpec) -> float:
+        emulated = spec.arch != host_arch() or self.capabilities.emulated
+        return spec.timeout * self._settings.timeout_factor * (_EMULATED_FACTOR if emulated else 1.0)
+
+    def _runs_by(self, spec: MachineSpec) -> str:
+        return self.capabilities.accelerator if spec.arch == host_arch() else f"{spec.arch} emulated"
 
     def _kind(self) -> PackKind:
         return self._fallback or self.capabilities.pack_kind
@@ -358,7 +363,7 @@ class Provisioner:
                 parent=parent.key if parent else None,
                 parent_seal=parent.seal if parent else "",
                 image=plan.image.sha256,
-                backend=f"{self._name} {self.capabilities.version} {self.capabilities.accelerator}",
+                backend=f"{self._name} {self.capabilities.version} {self._runs_by(plan.spec)}",
                 memory=plan.spec.memory,
                 disk_size=start.disk_size,
             )
@@ -373,7 +378,7 @@ class Provisioner:
         with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
             instance = self._backend.launch(plan.spec, source=start, rundir=rundir, deadline=deadline)
             try:
-                ready = Deadline(self._patience(plan.spec.timeout))
+                ready = Deadline(self._patience(plan.spec))
                 channel = instance.channel(deadline=ready)
                 if start.saved is None:
                     _await_boot(instance, channel, plan.spec, ready)
@@ -414,7 +419,7 @@ class Provisioner:
             cmdline=image.cmdline,
             seed=base.path / "seed.iso",
             keys=_read_keys(base.path / "keys.json"),
-            saved=pack.path if pack.manifest.kind == PackKind.TEMPLATE else None,
+            saved=None if pack.manifest.kind == PackKind.DISK else pack.path,
             building=building,
         )
 

@@ -72,8 +72,8 @@ class FakeInstance:
 
     def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:  # noqa: ARG002
         """Writes files that have the right names and no meaning."""
-        names = ["disk.qcow2", "empty.qcow2"] + (["ram.img", "state.bin"] if kind is PackKind.TEMPLATE else [])
-        for name in names:
+        running = {PackKind.TEMPLATE: ("ram.img", "state.bin"), PackKind.STREAM: ("state.bin",), PackKind.DISK: ()}
+        for name in ("disk.qcow2", "empty.qcow2", *running[kind]):
             (dest / name).write_text(secrets.token_hex(16))
         self.stop()
 

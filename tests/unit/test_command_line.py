@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pytest_vmbottle import MachineSpec
 from pytest_vmbottle.backend import Disk
-from pytest_vmbottle.backends.qemu.command_line import KVM, TCG, Wiring, command_line
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, Emulator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.dialect import Dialect
 
 WIRING = Wiring(
     name="vm-1",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pytest_vmbottle.backends.qemu.backend import QemuBackend, find_binaries
+from pytest_vmbottle.backends.qemu.backend import QemuBackend, find_program
 
-__all__ = ["QemuBackend", "find_binaries"]
+__all__ = ["QemuBackend", "find_program"]

@@ -7,39 +7,41 @@ import json
 import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import attrs
 import cattrs
+from cattrs.preconf.json import make_converter
 
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir
 from pytest_vmbottle.backend import Capabilities, Instance, PackKind, Start
 from pytest_vmbottle.backends.qemu import proof
-from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator
-from pytest_vmbottle.backends.qemu.instance import Binaries, Hypervisor, start
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, FORMAT, Accelerator, Emulator
+from pytest_vmbottle.backends.qemu.dialect import Dialect, ask
+from pytest_vmbottle.backends.qemu.instance import Programs, start
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec, digest, host_arch
 
-__all__ = ["Proof", "QemuBackend", "find_binaries"]
+__all__ = ["Proof", "QemuBackend", "find_program"]
 
-_INSTALL = "Install it: sudo apt-get install qemu-system-x86 qemu-utils"
+_converter = make_converter()
+_IMG = ("qemu-img", "qemu-utils")
+_PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
 
 
-def find_binaries() -> Binaries:
-    """The QEMU programs for this host's architecture in the search path.
+def find_program(name: str, package: str) -> Path:
+    """A program of QEMU's in the search path.
 
     Raises:
-        BackendUnavailable: One of them is missing.
+        BackendUnavailable: It is not there.
     """
-    found = {}
-    for name in (f"qemu-system-{host_arch()}", "qemu-img"):
-        path = shutil.which(name)
-        if path is None:
-            raise BackendUnavailable(f"{name} is not in the search path", _INSTALL)
-        found[name] = Path(path).resolve()
-    system, img = found.values()
-    return Binaries(system=system, img=img)
+    found = shutil.which(name)
+    if found is None:
+        raise BackendUnavailable(f"{name} is not in the search path", f"Install it: sudo apt-get install {package}")
+    return Path(found).resolve()
 
 
 @attrs.frozen(kw_only=True)
@@ -48,15 +50,17 @@ class Proof:
 
     Attributes:
         version: QEMU's own version text.
+        dialect: What it offers.
         accelerator: The one that ran guest code.
         verdicts: What came of each accelerator that was tried, in order.
-        template: Why RAM packs do not work, or None if they do.
+        broken: The kinds of packs with RAM that do not work, and why.
     """
 
     version: str
+    dialect: Dialect
     accelerator: Accelerator
     verdicts: tuple[proof.Verdict, ...]
-    template: str | None
+    broken: Mapping[PackKind, str]
 
     @property
     def reason(self) -> str:
@@ -66,6 +70,65 @@ class Proof:
             return self.verdicts[-1].evidence
         name = refused[-1].accelerator.name.upper()
         return f"{name} runs no guest here: {refused[-1].evidence}"
+
+    @property
+    def best(self) -> PackKind:
+        """The quickest kind of pack that works."""
+        return next(kind for kind in PackKind if kind not in self.broken)
+
+
+class _Prover:
+    """Finds out what the QEMU for one architecture can do on this host, and remembers it."""
+
+    def __init__(self, arch: str, wanted: str, memory: Path) -> None:
+        """Tries nothing yet; takes the wanted accelerator, and a folder to remember in."""
+        self._arch, self._wanted, self._folder = arch, wanted, memory
+        self._refused: BackendUnavailable | None = None
+
+    @cached_property
+    def binary(self) -> Path:
+        return find_program(f"qemu-system-{self._arch}", _PACKAGES.get(self._arch, "qemu-system"))
+
+    @cached_property
+    def proof(self) -> Proof:
+        known = _read(self._memory())
+        return known if known is not None else self.prove_again()
+
+    @property
+    def emulator(self) -> Emulator:
+        return Emulator(binary=self.binary, board=BOARDS[self._arch], accelerator=self.proof.accelerator, dialect=self.proof.dialect)
+
+    def prove_again(self) -> Proof:
+        if self._refused is not None:
+            raise self._refused
+        try:
+            known = self._prove()
+        except BackendUnavailable as error:
+            self._refused = error
+            raise
+        with atomic_file(self._memory()) as file:
+            file.write(json.dumps(_converter.unstructure(known)).encode())
+        self.proof = known
+        return known
+
+    def _memory(self) -> Path:
+        key = digest(_boot_id(), _identity(self.binary), self._wanted, FORMAT, _kvm_access())
+        return private_dir(self._folder) / f"qemu-{key[:24]}.json"
+
+    def _prove(self) -> Proof:
+        with tempfile.TemporaryDirectory(prefix="proving-", dir=private_dir(self._folder)) as name:
+            workdir = Path(name)
+            version = proof.version(self.binary)
+            dialect = ask(self.binary, workdir=workdir)
+            verdicts = proof.choose(self.binary, dialect, self._arch, self._wanted, workdir=workdir)
+            accelerator = next((verdict.accelerator for verdict in verdicts if verdict.works), None)
+            if accelerator is None:
+                tried = "; ".join(f"{verdict.accelerator.name}: {verdict.evidence}" for verdict in verdicts)
+                raise BackendUnavailable(f"QEMU runs no guest here: {tried}", "See vmbottle doctor, or allow another one: --vm-accel auto")
+            emulator = Emulator(binary=self.binary, board=BOARDS[self._arch], accelerator=accelerator, dialect=dialect)
+            failures = {kind: proof.prove_restore(emulator, kind, workdir=workdir) for kind in (PackKind.TEMPLATE, PackKind.STREAM)}
+            broken = {kind: failure for kind, failure in failures.items() if failure is not None}
+            return Proof(version=version, dialect=dialect, accelerator=accelerator, verdicts=verdicts, broken=broken)
 
 
 class QemuBackend:
@@ -82,22 +145,21 @@ class QemuBackend:
         self._wanted = accelerator
         self._pack_kind = pack_kind
         self._proofs = proofs
-        self._refused: BackendUnavailable | None = None
+        self._provers: dict[str, _Prover] = {}
 
-    @cached_property
-    def binaries(self) -> Binaries:
-        """The programs."""
-        return find_binaries()
+    def _prover(self, arch: str) -> _Prover:
+        # No hardware runs the code of another architecture.
+        wanted = self._wanted if arch == host_arch() else "tcg"
+        return self._provers.setdefault(arch, _Prover(arch, wanted, self._proofs))
 
-    @cached_property
+    @property
     def proof(self) -> Proof:
-        """What this host can do, proved now or earlier since it was booted.
+        """What this host can do for guests of its own architecture, proved now or earlier since it was booted.
 
         Raises:
             BackendUnavailable: No accelerator runs a guest.
         """
-        known = _read(self._memory())
-        return known if known is not None else self.prove_again()
+        return self._prover(host_arch()).proof
 
     def prove_again(self) -> Proof:
         """Proves it now, whatever was proved before, and remembers it; that nothing works is only remembered by this object.
@@ -105,70 +167,50 @@ class QemuBackend:
         Raises:
             BackendUnavailable: No accelerator runs a guest.
         """
-        if self._refused is not None:
-            raise self._refused
-        try:
-            known = self._prove()
-        except BackendUnavailable as error:
-            self._refused = error
-            raise
-        with atomic_file(self._memory()) as file:
-            file.write(json.dumps(cattrs.unstructure(known)).encode())
-        return known
+        return self._prover(host_arch()).prove_again()
 
-    def _memory(self) -> Path:
-        key = digest(_boot_id(), _identity(self.binaries.system), self._wanted, FORMAT, _kvm_access())
-        return private_dir(self._proofs) / f"qemu-{key[:24]}.json"
+    def programs(self, arch: str) -> Programs:
+        """What makes machines of an architecture.
 
-    def _prove(self) -> Proof:
-        workdir = private_dir(self._proofs / f"proving-{os.getpid()}")
-        try:
-            version = proof.version(self.binaries.system)
-            verdicts = proof.choose(self.binaries.system, self._wanted, workdir=workdir)
-            accelerator = next((verdict.accelerator for verdict in verdicts if verdict.works), None)
-            if accelerator is None:
-                tried = "; ".join(f"{verdict.accelerator.name}: {verdict.evidence}" for verdict in verdicts)
-                raise BackendUnavailable(f"QEMU runs no guest here: {tried}", "See vmbottle doctor, or allow another one: --vm-accel auto")
-            template = proof.prove_template(self.binaries.system, accelerator, workdir=workdir)
-            return Proof(version=version, accelerator=accelerator, verdicts=verdicts, template=template)
-        finally:
-            shutil.rmtree(workdir, ignore_errors=True)
+        Raises:
+            BackendUnavailable: A program is missing, or runs no guest.
+        """
+        if arch != host_arch() and self._wanted not in ("auto", "tcg"):
+            reason = f"guests of {arch} are emulated on this {host_arch()} host, and {self._wanted} was asked for"
+            raise BackendUnavailable(reason, "Allow it: --vm-accel auto")
+        return Programs(emulator=self._prover(arch).emulator, img=find_program(*_IMG))
 
     def probe(self) -> Capabilities:
         """What QEMU can do here (see `Backend.probe`)."""
+        find_program(*_IMG)
         known = self.proof
-        best = PackKind.TEMPLATE if known.template is None else PackKind.DISK
-        why = "a machine was restored from its RAM file and went on" if known.template is None else known.template
+        works = {
+            PackKind.TEMPLATE: "a machine was restored from its RAM file and went on",
+            PackKind.STREAM: "a machine was restored and went on",
+        }
+        why = "; ".join([*(f"no {kind} packs: {reason}" for kind, reason in known.broken.items()), works.get(known.best, "")]).strip("; ")
         forced = self._pack_kind is not None
         return Capabilities(
             backend="qemu",
             version=known.version,
             accelerator=known.accelerator.name,
             reason=known.reason,
-            pack_kind=self._pack_kind or best,
+            pack_kind=self._pack_kind or known.best,
             pack_reason="as it was asked for" if forced else why,
             emulated=known.accelerator.name == "tcg",
         )
 
     def fingerprint(self, spec: MachineSpec) -> str:
         """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
-        accelerator = self.proof.accelerator
+        emulator, version = self.programs(spec.arch).emulator, self._prover(spec.arch).proof.version
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
-        processor = "" if accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
-        return digest(
-            "qemu",
-            FORMAT,
-            self.proof.version,
-            _content(self.binaries.system, self._proofs),
-            attrs.astuple(accelerator),
-            processor,
-            spec.arch,
-        )
+        processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
+        known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
+        return digest("qemu", FORMAT, version, _content(emulator.binary, self._proofs), known, processor, spec.arch)
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Starts a machine (see `Backend.launch`)."""
-        hypervisor = Hypervisor(binaries=self.binaries, accelerator=self.proof.accelerator)
-        return start(hypervisor, spec, source=source, rundir=rundir, deadline=deadline)
+        return start(self.programs(spec.arch), spec, source=source, rundir=rundir, deadline=deadline)
 
 
 def _boot_id() -> str:
@@ -210,6 +252,6 @@ def _content(path: Path, memory: Path) -> str:
 
 def _read(path: Path) -> Proof | None:
     try:
-        return cattrs.structure(json.loads(path.read_bytes()), Proof)
+        return _converter.structure(json.loads(path.read_bytes()), Proof)
     except (OSError, ValueError, cattrs.BaseValidationError):
         return None  # not there, or of another version: proved again

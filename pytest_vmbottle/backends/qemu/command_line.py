@@ -12,14 +12,15 @@ from pathlib import Path
 import attrs
 
 from pytest_vmbottle.backend import Disk
+from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["FORMAT", "Accelerator", "Wiring", "command_line"]
+__all__ = ["BOARDS", "FORMAT", "HVF", "KVM", "Accelerator", "Board", "Emulator", "Wiring", "command_line", "sandbox"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every fingerprint: packs made with another set of devices are not restored."""
 
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @attrs.frozen(kw_only=True)
@@ -38,9 +39,69 @@ class Accelerator:
 
 
 KVM = Accelerator(name="kvm", option="kvm", cpu="host")
-# A processor with all that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time. The translation cache
-# defaults to 1 GiB per machine, too much for many machines side by side.
-TCG = Accelerator(name="tcg", option="tcg,thread=multi,tb-size=256", cpu="max,la57=off")
+HVF = Accelerator(name="hvf", option="hvf", cpu="host")
+
+
+def _tcg(cpu: str) -> Accelerator:
+    # The translation cache defaults to 1 GiB per machine, too much for many machines side by side.
+    return Accelerator(name="tcg", option="tcg,thread=multi,tb-size=256", cpu=cpu)
+
+
+@attrs.frozen(kw_only=True)
+class Board:
+    """What differs between the machines of two architectures.
+
+    Attributes:
+        arch: The guest's architecture, as `uname -m` names it.
+        machine: The argument of `-machine`, but for what all have.
+        tcg: How it is emulated.
+        serial: What connects the chardev `console` to the first serial port.
+        uefi_only: Whether there is no other firmware that boots a disk.
+    """
+
+    arch: str
+    machine: str
+    tcg: Accelerator
+    serial: tuple[str, ...]
+    uefi_only: bool
+
+
+_BOARDS = (
+    Board(
+        arch="x86_64",
+        machine="q35,vmport=off,smbus=off,sata=off,usb=off,graphics=off",
+        # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
+        tcg=_tcg("max,la57=off"),
+        serial=("-device", "isa-serial,chardev=console,id=serial"),
+        uefi_only=False,
+    ),
+    Board(
+        arch="aarch64",
+        machine="virt,gic-version=max",
+        # By its own algorithm, pointer authentication takes half of the time of an emulated guest.
+        tcg=_tcg("max,pauth-impdef=on"),
+        serial=("-serial", "chardev:console"),
+        uefi_only=True,
+    ),
+)
+BOARDS = {board.arch: board for board in _BOARDS}
+
+
+@attrs.frozen(kw_only=True)
+class Emulator:
+    """A QEMU for one architecture.
+
+    Attributes:
+        binary: The program, by its absolute path.
+        board: The machine it emulates.
+        accelerator: How it runs guest code.
+        dialect: What it understands.
+    """
+
+    binary: Path
+    board: Board
+    accelerator: Accelerator
+    dialect: Dialect
 
 
 @attrs.frozen(kw_only=True)
@@ -55,7 +116,8 @@ class Wiring:
         seed: The cloud-init ISO.
         console: The file that records the serial console.
         kernel, initrd, cmdline: For a direct boot; None and empty to boot by firmware.
-        qmp, agent, waker: Listening unix sockets.
+        firmware: A file to boot by instead of QEMU's own firmware.
+        qmp, agent, waker: Connected sockets.
         incoming: Whether it waits for a saved state instead of booting.
     """
 
@@ -69,41 +131,51 @@ class Wiring:
     kernel: Path | None
     initrd: Path | None
     cmdline: str
+    firmware: Path | None = None
     qmp: int
     agent: int
     waker: int
     incoming: bool
 
 
-def command_line(binary: Path, accelerator: Accelerator, spec: MachineSpec, wiring: Wiring) -> list[str]:
-    """The argv of an x86-64 machine."""
+def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[str]:
+    """The argv of a machine."""
+    board, dialect = emulator.board, emulator.dialect
     return [
-        str(binary),
+        str(emulator.binary),
         *("-name", f"guest={wiring.name}"),
-        *("-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX),
-        *("-machine", "q35,memory-backend=ram0,vmport=off,smbus=off,sata=off,usb=off,graphics=off,dump-guest-core=off"),
-        *("-accel", accelerator.option, "-cpu", accelerator.cpu),
+        *("-nodefaults", "-no-user-config", "-display", "none", *sandbox(dialect)),
+        *(("-run-with", "exit-with-parent=on") if dialect.exit_with_parent else ()),
+        *("-machine", f"{board.machine},memory-backend=ram0,dump-guest-core=off"),
+        *("-accel", emulator.accelerator.option, "-cpu", emulator.accelerator.cpu),
         *("-smp", str(spec.cpus), "-m", f"{spec.memory // 1024}k"),
         *("-rtc", "base=utc,clock=host", "-action", "panic=none"),
-        *_memory(spec, wiring),
+        *_memory(spec, wiring, dialect),
         *_disks(wiring),
-        *_channels(wiring),
+        *_channels(wiring, board),
         *_network(spec),
         *("-object", _json(qom_type="rng-random", id="rng0", filename="/dev/urandom")),
         *("-device", "virtio-rng-pci,rng=rng0,id=rng"),
-        *("-device", "vmgenid,guid=auto,id=genid", "-device", "pvpanic-pci,id=panic"),
+        *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
+        *("-device", "pvpanic-pci,id=panic"),
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
     ]
+
+
+def sandbox(dialect: Dialect) -> tuple[str, ...]:
+    """What has QEMU forbid itself the system calls that it does not need, where it can."""
+    return ("-sandbox", _SANDBOX) if dialect.sandbox else ()
 
 
 def _json(**members: object) -> str:
     return json.dumps({name.replace("_", "-"): value for name, value in members.items()}, separators=(",", ":"))
 
 
-def _memory(spec: MachineSpec, wiring: Wiring) -> list[str]:
+def _memory(spec: MachineSpec, wiring: Wiring, dialect: Dialect) -> list[str]:
     # A named file, because the RAM of anything else is not left out of the saved state (since QEMU 8.1 only RAM_NAMED_FILE is).
-    backend = _json(qom_type="memory-backend-file", id="ram0", size=spec.memory, mem_path=str(wiring.ram), share=wiring.share)
+    readonly: dict[str, object] = {"readonly": True, "rom": "off"} if dialect.readonly_ram and not wiring.share else {}
+    backend = _json(qom_type="memory-backend-file", id="ram0", size=spec.memory, mem_path=str(wiring.ram), share=wiring.share, **readonly)
     return ["-object", backend]
 
 
@@ -135,15 +207,15 @@ def _disks(wiring: Wiring) -> list[str]:
     ]
 
 
-def _channels(wiring: Wiring) -> list[str]:
+def _channels(wiring: Wiring, board: Board) -> list[str]:
     path = str(wiring.console).replace(",", ",,")
     return [
-        *("-chardev", f"socket,id=qmp,fd={wiring.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"file,id=console,path={path},append=on", "-device", "isa-serial,chardev=console,id=serial"),
+        *("-chardev", f"socket,id=qmp,fd={wiring.qmp}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"file,id=console,path={path},append=on", *board.serial),
         *("-device", "virtio-serial-pci,id=ports"),
-        *("-chardev", f"socket,id=agent,fd={wiring.agent},server=on,wait=off"),
+        *("-chardev", f"socket,id=agent,fd={wiring.agent}"),
         *("-device", "virtserialport,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0,id=agentport"),
-        *("-chardev", f"socket,id=waker,fd={wiring.waker},server=on,wait=off"),
+        *("-chardev", f"socket,id=waker,fd={wiring.waker}"),
         *("-device", "virtserialport,bus=ports.0,nr=2,chardev=waker,name=org.vmbottle.waker,id=wakerport"),
     ]
 
@@ -160,6 +232,6 @@ def _network(spec: MachineSpec) -> list[str]:
 
 def _boot(wiring: Wiring) -> list[str]:
     if wiring.kernel is None:
-        return []
+        return ["-bios", str(wiring.firmware)] if wiring.firmware is not None else []
     initrd = ("-initrd", str(wiring.initrd)) if wiring.initrd is not None else ()
     return ["-kernel", str(wiring.kernel), *initrd, "-append", wiring.cmdline]

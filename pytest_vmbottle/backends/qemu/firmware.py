@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+import attrs
 
-__all__ = ["AMOUNTS", "COUNT", "RAM_BYTES", "WORK", "assemble", "firmware"]
+__all__ = ["AMOUNTS", "COUNT", "RAM_BYTES", "WORK", "Guests", "assemble", "firmware", "guests"]
 
 RAM_BYTES = 16 << 20
 """What the machines of both guests have."""
@@ -29,6 +28,32 @@ AMOUNTS = {
     "calls": 500,
 }
 """How often it does what; the guest reads them from its image. Few of what leaves the guest under KVM, where that is nested and slow."""
+
+
+@attrs.frozen(kw_only=True)
+class Guests:
+    """The proving guests of one architecture, and how their reports are read.
+
+    Attributes:
+        work: The image of the guest that does what kernels do; it reports a letter for each stage, `=` as the last, then its results.
+        count: The image of the guest that counts.
+        devices: What sends their reports, byte by byte, to the chardev `report`.
+        stages: What has been done when a letter is reported, in that order.
+        results: What follows.
+        amount: What the working guest does, in words.
+        hello: What the counting guest reports before it counts.
+        done: QEMU's exit status when the working guest has ended itself.
+    """
+
+    work: bytes
+    count: bytes
+    devices: tuple[str, ...]
+    stages: Mapping[str, str]
+    results: bytes
+    amount: str
+    hello: bytes
+    done: int
+
 
 _IMAGE = 0x10000
 """Where the firmware copies itself to, and its size. Its code is at the start, its tables from 0x1000."""
@@ -268,6 +293,38 @@ on_surprise:
 063  fa                                   cli
 064  f4                                   hlt
 """
+
+_STAGES = {
+    "R": "real mode",
+    "L": "long mode with paging",
+    "X": "exceptions",
+    "T": "timer interrupts",
+    "C": "CPUID and model-specific registers",
+    "P": "page faults and changes of page tables",
+    "M": "memory",
+    "K": "a loop in kernel mode",
+    "=": "a loop and system calls in user mode",
+}
+
+
+def guests() -> Guests:
+    """Those for x86-64. They report through the debug port, and end by writing 0x21 to isa-debug-exit."""
+    exceptions = AMOUNTS["breakpoints"] + AMOUNTS["undefined"]
+    events = sum(AMOUNTS.values()) - AMOUNTS["loops"] + AMOUNTS["faults"]  # a fault is counted by its handler and in the page it missed
+    return Guests(
+        work=firmware(WORK),
+        count=firmware(COUNT),
+        devices=("-device", "isa-debugcon,iobase=0xe9,chardev=report", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
+        stages=_STAGES,
+        results=struct.pack("<QQ", pow(3, 2 * AMOUNTS["loops"], 1 << 64), events),
+        amount=(
+            f"{2 * AMOUNTS['loops']:,} function calls in kernel and user mode, {AMOUNTS['faults']} page faults, {exceptions} exceptions, "
+            f"{AMOUNTS['calls']} system calls and {AMOUNTS['ticks']} timer interrupts"
+        ),
+        hello=b"RL",
+        done=2 * 0x21 + 1,
+    )
+
 
 _VECTORS = {3: "on_event", 6: "on_undefined", 14: "on_page_fault", 0x40: "on_tick", 0x80: "on_event", 0x81: "on_end"}
 """Which handler an exception or interrupt has in a program that knows it; all else is a surprise."""

@@ -12,44 +12,56 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, run_tool
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start
-from pytest_vmbottle.backends.qemu.command_line import Accelerator, Wiring, command_line
-from pytest_vmbottle.backends.qemu.process import QemuProcess, connect, listen
+from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+from pytest_vmbottle.backends.qemu.uefi import find_uefi
 from pytest_vmbottle.backends.qemu.waker import Waker
 from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.ssh import SshChannel
 from pytest_vmbottle.errors import LaunchError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["Binaries", "Hypervisor", "QemuInstance", "start"]
+__all__ = ["Programs", "QemuInstance", "start"]
 
 _FATAL = re.compile(
     rb"Kernel panic - not syncing[^\r\n]*|You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE
 )
 _GRACE = 10.0
-_SAVED = "saved.json"
+_SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
 
 
 @attrs.frozen(kw_only=True)
-class Binaries:
-    """The programs that are used."""
+class Programs:
+    """What makes machines and their disks."""
 
-    system: Path
+    emulator: Emulator
     img: Path
 
 
 @attrs.frozen(kw_only=True)
-class Hypervisor:
-    """The programs, and how they run guest code."""
+class _Saved:
+    """What is known of a saved machine besides its state, as its folder says."""
 
-    binaries: Binaries
-    accelerator: Accelerator
+    kind: PackKind
+    nonce: str
+    agent: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> _Saved:
+        facts = json.loads((folder / _SAVED).read_bytes())
+        return cls(kind=PackKind(facts["kind"]), nonce=facts["nonce"], agent=facts["agent"])
+
+    def write(self, folder: Path) -> None:
+        with atomic_file(folder / _SAVED) as record:
+            record.write(json.dumps(attrs.asdict(self)).encode())
 
 
 @attrs.frozen(kw_only=True)
@@ -66,9 +78,9 @@ class Parts:
 class QemuInstance:
     """A running machine."""
 
-    def __init__(self, spec: MachineSpec, source: Start, *, binaries: Binaries, parts: Parts) -> None:
+    def __init__(self, spec: MachineSpec, source: Start, *, programs: Programs, parts: Parts) -> None:
         """Takes over what `start` has made."""
-        self._spec, self._source, self._binaries = spec, source, binaries
+        self._spec, self._source, self._programs = spec, source, programs
         self._process, self._qmp, self._ram, self._rundir = parts.process, parts.qmp, parts.ram, parts.rundir
         self.console = Console(parts.rundir / "console.log")
         self._watch = _Watch(parts.rundir / "console.log")
@@ -162,40 +174,43 @@ class QemuInstance:
     def _monitor(self, line: str) -> str:
         return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
 
-    def restore(self, saved: Path, *, deadline: Deadline) -> None:
+    def restore(self, folder: Path, *, deadline: Deadline) -> None:
         """Loads what `save` wrote, lets it run, and wakes the guest."""
-        facts = json.loads((saved / _SAVED).read_text())
-        with _open(saved / "state.bin", os.O_RDONLY) as state:
-            self._qmp.migrate("migrate-incoming", state, deadline=deadline)
+        saved = _Saved.read(folder)
+        self._migrate("migrate-incoming", folder / _STATE, saved.kind, deadline)
         self._qmp.execute("cont", deadline=deadline)
-        self._waker.wake(facts["nonce"], deadline=Deadline(min(deadline.remaining, 20.0)))
-        self._has_agent = facts["agent"]
+        self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
+        self._has_agent = saved.agent
         if self._has_agent:
             self._agent.sync(deadline=deadline)
+
+    def _migrate(self, verb: Literal["migrate", "migrate-incoming"], file: Path, kind: PackKind, deadline: Deadline) -> None:
+        dialect = self._programs.emulator.dialect
+        self._qmp.migrate(verb, file, capabilities=dialect.capabilities(kind), by_name=dialect.state_files, deadline=deadline)
 
     def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
         """Stops the machine for good and writes it into a folder (see `Instance.save`)."""
         if self._ram.private:
             raise MachineError("this machine shares its pack's RAM and cannot be saved; start it for building", machine=self._spec.name)
-        if kind is PackKind.TEMPLATE:
-            self._save_running(dest, deadline)
-        else:
+        if kind is PackKind.DISK:
             self._shut_down(deadline)
+        else:
+            self._save_running(dest, kind, deadline)
         shutil.move(self._rundir / "disk.qcow2", dest / "disk.qcow2")
-        _make_overlay(dest / "empty.qcow2", self._source.disk_size, self._binaries)
+        _make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
 
-    def _save_running(self, dest: Path, deadline: Deadline) -> None:
+    def _save_running(self, dest: Path, kind: PackKind, deadline: Deadline) -> None:
         channel = self.channel(deadline=deadline)
         channel.run(Command(argv=("sync",), env=(("PATH", GUEST_PATH),)), deadline=deadline)
         nonce = self._waker.freeze(channel, deadline=deadline)
         self.pause()
-        with _open(dest / "state.bin", os.O_RDWR | os.O_CREAT | os.O_EXCL) as state:
-            self._qmp.migrate("migrate", state, deadline=deadline)
+        with _open(dest / _STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL):
+            self._migrate("migrate", dest / _STATE, kind, deadline)
         self._end()
-        with _open(dest / "ram.img", os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
-            copy_sparse(self._ram.fd, file)
-        with atomic_file(dest / _SAVED) as record:
-            record.write(json.dumps({"nonce": nonce, "agent": bool(self._has_agent)}).encode())
+        if kind is PackKind.TEMPLATE:
+            with _open(dest / _RAM, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+                copy_sparse(self._ram.fd, file)
+        _Saved(kind=kind, nonce=nonce, agent=bool(self._has_agent)).write(dest)
 
     def _shut_down(self, deadline: Deadline) -> None:
         channel = self.channel(deadline=deadline)
@@ -256,16 +271,17 @@ class Ram:
 
     def __init__(self, spec: MachineSpec, source: Start, rundir: Path) -> None:
         """Opens it, and copies into it what it is to begin with."""
-        self.private = source.saved is not None and not source.building
+        template = source.saved is not None and (source.saved / _RAM).exists()
+        self.private = template and not source.building
         self.fd = -1
         if self.private and source.saved is not None:
-            self.path = source.saved / "ram.img"
+            self.path = source.saved / _RAM
             return
-        self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / "ram.img")
+        self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / _RAM)
         self.path = Path(f"/proc/self/fd/{self.fd}")
         os.ftruncate(self.fd, spec.memory)
-        if source.saved is not None:
-            with _open(source.saved / "ram.img", os.O_RDONLY) as saved:
+        if template and source.saved is not None:
+            with _open(source.saved / _RAM, os.O_RDONLY) as saved:
                 copy_sparse(saved, self.fd)
 
     def close(self) -> None:
@@ -304,22 +320,21 @@ class _Watch:
         return None
 
 
-def start(hypervisor: Hypervisor, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
+def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
     """Starts a machine, restored and awake or just booting.
 
     Raises:
         LaunchError: QEMU did not start.
         MachineError: The saved state could not be restored, or the guest did not wake up.
     """
-    binaries = hypervisor.binaries
     if source.saved is None or source.building:
-        _make_overlay(rundir / "disk.qcow2", source.disk_size, binaries)
+        _make_overlay(rundir / "disk.qcow2", source.disk_size, programs.img)
     else:
         shutil.copyfile(source.saved / "empty.qcow2", rundir / "disk.qcow2")
     with ExitStack() as undo:
         ram = Ram(spec, source, rundir)
         undo.callback(ram.close)
-        process, lines = _spawn(hypervisor, spec, source, ram, rundir)
+        process, lines = _spawn(programs.emulator, spec, source, ram, rundir)
         undo.callback(lines.close)
         undo.callback(process.kill)
         try:
@@ -327,7 +342,7 @@ def start(hypervisor: Hypervisor, spec: MachineSpec, *, source: Start, rundir: P
         except QmpFailed as error:
             raise _not_launched(process, spec) from error
         parts = Parts(process=process, qmp=qmp, lines=lines, ram=ram, rundir=rundir)
-        instance = QemuInstance(spec, source, binaries=binaries, parts=parts)
+        instance = QemuInstance(spec, source, programs=programs, parts=parts)
         undo.callback(instance.stop)
         if source.saved is not None:
             try:
@@ -339,13 +354,12 @@ def start(hypervisor: Hypervisor, spec: MachineSpec, *, source: Start, rundir: P
     return instance
 
 
-def _spawn(hypervisor: Hypervisor, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Lines]:
-    names = ("qmp", "agent", "waker")
-    with ExitStack() as ours:
-        # Bound and connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
-        ports = [ours.enter_context(listen(rundir / f"{name}.sock")) for name in names]
-        lines = Lines(*(connect(rundir / f"{name}.sock") for name in names))
-        qmp, agent, waker = (port.fileno() for port in ports)
+def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Lines]:
+    with ExitStack() as theirs, ExitStack() as ours:
+        # Connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
+        pairs = [socket.socketpair() for _ in range(3)]
+        lines = Lines(*(ours.enter_context(mine) for mine, _ in pairs))
+        qmp, agent, waker = (theirs.enter_context(its).fileno() for _, its in pairs)
         wiring = Wiring(
             name=rundir.name,
             ram=ram.path,
@@ -357,18 +371,23 @@ def _spawn(hypervisor: Hypervisor, spec: MachineSpec, source: Start, ram: Ram, r
             kernel=source.kernel,
             initrd=source.initrd,
             cmdline=source.cmdline,
+            firmware=_firmware(emulator, spec, source),
             qmp=qmp,
             agent=agent,
             waker=waker,
             incoming=source.saved is not None,
         )
-        argv = command_line(hypervisor.binaries.system, hypervisor.accelerator, spec, wiring)
         inherited = [qmp, agent, waker, *([ram.fd] if ram.fd >= 0 else [])]
-        try:
-            return QemuProcess(argv, log=rundir / "qemu.log", fds=inherited), lines
-        except BaseException:
-            lines.close()
-            raise
+        leash = not emulator.dialect.exit_with_parent
+        process = QemuProcess(command_line(emulator, spec, wiring), log=rundir / "qemu.log", fds=inherited, leash=leash)
+        ours.pop_all()
+        return process, lines
+
+
+def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | None:
+    if source.kernel is not None or (source.firmware == "bios" and not emulator.board.uefi_only):
+        return None  # QEMU brings what is needed
+    return find_uefi(spec.arch, emulator.binary)
 
 
 def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
@@ -394,10 +413,10 @@ def _has_agent_installed(ssh: SshChannel) -> bool:
     return ssh.run(Command(argv=("sh", "-c", script), env=(("PATH", GUEST_PATH),)), deadline=Deadline(_GRACE)).returncode == 0
 
 
-def _make_overlay(path: Path, size: int, binaries: Binaries) -> None:
-    made = run_tool([binaries.img, "create", "-q", "-f", "qcow2", path, str(size)], timeout=30)
+def _make_overlay(path: Path, size: int, img: Path) -> None:
+    made = run_tool([img, "create", "-q", "-f", "qcow2", path, str(size)], timeout=30)
     if not made.ok:
-        raise MachineError(f"{binaries.img} could not make a disk at {path}: {made.output.strip() or 'it took longer than 30 s'}")
+        raise MachineError(f"{img} could not make a disk at {path}: {made.output.strip() or 'it took longer than 30 s'}")
 
 
 @contextmanager

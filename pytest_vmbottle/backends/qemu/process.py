@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -13,7 +11,7 @@ from pathlib import Path
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backends.qemu.qmp import in_background
 
-__all__ = ["QemuProcess", "connect", "listen"]
+__all__ = ["QemuProcess"]
 
 
 @cache
@@ -26,15 +24,22 @@ def _leash() -> tuple[str, ...]:
 class QemuProcess:
     """A running QEMU; what it prints goes to a file, never into a pipe that could fill up."""
 
-    def __init__(self, argv: Sequence[str], *, log: Path, fds: Sequence[int] = ()) -> None:
-        """Starts it; `fds` are the descriptors that the command line refers to."""
+    def __init__(self, argv: Sequence[str], *, log: Path, fds: Sequence[int] = (), leash: bool = True) -> None:
+        """Starts it.
+
+        Args:
+            argv: Its command line.
+            log: The file for what it prints.
+            fds: The descriptors that the command line refers to.
+            leash: Whether the kernel is to end it with us; not where it sees to that itself.
+        """
         self.argv = tuple(argv)
         self._log = log
 
         def spawn() -> subprocess.Popen[bytes]:
             with log.open("wb") as output:
                 return subprocess.Popen(  # noqa: S603 - argv list, no shell
-                    [*_leash(), *argv],
+                    [*(_leash() if leash else ()), *argv],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -74,31 +79,3 @@ class QemuProcess:
         """Ends it at once; may be called again."""
         self._popen.kill()
         self._popen.wait()
-
-
-def _short(folder: int, name: str) -> str:
-    # The address of a unix socket has at most 107 bytes, a folder's path may have more.
-    return f"/proc/self/fd/{folder}/{name}"
-
-
-def listen(path: Path) -> socket.socket:
-    """A listening unix socket at a path of any length."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind(_short(folder, path.name))
-        sock.listen(2)
-        return sock
-    finally:
-        os.close(folder)
-
-
-def connect(path: Path) -> socket.socket:
-    """A connection to a unix socket at a path of any length."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(_short(folder, path.name))
-        return sock
-    finally:
-        os.close(folder)

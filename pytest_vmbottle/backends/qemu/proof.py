@@ -4,8 +4,8 @@ That `/dev/kvm` opens, and even that a virtual machine can be made, says little:
 runs and no operating system ever does, because every instruction of kernel mode is emulated, or refused. So the guests here do what a
 kernel does, and with KVM they have to be done sooner than with emulation by QEMU itself, measured a moment before.
 
-Both guests are small firmware images (see `firmware`) that are run instead of a BIOS and tell how far they have come through the debug
-port, whose bytes QEMU writes to a file.
+Both guests are small firmware images (see `firmware`) that are run instead of a BIOS and tell how far they have come through a port whose
+bytes QEMU writes to a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
+import socket
 import sys
 import tempfile
 import time
@@ -24,18 +24,20 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 
 from pytest_vmbottle._os import Deadline, run_tool
-from pytest_vmbottle.backends.qemu.command_line import KVM, SANDBOX, TCG, Accelerator
-from pytest_vmbottle.backends.qemu.firmware import AMOUNTS, COUNT, RAM_BYTES, WORK, firmware
-from pytest_vmbottle.backends.qemu.process import QemuProcess, connect, listen
+from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle.backends.qemu import firmware
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, Accelerator, Emulator, sandbox
+from pytest_vmbottle.backends.qemu.firmware import RAM_BYTES, Guests
+from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Verdict", "choose", "prove_template", "run_guest", "version"]
+    from pytest_vmbottle.backends.qemu.dialect import Dialect
 
-HVF = Accelerator(name="hvf", option="hvf", cpu="host")
+__all__ = ["Verdict", "choose", "prove_restore", "run_guest", "version"]
 
 _ANSWER_SECONDS = 10.0
 """For a QEMU that only prints something, and for each step of the template's round trip."""
@@ -81,11 +83,13 @@ def version(binary: Path) -> str:
     return output.splitlines()[0]
 
 
-def choose(binary: Path, wanted: str, *, workdir: Path) -> tuple[Verdict, ...]:
+def choose(binary: Path, dialect: Dialect, arch: str, wanted: str, *, workdir: Path) -> tuple[Verdict, ...]:
     """Tries accelerators, best first; the first that works is the one to use.
 
     Args:
         binary: QEMU, by its absolute path.
+        dialect: What it offers.
+        arch: The guests' architecture.
         wanted: `kvm`, `hvf` or `tcg`, or `auto` for the host's own one and then TCG.
         workdir: An existing folder for scratch files, which are removed.
 
@@ -99,56 +103,59 @@ def choose(binary: Path, wanted: str, *, workdir: Path) -> tuple[Verdict, ...]:
     if wanted not in ("auto", "kvm", "hvf", "tcg"):
         raise SpecError(f"{wanted!r} is not an accelerator: write auto, kvm, hvf or tcg")
     offered = _offered(binary)
-    emulated = _tried(binary, TCG, offered, workdir=workdir, seconds=_EMULATED_SECONDS)
+    emulator = Emulator(binary=binary, board=BOARDS[arch], accelerator=BOARDS[arch].tcg, dialect=dialect)
+    emulated = _tried(emulator, offered, workdir=workdir, seconds=_EMULATED_SECONDS)
     if wanted == "tcg":
         return (emulated,)
     native = sys.platform == "darwin" and wanted == "auto"
-    candidates = _HVF if native or wanted == "hvf" else _KVM
-    verdicts = _hardware(binary, candidates, offered, workdir=workdir, emulated=emulated)
+    candidates = _HVF if native or wanted == "hvf" else _kvm(arch)
+    verdicts = _hardware(emulator, candidates, offered, workdir=workdir, emulated=emulated)
     return (*verdicts, emulated) if wanted == "auto" else verdicts
 
 
-def run_guest(binary: Path, accelerator: Accelerator, *, workdir: Path, seconds: float) -> Verdict:
+def run_guest(emulator: Emulator, *, workdir: Path, seconds: float) -> Verdict:
     """Runs a guest that does a known amount of what kernels do, and checks its results.
 
     Args:
-        binary: QEMU, by its absolute path.
-        accelerator: How to run it.
+        emulator: How to run it.
         workdir: An existing folder for scratch files, which are removed.
         seconds: What the guest may take from its first sign of life. Starting QEMU is not part of it.
 
     Raises:
         BackendUnavailable: The file cannot be run.
     """
-    with _bench(binary, accelerator, WORK, workdir=workdir) as bench, bench.guest("work") as guest:
+    guests = _GUESTS[emulator.board.arch]()
+    with _bench(emulator, guests, guests.work, workdir=workdir) as bench, bench.guest("work", ram=bench.ram, share=False) as guest:
         Deadline(_START_SECONDS).poll(lambda: guest.report or guest.over, every=_TICK)
         started = time.monotonic()
         Deadline(seconds).poll(lambda: guest.over, every=_TICK)
         taken = time.monotonic() - started
-        if guest.process.exitcode == _DONE and guest.report == _expected_report():
-            return Verdict(accelerator=accelerator, works=True, evidence=f"ran {_amount()} in {taken:.2f} s", seconds=taken)
-        return Verdict(accelerator=accelerator, works=False, evidence=_failure(guest, taken))
+        if guest.process.exitcode == guests.done and guest.report == "".join(guests.stages).encode() + guests.results:
+            evidence = f"ran {guests.amount} in {taken:.2f} s"
+            return Verdict(accelerator=emulator.accelerator, works=True, evidence=evidence, seconds=taken)
+        return Verdict(accelerator=emulator.accelerator, works=False, evidence=_failure(guests, guest, taken))
 
 
-def prove_template(binary: Path, accelerator: Accelerator, *, workdir: Path) -> str | None:
-    """Saves a guest that counts, with its RAM left in a file, and lets a clone with a private view of that file count on.
+def prove_restore(emulator: Emulator, kind: PackKind, *, workdir: Path) -> str | None:
+    """Saves a guest that counts, as a pack of this kind has it, and lets a clone count on.
 
     Args:
-        binary: QEMU, by its absolute path.
-        accelerator: One that works.
+        emulator: One whose accelerator works.
+        kind: With its RAM left in a file of which the clone has a private view, or with its RAM in the saved state.
         workdir: An existing folder for scratch files, which are removed.
 
     Returns:
-        None if packs with RAM work on this host, else why they do not.
+        None if packs of this kind work on this host, else why they do not.
 
     Raises:
         BackendUnavailable: The file cannot be run.
     """
-    with _bench(binary, accelerator, COUNT, workdir=workdir) as bench:
+    guests = _GUESTS[emulator.board.arch]()
+    with _bench(emulator, guests, guests.count, workdir=workdir) as bench:
         try:
-            counted = _save(bench)
+            counted = _save(bench, kind)
             saved = bench.ram.read_bytes()
-            _count_on(bench, counted)
+            _count_on(bench, kind, counted)
         except _Unproven as error:
             return str(error)
         if bench.ram.read_bytes() != saved:
@@ -158,22 +165,29 @@ def prove_template(binary: Path, accelerator: Accelerator, *, workdir: Path) -> 
 
 # --- accelerators ---------------------------------------------------------------------------------------------------------------------
 
+_GUESTS = {"x86_64": firmware.guests}
+
 # Some hosts list IA32_ARCH_CAPABILITIES (MSR 0x10a) and refuse to set it, whereupon QEMU aborts.
-_KVM = (KVM, attrs.evolve(KVM, cpu="host,arch-capabilities=off"))
+_WITHOUT = attrs.evolve(KVM, cpu="host,arch-capabilities=off")
 _HVF = (HVF,)
 
 _INSTALL = "Install it: sudo apt install qemu-system-x86, sudo dnf install qemu-kvm, or brew install qemu"
 
 
+def _kvm(arch: str) -> tuple[Accelerator, ...]:
+    return (KVM, _WITHOUT) if arch == "x86_64" else (KVM,)
+
+
 def _hardware(
-    binary: Path, candidates: tuple[Accelerator, ...], offered: frozenset[str], *, workdir: Path, emulated: Verdict
+    emulator: Emulator, candidates: tuple[Accelerator, ...], offered: frozenset[str], *, workdir: Path, emulated: Verdict
 ) -> tuple[Verdict, ...]:
-    refusal = kvm_refusal(Path("/dev/kvm")) if candidates is _KVM and "kvm" in offered else None
+    refusal = kvm_refusal(Path("/dev/kvm")) if candidates[0] == KVM and "kvm" in offered else None
     if refusal is not None:
         return (Verdict(accelerator=KVM, works=False, evidence=refusal),)
     verdicts: list[Verdict] = []
     for accelerator in candidates:
-        verdict = _tried(binary, accelerator, offered, workdir=workdir, seconds=emulated.seconds or _UNMEASURED_SECONDS)
+        tried = attrs.evolve(emulator, accelerator=accelerator)
+        verdict = _tried(tried, offered, workdir=workdir, seconds=emulated.seconds or _UNMEASURED_SECONDS)
         if emulated.seconds is not None:
             verdict = attrs.evolve(verdict, evidence=f"{verdict.evidence}; TCG ran the whole guest in {emulated.seconds:.2f} s")
         verdicts.append(verdict)
@@ -182,10 +196,11 @@ def _hardware(
     return tuple(verdicts)
 
 
-def _tried(binary: Path, accelerator: Accelerator, offered: frozenset[str], *, workdir: Path, seconds: float) -> Verdict:
-    if accelerator.name not in offered:
-        return Verdict(accelerator=accelerator, works=False, evidence=f"{binary} was built without it: it has {', '.join(sorted(offered))}")
-    return run_guest(binary, accelerator, workdir=workdir, seconds=seconds)
+def _tried(emulator: Emulator, offered: frozenset[str], *, workdir: Path, seconds: float) -> Verdict:
+    if emulator.accelerator.name not in offered:
+        evidence = f"{emulator.binary} was built without it: it has {', '.join(sorted(offered))}"
+        return Verdict(accelerator=emulator.accelerator, works=False, evidence=evidence)
+    return run_guest(emulator, workdir=workdir, seconds=seconds)
 
 
 def kvm_refusal(device: Path) -> str | None:
@@ -229,9 +244,6 @@ def _offered(binary: Path) -> frozenset[str]:
 
 # --- machines -------------------------------------------------------------------------------------------------------------------------
 
-_DONE = 2 * 0x21 + 1
-"""QEMU's exit status when the guest has written 0x21 to isa-debug-exit."""
-
 # What QEMU prints when a vCPU cannot go on; the process stays, with the machine stopped.
 _GAVE_UP = re.compile(r"KVM internal error|kvm run failed|entry failed")
 
@@ -264,8 +276,8 @@ class _Guest:
 class _Bench:
     """What the guests of one proof have in common: a command line, the image they run, a file for RAM and a scratch folder."""
 
-    binary: Path
-    accelerator: Accelerator
+    emulator: Emulator
+    guests: Guests
     folder: Path
 
     @property
@@ -277,100 +289,86 @@ class _Bench:
         return self.folder / "state"
 
     @contextmanager
-    def guest(self, name: str, *extra: str, share: bool = False, fds: Sequence[int] = ()) -> Iterator[_Guest]:
+    def guest(self, name: str, *extra: str, ram: Path, share: bool, fds: Sequence[int] = ()) -> Iterator[_Guest]:
         """Starts QEMU, and ends it with the block; `name` is for its own files."""
         report = self.folder / f"{name}.report"
-        process = QemuProcess([*self._argv(report, share=share), *extra], log=self.folder / f"{name}.log", fds=fds)
+        process = QemuProcess([*self._argv(report, ram, share=share), *extra], log=self.folder / f"{name}.log", fds=fds)
         try:
             yield _Guest(process=process, report_file=report)
         finally:
             process.kill()
 
     @contextmanager
-    def guest_with_monitor(self, name: str, *extra: str, share: bool) -> Iterator[tuple[_Guest, Qmp]]:
+    def guest_with_monitor(self, name: str, *extra: str, ram: Path, share: bool) -> Iterator[tuple[_Guest, Qmp]]:
         """The same, with a connection to its monitor."""
-        with listen(self.folder / f"{name}.qmp") as server, connect(self.folder / f"{name}.qmp") as sock:
-            monitor = ("-chardev", f"socket,id=qmp,fd={server.fileno()},server=on,wait=off", "-mon", "chardev=qmp,mode=control")
-            with self.guest(name, *monitor, *extra, share=share, fds=(server.fileno(),)) as guest:
-                server.close()
+        ours, its = socket.socketpair()
+        with ours, its:
+            monitor = ("-chardev", f"socket,id=qmp,fd={its.fileno()}", "-mon", "chardev=qmp,mode=control")
+            with self.guest(name, *monitor, *extra, ram=ram, share=share, fds=(its.fileno(),)) as guest:
+                its.close()
                 try:
-                    with closing(Qmp(sock, deadline=Deadline(_ANSWER_SECONDS))) as qmp:
+                    with closing(Qmp(ours, deadline=Deadline(_ANSWER_SECONDS))) as qmp:
                         yield guest, qmp
                 except QmpFailed as error:
                     raise _Unproven(f"{error}; QEMU printed {_said(guest.process.output)}") from error
 
-    def _argv(self, report: Path, *, share: bool) -> list[str]:
-        ram = {"qom-type": "memory-backend-file", "id": "ram0", "size": RAM_BYTES, "mem-path": str(self.ram), "share": share}
+    def migrate(self, qmp: Qmp, verb: Literal["migrate", "migrate-incoming"], kind: PackKind) -> None:
+        """Writes or reads a guest's state."""
+        dialect = self.emulator.dialect
+        self.state.touch()
+        deadline = Deadline(_ANSWER_SECONDS)
+        qmp.migrate(verb, self.state, capabilities=dialect.capabilities(kind), by_name=dialect.state_files, deadline=deadline)
+
+    def _argv(self, report: Path, ram: Path, *, share: bool) -> list[str]:
+        board, accelerator, dialect = self.emulator.board, self.emulator.accelerator, self.emulator.dialect
+        backend = {"qom-type": "memory-backend-file", "id": "ram0", "size": RAM_BYTES, "mem-path": str(ram), "share": share}
         return [
-            *(str(self.binary), "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX),
-            *("-machine", "q35,memory-backend=ram0,vmport=off,smbus=off,sata=off,usb=off,graphics=off"),
-            *("-accel", self.accelerator.option, "-cpu", self.accelerator.cpu),
-            *("-m", f"{RAM_BYTES // 1024}k", "-object", json.dumps(ram), "-no-reboot", "-bios", str(self.folder / "firmware")),
-            *("-chardev", f"file,id=report,path={str(report).replace(',', ',,')}"),
-            *("-device", "isa-debugcon,iobase=0xe9,chardev=report", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
+            *(str(self.emulator.binary), "-nodefaults", "-no-user-config", "-display", "none", *sandbox(dialect)),
+            *("-machine", f"{board.machine},memory-backend=ram0", "-accel", accelerator.option, "-cpu", accelerator.cpu),
+            *("-m", f"{RAM_BYTES // 1024}k", "-object", json.dumps(backend), "-no-reboot", "-bios", str(self.folder / "firmware")),
+            *("-chardev", f"file,id=report,path={str(report).replace(',', ',,')}", *self.guests.devices),
         ]
 
 
 @contextmanager
-def _bench(binary: Path, accelerator: Accelerator, program: str, *, workdir: Path) -> Iterator[_Bench]:
-    if not os.access(binary, os.X_OK):
-        raise BackendUnavailable(f"{binary} cannot be run: it is not there, or not executable", _INSTALL)
+def _bench(emulator: Emulator, guests: Guests, image: bytes, *, workdir: Path) -> Iterator[_Bench]:
+    if not os.access(emulator.binary, os.X_OK):
+        raise BackendUnavailable(f"{emulator.binary} cannot be run: it is not there, or not executable", _INSTALL)
     with tempfile.TemporaryDirectory(prefix="proof-", dir=workdir) as name:
-        bench = _Bench(binary=binary, accelerator=accelerator, folder=Path(name).absolute())
-        (bench.folder / "firmware").write_bytes(firmware(program))
-        with bench.ram.open("wb") as ram:
-            ram.truncate(RAM_BYTES)
+        bench = _Bench(emulator=emulator, guests=guests, folder=Path(name).absolute())
+        (bench.folder / "firmware").write_bytes(image)
+        _blank(bench.ram)
         yield bench
+
+
+def _blank(path: Path) -> Path:
+    with path.open("wb") as ram:
+        ram.truncate(RAM_BYTES)
+    return path
 
 
 # --- what a guest's end says ----------------------------------------------------------------------------------------------------------
 
-_STAGES = {
-    "R": "real mode",
-    "L": "long mode with paging",
-    "X": "exceptions",
-    "T": "timer interrupts",
-    "C": "CPUID and model-specific registers",
-    "P": "page faults and changes of page tables",
-    "M": "memory",
-    "K": "a loop in kernel mode",
-    "=": "a loop and system calls in user mode",
-}
-"""What a guest has done when it reports this letter, in that order."""
 
-
-def _expected_report() -> bytes:
-    events = sum(AMOUNTS.values()) - AMOUNTS["loops"] + AMOUNTS["faults"]  # a fault is counted by its handler and in the page it missed
-    return "".join(_STAGES).encode() + struct.pack("<QQ", pow(3, 2 * AMOUNTS["loops"], 1 << 64), events)
-
-
-def _amount() -> str:
-    exceptions = AMOUNTS["breakpoints"] + AMOUNTS["undefined"]
-    return (
-        f"{2 * AMOUNTS['loops']:,} function calls in kernel and user mode, {AMOUNTS['faults']} page faults, {exceptions} exceptions, "
-        f"{AMOUNTS['calls']} system calls and {AMOUNTS['ticks']} timer interrupts"
-    )
-
-
-def _progress(report: bytes) -> str:
+def _progress(stages: Mapping[str, str], report: bytes) -> str:
     """How far a guest has come, by its report.
 
-    >>> _progress(b"RL")
-    'after it had done long mode with paging and before exceptions'
+    >>> _progress({"R": "real mode", "L": "long mode"}, b"R")
+    'after it had done real mode and before long mode'
     """
-    done = [letter for letter in _STAGES if letter.encode() in report.partition(b"=")[0]]
-    left = [letter for letter in _STAGES if letter not in done]
+    done = [letter for letter in stages if letter.encode() in report.partition(b"=")[0]]
+    left = [letter for letter in stages if letter not in done]
     if not done:
         return "before it ran its first instruction"
-    return f"after it had done {_STAGES[done[-1]]} and before {_STAGES[left[0]]}"
+    return f"after it had done {stages[done[-1]]} and before {stages[left[0]]}"
 
 
-def _failure(guest: _Guest, taken: float) -> str:
+def _failure(guests: Guests, guest: _Guest, taken: float) -> str:
     report, output, status = guest.report, guest.process.output, guest.process.exitcode
-    where = _progress(report)
+    where = _progress(guests.stages, report)
     if _GAVE_UP.search(output):
         return f"the guest could not go on {where}: {_said(output)}"
-    if status == _DONE:
+    if status == guests.done and b"=" in report:
         return f"the guest came to its end with wrong results: {report.hex(' ')}"
     if status is not None:
         return f"QEMU {_status(status)} {where} and printed {_said(output)}"
@@ -401,7 +399,7 @@ def _said(output: str) -> str:
     return f"{first[:200]!r}{reason}" if first else "nothing"
 
 
-# --- the round trip of a template -----------------------------------------------------------------------------------------------------
+# --- the round trip of a pack  -----------------------------------------------------------------------------------------------------
 
 _LAPS = 3
 
@@ -411,22 +409,25 @@ def counts(start: int, end: int) -> bytes:
     return bytes(0x80 | number & 0x7F for number in range(start, end))
 
 
-def _save(bench: _Bench) -> int:
+def _save(bench: _Bench, kind: PackKind) -> int:
     """Saves a guest that counts; returns the number up to which it has."""
-    with bench.guest_with_monitor("saved", share=True) as (guest, qmp):
-        _await_laps(guest, len(b"RL") + _LAPS, "a guest with its RAM in a shared file")
+    hello = bench.guests.hello
+    with bench.guest_with_monitor("saved", ram=bench.ram, share=True) as (guest, qmp):
+        _await_laps(guest, len(hello) + _LAPS, "a guest with its RAM in a shared file")
         qmp.execute("stop", deadline=Deadline(_ANSWER_SECONDS))
-        _migrate(qmp, "migrate", bench.state)
-        counted = len(guest.report) - len(b"RL")
-        if guest.report != b"RL" + counts(1, counted + 1):
+        bench.migrate(qmp, "migrate", kind)
+        counted = len(guest.report) - len(hello)
+        if guest.report != hello + counts(1, counted + 1):
             raise _Unproven(f"a guest with its RAM in a shared file did not count right: {guest.report.hex(' ')}")
         return counted
 
 
-def _count_on(bench: _Bench, counted: int) -> None:
-    """Restores it with a private view of its RAM and sees that it counts on where it was."""
-    with bench.guest_with_monitor("clone", "-incoming", "defer", share=False) as (guest, qmp):
-        _migrate(qmp, "migrate-incoming", bench.state)
+def _count_on(bench: _Bench, kind: PackKind, counted: int) -> None:
+    """Restores it, with a private view of its RAM or with RAM that comes with its state, and sees that it counts on where it was."""
+    template = kind is PackKind.TEMPLATE
+    ram = bench.ram if template else _blank(bench.folder / "ram-of-clone")
+    with bench.guest_with_monitor("clone", "-incoming", "defer", ram=ram, share=not template) as (guest, qmp):
+        bench.migrate(qmp, "migrate-incoming", kind)
         qmp.execute("cont", deadline=Deadline(_ANSWER_SECONDS))
         _await_laps(guest, _LAPS, "a guest restored from its saved state")
         report = guest.report
@@ -441,8 +442,3 @@ def _await_laps(guest: _Guest, size: int, what: str) -> None:
     if guest.over:
         raise _Unproven(f"{what} could not go on: QEMU printed {_said(guest.process.output)}")
     raise _Unproven(f"{what} did not count on within {_ANSWER_SECONDS:g} s: it reported {guest.report.hex(' ') or 'nothing'}")
-
-
-def _migrate(qmp: Qmp, verb: Literal["migrate", "migrate-incoming"], state: Path) -> None:
-    with state.open("r+b" if state.exists() else "w+b") as file:
-        qmp.migrate(verb, file.fileno(), deadline=Deadline(_ANSWER_SECONDS))

@@ -20,13 +20,14 @@ from pytest_vmbottle.errors import VMBottleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
+    from pathlib import Path
 
 __all__ = ["Qmp", "QmpFailed", "in_background"]
 
 _T = TypeVar("_T")
-# RAM stays in its file (x-ignore-shared); `events` has QEMU tell when a migration ends instead of being asked again and again.
-_CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 _STATE = "state"
+_PACE = 1 << 40
+"""Bytes in a second that a state may be written with: more than any disk takes. QEMU's own limit is 128 MiB (max-bandwidth)."""
 log = logging.getLogger(__name__)
 
 
@@ -88,17 +89,37 @@ class Qmp:
             self._client.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()}), deadline, command
         )
 
-    def migrate(self, verb: Literal["migrate", "migrate-incoming"], file: int, *, deadline: Deadline) -> None:
-        """Writes the machine's state to an open file, or reads it from there; the guest's RAM stays in the file that it is.
+    def migrate(
+        self,
+        verb: Literal["migrate", "migrate-incoming"],
+        file: Path,
+        *,
+        capabilities: Mapping[str, bool],
+        by_name: bool,
+        deadline: Deadline,
+    ) -> None:
+        """Writes the machine's state to an existing file, or reads it from there.
 
-        The descriptor is handed over, because QEMU before 8.2 has no `file:` and its `exec:` would need a shell.
+        Args:
+            verb: Which of the two.
+            file: By its absolute path.
+            capabilities: What QEMU is to do so, or not; both directions need the same.
+            by_name: Whether QEMU opens the file; else it is given the descriptor, since an older one could only do it by way of a shell.
+            deadline: When it has to be done.
 
         Raises:
             QmpFailed: It was not completed.
         """
-        self.execute("migrate-set-capabilities", capabilities=_CAPABILITIES, deadline=deadline)
-        self._guard(self._send_fd(file), deadline, "getfd")
-        self.execute(verb, uri=f"fd:{_STATE}", deadline=deadline)
+        wanted = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        self.execute("migrate-set-capabilities", capabilities=wanted, deadline=deadline)
+        self.execute("migrate-set-parameters", max_bandwidth=_PACE, deadline=deadline)
+        if by_name:
+            address = {"transport": "file", "filename": str(file), "offset": 0}
+            self.execute(verb, channels=[{"channel-type": "main", "addr": address}], deadline=deadline)
+        else:
+            with file.open("rb" if verb == "migrate-incoming" else "r+b") as opened:
+                self._guard(self._send_fd(opened.fileno()), deadline, "getfd")
+            self.execute(verb, uri=f"fd:{_STATE}", deadline=deadline)
         if self._guard(self._migrated(), deadline, f"with the end of {verb}") == "failed":
             raise QmpFailed(f"QEMU could not complete {verb}")
 

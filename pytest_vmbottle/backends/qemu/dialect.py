@@ -1,0 +1,98 @@
+"""What a QEMU offers, asked of itself: builds differ by version, by operating system and by what they were compiled with.
+
+Versions are where a form came up, as far as known; they are not what is gone by, since distributions take features out and port them back.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle.backends.qemu.process import QemuProcess
+from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+from pytest_vmbottle.errors import BackendUnavailable
+
+__all__ = ["Dialect", "ask"]
+
+_ANSWER_SECONDS = 10.0
+
+
+@attrs.frozen(kw_only=True)
+class Dialect:
+    """Which of several forms a QEMU understands.
+
+    Attributes:
+        sandbox: It can forbid itself system calls (`-sandbox`; on Linux, built with seccomp).
+        exit_with_parent: It ends with the process that started it (`-run-with exit-with-parent`, since 10.2).
+        readonly_ram: It maps a RAM file that it may only read, and writes to its own copy of the pages (`readonly=on,rom=off`, since 8.2).
+        state_files: It writes a machine's state to a file that it opens by its name (`file:`, since 8.2; descriptors of plain files are
+            deprecated since 9.1).
+        mapped_ram: In a state with RAM each page has a place of its own, so that threads share the work (`mapped-ram`, since 9.0).
+        vmgenid: It can tell a restored guest that it is another one (a device of x86 machines, elsewhere since 10.1).
+    """
+
+    sandbox: bool
+    exit_with_parent: bool
+    readonly_ram: bool
+    state_files: bool
+    mapped_ram: bool
+    vmgenid: bool
+
+    def capabilities(self, kind: PackKind) -> dict[str, bool]:
+        """What a migration is told so that a state of this kind comes out, or goes in."""
+        # With x-ignore-shared, RAM stays in the file that it is. It is never combined with mapped-ram: QEMU before 11.0 crashes on that.
+        mapped = self.mapped_ram and kind is PackKind.STREAM
+        offered = {"mapped-ram": mapped, "multifd": mapped} if self.mapped_ram else {}
+        return {"events": True, "x-ignore-shared": kind is PackKind.TEMPLATE, **offered}
+
+
+def ask(binary: Path, *, workdir: Path) -> Dialect:
+    """Starts a QEMU without a machine and asks what it offers.
+
+    Args:
+        binary: A QEMU system emulator, by its absolute path.
+        workdir: An existing folder for its log.
+
+    Raises:
+        BackendUnavailable: It does not start, or does not answer.
+    """
+    ours, its = socket.socketpair()
+    with ours, its:
+        argv = [str(binary), *("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none")]
+        argv += ["-chardev", f"socket,id=qmp,fd={its.fileno()}", "-mon", "chardev=qmp,mode=control"]
+        process = QemuProcess(argv, log=workdir / f"asked-{os.getpid()}.log", fds=(its.fileno(),))
+        its.close()
+        try:
+            with closing(Qmp(ours, deadline=Deadline(_ANSWER_SECONDS))) as qmp:
+                return _interview(qmp)
+        except QmpFailed as error:
+            reason = f"{binary} does not say what it offers: {error}. It printed: {process.output.strip()[:500] or 'nothing'}"
+            raise BackendUnavailable(reason, f"See why it does not run: {binary} -machine none -display none") from error
+        finally:
+            process.kill()
+
+
+def _interview(qmp: Qmp) -> Dialect:
+    def answer(command: str, **arguments: Any) -> list[dict[str, Any]]:
+        return list(qmp.execute(command, deadline=Deadline(_ANSWER_SECONDS), **arguments))
+
+    options = {each["option"]: {parameter["name"] for parameter in each["parameters"]} for each in answer("query-command-line-options")}
+    ram = {each["name"] for each in answer("qom-list-properties", typename="memory-backend-file")}
+    transports = {"socket", "exec", "file"}  # the members of MigrationAddressType in qapi/migration.json
+    state_files = any(transports <= set(each["values"]) for each in answer("query-qmp-schema") if each["meta-type"] == "enum")
+    capabilities = {each["capability"] for each in answer("query-migrate-capabilities")}
+    return Dialect(
+        sandbox="sandbox" in options,
+        exit_with_parent="exit-with-parent" in options.get("run-with", ()),
+        readonly_ram={"readonly", "rom"} <= ram,
+        state_files=state_files,
+        mapped_ram=state_files and {"mapped-ram", "multifd"} <= capabilities,
+        vmgenid=any(each["name"] == "vmgenid" for each in answer("qom-list-types", implements="device")),
+    )
