@@ -417,6 +417,7 @@ class Provisioner:
             kernel=image.kernel,
             initrd=image.initrd,
             cmdline=image.cmdline,
+            firmware=image.firmware,
             seed=base.path / "seed.iso",
             keys=_read_keys(base.path / "keys.json"),
             saved=None if pack.manifest.kind == PackKind.DISK else pack.path,
@@ -433,6 +434,7 @@ class Provisioner:
             kernel=image.kernel,
             initrd=image.initrd,
             cmdline=image.cmdline,
+            firmware=image.firmware,
             seed=folder / "seed.iso",
             keys=keys,
         )
@@ -442,9 +444,15 @@ class Provisioner:
     def _image(self, spec: MachineSpec) -> Image:
         source = spec.image
         if isinstance(source, Path) or "/" in source:
-            return self._images.import_path(Path(source))
-        found = self._images.get(source)
-        return found if found is not None else self._build_image(source)
+            return self._images.import_path(Path(source), arch=spec.arch)
+        names = (source,) if spec.arch == host_arch() else (f"{source}-{spec.arch}", source)
+        found = next((image for name in names if (image := self._images.get(name))), None) or self._build_image(source)
+        if found.arch != spec.arch:
+            raise SpecError(
+                f"the image {found.name!r} is for {found.arch}, and the machine {spec.name!r} was to be {spec.arch}: "
+                f"say arch={found.arch!r} in the mark, or get the image for {spec.arch} as {source}-{spec.arch}"
+            )
+        return found
 
     def _build_image(self, name: str) -> Image:
         if not images.can_build(name):

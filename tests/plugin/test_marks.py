@@ -63,7 +63,7 @@ WRONG = {
     "wrong type": ('"debian-12", cpus="2"', "cpus='2': takes a whole number from 1 to 64"),
     "bad size": ('"debian-12", memory="lots"', "memory='lots': takes bytes above 0, or a string such as '512M' or '2G'"),
     "private network": ('"debian-12", network="lan"', "network='lan': private networks cannot be made yet"),
-    "other architecture": ('"debian-12", arch="s390x"', "arch='s390x': guests of another architecture"),
+    "other architecture": ('"debian-12", arch="s390x"', "arch='s390x': takes 'x86_64' or 'aarch64'"),
     "two sources": ('"debian-12", "debian-13"', "the vm mark takes one source, not 2"),
     "source twice": ('"debian-12", source="debian-13"', "the source is given twice"),
     "source of a wrong type": ("5", "source=5: takes the name of an image"),

@@ -44,7 +44,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file(
     [
         ("accel", "xen", "--vm-accel takes auto or kvm or hvf or tcg, not 'xen'"),
         ("missing", "maybe", "--vm-missing takes skip or fail, not 'maybe'"),
-        ("pack", "stream", "--vm-pack takes auto or template or disk, not 'stream'"),
+        ("pack", "ram", "--vm-pack takes auto or template or stream or disk, not 'ram'"),
         ("timeout-factor", "0", "--vm-timeout-factor takes a number above 0, not '0'"),
         ("timeout-factor", "much", "--vm-timeout-factor takes a number above 0, not 'much'"),
         ("timeout-factor", "nan", "--vm-timeout-factor takes a number above 0, not 'nan'"),

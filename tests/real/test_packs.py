@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 import subprocess
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pytest_vmbottle import Machine, MachineSpec, layer, packs
+from pytest_vmbottle import Machine, MachineSpec, layer
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
@@ -181,51 +180,6 @@ def _provisioner(catalog: Catalog, warned: list[str] | None = None) -> Provision
     said: list[str] = [] if warned is None else warned
     settings = Settings(warn=said.append)
     return Provisioner(catalog, QemuBackend(proofs=catalog.proofs), name="qemu", settings=settings)
-
-
-LASTING = "echo lasting > /root/which; echo gone > /dev/shm/which"
-
-
-def test_a_pack_that_cannot_be_restored_gives_way_to_a_disk_pack_which_an_option_forces_too(
-    vm_catalog: Catalog, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    provisioner = _provisioner(vm_catalog)
-    spec = MachineSpec.resolve("debian-12", {"run": [LASTING]})
-    pack = provisioner.pack(spec)
-    # A pack whose hashes are right and whose state makes no sense, as after a mistake of QEMU's own.
-    (pack.path / "pack.json").unlink()
-    (pack.path / "state.bin").unlink()
-    (pack.path / "state.bin").write_bytes(b"no state at all")
-    packs.seal(pack.path, pack.manifest)
-    provisioner.close()
-    warned: list[str] = []
-    second = _provisioner(vm_catalog, warned)
-    with second.machine(spec) as machine:
-        assert machine.path("/root/which").read_text() == "lasting\n"
-        assert not machine.path("/dev/shm/which").exists()
-    assert "booted from disk packs now" in warned[0]
-    assert not pack.path.exists()
-    second.close()
-    _pour_by_option(pytester, monkeypatch, vm_catalog)
-
-
-def _pour_by_option(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, catalog: Catalog) -> None:
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VMBOTTLE_CATALOG", str(catalog.root))
-    pytester.makepyfile(
-        f"""
-        import pytest
-
-        @pytest.mark.vm("debian-12", run=[{LASTING!r}])
-        def test_lasting(vm):
-            assert vm.path("/root/which").read_text() == "lasting\\n"
-            assert not vm.path("/dev/shm/which").exists()
-        """
-    )
-    result = pytester.runpytest_subprocess("--vm-pack=disk", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["*, disk packs, *", "*vmbottle: 0 machines poured, 1 booted; 0 packs built, 1 reused;*"])
 
 
 OWN_CONFIG = {"write_files": [{"path": "/root/from-user-data", "content": "ours\n"}], "runcmd": ["touch /root/ran"]}

@@ -10,15 +10,25 @@ import attrs
 import psutil
 import pytest
 
+from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.backends.qemu import firmware, proof
-from pytest_vmbottle.backends.qemu.command_line import KVM, TCG
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, KVM, Emulator
+from pytest_vmbottle.backends.qemu.dialect import ask
+
+TCG = BOARDS["x86_64"].tcg
+TEMPLATE = PackKind.TEMPLATE
 
 
-@pytest.fixture
-def qemu() -> Path:
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     found = shutil.which("qemu-system-x86_64")
     assert found, "these tests need qemu-system-x86_64: sudo apt install qemu-system-x86"
-    return Path(found)
+    dialect = ask(Path(found), workdir=tmp_path_factory.mktemp("asked"))
+    return Emulator(binary=Path(found), board=BOARDS["x86_64"], accelerator=TCG, dialect=dialect)
+
+
+def choose(emulator: Emulator, wanted: str, workdir: Path) -> tuple[proof.Verdict, ...]:
+    return proof.choose(emulator.binary, emulator.dialect, "x86_64", wanted, workdir=workdir)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +39,10 @@ def nothing_stays_behind(tmp_path: Path) -> Iterator[None]:
     assert [line for line in arguments if str(tmp_path) in line] == []
 
 
+def puzzled(emulator: Emulator) -> Emulator:
+    return attrs.evolve(emulator, accelerator=attrs.evolve(TCG, cpu="nonsense"))
+
+
 def damaged(listing: str, instruction: str, machine_code: str) -> str:
     """The listing with other machine code for one instruction, which must be as long."""
     assert listing.count(instruction) == 1
@@ -36,24 +50,24 @@ def damaged(listing: str, instruction: str, machine_code: str) -> str:
     return listing.replace(instruction, machine_code)
 
 
-def test_emulation_runs_the_working_guest_and_says_what_it_did(qemu: Path, tmp_path: Path) -> None:
-    verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
+def test_emulation_runs_the_working_guest_and_says_what_it_did(emulator: Emulator, tmp_path: Path) -> None:
+    verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert verdict.works, verdict.evidence
     assert verdict.evidence.startswith("ran 20,000,000 function calls in kernel and user mode, 500 page faults")
     assert verdict.seconds is not None
 
 
-def test_a_scratch_folder_may_have_commas_and_spaces_in_its_name(qemu: Path, tmp_path: Path) -> None:
+def test_a_scratch_folder_may_have_commas_and_spaces_in_its_name(emulator: Emulator, tmp_path: Path) -> None:
     odd = tmp_path / "a,b c"
     odd.mkdir()
 
-    assert proof.prove_template(qemu, TCG, workdir=odd) is None
+    assert proof.prove_restore(emulator, TEMPLATE, workdir=odd) is None
     odd.rmdir()  # fails if anything is left in it
 
 
-def test_the_chosen_accelerator_works_and_hardware_is_chosen_only_if_it_is_faster(qemu: Path, tmp_path: Path) -> None:
-    *hardware, emulated = proof.choose(qemu, "auto", workdir=tmp_path)
+def test_the_chosen_accelerator_works_and_hardware_is_chosen_only_if_it_is_faster(emulator: Emulator, tmp_path: Path) -> None:
+    *hardware, emulated = choose(emulator, "auto", tmp_path)
 
     assert emulated.accelerator == TCG
     assert emulated.works, emulated.evidence
@@ -66,95 +80,96 @@ def test_the_chosen_accelerator_works_and_hardware_is_chosen_only_if_it_is_faste
             assert verdict.seconds <= emulated.seconds + 2 * proof._TICK
 
 
-def test_emulation_alone_is_tried_when_it_is_wanted(qemu: Path, tmp_path: Path) -> None:
-    (verdict,) = proof.choose(qemu, "tcg", workdir=tmp_path)
+def test_emulation_alone_is_tried_when_it_is_wanted(emulator: Emulator, tmp_path: Path) -> None:
+    (verdict,) = choose(emulator, "tcg", tmp_path)
 
     assert verdict.works
     assert verdict.accelerator == TCG
 
 
-def test_wanting_kvm_tries_nothing_but_kvm(qemu: Path, tmp_path: Path) -> None:
-    verdicts = proof.choose(qemu, "kvm", workdir=tmp_path)
+def test_wanting_kvm_tries_nothing_but_kvm(emulator: Emulator, tmp_path: Path) -> None:
+    verdicts = choose(emulator, "kvm", tmp_path)
 
     assert {verdict.accelerator.name for verdict in verdicts} == {KVM.name}
 
 
-def test_a_guest_that_has_not_finished_in_time_is_stopped_and_its_progress_told(qemu: Path, tmp_path: Path) -> None:
-    verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=0)
+def test_a_guest_that_has_not_finished_in_time_is_stopped_and_its_progress_told(emulator: Emulator, tmp_path: Path) -> None:
+    verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=0)
 
     assert not verdict.works
     assert "the guest had not finished" in verdict.evidence
     assert "it was stopped after it had done" in verdict.evidence
 
 
-def test_a_processor_that_qemu_does_not_know_is_told_in_its_words(qemu: Path, tmp_path: Path) -> None:
-    verdict = proof.run_guest(qemu, attrs.evolve(TCG, cpu="nonsense"), workdir=tmp_path, seconds=60)
+def test_a_processor_that_qemu_does_not_know_is_told_in_its_words(emulator: Emulator, tmp_path: Path) -> None:
+    verdict = proof.run_guest(puzzled(emulator), workdir=tmp_path, seconds=60)
 
     assert not verdict.works
     assert "ended with status 1 before it ran its first instruction" in verdict.evidence
     assert "unable to find CPU model 'nonsense'" in verdict.evidence
 
 
-def test_wrong_results_do_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_do_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # x + x in the place of 3 * x
-    monkeypatch.setattr(proof, "WORK", damaged(firmware.WORK, "48 0f af c3", "48 01 c0 90"))
-    verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
+    monkeypatch.setattr(firmware, "WORK", damaged(firmware.WORK, "48 0f af c3", "48 01 c0 90"))
+    verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
     assert "wrong results" in verdict.evidence
 
 
-def test_an_interrupt_without_a_cause_does_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "WORK", damaged(firmware.WORK, "0f 0b   ", "cd 99   "))
-    verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
+def test_an_interrupt_without_a_cause_does_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(firmware, "WORK", damaged(firmware.WORK, "0f 0b   ", "cd 99   "))
+    verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
     assert "interrupted by something that had no cause, after it had done long mode" in verdict.evidence
 
 
-def test_a_guest_that_resets_itself_does_not_pass(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guest_that_resets_itself_does_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # No interrupt table, so that the first exception is a triple fault.
     monkeypatch.setattr(firmware, "_interrupt_table", lambda _: b"")
-    verdict = proof.run_guest(qemu, TCG, workdir=tmp_path, seconds=60)
+    verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
     assert "QEMU ended with status 0 after it had done long mode" in verdict.evidence
 
 
-def test_a_counting_guest_is_saved_and_its_clone_counts_on(qemu: Path, tmp_path: Path) -> None:
-    assert proof.prove_template(qemu, TCG, workdir=tmp_path) is None
+@pytest.mark.parametrize("kind", [PackKind.TEMPLATE, PackKind.STREAM])
+def test_a_counting_guest_is_saved_and_its_clone_counts_on(emulator: Emulator, kind: PackKind, tmp_path: Path) -> None:
+    assert proof.prove_restore(emulator, kind, workdir=tmp_path) is None
 
 
 def test_ram_that_was_changed_before_the_restore_is_noticed_by_the_guest(
-    qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def count_on(bench: proof._Bench, counted: int) -> None:
+    def count_on(bench: proof._Bench, kind: PackKind, counted: int) -> None:
         with bench.ram.open("r+b") as ram:
             ram.seek(0x6FFFFF)
             ram.write(b"\x01")
-        restored(bench, counted)
+        restored(bench, kind, counted)
 
     restored = proof._count_on
     monkeypatch.setattr(proof, "_count_on", count_on)
 
-    assert "could not go on" in (proof.prove_template(qemu, TCG, workdir=tmp_path) or "")
+    assert "could not go on" in (proof.prove_restore(emulator, TEMPLATE, workdir=tmp_path) or "")
 
 
-def test_a_clone_that_writes_to_the_shared_file_is_noticed(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clone_that_writes_to_the_shared_file_is_noticed(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = proof._Bench._argv
-    monkeypatch.setattr(proof._Bench, "_argv", lambda bench, report, *, share: argv(bench, report, share=share or True))
+    monkeypatch.setattr(proof._Bench, "_argv", lambda bench, report, ram, *, share: argv(bench, report, ram, share=share or True))
 
-    assert proof.prove_template(qemu, TCG, workdir=tmp_path) == "a clone's writes reached the RAM file that it shares with others"
+    assert proof.prove_restore(emulator, TEMPLATE, workdir=tmp_path) == "a clone's writes reached the RAM file that it shares with others"
 
 
-def test_a_clone_that_does_not_go_on_where_it_was_is_noticed(qemu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clone_that_does_not_go_on_where_it_was_is_noticed(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     restored = proof._count_on
-    monkeypatch.setattr(proof, "_count_on", lambda bench, counted: restored(bench, counted + 1))
+    monkeypatch.setattr(proof, "_count_on", lambda bench, kind, counted: restored(bench, kind, counted + 1))
 
-    assert "did not count on from there" in (proof.prove_template(qemu, TCG, workdir=tmp_path) or "")
+    assert "did not count on from there" in (proof.prove_restore(emulator, TEMPLATE, workdir=tmp_path) or "")
 
 
-def test_a_qemu_that_refuses_to_start_is_why_templates_do_not_work(qemu: Path, tmp_path: Path) -> None:
-    why = proof.prove_template(qemu, attrs.evolve(TCG, cpu="nonsense"), workdir=tmp_path)
+def test_a_qemu_that_refuses_to_start_is_why_templates_do_not_work(emulator: Emulator, tmp_path: Path) -> None:
+    why = proof.prove_restore(puzzled(emulator), TEMPLATE, workdir=tmp_path)
 
     assert "unable to find CPU model 'nonsense'" in (why or "")

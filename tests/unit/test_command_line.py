@@ -32,10 +32,14 @@ WIRING = Wiring(
     waker=5,
     incoming=False,
 )
+PLAIN = Dialect(sandbox=True, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=True)
+"""What QEMU 7.2 of Debian 12 offers."""
+BOARD = BOARDS["x86_64"]
+EMULATOR = Emulator(binary=Path("/usr/bin/qemu"), board=BOARD, accelerator=BOARD.tcg, dialect=PLAIN)
 
 
 def line(spec: dict[str, Any] | None = None, **wiring: Any) -> list[str]:
-    return command_line(Path("/usr/bin/qemu"), TCG, MachineSpec.resolve("debian-12", spec or {}), attrs.evolve(WIRING, **wiring))
+    return command_line(EMULATOR, MachineSpec.resolve("debian-12", spec or {}), attrs.evolve(WIRING, **wiring))
 
 
 def values(argv: list[str], option: str) -> list[str]:
@@ -139,11 +143,56 @@ def test_a_kernel_is_booted_directly_and_without_one_the_firmware_boots_the_disk
     assert "-initrd" not in line(initrd=None)
 
 
-@pytest.mark.parametrize("accelerator", [KVM, TCG])
+@pytest.mark.parametrize("accelerator", [KVM, HVF, *(board.tcg for board in BOARDS.values())])
 def test_the_accelerator_and_its_processor_are_said(accelerator: Any) -> None:
-    argv = command_line(Path("/usr/bin/qemu"), accelerator, MachineSpec(source="x", cpus=3), WIRING)
+    argv = command_line(attrs.evolve(EMULATOR, accelerator=accelerator), MachineSpec(source="x", cpus=3), WIRING)
 
     assert (values(argv, "-accel"), values(argv, "-cpu"), values(argv, "-smp")) == ([accelerator.option], [accelerator.cpu], ["3"])
+
+
+def spoken(**offered: bool) -> list[str]:
+    return command_line(attrs.evolve(EMULATOR, dialect=attrs.evolve(PLAIN, **offered)), MachineSpec(source="x"), WIRING)
+
+
+def test_a_qemu_that_ends_with_its_parent_is_told_to() -> None:
+    assert "-run-with" not in spoken()
+    assert values(spoken(exit_with_parent=True), "-run-with") == ["exit-with-parent=on"]
+
+
+def test_a_qemu_that_cannot_filter_its_system_calls_is_not_told_to() -> None:
+    assert "-sandbox" not in spoken(sandbox=False)
+
+
+def test_a_qemu_without_the_device_gives_its_machines_no_generation_id() -> None:
+    assert "vmgenid" not in " ".join(spoken(vmgenid=False))
+
+
+def test_the_ram_of_a_pack_is_opened_read_only_where_qemu_can_and_that_of_a_machine_of_its_own_never() -> None:
+    emulator = attrs.evolve(EMULATOR, dialect=attrs.evolve(PLAIN, readonly_ram=True))
+    clone, own = (command_line(emulator, MachineSpec(source="x"), attrs.evolve(WIRING, share=share)) for share in (False, True))
+
+    assert json.loads(values(clone, "-object")[0]).items() >= {"share": False, "readonly": True, "rom": "off"}.items()
+    assert not {"readonly", "rom"} & json.loads(values(own, "-object")[0]).keys()
+    assert not {"readonly", "rom"} & json.loads(values(line(share=False), "-object")[0]).keys()
+
+
+def test_an_aarch64_machine_is_the_virt_board_with_its_own_serial_port() -> None:
+    emulator = Emulator(
+        binary=Path("/q"), board=BOARDS["aarch64"], accelerator=BOARDS["aarch64"].tcg, dialect=attrs.evolve(PLAIN, vmgenid=False)
+    )
+    argv = command_line(emulator, MachineSpec(source="x", arch="aarch64"), WIRING)
+
+    assert values(argv, "-machine")[0].startswith("virt,gic-version=max,memory-backend=ram0")
+    assert values(argv, "-serial") == ["chardev:console"]
+    assert "isa-serial" not in " ".join(argv)
+
+
+def test_a_firmware_file_boots_the_disk_unless_there_is_a_kernel() -> None:
+    firmware = Path("/usr/share/firmware.fd")
+
+    assert values(line(kernel=None, initrd=None, cmdline="", firmware=firmware), "-bios") == [str(firmware)]
+    assert "-bios" not in line(firmware=firmware)
+    assert "-bios" not in line(kernel=None, initrd=None, cmdline="")
 
 
 def test_a_machine_has_what_a_clone_needs_to_be_itself() -> None:

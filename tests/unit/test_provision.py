@@ -343,7 +343,7 @@ class Stubborn(FakeBackend):
         return super().launch(spec, source=source, rundir=rundir, deadline=deadline)
 
 
-def test_where_a_pack_cannot_be_poured_machines_are_booted_from_disk_packs_and_that_is_said_once(
+def test_where_a_pack_cannot_be_poured_the_next_kind_is_tried_down_to_disks_and_each_is_said_once(
     make: Make, said: list[str], catalog: Catalog
 ) -> None:
     backend = Stubborn()
@@ -351,12 +351,13 @@ def test_where_a_pack_cannot_be_poured_machines_are_booted_from_disk_packs_and_t
     pour(provisioner)
     pour(provisioner)
 
-    (warning,) = said
-    assert "could not be poured and was put aside; machines are booted from disk packs now: the state cannot be loaded" in warning
+    first, second = said
+    assert "the template pack of debian-12 could not be poured and was put aside; stream packs are used from now on: the state" in first
+    assert "the stream pack of debian-12 could not be poured and was put aside; disk packs are used from now on: the state" in second
     assert [packs.read(path).manifest.kind for path in catalog.packs.iterdir()] == ["disk"]
     assert all(start.saved is None for start in backend.launched)
     assert provisioner.tally.poured == 0
-    assert len(list((catalog.root / "quarantine").iterdir())) == 1
+    assert len(list((catalog.root / "quarantine").iterdir())) == 2
 
 
 def test_a_disk_pack_that_does_not_boot_is_an_error_and_no_reason_to_try_for_ever(make: Make) -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.backends.qemu import firmware, proof
-from pytest_vmbottle.backends.qemu.command_line import TCG
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, Emulator
+from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.errors import BackendUnavailable, SpecError
+
+PLAIN = Dialect(sandbox=True, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=True)
 
 
 def program(path: Path, text: str) -> Path:
@@ -65,13 +69,16 @@ def test_the_counts_of_a_guest_go_on_from_any_number_and_wrap_after_127() -> Non
 
 
 def test_how_far_a_guest_came_is_read_off_its_report() -> None:
-    assert proof._progress(b"") == "before it ran its first instruction"
-    assert proof._progress(b"RLXT") == "after it had done timer interrupts and before CPUID and model-specific registers"
+    assert proof._progress(firmware.guests().stages, b"") == "before it ran its first instruction"
+    assert (
+        proof._progress(firmware.guests().stages, b"RLXT")
+        == "after it had done timer interrupts and before CPUID and model-specific registers"
+    )
 
 
 def test_an_accelerator_that_does_not_exist_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="'xen' is not an accelerator: write auto, kvm, hvf or tcg"):
-        proof.choose(Path("/usr/bin/true"), "xen", workdir=tmp_path)
+        proof.choose(Path("/usr/bin/true"), PLAIN, "x86_64", "xen", workdir=tmp_path)
 
 
 def test_a_missing_kvm_device_is_told_with_the_command_that_brings_it(tmp_path: Path) -> None:
@@ -125,12 +132,12 @@ def test_a_program_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("wanted", ["auto", "kvm", "tcg"])
 def test_choosing_an_accelerator_of_a_program_that_is_not_qemu_is_refused(wanted: str, tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="is not QEMU: asked for its accelerators, it printed 'hello'"):
-        proof.choose(program(tmp_path / "qemu", "echo hello"), wanted, workdir=tmp_path)
+        proof.choose(program(tmp_path / "qemu", "echo hello"), PLAIN, "x86_64", wanted, workdir=tmp_path)
 
 
 def test_an_accelerator_that_qemu_was_built_without_is_told(tmp_path: Path) -> None:
     qemu = program(tmp_path / "qemu", "printf 'Accelerators supported in QEMU binary:\\nqtest\\n'")
-    verdicts = proof.choose(qemu, "auto", workdir=tmp_path)
+    verdicts = proof.choose(qemu, PLAIN, "x86_64", "auto", workdir=tmp_path)
 
     assert [verdict.accelerator.name for verdict in verdicts][-1] == "tcg"
     assert len(verdicts) == 2
@@ -141,11 +148,13 @@ def test_an_accelerator_that_qemu_was_built_without_is_told(tmp_path: Path) -> N
 
 def test_a_missing_qemu_is_told(tmp_path: Path) -> None:
     missing = tmp_path / "qemu"
+    board = BOARDS["x86_64"]
+    emulator = Emulator(binary=missing, board=board, accelerator=board.tcg, dialect=PLAIN)
 
     for call in (
         lambda: proof.version(missing),
-        lambda: proof.run_guest(missing, TCG, workdir=tmp_path, seconds=1),
-        lambda: proof.prove_template(missing, TCG, workdir=tmp_path),
+        lambda: proof.run_guest(emulator, workdir=tmp_path, seconds=1),
+        lambda: proof.prove_restore(emulator, PackKind.TEMPLATE, workdir=tmp_path),
     ):
         with pytest.raises(BackendUnavailable, match="cannot be run"):
             call()

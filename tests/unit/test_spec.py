@@ -168,12 +168,16 @@ def test_a_layer_refuses_a_wrong_keyword_where_it_is_defined() -> None:
         layer("debian-12", memmory="1G")
 
 
-def test_private_networks_and_other_architectures_are_not_there_yet() -> None:
+def test_private_networks_are_not_there_yet() -> None:
     with pytest.raises(SpecError, match="private networks cannot be made yet"):
         MachineSpec(source="debian-12", network="lan")
-    with pytest.raises(SpecError, match="cannot be run yet"):
-        MachineSpec(source="debian-12", arch="s390x")
+
+
+def test_a_machine_has_the_hosts_architecture_or_one_of_two_others_by_either_of_their_names() -> None:
     assert MachineSpec(source="debian-12").arch == host_arch()
+    assert MachineSpec(source="debian-12", arch="arm64") == MachineSpec(source="debian-12", arch="aarch64")
+    with pytest.raises(SpecError, match="arch='s390x': takes 'x86_64' or 'aarch64'"):
+        MachineSpec(source="debian-12", arch="s390x")
 
 
 def test_memory_is_whole_mebibytes_because_nothing_else_fits_the_machine() -> None:

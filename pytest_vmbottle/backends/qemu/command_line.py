@@ -56,14 +56,12 @@ class Board:
         machine: The argument of `-machine`, but for what all have.
         tcg: How it is emulated.
         serial: What connects the chardev `console` to the first serial port.
-        uefi_only: Whether there is no other firmware that boots a disk.
     """
 
     arch: str
     machine: str
     tcg: Accelerator
     serial: tuple[str, ...]
-    uefi_only: bool
 
 
 _BOARDS = (
@@ -73,7 +71,6 @@ _BOARDS = (
         # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
         tcg=_tcg("max,la57=off"),
         serial=("-device", "isa-serial,chardev=console,id=serial"),
-        uefi_only=False,
     ),
     Board(
         arch="aarch64",
@@ -81,7 +78,6 @@ _BOARDS = (
         # By its own algorithm, pointer authentication takes half of the time of an emulated guest.
         tcg=_tcg("max,pauth-impdef=on"),
         serial=("-serial", "chardev:console"),
-        uefi_only=True,
     ),
 )
 BOARDS = {board.arch: board for board in _BOARDS}

@@ -385,9 +385,8 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
 
 
 def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | None:
-    if source.kernel is not None or (source.firmware == "bios" and not emulator.board.uefi_only):
-        return None  # QEMU brings what is needed
-    return find_uefi(spec.arch, emulator.binary)
+    needed = source.kernel is None and source.firmware == "uefi"  # what else is needed comes with QEMU
+    return find_uefi(spec.arch, emulator.binary) if needed else None
 
 
 def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
