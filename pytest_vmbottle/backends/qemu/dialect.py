@@ -83,6 +83,10 @@ def _interview(qmp: Qmp) -> Dialect:
     def answer(command: str, **arguments: Any) -> list[dict[str, Any]]:
         return list(qmp.execute(command, deadline=Deadline(_ANSWER_SECONDS), **arguments))
 
+    try:
+        vmgenid = bool(answer("device-list-properties", typename="vmgenid"))
+    except QmpFailed:  # it knows no such device; a QEMU that is gone fails the next question too
+        vmgenid = False
     options = {each["option"]: {parameter["name"] for parameter in each["parameters"]} for each in answer("query-command-line-options")}
     ram = {each["name"] for each in answer("qom-list-properties", typename="memory-backend-file")}
     transports = {"socket", "exec", "file"}  # the members of MigrationAddressType in qapi/migration.json
@@ -94,5 +98,5 @@ def _interview(qmp: Qmp) -> Dialect:
         readonly_ram={"readonly", "rom"} <= ram,
         state_files=state_files,
         mapped_ram=state_files and {"mapped-ram", "multifd"} <= capabilities,
-        vmgenid=any(each["name"] == "vmgenid" for each in answer("qom-list-types", implements="device")),
+        vmgenid=vmgenid,
     )

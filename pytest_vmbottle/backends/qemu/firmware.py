@@ -246,11 +246,13 @@ on_end:
 16a  f3 6e                                rep outsb
 16c  b0 21                                movb $0x21, %al                # QEMU's exit status will be 67
 16e  e6 f4                                outb %al, $0xf4
+170  fa                                   cli                            # since QEMU 9 it runs on for a moment
+171  f4                                   hlt
 on_surprise:
-170  b0 21                                movb $'!', %al
-172  e6 e9                                outb %al, $0xe9
-174  fa                                   cli
-175  f4                                   hlt
+172  b0 21                                movb $'!', %al
+174  e6 e9                                outb %al, $0xe9
+176  fa                                   cli
+177  f4                                   hlt
 """
 
 COUNT = """
