@@ -253,6 +253,7 @@ class Transfer:
                     file.truncate(0)
                     raise CatalogError(f"{self.what} at {self.url} has no end: more than {format_size(self.max_size)} came. It is no image")
                 file.write(chunk)
+                file.flush()  # kept even if we are killed
                 meter.tell(done, total)
                 if self.deadline.expired:
                     seconds = f"{self.deadline.seconds:.0f} s"

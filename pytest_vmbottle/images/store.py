@@ -499,7 +499,7 @@ def unknown_image(name: str, names: Iterable[str]) -> CatalogError:
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    there = f"The images are: {', '.join(known)}" if known else "There are no images yet: build one with `vmbottle image build debian-12`"
+    there = f"The images are: {', '.join(known)}" if known else "There are no images yet: `vmbottle image build debian-12` makes one"
     return CatalogError(f"there is no image named {name!r}.{hint} {there}")
 
 
