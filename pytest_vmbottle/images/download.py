@@ -51,6 +51,10 @@ class _BrokenOffError(Exception):
     """A transfer that ended early, and may be taken up again."""
 
 
+class _UnreachableError(CatalogError):
+    """A server that is not to be reached: from the start, or all of a sudden."""
+
+
 def check_url(url: str) -> None:
     """Refuses everything but a plain https URL.
 
@@ -214,7 +218,9 @@ class Transfer:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._go_on()
-            except _BrokenOffError as error:
+            except (_BrokenOffError, _UnreachableError) as error:
+                if attempt == 1 and isinstance(error, _UnreachableError):
+                    raise
                 there = format_size(self.partial.size)
                 if attempt == _ATTEMPTS or self.deadline.remaining < _PAUSE:
                     hint = f"Run it again: it goes on from the {there} that came"
@@ -363,8 +369,7 @@ def _timeout() -> urllib3.Timeout:
 @contextmanager
 def _connected(url: str, context: ssl.SSLContext) -> Iterator[urllib3.PoolManager]:
     """What connects to a server, through the proxy that the environment names for it (HTTPS_PROXY, ALL_PROXY, NO_PROXY)."""
-    host = urlsplit(url).hostname or ""
-    proxies = {} if proxy_bypass(host) else getproxies()
+    proxies = {} if proxy_bypass(urlsplit(url).netloc) else getproxies()
     proxy = proxies.get("https") or proxies.get("all")
     pool = urllib3.PoolManager(ssl_context=context) if not proxy else _through(proxy, context)
     try:
@@ -407,13 +412,14 @@ def _explained(url: str, what: str) -> Iterator[None]:
     try:
         yield
     except faults.ProxyError as error:
-        raise CatalogError(f"{what} cannot be fetched: the proxy does not let us through to {host} ({_cause(error)}). {_PROXY}") from error
+        reason = f"the proxy does not let us through to {host} ({_cause(error)})"
+        raise _UnreachableError(f"{what} cannot be fetched: {reason}. {_PROXY}") from error
     except faults.SSLError as error:
         raise CatalogError(f"{what} is not fetched: {host} does not prove who it is ({_cause(error)}). {_CERTIFICATES}") from error
     except faults.NameResolutionError as error:
-        raise CatalogError(f"{what} cannot be fetched: there is no address for {host} (DNS). {_NETWORK}") from error
+        raise _UnreachableError(f"{what} cannot be fetched: there is no address for {host} (DNS). {_NETWORK}") from error
     except faults.HTTPError as error:
-        raise CatalogError(f"{what} cannot be fetched: {host} does not answer ({_cause(error)}). {_NETWORK}") from error
+        raise _UnreachableError(f"{what} cannot be fetched: {host} does not answer ({_cause(error)}). {_NETWORK}") from error
     except (UnicodeError, ValueError) as error:
         raise CatalogError(f"{what} cannot be fetched: {url!r} is not a URL ({error})") from error
 

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from typing import TYPE_CHECKING
+from urllib.request import getproxies
 
 import pytest
 
@@ -138,6 +139,17 @@ def test_a_server_that_is_busy_is_asked_again(web: Web, partial: Partial, number
     assert partial.path.read_bytes() == CONTENT
 
 
+def test_a_network_that_goes_away_in_the_middle_is_waited_for_a_little(web: Web, partial: Partial, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.files["/x"] = CONTENT
+    web.answers["/x"] = ["cut 0.5", "serve"]
+    networks = iter([getproxies(), {"https": "http://127.0.0.1:1"}, getproxies()])
+    monkeypatch.setattr(download, "getproxies", lambda: next(networks))
+    lines: list[str] = []
+    transfer(f"{web.url}/x", partial, lines=lines).run()
+    assert partial.path.read_bytes() == CONTENT
+    assert any("refused" in line and line.endswith("going on from 512 KiB") for line in lines)
+
+
 def test_a_body_without_end_is_cut_at_the_limit_and_leaves_nothing(web: Web, partial: Partial) -> None:
     web.answers["/x"] = ["endless"]
     assert "has no end: more than 1.0 MiB came" in refused(f"{web.url}/x", partial, max_size=1 << 20)
@@ -157,13 +169,13 @@ def test_a_file_for_which_there_is_no_room_is_not_even_begun(web: Web, partial: 
 
 @pytest.mark.timeout(60)
 def test_a_server_that_falls_silent_is_left(web: Web, partial: Partial, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(download, "_SILENT_SECONDS", 1.5)
     web.files["/x"] = CONTENT
     web.answers["/x"] = ["silent", "serve"]
     lines: list[str] = []
     transfer(f"{web.url}/x", partial, lines=lines).run()
     assert partial.path.read_bytes() == CONTENT
-    assert any("the server sent nothing for 0 s after 512 KiB" in line for line in lines)
+    assert any("the server sent nothing for 2 s after 512 KiB" in line for line in lines)
 
 
 @pytest.mark.timeout(60)
@@ -271,11 +283,11 @@ def test_a_proxy_is_used_and_told_who_we_are_if_it_is_to_know(
     assert proxy.logins == ["Basic bWU6c2VAY3JldA=="]
 
 
-@pytest.mark.parametrize("value", ["localhost", ".example.org,localhost", "*"])
+@pytest.mark.parametrize("value", ["localhost", ".example.org,localhost", "localhost:{port}", "*"])
 def test_a_host_in_no_proxy_is_reached_directly(
     proxy: Proxy, web: Web, partial: Partial, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    monkeypatch.setenv("NO_PROXY", value)
+    monkeypatch.setenv("NO_PROXY", value.format(port=web.server_port))
     web.files["/x"] = CONTENT
     transfer(f"{web.url}/x", partial).run()
     assert proxy.hosts == []
