@@ -120,6 +120,7 @@ def test_a_file_that_was_all_there_or_became_shorter_is_not_asked_for_beyond_its
 
 def test_bytes_of_which_nobody_knows_what_they_are_of_are_fetched_again(web: Web, partial: Partial) -> None:
     web.files["/x"] = CONTENT
+    web.answers["/x"] = ['same "1"']
     partial.path.write_bytes(b"left behind")
     transfer(f"{web.url}/x", partial).run()
     assert partial.path.read_bytes() == CONTENT
