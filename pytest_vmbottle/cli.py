@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from pytest_vmbottle._os import Deadline, format_size, parse_size, size_on_disk
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, PackCorrupt, SpecError, VMBottleError
@@ -244,7 +246,9 @@ def doctor(*, accel: str, as_json: bool) -> None:
 # -- images ----------------------------------------------------------------------------------------------------------------------------
 
 
-@main.group(epilog=_examples("vmbottle image build debian-12", "vmbottle image ls", "vmbottle image add disk.qcow2 --name mine"))
+@main.group(
+    epilog=_examples("vmbottle image build debian-12", "vmbottle image pull fedora-44", "vmbottle image add disk.qcow2 --name mine")
+)
 def image() -> None:
     """Base images, from which machines start."""
 
@@ -326,10 +330,109 @@ def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
     return recipe in RECIPES and described == RECIPES[recipe].description and extras == ", ".join(include)
 
 
-@image.command("ls", epilog=_examples("vmbottle image ls", "vmbottle image ls --json | jq -r '.[].name'"))
+@image.command(
+    epilog=_examples(
+        "vmbottle image pull fedora-44",
+        "vmbottle image pull debian-13 --name debian-13-cloud",
+        "vmbottle image pull ubuntu-24.04 --update",
+        "vmbottle image pull https://example.org/disk.qcow2 --sha256 1f3a... --name mine",
+    )
+)
+@click.argument("source", metavar="NAME|URL")
+@click.option("--name", help="What to call it, if not like the official image; needed with a URL.")
+@click.option("--sha256", help="With a URL: the digest that the file must have.")
+@click.option("--update", is_flag=True, help="Replace an image of this name that has another content.")
+@click.option("--offline", is_flag=True, help="Download nothing: fail if it is not there.")
+@_traits
+def pull(  # noqa: PLR0913 - one for each option
+    *, source: str, name: str | None, sha256: str | None, update: bool, offline: bool, arch: str, traits: Traits
+) -> None:
+    """Download the official cloud image NAME of a distribution, or a disk image from a URL.
+
+    `vmbottle image ls --available` lists the official ones. What was downloaded must have the checksum that the distribution publishes
+    beside it, or the --sha256 that is given here. If the image is there already and still the published one, nothing is downloaded; if
+    another one is published by now, --update takes it. A download that was interrupted goes on when the command is run again.
+
+    Only https is used, through the proxy that HTTPS_PROXY names. An image for another architecture than this computer's is called
+    NAME-ARCH. The image's name and sha256 are written to stdout.
+    """
+    from pytest_vmbottle import images
+
+    by_url = "://" in source
+    _check_pull(by_url=by_url, name=name, sha256=sha256)
+    name = name or images.pulled_name(source, arch)
+    images.store.check_name(name)
+    catalog = _catalog()
+    deadline = Deadline(images.PULL_SECONDS)
+    with (
+        catalog.lock(f"image-{name}", deadline=deadline, waiting=_say, label=f"the image {name}"),
+        _meter() as (progress, meter, every),
+    ):
+        options = images.PullOptions(update=update, offline=offline, progress=progress, meter=meter, every=every)
+        if by_url:
+            pulled = images.pull_url(_images(catalog), source, sha256=str(sha256), name=name, arch=arch, traits=traits, options=options)
+        else:
+            pulled = images.pull(_images(catalog), source, name=name, arch=arch, options=options)
+    click.echo(f"{pulled.name} {pulled.sha256}")
+
+
+def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
+    if by_url and not (name and sha256):
+        raise click.UsageError("a URL needs --name, and --sha256 with the digest that whoever made the image publishes")
+    if not by_url:
+        context = click.get_current_context()
+        given = [
+            option
+            for option, parameter in (("--sha256", "sha256"), ("--firmware", "firmware"), ("--user", "user"), ("--ready-when", "readiness"))
+            if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+        ]
+        if given:
+            raise click.UsageError(f"{', '.join(given)} goes with a URL: of an official image this is known")
+
+
+@contextmanager
+def _meter() -> Iterator[tuple[Callable[[str], None], Callable[[str], None], float]]:
+    """Where steps are told, where a download's progress is, and how often: on a terminal that is one line, written again and again."""
+    if not sys.stderr.isatty():
+        yield _say, _say, 5.0
+        return
+    begin = "\r\x1b[K"
+
+    def over(words: str) -> None:
+        click.echo(begin + printable(words)[: shutil.get_terminal_size().columns - 1], err=True, nl=False)
+
+    try:
+        yield (lambda words: click.echo(begin + printable(words), err=True)), over, 0.2
+    finally:
+        click.echo(begin, err=True, nl=False)
+
+
+def _list_available(*, as_json: bool) -> None:
+    from pytest_vmbottle.images import CLOUD_IMAGES, RECIPES
+
+    records = [
+        {
+            "name": name,
+            "build": RECIPES[name].description if name in RECIPES else None,
+            "pull": CLOUD_IMAGES[name].description if name in CLOUD_IMAGES else None,
+        }
+        for name in sorted({*RECIPES, *CLOUD_IMAGES})
+    ]
+    if as_json:
+        _emit(records)
+    else:
+        rows = [(str(record["name"]), verb, str(record[verb])) for record in records for verb in ("build", "pull") if record[verb]]
+        _table(("NAME", "BY", "DESCRIPTION"), rows)
+
+
+@image.command("ls", epilog=_examples("vmbottle image ls", "vmbottle image ls --available", "vmbottle image ls --json | jq -r '.[].name'"))
+@click.option("--available", is_flag=True, help="List what can be built and pulled instead.")
 @_as_json
-def list_images(*, as_json: bool) -> None:
+def list_images(*, available: bool, as_json: bool) -> None:
     """List the images; SIZE is what they take on disk."""
+    if available:
+        _list_available(as_json=as_json)
+        return
     store = _images(_catalog())
     records = []
     for name in store.names():
@@ -345,7 +448,7 @@ def list_images(*, as_json: bool) -> None:
     elif records:
         _table(("NAME", "SHA256", "SIZE", "DISK", "CREATED", "DESCRIPTION"), (_image_row(record) for record in records))
     else:
-        _say("There are no images yet: build one with `vmbottle image build debian-12`.")
+        _say("There are no images yet: `vmbottle image build debian-12` makes one, `vmbottle image pull debian-12` downloads one.")
 
 
 def _image_record(found: Image) -> dict[str, Any]:

@@ -457,9 +457,10 @@ class Provisioner:
     def _build_image(self, name: str) -> Image:
         if not images.can_build(name):
             there = ", ".join(image.name for image in self._images.list()) or "none"
+            official = name in images.CLOUD_IMAGES
+            how = f"Download it: vmbottle image pull {name}" if official else f"Add one: vmbottle image add FILE --name {name}"
             raise CatalogError(
-                f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). "
-                f"Add one: vmbottle image add FILE --name {name}"
+                f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
             )
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
         with self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}"):

@@ -499,7 +499,7 @@ def unknown_image(name: str, names: Iterable[str]) -> CatalogError:
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    there = f"The images are: {', '.join(known)}" if known else "There are no images yet: build one with `vmbottle image build debian-12`"
+    there = f"The images are: {', '.join(known)}" if known else "There are no images yet: `vmbottle image build debian-12` makes one"
     return CatalogError(f"there is no image named {name!r}.{hint} {there}")
 
 
@@ -553,9 +553,11 @@ def _address_or_none(path: Path) -> str | None:
 
 
 def _alike(folder: Path, manifest: _Manifest) -> _Manifest | None:
-    """The record in a folder, if it boots in the same way as the other one and the same is known of it."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+    """The record in a folder, if its files are there, boot in the same way as the other one's, and the same is known of them."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError, CatalogError):
         stored = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
+        for part, entry in stored.files.items():
+            _check_size("", folder / part, entry.size)
         if (stored.key, stored.traits) == (manifest.key, manifest.traits):
             return stored
     return None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., pytest.RunResult]
 
-HEAVY = ("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "yaml")
+HEAVY = ("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "urllib3", "yaml")
 PURE = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
 PROBE = f"""
 import atexit, sys

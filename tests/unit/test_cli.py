@@ -137,7 +137,7 @@ def test_importing_the_command_imports_nothing_that_machines_need() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("doctor",), ("image",), ("pack",), *(("image", verb) for verb in ("build", "ls", "add", "rm", "verify"))]
+    [(), ("doctor",), ("image",), ("pack",), *(("image", verb) for verb in ("build", "pull", "ls", "add", "rm", "verify"))]
     + [("pack", verb) for verb in ("ls", "show", "verify", "rm", "prune")],
     ids="-".join,
 )

@@ -474,6 +474,8 @@ def test_an_image_that_is_not_there_is_told_with_the_commands_that_bring_it(make
 
     assert "vmbottle image add FILE --name debian-99" in str(caught.value)
     assert "debian-12" in str(caught.value)
+    with pytest.raises(CatalogError, match=r"there is no image 'fedora-44' .* Download it: vmbottle image pull fedora-44"):
+        pour(make(), "fedora-44")
 
 
 def test_a_path_where_no_image_is_and_a_file_that_is_none_are_told(make: Make, tmp_path: Path) -> None:

@@ -1,0 +1,450 @@
+"""Brings files from https servers: capped in size and time, taken up again where a transfer broke off.
+
+What a server sends is hostile. Nothing here is trusted before the caller has compared its checksum.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import re
+import shutil
+import ssl
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import attrs
+import urllib3
+from urllib3 import exceptions as faults
+
+from pytest_vmbottle._os import Deadline, atomic_file, format_size, private_dir
+from pytest_vmbottle.errors import CatalogError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Downloads", "Partial", "Transfer", "check_url", "fetch_text"]
+
+_CONNECT_SECONDS = 30.0
+_SILENT_SECONDS = 60.0
+"""For how long a server may say nothing."""
+_TEXT_SECONDS = 120.0
+_MAX_TEXT = 1 << 20
+_CHUNK = 1 << 20
+_REDIRECTS = 5
+_ATTEMPTS = 5
+_PAUSE = 2.0
+"""Seconds before a transfer that broke off is taken up again."""
+_OLD_SECONDS = 7 * 86400
+_OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
+_LATER = {408, 425, 429, 500, 502, 503, 504}
+_RANGE = re.compile(r"bytes (?P<start>\d+)-\d+/(?P<total>\d+)")
+
+
+class _BrokenOffError(Exception):
+    """A transfer that ended early, and may be taken up again."""
+
+
+class _UnreachableError(CatalogError):
+    """A server that is not to be reached: from the start, or all of a sudden."""
+
+
+def check_url(url: str) -> None:
+    """Refuses everything but a plain https URL.
+
+    Raises:
+        CatalogError: It is something else; the message says what to do.
+    """
+    try:
+        parts = urlsplit(url)
+        port_is_sane, host = parts.port != 0, parts.hostname
+    except ValueError:
+        raise CatalogError(f"{url!r} is not a URL: write https://HOST/PATH") from None
+    if parts.scheme.lower() == "http":
+        raise CatalogError(f"{url} is not fetched: over http anybody on the way could change it; use https")
+    if parts.scheme.lower() != "https" or not host or not port_is_sane or re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise CatalogError(f"{url!r} is not a URL to fetch an image from: write https://HOST/PATH")
+    if parts.username is not None:
+        raise CatalogError(
+            f"a URL on {host} with a password in it is not used: it would end up in logs; download the file and add it by hand"
+        )
+
+
+def fetch_text(url: str, *, what: str) -> str:
+    """Fetches a small text file, such as a list of checksums.
+
+    Args:
+        url: Where it is; https.
+        what: What it is called in messages.
+
+    Raises:
+        CatalogError: It cannot be had, or is not text of less than 1 MiB; the message says what to do.
+    """
+    deadline = Deadline(_TEXT_SECONDS)
+    content = bytearray()
+    try:
+        with _get(url, {}, what) as response:
+            _check_answer(response, url, what)
+            while chunk := response.read1(_CHUNK, decode_content=False):
+                content += chunk
+                if len(content) > _MAX_TEXT:
+                    raise CatalogError(f"{what} at {url} has more than {format_size(_MAX_TEXT)}: that is something else")
+                if deadline.expired:
+                    raise CatalogError(f"{what} at {url} had not arrived after {deadline.seconds:.0f} s: try again later")
+    except (_BrokenOffError, faults.HTTPError, OSError) as error:
+        raise CatalogError(f"{what} at {url} broke off ({error}): try again") from error
+    return content.decode(errors="replace")
+
+
+@attrs.frozen
+class Partial:
+    """A file that is being fetched, and what its server called this content (an ETag or a date), so that another one is noticed."""
+
+    path: Path
+
+    @property
+    def _record(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.json")
+
+    @property
+    def size(self) -> int:
+        """The bytes that are there already."""
+        return self.path.stat().st_size
+
+    @property
+    def validator(self) -> str:
+        """What the server called the content of which these bytes are."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(self._record.read_bytes())["validator"])
+        return ""
+
+    def restart(self, validator: str) -> None:
+        """Throws away what is there."""
+        os.truncate(self.path, 0)
+        with atomic_file(self._record) as file:
+            file.write(json.dumps({"validator": validator}).encode())
+
+    def remove(self) -> None:
+        """Removes it, finished or worthless."""
+        self.path.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
+
+
+class Downloads:
+    """A private folder of files that are being fetched; what nobody has gone on with for a week is removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextmanager
+    def partial(self, key: str, *, deadline: Deadline, waiting: Callable[[str], None]) -> Iterator[Partial]:
+        """Holds the file for what `key` stands for, against everybody else who fetches the same.
+
+        Raises:
+            CatalogError: Somebody else has held it until the deadline.
+        """
+        self._sweep()
+        path = private_dir(self._folder) / key
+        fd = self._hold(path)
+        if fd is None:
+            waiting("waiting for another process that downloads the same")
+            fd = deadline.poll(lambda: self._hold(path), every=1.0)
+        if fd is None:
+            raise CatalogError(
+                f"another process was still downloading the same after {deadline.seconds:.0f} s: try again when it has ended"
+            )
+        try:
+            yield Partial(path)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _hold(path: Path) -> int | None:
+        """A descriptor that holds the file, which may have been finished and removed while it was opened."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(fd)
+        return None
+
+    def _sweep(self) -> None:
+        for path in self._folder.glob("*") if self._folder.is_dir() else ():
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _OLD_SECONDS and (fd := self._hold(path)) is not None:
+                    path.unlink(missing_ok=True)
+                    os.close(fd)
+
+
+@attrs.frozen(kw_only=True)
+class Transfer:
+    """A large file on its way.
+
+    Attributes:
+        url: Where it is; https.
+        partial: Where it goes.
+        what: What it is called in messages.
+        max_size: Bytes above which it cannot be what it should be.
+        deadline: When to give up.
+        progress: Gets a line about how far it is.
+        every: Seconds between two such lines.
+    """
+
+    url: str
+    partial: Partial
+    what: str
+    max_size: int
+    deadline: Deadline
+    progress: Callable[[str], None]
+    every: float = 5.0
+
+    def run(self) -> None:
+        """Fetches the file, or what is missing of it.
+
+        A transfer that breaks off is taken up again a few times; after that, what came stays, and the next one goes on from there.
+
+        Raises:
+            CatalogError: It cannot be had; the message says what to do.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._go_on()
+            except (_BrokenOffError, _UnreachableError) as error:
+                if attempt == 1 and isinstance(error, _UnreachableError):
+                    raise
+                there = format_size(self.partial.size)
+                if attempt == _ATTEMPTS or self.deadline.remaining < _PAUSE:
+                    hint = f"Run it again: it goes on from the {there} that came"
+                    raise CatalogError(f"{self.what} from {self.url} is incomplete: {error}. {hint}") from None
+                self.progress(f"{error}; going on from {there}")
+                time.sleep(_PAUSE)
+        return None
+
+    def _go_on(self) -> None:
+        size, validator = self.partial.size, self.partial.validator
+        # Without a name for the content the bytes could be of another: from the start, then.
+        headers = {"Range": f"bytes={size}-", "If-Range": validator} if size and validator else {}
+        with _get(self.url, headers, self.what) as response:
+            if response.status == _NO_SUCH_RANGE and headers:
+                if response.headers.get("Content-Range") == f"bytes */{size}":  # it is all there
+                    return
+                self.partial.restart("")
+                raise _BrokenOffError("the server has another file by now")
+            _check_answer(response, self.url, self.what)
+            self._receive(response, *_extent(response, size))
+
+    def _receive(self, response: urllib3.BaseHTTPResponse, start: int, total: int | None) -> None:
+        if total is not None:
+            if total > self.max_size:
+                allowed = f"more than the {format_size(self.max_size)} that are allowed"
+                raise CatalogError(f"{self.what} at {self.url} has {format_size(total)}, {allowed}")
+            _check_space(self.partial.path, total - start)
+        if start == 0:
+            self.partial.restart(_validator(response))
+        meter = _Meter(self.progress, self.every, start)
+        done = start
+        with self.partial.path.open("ab") as file:
+            for chunk in _chunks(response, start, total):
+                done += len(chunk)
+                if done > self.max_size:
+                    file.truncate(0)
+                    raise CatalogError(f"{self.what} at {self.url} has no end: more than {format_size(self.max_size)} came. It is no image")
+                file.write(chunk)
+                file.flush()  # kept even if we are killed
+                meter.tell(done, total)
+                if self.deadline.expired:
+                    seconds = f"{self.deadline.seconds:.0f} s"
+                    raise CatalogError(f"only {_of(done, total)} of {self.url} came in {seconds}. Run it again: it goes on from there")
+
+
+def _chunks(response: urllib3.BaseHTTPResponse, start: int, total: int | None) -> Iterator[bytes]:
+    """The rest of a file as it comes; a rest that is too short is an error."""
+    done = start
+    while True:
+        try:
+            # What there is by now: waiting for more would let a server that drips escape the deadline.
+            chunk = response.read1(_CHUNK, decode_content=False)
+        except (faults.HTTPError, OSError) as error:
+            silent = isinstance(error, faults.ReadTimeoutError | TimeoutError)
+            happened = f"the server sent nothing for {_SILENT_SECONDS:.0f} s" if silent else "the connection broke"
+            raise _BrokenOffError(f"{happened} after {_of(done, total)}") from error
+        if not chunk:
+            break
+        yield chunk
+        done += len(chunk)
+    if total is not None and done < total:
+        raise _BrokenOffError(f"the connection ended after {_of(done, total)}")
+
+
+def _extent(response: urllib3.BaseHTTPResponse, size: int) -> tuple[int, int | None]:
+    """At which byte of the file an answer starts, and the file's length if that is said."""
+    if response.status == _PARTIAL:
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None or int(match["start"]) != size:
+            raise CatalogError("the server answers with another part of the file than was asked for: try again later")
+        return size, int(match["total"])
+    length = response.headers.get("Content-Length", "")
+    return 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
+
+
+def _validator(response: urllib3.BaseHTTPResponse) -> str:
+    """What names the content for certain: a strong ETag, or else the date (RFC 9110, 13.1.5)."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+def _of(done: int, total: int | None) -> str:
+    return format_size(done) + (f" of {format_size(total)}" if total is not None else "")
+
+
+def _check_space(path: Path, missing: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < missing:
+        has, needs = format_size(free), format_size(missing)
+        raise CatalogError(f"{path.parent} has {has} left, and {needs} are to come: make room, then run it again")
+
+
+@attrs.define
+class _Meter:
+    """Tells how far a transfer is, now and then."""
+
+    _progress: Callable[[str], None]
+    _every: float
+    _first: int
+    _began: float = attrs.field(init=False, factory=time.monotonic)
+    _told: float = attrs.field(init=False, factory=time.monotonic)
+
+    def tell(self, done: int, total: int | None) -> None:
+        """Says where we are, unless that was said just now or it is the end."""
+        now = time.monotonic()
+        if done == total or now - self._told < self._every:
+            return
+        self._told = now
+        speed = int((done - self._first) / max(now - self._began, 0.001))
+        share = f"{100 * done // total:3d} %  " if total else ""
+        self._progress(f"{share}{_of(done, total)}, {format_size(speed)}/s")
+
+
+# -- connections -----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _get(url: str, headers: dict[str, str], what: str) -> Iterator[urllib3.BaseHTTPResponse]:
+    """Asks for a URL and follows where it is redirected to, over https alone."""
+    context, asked = _trusted(), url
+    # As it is stored: a compression on the way would make lengths and digests those of something else.
+    headers = {"User-Agent": "pytest-vmbottle", "Accept-Encoding": "identity", **headers}
+    for _ in range(_REDIRECTS + 1):
+        with _connected(url, context) as pool:
+            with _explained(url, what):
+                response = pool.request(
+                    "GET", url, headers=headers, redirect=False, retries=False, preload_content=False, timeout=_timeout()
+                )
+            with closing(response):  # what was not read is not wanted
+                target = response.get_redirect_location()
+                if not target:
+                    yield response
+                    return
+        url = urljoin(url, target)
+        try:
+            check_url(url)
+        except CatalogError as error:
+            raise CatalogError(f"{asked} redirects to what is not fetched: {error}") from None
+    raise CatalogError(f"{asked} redirects more than {_REDIRECTS} times: try again later, or give another URL")
+
+
+def _timeout() -> urllib3.Timeout:
+    return urllib3.Timeout(connect=_CONNECT_SECONDS, read=_SILENT_SECONDS)
+
+
+@contextmanager
+def _connected(url: str, context: ssl.SSLContext) -> Iterator[urllib3.PoolManager]:
+    """What connects to a server, through the proxy that the environment names for it (HTTPS_PROXY, ALL_PROXY, NO_PROXY)."""
+    proxies = {} if proxy_bypass(urlsplit(url).netloc) else getproxies()
+    proxy = proxies.get("https") or proxies.get("all")
+    pool = urllib3.PoolManager(ssl_context=context) if not proxy else _through(proxy, context)
+    try:
+        yield pool
+    finally:
+        pool.clear()
+
+
+def _through(proxy: str, context: ssl.SSLContext) -> urllib3.ProxyManager:
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    parts = urlsplit(proxy)
+    if parts.scheme not in ("http", "https"):
+        raise CatalogError(
+            f"HTTPS_PROXY names a {parts.scheme} proxy, which cannot be used: name an http one, or list the host in NO_PROXY"
+        )
+    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
+    headers = {"Proxy-Authorization": f"Basic {base64.b64encode(login).decode()}"} if parts.username else {}
+    return urllib3.ProxyManager(
+        f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", ssl_context=context, proxy_ssl_context=context, proxy_headers=headers
+    )
+
+
+def _trusted() -> ssl.SSLContext:
+    """The certificates that this computer trusts, or those that the environment names, as curl, OpenSSL and requests do."""
+    named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    try:
+        if named and Path(named).is_dir():
+            return ssl.create_default_context(capath=named)
+        return ssl.create_default_context(cafile=named or None)  # without a name also SSL_CERT_FILE and SSL_CERT_DIR
+    except OSError as error:
+        remedy = "mend or unset REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
+        raise CatalogError(f"the certificates in {named} cannot be read ({error}): {remedy}") from None
+
+
+@contextmanager
+def _explained(url: str, what: str) -> Iterator[None]:
+    """Turns what goes wrong before there is an answer into a sentence."""
+    host = urlsplit(url).hostname
+    try:
+        yield
+    except faults.ProxyError as error:
+        reason = f"the proxy does not let us through to {host} ({_cause(error)})"
+        raise _UnreachableError(f"{what} cannot be fetched: {reason}. {_PROXY}") from error
+    except faults.SSLError as error:
+        raise CatalogError(f"{what} is not fetched: {host} does not prove who it is ({_cause(error)}). {_CERTIFICATES}") from error
+    except faults.NameResolutionError as error:
+        raise _UnreachableError(f"{what} cannot be fetched: there is no address for {host} (DNS). {_NETWORK}") from error
+    except faults.HTTPError as error:
+        raise _UnreachableError(f"{what} cannot be fetched: {host} does not answer ({_cause(error)}). {_NETWORK}") from error
+    except (UnicodeError, ValueError) as error:
+        raise CatalogError(f"{what} cannot be fetched: {url!r} is not a URL ({error})") from error
+
+
+_NETWORK = "Check the network and HTTPS_PROXY. Where there is no network, copy the file here: `vmbottle image add FILE --name NAME`"
+_PROXY = "Check HTTPS_PROXY, or list the host in NO_PROXY"
+_CERTIFICATES = (
+    "Where a proxy looks into TLS, name its certificate in SSL_CERT_FILE; where the computer's own are missing, install ca-certificates"
+)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost of an error's causes, in a few words."""
+    inner = next((part for part in (getattr(error, "reason", None), *error.args) if isinstance(part, BaseException)), None)
+    if inner is not None and inner is not error:
+        return _cause(inner)
+    message = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
+    return str(message).rpartition(": ")[2] or type(error).__name__
+
+
+def _check_answer(response: urllib3.BaseHTTPResponse, url: str, what: str) -> None:
+    """Refuses what is not the file that was asked for."""
+    if response.status in _LATER:
+        raise _BrokenOffError(f"{urlsplit(url).hostname} answers {response.status}")
+    if response.status not in (_OK, _PARTIAL):
+        raise CatalogError(f"{what} is not at {url}: the server answers {response.status}. It may have been moved or withdrawn")
+    if response.headers.get("Content-Type", "").partition(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
+        raise CatalogError(f"{url} is a web page, not {what}: does this network ask you to log in, or is the URL that of a page about it?")

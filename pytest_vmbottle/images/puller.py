@@ -1,0 +1,281 @@
+"""Fetches disk images into the store: official ones by name, others by URL and checksum."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import attrs
+
+from pytest_vmbottle._os import Deadline, format_size
+from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.images.cloud import CLOUD_IMAGES, Checksum, CloudImage, checksum_in
+from pytest_vmbottle.images.disk import inspect, opened
+from pytest_vmbottle.images.download import Downloads, Partial, Transfer, check_url, fetch_text
+from pytest_vmbottle.images.store import Image, ImageStore, Traits, check_name, default_firmware, explained
+from pytest_vmbottle.spec import host_arch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["PULL_SECONDS", "PullOptions", "pull", "pull_url", "pulled_name"]
+
+PULL_SECONDS = 2 * 3600.0
+"""How long a download may take; what came until then is kept, and the next one goes on from there."""
+_MAX_CLOUD = 8 << 30
+_MAX_SIZE = 64 << 30
+_ARCHIVES = (".xz", ".gz", ".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz")
+
+
+def _silent(_: str) -> None:
+    """Tells nobody."""
+
+
+@attrs.frozen(kw_only=True)
+class PullOptions:
+    """How an image is pulled.
+
+    Attributes:
+        update: Whether an image of the same name and other content is replaced.
+        offline: Whether only what is there may be used.
+        progress: Gets a line for each step.
+        meter: Gets a line now and then that says how far a download is; by default `progress` gets that too.
+        every: Seconds between two of those.
+    """
+
+    update: bool = False
+    offline: bool = False
+    progress: Callable[[str], None] = _silent
+    meter: Callable[[str], None] | None = None
+    every: float = 5.0
+
+
+def pulled_name(recipe: str, arch: str | None = None) -> str:
+    """What an official image is called in the store unless it is said: like its recipe, with the architecture if it is a foreign one."""
+    return recipe if arch in (None, host_arch()) else f"{recipe}-{arch}"
+
+
+def pull(store: ImageStore, recipe: str, *, name: str | None = None, arch: str | None = None, options: PullOptions | None = None) -> Image:
+    """Brings an official cloud image into the store; if the stored one is what its maker publishes, nothing is downloaded.
+
+    Args:
+        store: Where it goes.
+        recipe: One of `CLOUD_IMAGES`.
+        name: What it is to be called; else `pulled_name`.
+        arch: For which architecture, as `uname -m` says it; the host's if not given.
+        options: How.
+
+    Raises:
+        CatalogError: There is no such image, it cannot be had, its checksum differs, or another image has the name. Nothing was added.
+    """
+    options = options or PullOptions()
+    chosen, arch, name = _recipe(recipe), arch or host_arch(), name or pulled_name(recipe, arch)
+    if arch not in chosen.arches:
+        raise CatalogError(f"{recipe} is not published for {arch}: there is {', '.join(sorted(chosen.arches))}")
+    check_name(name)
+    there = _stored(store, name)
+    if options.offline:
+        return _offline(there, name, options)
+    url = chosen.url(arch)
+    wanted = _Wanted(
+        url=url,
+        checksum=_published(chosen, arch),
+        name=name,
+        arch=arch,
+        traits=chosen.traits(arch),
+        description=chosen.description,
+        max_size=_MAX_CLOUD,
+    )
+    return _ensure(store, wanted, options)
+
+
+def pull_url(  # noqa: PLR0913 - an image has many parts
+    store: ImageStore,
+    url: str,
+    *,
+    sha256: str,
+    name: str,
+    arch: str | None = None,
+    traits: Traits | None = None,
+    description: str = "",
+    options: PullOptions | None = None,
+) -> Image:
+    """Brings a disk image from anywhere into the store; if the stored one has this digest, nothing is asked of any server.
+
+    Args:
+        store: Where it goes.
+        url: Where it is; https.
+        sha256: What its content must hash to.
+        name: What it is to be called.
+        arch, traits: As for `ImageStore.add`.
+        description: What it is; by default where it is from.
+        options: How.
+
+    Raises:
+        CatalogError: It cannot be had, has another digest or is no disk image, or another image has the name. Nothing was added.
+    """
+    check_url(url)
+    check_name(name)
+    options, arch = options or PullOptions(), arch or host_arch()
+    try:
+        checksum = Checksum("sha256", sha256.strip().lower().removeprefix("sha256:"))
+    except ValueError:
+        raise CatalogError(f"{sha256!r} is not a sha256: it has 64 hexadecimal digits") from None
+    _check_packed(url)
+    wanted = _Wanted(
+        url=url,
+        checksum=checksum,
+        name=name,
+        arch=arch,
+        traits=traits or Traits(firmware=default_firmware(arch)),
+        description=description or f"from {url}",
+        max_size=_MAX_SIZE,
+    )
+    there = _stored(store, name)
+    if options.offline and (there is None or not wanted.is_content_of(there)):
+        return _offline(None, name, options)
+    return _ensure(store, wanted, options)
+
+
+@attrs.frozen(kw_only=True)
+class _Wanted:
+    """What is to be in the store in the end."""
+
+    url: str
+    checksum: Checksum
+    name: str
+    arch: str
+    traits: Traits
+    description: str
+    max_size: int
+
+    def is_content_of(self, image: Image) -> bool:
+        """Whether an image's disk has this checksum."""
+        if self.checksum.algorithm == "sha256":
+            return image.sha256 == self.checksum.digest
+        with image.disk.open("rb") as disk:
+            return hashlib.file_digest(disk, self.checksum.algorithm).hexdigest() == self.checksum.digest
+
+
+def _recipe(name: str) -> CloudImage:
+    if name not in CLOUD_IMAGES:
+        close = difflib.get_close_matches(name, CLOUD_IMAGES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise CatalogError(f"there is no image {name!r} to pull.{hint} There are: {', '.join(CLOUD_IMAGES)}. Others: by URL, with --sha256")
+    return CLOUD_IMAGES[name]
+
+
+def _stored(store: ImageStore, name: str) -> Image | None:
+    try:
+        return store.get(name)
+    except CatalogError:  # a damaged one is fetched again
+        return None
+
+
+def _offline(there: Image | None, name: str, options: PullOptions) -> Image:
+    if there is None:
+        raise CatalogError(
+            f"{name} is not in the catalog, and --offline lets nothing be downloaded: pull it without that, or copy its disk here and "
+            f"`vmbottle image add FILE --name {name}`"
+        )
+    options.progress(f"{name} is there; whether there is a newer one was not asked")
+    return there
+
+
+def _published(recipe: CloudImage, arch: str) -> Checksum:
+    """The checksum that the maker of an image publishes now."""
+    url, file = recipe.checksums_url(arch), recipe.url(arch).rpartition("/")[2]
+    text = fetch_text(url, what="the checksum file")
+    try:
+        found = checksum_in(text, file, recipe.algorithm)
+    except ValueError as error:
+        raise CatalogError(f"{url} cannot be relied on: {error}. Try again later") from None
+    if found is None:
+        raise CatalogError(
+            f"{url} has no {recipe.algorithm} of {file}: the image may have been renamed. Find it, and pull it by `--sha256` and its URL"
+        )
+    return found
+
+
+def _check_packed(url: str) -> None:
+    suffix = next((suffix for suffix in _ARCHIVES if urlsplit(url).path.lower().endswith(suffix)), None)
+    if suffix:
+        raise CatalogError(f"{url} is packed ({suffix}): download and unpack it, then `vmbottle image add FILE --name NAME`")
+
+
+def _ensure(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image:
+    there = _stored(store, wanted.name)
+    if there is not None and wanted.is_content_of(there):
+        if (there.arch, there.traits) == (wanted.arch, wanted.traits):
+            options.progress(f"{wanted.name} is up to date")
+            return there
+        return _add(store, there.disk, wanted)
+    if there is not None and not options.update:
+        raise _pinned(there, wanted)
+    with explained(f"download {wanted.url}"):
+        return _download(store, wanted, options)
+
+
+def _pinned(there: Image, wanted: _Wanted) -> CatalogError:
+    what = "built here" if there.prepared else there.description or "added by hand"
+    return CatalogError(
+        f"the image {wanted.name!r} in the catalog ({what}, sha256 {there.sha256[:12]}, of {there.created}) is another one than "
+        f"{wanted.url} is now ({wanted.checksum.algorithm} {wanted.checksum.digest[:12]}). Replace it with `--update`: packs are made anew "
+        f"then. Or keep both: give this one another name with `--name`"
+    )
+
+
+def _download(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image:
+    deadline = Deadline(PULL_SECONDS)
+    key = f"{wanted.checksum.algorithm}-{wanted.checksum.digest}"
+    with Downloads(store.root / "downloads").partial(key, deadline=deadline, waiting=options.progress) as partial:
+        transfer = Transfer(
+            url=wanted.url,
+            partial=partial,
+            what=f"the image {wanted.name}",
+            max_size=wanted.max_size,
+            deadline=deadline,
+            progress=options.meter or options.progress,
+            every=options.every,
+        )
+        resumed = partial.size
+        options.progress(f"downloading {wanted.url}" + (f" from {format_size(resumed)} on" if resumed else ""))
+        transfer.run()
+        if resumed and _digest(partial, wanted) != wanted.checksum.digest:  # the server did not tell that its file is another one now
+            options.progress("what came before does not fit: downloading all of it again")
+            partial.restart("")
+            transfer.run()
+        try:
+            _check(partial, wanted)
+            options.progress("verified; adding it to the images")
+            return _add(store, partial.path, wanted)
+        finally:
+            partial.remove()
+
+
+def _digest(partial: Partial, wanted: _Wanted) -> str:
+    with partial.path.open("rb") as file:
+        return hashlib.file_digest(file, wanted.checksum.algorithm).hexdigest()
+
+
+def _check(partial: Partial, wanted: _Wanted) -> None:
+    """Refuses what has another checksum, and what has the right one and is no disk."""
+    actual = _digest(partial, wanted)
+    if actual != wanted.checksum.digest:
+        raise CatalogError(
+            f"{wanted.url} was downloaded and thrown away: its {wanted.checksum.algorithm} is {actual}, and {wanted.checksum.digest} was "
+            f"demanded. Its server may be in the middle of an update, or somebody has changed the file: try again in an hour"
+        )
+    try:
+        with opened(partial.path) as file:
+            inspect(file, partial.path)
+    except CatalogError as error:
+        reason = str(error).replace(str(partial.path), wanted.url)
+        raise CatalogError(f"{reason}. It has the right checksum, and was thrown away") from None
+
+
+def _add(store: ImageStore, disk: Path, wanted: _Wanted) -> Image:
+    return store.add(disk, name=wanted.name, arch=wanted.arch, description=wanted.description, traits=wanted.traits, replace=True)
