@@ -25,9 +25,8 @@ import attrs
 
 from pytest_vmbottle._os import Deadline, run_tool
 from pytest_vmbottle.backend import PackKind
-from pytest_vmbottle.backends.qemu import firmware
 from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, Accelerator, Emulator, sandbox
-from pytest_vmbottle.backends.qemu.firmware import RAM_BYTES, Guests
+from pytest_vmbottle.backends.qemu.firmware import RAM_BYTES, RESULTS, WORK_DONE, Guests, aarch64, x86_64
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
@@ -130,8 +129,8 @@ def run_guest(emulator: Emulator, *, workdir: Path, seconds: float) -> Verdict:
         started = time.monotonic()
         Deadline(seconds).poll(lambda: guest.over, every=_TICK)
         taken = time.monotonic() - started
-        if guest.process.exitcode == guests.done and guest.report == "".join(guests.stages).encode() + guests.results:
-            evidence = f"ran {guests.amount} in {taken:.2f} s"
+        if guest.process.exitcode == guests.done and guest.report == "".join(guests.stages).encode() + RESULTS:
+            evidence = f"ran {WORK_DONE} in {taken:.2f} s"
             return Verdict(accelerator=emulator.accelerator, works=True, evidence=evidence, seconds=taken)
         return Verdict(accelerator=emulator.accelerator, works=False, evidence=_failure(guests, guest, taken))
 
@@ -165,7 +164,7 @@ def prove_restore(emulator: Emulator, kind: PackKind, *, workdir: Path) -> str |
 
 # --- accelerators ---------------------------------------------------------------------------------------------------------------------
 
-_GUESTS = {"x86_64": firmware.guests}
+_GUESTS = {"x86_64": x86_64.guests, "aarch64": aarch64.guests}
 
 # Some hosts list IA32_ARCH_CAPABILITIES (MSR 0x10a) and refuse to set it, whereupon QEMU aborts.
 _WITHOUT = attrs.evolve(KVM, cpu="host,arch-capabilities=off")

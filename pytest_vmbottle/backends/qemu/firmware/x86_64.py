@@ -1,62 +1,16 @@
-"""The guests by which an accelerator is proved: firmware images of our own, assembled here.
-
-The listings are sources of the GNU assembler behind their offset and their machine code. Python puts the bytes together; no assembler is
-needed to run them.
-"""
+"""The guests for x86-64, in the place of a PC's BIOS."""
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping
 
-import attrs
+from pytest_vmbottle.backends.qemu.firmware import AMOUNTS, RAM_BYTES, Guests, assemble, image
 
-__all__ = ["AMOUNTS", "COUNT", "RAM_BYTES", "WORK", "Guests", "assemble", "firmware", "guests"]
-
-RAM_BYTES = 16 << 20
-"""What the machines of both guests have."""
-
-AMOUNTS = {
-    "loops": 10_000_000,
-    "breakpoints": 500,
-    "undefined": 20,
-    "ticks": 3,
-    "identifications": 20,
-    "faults": 500,
-    "words": 1 << 18,
-    "calls": 500,
-}
-"""How often it does what; the guest reads them from its image. Few of what leaves the guest under KVM, where that is nested and slow."""
-
-
-@attrs.frozen(kw_only=True)
-class Guests:
-    """The proving guests of one architecture, and how their reports are read.
-
-    Attributes:
-        work: The image of the guest that does what kernels do; it reports a letter for each stage, `=` as the last, then its results.
-        count: The image of the guest that counts.
-        devices: What sends their reports, byte by byte, to the chardev `report`.
-        stages: What has been done when a letter is reported, in that order.
-        results: What follows.
-        amount: What the working guest does, in words.
-        hello: What the counting guest reports before it counts.
-        done: QEMU's exit status when the working guest has ended itself.
-    """
-
-    work: bytes
-    count: bytes
-    devices: tuple[str, ...]
-    stages: Mapping[str, str]
-    results: bytes
-    amount: str
-    hello: bytes
-    done: int
-
+__all__ = ["COUNT", "WORK", "firmware", "guests"]
 
 _IMAGE = 0x10000
-"""Where the firmware copies itself to, and its size. Its code is at the start, its tables from 0x1000."""
+"""Where the firmware copies itself to. Its code is at the start, its tables from 0x1000."""
 
 _BODY = 0x100
 
@@ -310,19 +264,12 @@ _STAGES = {
 
 
 def guests() -> Guests:
-    """Those for x86-64. They report through the debug port, and end by writing 0x21 to isa-debug-exit."""
-    exceptions = AMOUNTS["breakpoints"] + AMOUNTS["undefined"]
-    events = sum(AMOUNTS.values()) - AMOUNTS["loops"] + AMOUNTS["faults"]  # a fault is counted by its handler and in the page it missed
+    """They report through the debug port, and end by writing 0x21 to isa-debug-exit."""
     return Guests(
         work=firmware(WORK),
         count=firmware(COUNT),
         devices=("-device", "isa-debugcon,iobase=0xe9,chardev=report", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
         stages=_STAGES,
-        results=struct.pack("<QQ", pow(3, 2 * AMOUNTS["loops"], 1 << 64), events),
-        amount=(
-            f"{2 * AMOUNTS['loops']:,} function calls in kernel and user mode, {AMOUNTS['faults']} page faults, {exceptions} exceptions, "
-            f"{AMOUNTS['calls']} system calls and {AMOUNTS['ticks']} timer interrupts"
-        ),
         hello=b"RL",
         done=2 * 0x21 + 1,
     )
@@ -330,24 +277,6 @@ def guests() -> Guests:
 
 _VECTORS = {3: "on_event", 6: "on_undefined", 14: "on_page_fault", 0x40: "on_tick", 0x80: "on_event", 0x81: "on_end"}
 """Which handler an exception or interrupt has in a program that knows it; all else is a surprise."""
-
-
-def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
-    r"""The machine code of a listing, and where its labels are.
-
-    >>> assemble("start:\n000  90    nop\nend:\n001  eb fd    jmp start")
-    (b'\x90\xeb\xfd', {'start': 0, 'end': 1})
-    """
-    code, labels = b"", {}
-    for line in listing.strip().splitlines():
-        if re.fullmatch(r"\w+:", line):
-            labels[line[:-1]] = len(code)
-        elif not line.startswith("."):
-            offset, machine_code, _ = re.split(r" {2,}", line, maxsplit=2)
-            if int(offset, 16) != len(code):
-                raise ValueError(f"the listing goes on at {len(code):#x}, not as it says: {line}")
-            code += bytes.fromhex(machine_code)
-    return code, labels
 
 
 def firmware(listing: str) -> bytes:
@@ -358,13 +287,8 @@ def firmware(listing: str) -> bytes:
         0x6000: _interrupt_table(assemble(listing)[1]),
         0x7060: struct.pack("<8I", *AMOUNTS.values()),
         0xFFF0: bytes.fromhex("ea 00 00 00 f0"),  # ljmp $0xf000, $0
-        **_page_tables(),
-        **_segments(),
     }
-    image = bytearray(_IMAGE)
-    for offset, content in parts.items():
-        image[offset : offset + len(content)] = content
-    return bytes(image)
+    return image({**parts, **_page_tables(), **_segments()})
 
 
 def _page_tables() -> Mapping[int, bytes]:

@@ -1,0 +1,100 @@
+"""The guests by which an accelerator is proved: firmware images of our own, assembled here for each architecture.
+
+The listings are sources of the GNU assembler behind their offset and their machine code. Python puts the bytes together; no assembler is
+needed to run them.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+
+import attrs
+
+__all__ = ["AMOUNTS", "IMAGE_BYTES", "RAM_BYTES", "RESULTS", "WORK_DONE", "Guests", "assemble", "image"]
+
+RAM_BYTES = 16 << 20
+"""What the machines of both guests have."""
+
+IMAGE_BYTES = 64 << 10
+
+AMOUNTS = {
+    "loops": 10_000_000,
+    "breakpoints": 500,
+    "undefined": 20,
+    "ticks": 3,
+    "identifications": 20,
+    "faults": 500,
+    "words": 1 << 18,
+    "calls": 500,
+}
+"""How often it does what; the guest reads them from its image. Few of what leaves the guest under KVM, where that is nested and slow."""
+
+RESULTS = struct.pack(
+    "<QQ",
+    pow(3, 2 * AMOUNTS["loops"], 1 << 64),
+    sum(AMOUNTS.values()) - AMOUNTS["loops"] + AMOUNTS["faults"],  # a fault is counted by its handler and in the page it missed
+)
+"""What a working guest comes to: the product of its loops, and how many other things have come about."""
+
+WORK_DONE = (
+    f"{2 * AMOUNTS['loops']:,} function calls in kernel and user mode, {AMOUNTS['faults']} page faults, "
+    f"{AMOUNTS['breakpoints'] + AMOUNTS['undefined']} exceptions, {AMOUNTS['calls']} system calls and {AMOUNTS['ticks']} timer interrupts"
+)
+"""What it has done then, in words."""
+
+
+@attrs.frozen(kw_only=True)
+class Guests:
+    """The proving guests of one architecture, and how their reports are read.
+
+    Attributes:
+        work: The image of the guest that does what kernels do; it reports a letter for each stage, `=` as the last, then `RESULTS`.
+        count: The image of the guest that counts.
+        devices: What sends their reports, byte by byte, to the chardev `report`.
+        stages: What has been done when a letter is reported, in that order.
+        hello: What the counting guest reports before it counts.
+        done: QEMU's exit status when the working guest has ended itself.
+    """
+
+    work: bytes
+    count: bytes
+    devices: tuple[str, ...]
+    stages: Mapping[str, str]
+    hello: bytes
+    done: int
+
+
+def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
+    r"""The machine code of a listing, and where its labels are.
+
+    >>> assemble("start:\n000  90    nop\nend:\n001  eb fd    jmp start")
+    (b'\x90\xeb\xfd', {'start': 0, 'end': 1})
+    """
+    code, labels = b"", {}
+    for line in listing.strip().splitlines():
+        if re.fullmatch(r"\w+:", line):
+            labels[line[:-1]] = len(code)
+        elif line and not line.startswith("."):
+            offset, machine_code, _ = re.split(r" {2,}", line, maxsplit=2)
+            if int(offset, 16) != len(code):
+                raise ValueError(f"the listing goes on at {len(code):#x}, not as it says: {line}")
+            code += bytes.fromhex(machine_code)
+    return code, labels
+
+
+def image(parts: Mapping[int, bytes]) -> bytes:
+    """An image of 64 KiB with these parts at their offsets, and zeros in between.
+
+    Raises:
+        ValueError: One part lies on another, or beyond the end.
+    """
+    whole = bytearray(IMAGE_BYTES)
+    end = 0
+    for offset, content in sorted(parts.items()):
+        if not end <= offset <= IMAGE_BYTES - len(content):
+            raise ValueError(f"the part at {offset:#x} overlaps")
+        end = offset + len(content)
+        whole[offset:end] = content
+    return bytes(whole)
