@@ -11,9 +11,10 @@ import psutil
 import pytest
 
 from pytest_vmbottle.backend import PackKind
-from pytest_vmbottle.backends.qemu import firmware, proof
+from pytest_vmbottle.backends.qemu import proof
 from pytest_vmbottle.backends.qemu.command_line import BOARDS, KVM, Emulator
 from pytest_vmbottle.backends.qemu.dialect import ask
+from pytest_vmbottle.backends.qemu.firmware import x86_64
 
 TCG = BOARDS["x86_64"].tcg
 TEMPLATE = PackKind.TEMPLATE
@@ -111,7 +112,7 @@ def test_a_processor_that_qemu_does_not_know_is_told_in_its_words(emulator: Emul
 
 def test_wrong_results_do_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # x + x in the place of 3 * x
-    monkeypatch.setattr(firmware, "WORK", damaged(firmware.WORK, "48 0f af c3", "48 01 c0 90"))
+    monkeypatch.setattr(x86_64, "WORK", damaged(x86_64.WORK, "48 0f af c3", "48 01 c0 90"))
     verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
@@ -119,7 +120,7 @@ def test_wrong_results_do_not_pass(emulator: Emulator, tmp_path: Path, monkeypat
 
 
 def test_an_interrupt_without_a_cause_does_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(firmware, "WORK", damaged(firmware.WORK, "0f 0b   ", "cd 99   "))
+    monkeypatch.setattr(x86_64, "WORK", damaged(x86_64.WORK, "0f 0b   ", "cd 99   "))
     verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert not verdict.works
@@ -128,7 +129,7 @@ def test_an_interrupt_without_a_cause_does_not_pass(emulator: Emulator, tmp_path
 
 def test_a_guest_that_resets_itself_does_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # No interrupt table, so that the first exception is a triple fault.
-    monkeypatch.setattr(firmware, "_interrupt_table", lambda _: b"")
+    monkeypatch.setattr(x86_64, "_interrupt_table", lambda _: b"")
     verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=60)
 
     assert not verdict.works

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from pytest_vmbottle.backend import PackKind
-from pytest_vmbottle.backends.qemu import firmware, proof
+from pytest_vmbottle.backends.qemu import proof
 from pytest_vmbottle.backends.qemu.command_line import BOARDS, Emulator
 from pytest_vmbottle.backends.qemu.dialect import Dialect
+from pytest_vmbottle.backends.qemu.firmware import assemble, x86_64
 from pytest_vmbottle.errors import BackendUnavailable, SpecError
 
 PLAIN = Dialect(sandbox=True, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=True)
@@ -25,42 +26,42 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("listing", [firmware._START, firmware.WORK, firmware.COUNT], ids=["start", "work", "count"])
+@pytest.mark.parametrize("listing", [x86_64._START, x86_64.WORK, x86_64.COUNT], ids=["start", "work", "count"])
 def test_the_machine_code_of_a_listing_is_what_the_gnu_assembler_makes_of_its_instructions(listing: str, tmp_path: Path) -> None:
     instructions = [re.sub(r"^[0-9a-f]{3}  [0-9a-f ]+?  +", " ", line) for line in listing.strip().splitlines()]
     (tmp_path / "source.s").write_text("\n".join(instructions) + "\n")
     subprocess.run(["as", "--64", tmp_path / "source.s", "-o", tmp_path / "object"], check=True)
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", tmp_path / "object", tmp_path / "code"], check=True)
 
-    assert firmware.assemble(listing)[0] == (tmp_path / "code").read_bytes()
+    assert assemble(listing)[0] == (tmp_path / "code").read_bytes()
 
 
 def test_a_listing_whose_offsets_do_not_add_up_is_refused() -> None:
     with pytest.raises(ValueError, match="goes on at 0x1"):
-        firmware.assemble("000  90    nop\n002  90    nop")
+        assemble("000  90    nop\n002  90    nop")
 
 
-@pytest.mark.parametrize("listing", [firmware.WORK, firmware.COUNT], ids=["work", "count"])
+@pytest.mark.parametrize("listing", [x86_64.WORK, x86_64.COUNT], ids=["work", "count"])
 def test_a_firmware_image_is_64_kib_and_begins_at_its_reset_vector(listing: str) -> None:
-    image = firmware.firmware(listing)
+    image = x86_64.firmware(listing)
 
     assert len(image) == 64 << 10
     assert image[0xFFF0:0xFFF5] == b"\xea\x00\x00\x00\xf0"  # a far jump to f000:0000
 
 
 def test_the_code_of_a_program_ends_before_its_tables() -> None:
-    for listing in (firmware.WORK, firmware.COUNT):
-        assert firmware._BODY + len(firmware.assemble(listing)[0]) < 0x1000
-    assert len(firmware.assemble(firmware._START)[0]) <= firmware._BODY
+    for listing in (x86_64.WORK, x86_64.COUNT):
+        assert x86_64._BODY + len(assemble(listing)[0]) < 0x1000
+    assert len(assemble(x86_64._START)[0]) <= x86_64._BODY
 
 
 def test_every_interrupt_of_the_working_guest_has_its_handler_and_all_others_are_a_surprise() -> None:
-    labels = firmware.assemble(firmware.WORK)[1]
-    table = firmware._interrupt_table(labels)
-    handlers = [int.from_bytes(table[16 * vector :][:2], "little") - firmware._BODY for vector in range(256)]
+    labels = assemble(x86_64.WORK)[1]
+    table = x86_64._interrupt_table(labels)
+    handlers = [int.from_bytes(table[16 * vector :][:2], "little") - x86_64._BODY for vector in range(256)]
 
     for vector, handler in enumerate(handlers):
-        assert handler == labels[firmware._VECTORS.get(vector, "on_surprise")]
+        assert handler == labels[x86_64._VECTORS.get(vector, "on_surprise")]
 
 
 def test_the_counts_of_a_guest_go_on_from_any_number_and_wrap_after_127() -> None:
@@ -69,9 +70,9 @@ def test_the_counts_of_a_guest_go_on_from_any_number_and_wrap_after_127() -> Non
 
 
 def test_how_far_a_guest_came_is_read_off_its_report() -> None:
-    assert proof._progress(firmware.guests().stages, b"") == "before it ran its first instruction"
+    assert proof._progress(x86_64.guests().stages, b"") == "before it ran its first instruction"
     assert (
-        proof._progress(firmware.guests().stages, b"RLXT")
+        proof._progress(x86_64.guests().stages, b"RLXT")
         == "after it had done timer interrupts and before CPUID and model-specific registers"
     )
 
