@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import threading
@@ -415,3 +416,18 @@ def test_a_symbolic_link_in_the_place_of_a_download_is_not_followed(tmp_path: Pa
     with pytest.raises(OSError, match="symbolic links"), downloads.partial("x", deadline=Deadline(1), waiting=print):
         pass
     assert not (tmp_path / "precious").exists()
+
+
+def test_a_file_that_its_holder_removes_just_when_it_is_taken_over_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, locks = tmp_path / "downloads" / "x", iter([True])
+
+    def lock(fd: int, how: int) -> None:
+        if next(locks, False):
+            path.unlink()
+        flock(fd, how)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with Downloads(tmp_path / "downloads").partial("x", deadline=Deadline(30), waiting=print) as partial:
+        assert partial.size == 0
+    assert next(locks, None) is None
