@@ -19,7 +19,7 @@ from pytest_vmbottle import host
 from pytest_vmbottle._os import format_size, private_dir, run_tool
 from pytest_vmbottle.backends.qemu import QemuBackend, proof
 from pytest_vmbottle.backends.qemu.backend import Proof
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images import RECIPES
 from pytest_vmbottle.images.apt import apt_sources
@@ -271,6 +271,9 @@ def _catalog(root: Path) -> _Answer:
         catalog = Catalog(root)
     except CatalogError as error:
         return _missing(str(error), "export VMBOTTLE_CATALOG=/var/tmp/vmbottle-$USER", **details)
+    if catalog.root == default_root() and default_reason():
+        text = f"{default_reason()}, so {catalog.root} is used: what is made in a container's own files is gone with it"
+        return _degraded(text, "export VMBOTTLE_CATALOG=DIR  # one that is kept", **details)
     return _ok(f"{catalog.root} can be used, on {kind or 'a file system that cannot be told'}", **details)
 
 
@@ -290,30 +293,14 @@ def _disk_space(root: Path) -> _Answer:
 
 def _memory() -> _Answer:
     # The RAM of machines is memory without a name (memfd), so the size of no tmpfs limits it.
-    available, total, limit = host.available_memory(), host.total_memory(), _cgroup_limit()
-    usable = available if limit is None else min(available, limit)
-    details = {"available": available, "total": total, "cgroup_limit": limit}
-    text = f"{format_size(usable)} of {format_size(total)} are available for machines"
-    if limit is not None and limit < total:
-        text += f", with a limit of {format_size(limit)} on this control group"
-    if usable < _LITTLE_MEMORY:
+    available, total, groups = host.available_memory(), host.total_memory(), host.control_groups()
+    details = {"available": available, "total": total, "control_groups": [attrs.asdict(group) for group in groups]}
+    text = f"{format_size(available)} of {format_size(total)} are available for machines"
+    if total in (group.limit for group in groups):
+        text += ", which is the limit of this control group"
+    if available < _LITTLE_MEMORY:
         return _degraded(f"{text}: run few at once, with a small memory=", "", **details)
     return _ok(text, **details)
-
-
-def _cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of memory that this process's control group, or one above it, is limited to; None without a limit. See cgroups(7)."""
-    limits = []
-    for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
-        group = top / path.lstrip("/")
-        values = (_text(folder / name).strip() for folder in (group, *group.parents) if folder.is_relative_to(top))
-        limits += [int(value) for value in values if value.isdigit()]
-    # In version 1 no limit is a very large one.
-    return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
 def _setpriv() -> _Answer:

@@ -231,35 +231,16 @@ def test_machines_can_be_run_on_a_host_that_is_less_than_perfect(topic: str, sta
     assert can_run([finding("qemu-img", State.OK), finding(topic, state)])
 
 
-def test_memory_is_limited_by_the_tightest_control_group_above(tmp_path: Path) -> None:
-    membership, mounted = tmp_path / "cgroup", tmp_path / "fs"
-    (mounted / "a" / "b").mkdir(parents=True)
-    (mounted / "a" / "memory.max").write_text(f"{1 << 30}\n")
-    (mounted / "a" / "b" / "memory.max").write_text("max\n")
-    membership.write_text("0::/a/b\n")
-
-    assert doctor._cgroup_limit(membership, mounted) == 1 << 30
-
-
-def test_the_memory_limit_of_version_1_is_found_too_and_its_way_to_say_none(tmp_path: Path) -> None:
-    membership, mounted = tmp_path / "cgroup", tmp_path / "fs"
-    (mounted / "memory" / "job").mkdir(parents=True)
-    limit = mounted / "memory" / "job" / "memory.limit_in_bytes"
-    membership.write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
-    limit.write_text("9223372036854771712\n")
-    assert doctor._cgroup_limit(membership, mounted) is None
-
-    limit.write_text("536870912\n")
-    assert doctor._cgroup_limit(membership, mounted) == 512 << 20
-
-
-def test_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_cgroup_limit", lambda: 512 << 20)
+def test_little_memory_is_told_and_which_limit_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = host.ControlGroup(limit=512 << 20, used=412 << 20)
+    monkeypatch.setattr(host, "control_groups", lambda: (group,))
     answer = doctor._memory()
 
     assert answer.state is State.DEGRADED
-    assert "a limit of 512 MiB on this control group" in answer.text
-    assert list(tmp_path.iterdir()) == []
+    assert answer.text.startswith(
+        "100 MiB of 512 MiB are available for machines, which is the limit of this control group: run few at once"
+    )
+    assert answer.details["control_groups"] == [{"limit": 512 << 20, "used": 412 << 20}]
 
 
 def test_a_missing_kvm_device_is_brought_by_its_module(tmp_path: Path) -> None:
