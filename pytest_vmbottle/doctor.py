@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import resource
 import shutil
@@ -27,7 +28,7 @@ from pytest_vmbottle.spec import host_arch
 
 __all__ = ["Finding", "State", "can_run", "examine"]
 
-_NEEDED = frozenset({"qemu", "qemu-img", "accelerator", "catalog", "disk space"})
+_NEEDED = frozenset({"system", "qemu", "qemu-img", "accelerator", "catalog", "disk space"})
 _LITTLE_SPACE, _NO_SPACE = 10 << 30, 3 << 30
 _LITTLE_MEMORY = 1 << 30
 _FEW_FILES, _MANY_FILES = 1024, 4096
@@ -89,6 +90,7 @@ def examine(catalog_root: Path, *, accel: str = "auto") -> tuple[Finding, ...]:
     with _proofs(catalog_root) as proofs:
         qemu = _Qemu(QemuBackend(accelerator=accel, proofs=proofs), accel)
         probes: dict[str, Callable[[], _Answer]] = {
+            "system": _system,
             "qemu": _qemu,
             "qemu-img": _qemu_img,
             "accelerator": qemu.accelerator,
@@ -149,6 +151,13 @@ def _finding(topic: str, probe: Callable[[], _Answer]) -> Finding:
     except Exception as error:  # that a question found no answer is an answer, and the others are still to be asked
         answer = _unknown(f"this could not be found out: {type(error).__name__}: {error}")
     return Finding(topic=topic, state=answer.state, text=answer.text, remedy=answer.remedy, details=answer.details)
+
+
+def _system() -> _Answer:
+    name, release, machine = platform.system(), platform.release(), platform.machine()
+    if name == "Linux":
+        return _ok(f"Linux {release} on {machine}", release=release, machine=machine)
+    return _missing(f"machines are run on Linux, whose kernel ends and feeds them, and this is {name or 'unknown'}", system=name)
 
 
 # -- QEMU ------------------------------------------------------------------------------------------------------------------------------
@@ -246,10 +255,12 @@ def _why_emulated(proved: Proof, device: Path) -> tuple[str, str]:
     return f"{name} present, runs no guest: using TCG, which is many times slower ({evidence})", ""
 
 
-def _kvm_remedy(device: Path) -> str:
+def _kvm_remedy(device: Path, registered: Path = Path("/proc/misc")) -> str:
     try:
         status, group = device.stat(), device.group()
     except FileNotFoundError:
+        if "kvm" in _text(registered).split():
+            return "docker run --device /dev/kvm ...  # the kernel has it, and this container was not given it"
         vendor = "amd" if "AuthenticAMD" in _text(Path("/proc/cpuinfo")) else "intel"
         return f"sudo modprobe kvm_{vendor}  # if that fails, turn on virtualization in the firmware, or in what this host runs on"
     except KeyError:  # a group without a name

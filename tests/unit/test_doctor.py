@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pytest_vmbottle.spec import host_arch
 
 QEMU = f"qemu-system-{host_arch()}"
 TOPICS = {
-    *("qemu", "qemu-img", "accelerator", "packs", "catalog", "disk space", "memory", "setpriv", "open files"),
+    *("system", "qemu", "qemu-img", "accelerator", "packs", "catalog", "disk space", "memory", "setpriv", "open files"),
     *("mmdebstrap", "user namespaces", "archive keys"),
 }
 
@@ -212,7 +213,7 @@ def test_a_question_that_breaks_is_unknown_and_the_others_are_answered(tmp_path:
 def test_findings_are_fit_for_json(tmp_path: Path) -> None:
     found = examine(tmp_path / "catalog")
 
-    assert json.loads(json.dumps([attrs.asdict(each) for each in found]))[0]["state"] == "missing"
+    assert json.loads(json.dumps([attrs.asdict(each) for each in found]))[1]["state"] == "missing"
 
 
 @pytest.mark.parametrize(
@@ -243,8 +244,24 @@ def test_little_memory_is_told_and_which_limit_it_has(monkeypatch: pytest.Monkey
     assert answer.details["control_groups"] == [{"limit": 512 << 20, "used": 412 << 20}]
 
 
+def test_another_system_than_linux_runs_no_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._system().state is State.OK
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    answer = doctor._system()
+
+    assert answer.state is State.MISSING
+    assert answer.text.endswith("this is Darwin")
+    assert not can_run([finding("system", State.MISSING)])
+
+
 def test_a_missing_kvm_device_is_brought_by_its_module(tmp_path: Path) -> None:
-    assert doctor._kvm_remedy(tmp_path / "kvm").startswith("sudo modprobe kvm_")
+    assert doctor._kvm_remedy(tmp_path / "kvm", tmp_path / "misc").startswith("sudo modprobe kvm_")
+
+
+def test_a_kvm_device_that_only_the_container_lacks_is_to_be_given_to_it(tmp_path: Path) -> None:
+    (tmp_path / "misc").write_text("183 hw_random\n232 kvm\n")
+
+    assert doctor._kvm_remedy(tmp_path / "kvm", tmp_path / "misc").startswith("docker run --device /dev/kvm")
 
 
 def test_a_kvm_device_that_the_group_kvm_may_use_takes_joining_that_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
