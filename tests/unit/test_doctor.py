@@ -268,6 +268,7 @@ def test_a_kvm_device_that_the_group_kvm_may_use_takes_joining_that_group(tmp_pa
     device = tmp_path / "kvm"
     device.touch()
     device.chmod(0o660)
+    monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(Path, "group", lambda _: "kvm")
     assert doctor._kvm_remedy(device) == "sudo usermod -aG kvm $USER  # then log in again"
 
@@ -275,7 +276,17 @@ def test_a_kvm_device_that_the_group_kvm_may_use_takes_joining_that_group(tmp_pa
     assert "/etc/udev/rules.d/99-kvm.rules" in doctor._kvm_remedy(device)
 
 
-def test_a_kvm_device_of_another_group_takes_a_udev_rule(tmp_path: Path) -> None:
+def test_in_continuous_integration_nobody_logs_in_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    (tmp_path / "kvm").touch()
+    remedy = doctor._kvm_remedy(tmp_path / "kvm")
+
+    assert 'MODE="0666"' in remedy
+    assert "usermod" not in remedy
+
+
+def test_a_kvm_device_of_another_group_takes_a_udev_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
     device = tmp_path / "kvm"
     device.touch()
     remedy = doctor._kvm_remedy(device)
