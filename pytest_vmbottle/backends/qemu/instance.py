@@ -416,6 +416,8 @@ def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
 def _signal_hint(status: int) -> str:
     if status == -signal.SIGSYS:
         return " (a system call that its sandbox forbids)"
+    if status == -signal.SIGKILL:
+        return " (killed by SIGKILL, as the kernel does where memory runs out)"
     return f" (killed by {signal.Signals(-status).name})" if status < 0 else ""
 
 
