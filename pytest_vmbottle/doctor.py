@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import pwd
 import resource
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images import RECIPES
 from pytest_vmbottle.images.apt import apt_sources
+from pytest_vmbottle.images.builder import without_ids
 from pytest_vmbottle.spec import host_arch
 
 __all__ = ["Finding", "State", "can_run", "examine"]
@@ -379,8 +379,8 @@ def _namespaces() -> _Answer:
     newuidmap, mmdebstrap = _tool("newuidmap"), _tool("mmdebstrap")
     if newuidmap is None:
         return _degraded(f"there is no newuidmap: without root, {_CANNOT_BUILD}", "sudo apt-get install uidmap", needed=True)
-    if not all(_has_ids(Path(path)) for path in ("/etc/subuid", "/etc/subgid")):
-        remedy = "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $USER"
+    remedy = without_ids()
+    if remedy:
         return _degraded(f"this user has no subordinate user and group ids: without root, {_CANNOT_BUILD}", remedy, needed=True)
     if mmdebstrap is None:
         return _unknown("whether this user gets one is tried with mmdebstrap, which is missing", needed=True)
@@ -391,13 +391,6 @@ def _namespaces() -> _Answer:
             f"this user gets none, which was said with {said!r}: without root, {_CANNOT_BUILD}", _allow_namespaces(), needed=True
         )
     return _ok("this user gets one, and builds images in it", needed=True)
-
-
-def _has_ids(file: Path) -> bool:
-    names = {str(os.geteuid())}
-    with suppress(KeyError):  # a container's user may have no name
-        names.add(pwd.getpwuid(os.geteuid()).pw_name)
-    return any(line.split(":")[0] in names for line in _text(file).splitlines())
 
 
 def _allow_namespaces() -> str:

@@ -293,13 +293,3 @@ def test_a_kvm_device_of_another_group_takes_a_udev_rule(tmp_path: Path, monkeyp
 
     assert remedy.startswith("""echo 'KERNEL=="kvm", GROUP="kvm", MODE="0660\"""")
     assert "udevadm control --reload" in remedy
-
-
-def test_subordinate_ids_are_found_by_number(tmp_path: Path) -> None:
-    file = tmp_path / "subuid"
-    assert not doctor._has_ids(file)
-    file.write_text("somebody:100000:65536\n")
-    assert not doctor._has_ids(file)
-    file.write_text(f"somebody:100000:65536\n{os.geteuid()}:165536:65536\n")
-
-    assert doctor._has_ids(file)
