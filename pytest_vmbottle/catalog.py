@@ -56,7 +56,7 @@ def default_reason() -> str:
 def _can_be_made(folder: Path) -> bool:
     """Whether a folder is writable or could be made, with those above it that are missing."""
     there = next(each for each in (folder, *folder.parents) if os.path.exists(each))  # noqa: PTH110 - where we may not look, Path raises
-    return os.access(there, os.W_OK | os.X_OK)
+    return folder.is_absolute() and os.access(there, os.W_OK | os.X_OK)  # a user without a name or HOME has "~/.cache"
 
 
 class Catalog:
