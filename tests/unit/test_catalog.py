@@ -173,10 +173,12 @@ def test_where_the_cache_folder_cannot_be_written_the_default_is_a_private_folde
     assert default_reason() == f"{no_cache} cannot be written"
 
 
-def test_a_cache_folder_that_depends_on_where_one_stands_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "~/.cache")  # what a user without a name and without HOME has
+def test_a_user_without_a_home_has_no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a number that no user has, where HOME is not set
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     assert default_root() == Path(f"/var/tmp/pytest-vmbottle-{os.geteuid()}")
+    assert default_reason() == "this user has no home"
 
 
 def test_where_nothing_can_be_written_the_default_is_what_it_always_was(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
