@@ -30,15 +30,45 @@ from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
 
-__all__ = ["Catalog", "default_root"]
+__all__ = ["Catalog", "default_reason", "default_root"]
 
 _LONG_WAIT = 2.0
 """Seconds after which somebody who waits for a lock is told so."""
 
 
+_LASTING = (Path("/var/tmp"), Path("/tmp"))  # noqa: S108 - a folder there is only used if it is ours alone: see _check_ours
+"""Where everybody may write, what outlasts a boot first."""
+
+
 def default_root() -> Path:
-    """Where the catalog is unless said otherwise: the user's cache folder."""
-    return platformdirs.user_cache_path("pytest-vmbottle")
+    """Where the catalog is unless said otherwise: in the user's cache folder or, where that cannot be written, in a public one."""
+    usual, name = _usual(), f"pytest-vmbottle-{os.geteuid()}"
+    if usual is not None and _can_be_made(usual):
+        return usual
+    return next((folder / name for folder in _LASTING if _can_be_made(folder)), usual or _LASTING[0] / name)
+
+
+def default_reason() -> str:
+    """Why the catalog is not in the user's cache folder by default, as in containers whose home is read-only; empty where it is."""
+    usual = _usual()
+    if usual is None:
+        return "this user has no home"
+    return "" if _can_be_made(usual) else f"{usual.parent} cannot be written"
+
+
+def _usual() -> Path | None:
+    """The place in the user's cache folder; None for who has none: a container's user without a name and without HOME."""
+    try:
+        folder = platformdirs.user_cache_path("pytest-vmbottle")
+    except RuntimeError:
+        return None
+    return folder if folder.is_absolute() else None
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether a folder is writable or could be made, with those above it that are missing."""
+    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))  # noqa: PTH110 - where we may not look, Path raises
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 class Catalog:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import pwd
+import platform
 import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from pytest_vmbottle import host
 from pytest_vmbottle._os import format_size, private_dir, run_tool
 from pytest_vmbottle.backends.qemu import QemuBackend, proof
 from pytest_vmbottle.backends.qemu.backend import Proof
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images import RECIPES
 from pytest_vmbottle.images.apt import apt_sources
+from pytest_vmbottle.images.builder import without_ids
 from pytest_vmbottle.spec import host_arch
 
 __all__ = ["Finding", "State", "can_run", "examine"]
 
-_NEEDED = frozenset({"qemu", "qemu-img", "accelerator", "catalog", "disk space"})
+_NEEDED = frozenset({"system", "qemu", "qemu-img", "accelerator", "catalog", "disk space"})
 _LITTLE_SPACE, _NO_SPACE = 10 << 30, 3 << 30
 _LITTLE_MEMORY = 1 << 30
 _FEW_FILES, _MANY_FILES = 1024, 4096
@@ -89,6 +90,7 @@ def examine(catalog_root: Path, *, accel: str = "auto") -> tuple[Finding, ...]:
     with _proofs(catalog_root) as proofs:
         qemu = _Qemu(QemuBackend(accelerator=accel, proofs=proofs), accel)
         probes: dict[str, Callable[[], _Answer]] = {
+            "system": _system,
             "qemu": _qemu,
             "qemu-img": _qemu_img,
             "accelerator": qemu.accelerator,
@@ -149,6 +151,13 @@ def _finding(topic: str, probe: Callable[[], _Answer]) -> Finding:
     except Exception as error:  # that a question found no answer is an answer, and the others are still to be asked
         answer = _unknown(f"this could not be found out: {type(error).__name__}: {error}")
     return Finding(topic=topic, state=answer.state, text=answer.text, remedy=answer.remedy, details=answer.details)
+
+
+def _system() -> _Answer:
+    name, release, machine = platform.system(), platform.release(), platform.machine()
+    if name == "Linux":
+        return _ok(f"Linux {release} on {machine}", release=release, machine=machine)
+    return _missing(f"machines are run on Linux, whose kernel ends and feeds them, and this is {name or 'unknown'}", system=name)
 
 
 # -- QEMU ------------------------------------------------------------------------------------------------------------------------------
@@ -246,19 +255,27 @@ def _why_emulated(proved: Proof, device: Path) -> tuple[str, str]:
     return f"{name} present, runs no guest: using TCG, which is many times slower ({evidence})", ""
 
 
-def _kvm_remedy(device: Path) -> str:
+def _kvm_remedy(device: Path, registered: Path = Path("/proc/misc")) -> str:
     try:
         status, group = device.stat(), device.group()
     except FileNotFoundError:
+        if "kvm" in _text(registered).split():
+            return "docker run --device /dev/kvm ...  # the kernel has it, and this container was not given it"
         vendor = "amd" if "AuthenticAMD" in _text(Path("/proc/cpuinfo")) else "intel"
         return f"sudo modprobe kvm_{vendor}  # if that fails, turn on virtualization in the firmware, or in what this host runs on"
     except KeyError:  # a group without a name
         status, group = device.stat(), ""
     join = "sudo usermod -aG kvm $USER  # then log in again"
+    if os.environ.get("CI"):  # where nobody logs in again, and there is nobody else
+        return _udev_rule("0666")
     if group == "kvm" and status.st_mode & 0o060 == 0o060:  # noqa: PLR2004 - the group may read and write
         return join
-    rule = """echo 'KERNEL=="kvm", GROUP="kvm", MODE="0660", OPTIONS+="static_node=kvm"' | sudo tee /etc/udev/rules.d/99-kvm.rules"""
-    return f"{rule} && sudo udevadm control --reload && sudo udevadm trigger --name-match=kvm && {join}"
+    return f"{_udev_rule('0660')} && {join}"
+
+
+def _udev_rule(mode: str) -> str:
+    rule = f"""echo 'KERNEL=="kvm", GROUP="kvm", MODE="{mode}", OPTIONS+="static_node=kvm"' | sudo tee /etc/udev/rules.d/99-kvm.rules"""
+    return f"{rule} && sudo udevadm control --reload && sudo udevadm trigger --name-match=kvm"
 
 
 # -- the catalog, space and limits -----------------------------------------------------------------------------------------------------
@@ -271,6 +288,9 @@ def _catalog(root: Path) -> _Answer:
         catalog = Catalog(root)
     except CatalogError as error:
         return _missing(str(error), "export VMBOTTLE_CATALOG=/var/tmp/vmbottle-$USER", **details)
+    if catalog.root == default_root() and default_reason():
+        text = f"{default_reason()}, so {catalog.root} is used: what is made in a container's own files is gone with it"
+        return _degraded(text, "export VMBOTTLE_CATALOG=DIR  # one that is kept", **details)
     return _ok(f"{catalog.root} can be used, on {kind or 'a file system that cannot be told'}", **details)
 
 
@@ -290,30 +310,14 @@ def _disk_space(root: Path) -> _Answer:
 
 def _memory() -> _Answer:
     # The RAM of machines is memory without a name (memfd), so the size of no tmpfs limits it.
-    available, total, limit = host.available_memory(), host.total_memory(), _cgroup_limit()
-    usable = available if limit is None else min(available, limit)
-    details = {"available": available, "total": total, "cgroup_limit": limit}
-    text = f"{format_size(usable)} of {format_size(total)} are available for machines"
-    if limit is not None and limit < total:
-        text += f", with a limit of {format_size(limit)} on this control group"
-    if usable < _LITTLE_MEMORY:
+    available, total, groups = host.available_memory(), host.total_memory(), host.control_groups()
+    details = {"available": available, "total": total, "control_groups": [attrs.asdict(group) for group in groups]}
+    text = f"{format_size(available)} of {format_size(total)} are available for machines"
+    if total in (group.limit for group in groups):
+        text += ", which is the limit of this control group"
+    if available < _LITTLE_MEMORY:
         return _degraded(f"{text}: run few at once, with a small memory=", "", **details)
     return _ok(text, **details)
-
-
-def _cgroup_limit(membership: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of memory that this process's control group, or one above it, is limited to; None without a limit. See cgroups(7)."""
-    limits = []
-    for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
-        group = top / path.lstrip("/")
-        values = (_text(folder / name).strip() for folder in (group, *group.parents) if folder.is_relative_to(top))
-        limits += [int(value) for value in values if value.isdigit()]
-    # In version 1 no limit is a very large one.
-    return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
 def _setpriv() -> _Answer:
@@ -375,8 +379,8 @@ def _namespaces() -> _Answer:
     newuidmap, mmdebstrap = _tool("newuidmap"), _tool("mmdebstrap")
     if newuidmap is None:
         return _degraded(f"there is no newuidmap: without root, {_CANNOT_BUILD}", "sudo apt-get install uidmap", needed=True)
-    if not all(_has_ids(Path(path)) for path in ("/etc/subuid", "/etc/subgid")):
-        remedy = "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $USER"
+    remedy = without_ids()
+    if remedy:
         return _degraded(f"this user has no subordinate user and group ids: without root, {_CANNOT_BUILD}", remedy, needed=True)
     if mmdebstrap is None:
         return _unknown("whether this user gets one is tried with mmdebstrap, which is missing", needed=True)
@@ -387,13 +391,6 @@ def _namespaces() -> _Answer:
             f"this user gets none, which was said with {said!r}: without root, {_CANNOT_BUILD}", _allow_namespaces(), needed=True
         )
     return _ok("this user gets one, and builds images in it", needed=True)
-
-
-def _has_ids(file: Path) -> bool:
-    names = {str(os.geteuid())}
-    with suppress(KeyError):  # a container's user may have no name
-        names.add(pwd.getpwuid(os.geteuid()).pw_name)
-    return any(line.split(":")[0] in names for line in _text(file).splitlines())
 
 
 def _allow_namespaces() -> str:

@@ -1,26 +1,80 @@
-"""What this computer has: memory and file systems."""
+"""What this computer has, and lets this process have: memory and file systems."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import psutil
 
-__all__ = ["available_memory", "file_system", "total_memory"]
+__all__ = ["ControlGroup", "available_memory", "control_groups", "file_system", "is_network_file_system", "total_memory"]
 
 _NETWORK = frozenset(
     {"9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "virtiofs"}
 )
+_MEMBERSHIP, _MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 60
+"""In version 1 of control groups, no limit is a number above this one."""
+
+
+@attrs.frozen(kw_only=True)
+class ControlGroup:
+    """A control group with a limit of memory, as containers and batch systems set it.
+
+    Attributes:
+        limit: Bytes that its processes may have together.
+        used: Bytes that they have, without the cached parts of files, which the kernel gives up where memory is short.
+    """
+
+    limit: int
+    used: int
+
+    @property
+    def free(self) -> int:
+        """Bytes that are left, never below 0."""
+        return max(0, self.limit - self.used)
 
 
 def total_memory() -> int:
-    """Bytes of memory of this computer."""
-    return int(psutil.virtual_memory().total)
+    """Bytes of memory that this process may have: this computer's, or what its control groups are limited to."""
+    return min([int(psutil.virtual_memory().total), *(group.limit for group in control_groups())])
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Bytes that can be had now without swapping, and without being killed for exceeding the limit of a control group."""
+    return min([int(psutil.virtual_memory().available), *(group.free for group in control_groups())])
+
+
+def control_groups(membership: Path = _MEMBERSHIP, mounted: Path = _MOUNTED) -> tuple[ControlGroup, ...]:
+    """The control groups, this process's and those above it, whose memory is limited: see cgroups(7)."""
+    found = []
+    for line in _text(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            top = mounted / "memory" if controllers else mounted
+            # In a container the path may be the host's, and what is mounted begins further down: then only `top` is there.
+            folder = top / path.lstrip("/")
+            levels = [level for level in (folder, *folder.parents) if level.is_relative_to(top)]
+            found += [group for level in levels if (group := _group(level, old=bool(controllers)))]
+    return tuple(found)
+
+
+def _group(folder: Path, *, old: bool) -> ControlGroup | None:
+    limit = _text(folder / ("memory.limit_in_bytes" if old else "memory.max")).strip()
+    if not limit.isdigit() or int(limit) >= _NO_LIMIT:
+        return None
+    usage = _text(folder / ("memory.usage_in_bytes" if old else "memory.current")).strip()
+    counts = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+    prefix = "total_" if old else ""
+    cached = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return ControlGroup(limit=int(limit), used=max(0, int(usage or 0) - cached))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def file_system(path: Path) -> str:

@@ -343,12 +343,15 @@ class _Session:
 
     def describe_host(self) -> str:
         """One line: what machines run on, and why."""
+        from pytest_vmbottle.catalog import default_reason
+
         try:
             able = self.provisioner("auto").capabilities
         except (VMBottleError, pytest.UsageError) as error:
             return f"vmbottle: no machine can be run here: {error}"
         runs_on = f"{able.backend} ({able.version}), {able.accelerator} [{able.reason}]"
-        return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}"
+        why = "" if _option(self._config, "catalog") else default_reason()
+        return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}{f' ({why})' if why else ''}"
 
     def wrong_marks(self) -> pytest.UsageError:
         """What is wrong with the marks of all tests."""

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from pytest_vmbottle.spec import host_arch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["build", "can_build"]
+__all__ = ["build", "can_build", "without_ids"]
 
 _CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip"
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(?:[=/][A-Za-z0-9.+:~-]+)?")
@@ -263,16 +263,26 @@ def _is_empty(group: int) -> bool:
     return False
 
 
+def without_ids(files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> str:
+    """The command that gives this user ids of others to build with, if there are none yet; else nothing. See subuid(5)."""
+    number, name = str(os.geteuid()), ""
+    with suppress(KeyError):  # a container's user may have no name
+        name = pwd.getpwuid(os.geteuid()).pw_name
+    ranges = [_SUBORDINATE.findall(file.read_text()) if file.exists() else [] for file in files]
+    if all(any(owner in (name, number) for owner, _, _ in entries) for entries in ranges):
+        return ""
+    # Behind everybody else's: ids that two users share would let each at the other's files.
+    first = max([100_000, *(int(start) + int(count) for entries in ranges for _, start, count in entries)])
+    if not name:
+        return " && ".join(f"echo {number}:{first}:65536 | sudo tee -a {file}" for file in files)
+    return f"sudo usermod --add-subuids {first}-{first + 65_535} --add-subgids {first}-{first + 65_535} {name}"
+
+
 def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> BackendUnavailable:
     """Says why an ordinary user cannot pass for root here."""
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    ranges = [_SUBORDINATE.findall(file.read_text()) if file.exists() else [] for file in files]
-    if not all(any(owner in (user, str(os.geteuid())) for owner, _, _ in entries) for entries in ranges):
-        # Behind everybody else's: ids that two users share would let each at the other's files.
-        first = max([100_000, *(int(start) + int(count) for entries in ranges for _, start, count in entries)])
-        span = f"{first}-{first + 65_535}"
-        reason = f"{user} has no subordinate user and group ids, which building without root needs"
-        return BackendUnavailable(reason, f"sudo usermod --add-subuids {span} --add-subgids {span} {user}")
+    remedy = without_ids(files)
+    if remedy:
+        return BackendUnavailable("this user has no subordinate user and group ids, which building without root needs", remedy)
     return BackendUnavailable(
         f"this host gives an ordinary user no user namespace, which building without root needs ({output})",
         "Build as root, or allow it: sudo sysctl -w kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 "

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from pytest_vmbottle import CatalogError
+from pytest_vmbottle import catalog as catalog_module
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.catalog import Catalog, default_root
+from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 
 PRELUDE = """
 import sys, time, os
@@ -156,6 +157,36 @@ def test_the_default_catalog_is_in_the_users_cache_folder(monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     assert default_root() == tmp_path / "pytest-vmbottle"
+    assert default_reason() == ""
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder in which not even root can make anything, because it is a file."""
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_where_the_cache_folder_cannot_be_written_the_default_is_a_private_folder_in_a_public_one(no_cache: Path) -> None:
+    assert default_root() == Path(f"/var/tmp/pytest-vmbottle-{os.geteuid()}")
+    assert default_reason() == f"{no_cache} cannot be written"
+
+
+def test_a_user_without_a_home_has_no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a number that no user has, where HOME is not set
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    assert default_root() == Path(f"/var/tmp/pytest-vmbottle-{os.geteuid()}")
+    assert default_reason() == "this user has no home"
+
+
+def test_where_nothing_can_be_written_the_default_is_what_it_always_was(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog_module, "_LASTING", (no_cache,))
+
+    assert default_root() == no_cache / "pytest-vmbottle"
+    with pytest.raises(CatalogError, match="--vm-catalog"):
+        Catalog(default_root())
 
 
 # -- locks -----------------------------------------------------------------------------------------------------------------------------

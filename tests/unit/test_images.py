@@ -764,6 +764,16 @@ class TestBuilding:
         files[0].unlink()
         assert "subordinate" in building._no_namespaces("", files).reason
 
+    def test_a_user_without_a_name_gets_subordinate_ids_by_number(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = tmp_path / "subuid", tmp_path / "subgid"
+        monkeypatch.setattr(os, "geteuid", lambda: 2_000_000_001)
+        files[0].write_text("somebody:100000:65536\n")
+        remedy = building.without_ids(files)
+        assert remedy == " && ".join(f"echo 2000000001:165536:65536 | sudo tee -a {file}" for file in files)
+        for file in files:
+            file.write_text("2000000001:165536:65536\n")
+        assert building.without_ids(files) == ""
+
     def test_an_architecture_without_a_recipe_is_refused(self, store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(building, "host_arch", lambda: "m68k")
         with pytest.raises(BackendUnavailable, match="no recipe for m68k"):

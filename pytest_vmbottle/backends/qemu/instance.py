@@ -17,7 +17,7 @@ from typing import Literal
 import attrs
 
 from pytest_vmbottle import host
-from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, run_tool
+from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start
 from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.process import QemuProcess
@@ -277,7 +277,7 @@ class Ram:
         if self.private and source.saved is not None:
             self.path = source.saved / _RAM
             return
-        self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / _RAM)
+        self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / _RAM, spec)
         self.path = Path(f"/proc/self/fd/{self.fd}")
         os.ftruncate(self.fd, spec.memory)
         if template and source.saved is not None:
@@ -295,8 +295,20 @@ def _anonymous(rundir: Path) -> int:
     return os.memfd_create(f"vmbottle-{rundir.name}", os.MFD_CLOEXEC)
 
 
-def _file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _file(path: Path, spec: MachineSpec) -> int:
+    """A file that has all of its blocks: where a disk has no room for a page that is touched, QEMU would be killed (SIGBUS)."""
+    size, free = format_size(spec.memory), shutil.disk_usage(path.parent).free
+    hint = "ask for less with memory=, make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+    if free < spec.memory:
+        reason = f"memory has no room for {size} of RAM now, and {path.parent} has only {format_size(free)} for a file"
+        raise MachineError(f"{reason}: {hint}", machine=spec.name)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, spec.memory)
+    except OSError as error:
+        os.close(fd)
+        raise MachineError(f"{size} of RAM cannot be had in {path.parent}: {error.strerror}; {hint}", machine=spec.name) from error
+    return fd
 
 
 class _Watch:
@@ -404,6 +416,8 @@ def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
 def _signal_hint(status: int) -> str:
     if status == -signal.SIGSYS:
         return " (a system call that its sandbox forbids)"
+    if status == -signal.SIGKILL:
+        return " (killed by SIGKILL, as the kernel does where memory runs out)"
     return f" (killed by {signal.Signals(-status).name})" if status < 0 else ""
 
 

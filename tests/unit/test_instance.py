@@ -1,0 +1,45 @@
+"""Where the RAM of a machine comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_vmbottle import MachineError, MachineSpec, host
+from pytest_vmbottle.backend import Keys, Start
+from pytest_vmbottle.backends.qemu.instance import Ram
+
+
+def ram(rundir: Path, memory: str) -> Ram:
+    keys = Keys(user_private="", user_public="", host_private="", host_public="")
+    start = Start(disks=(), disk_size=1, kernel=None, initrd=None, cmdline="", seed=rundir / "seed", keys=keys)
+    return Ram(MachineSpec.resolve("x", {"memory": memory}), start, rundir)
+
+
+def test_ram_is_memory_without_a_name(tmp_path: Path) -> None:
+    held = ram(tmp_path, "64M")
+    try:
+        assert held.path.stat().st_size == 64 << 20
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        held.close()
+
+
+def test_where_memory_is_short_it_is_a_file_with_room_for_every_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_memory", lambda: 32 << 20)
+    held = ram(tmp_path, "64M")
+    held.close()
+    (file,) = tmp_path.iterdir()
+
+    assert file.stat().st_size == 64 << 20
+    assert file.stat().st_blocks * 512 >= 64 << 20
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_where_the_disk_is_short_too_nothing_is_started_and_what_to_do_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_memory", lambda: 32 << 20)
+    with pytest.raises(MachineError, match=r"no room for 1024 TiB of RAM now, and .* has only .* for a file: ask for less with memory="):
+        ram(tmp_path, "1024T")
+
+    assert list(tmp_path.iterdir()) == []
