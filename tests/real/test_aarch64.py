@@ -1,0 +1,72 @@
+"""Guests of another architecture: a real aarch64 system under the plugin, emulated on whatever this host is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.images import Image, ImageStore
+
+TESTS = """
+import time
+import pytest
+from pytest_vmbottle import layer
+
+@layer("arm", arch="aarch64", memory="256M")
+def prepared(vm):
+    vm.path("/root/lasting").write_text("lasting")
+    vm.path("/run/in-memory").write_text("kept")
+
+pytestmark = pytest.mark.vm(prepared)
+
+def test_its_processor_is_an_arm_and_it_is_as_the_layer_left_it(vm, pytestconfig):
+    assert vm.exec(["uname", "-m"]).stdout == "aarch64\\n"
+    assert vm.path("/root/lasting").read_text() == "lasting"
+    assert vm.path("/run/in-memory").exists() == (pytestconfig.getoption("--vm-pack") != "disk")
+    vm.path("/root/mine").write_text("changed")
+    vm.path("/run/mine").write_text("changed")
+    vm.exec("sync")
+
+def test_a_fresh_clone_has_nothing_of_another_ones_and_is_awake(vm):
+    assert not vm.path("/root/mine").exists()
+    assert not vm.path("/run/mine").exists()
+    assert vm.exec(["cat"], input="in and out").stdout == "in and out"
+    assert abs(float(vm.exec(["date", "+%s"]).stdout) - time.time()) < 5
+"""
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """A catalog with the image "arm"."""
+    parts = tmp_path_factory.mktemp("arm64")
+    subprocess.run([sys.executable, Path(__file__).with_name("arm64_image.py"), parts], check=True)
+    catalog = Catalog(tmp_path_factory.mktemp("catalog"))
+    _add(catalog, parts)
+    return catalog
+
+
+def _add(catalog: Catalog, parts: Path) -> Image:
+    kernel, initrd = parts / "vmlinuz", parts / "initrd"
+    cmdline = "console=ttyAMA0 quiet"
+    return ImageStore(catalog.images).add(parts / "disk.raw", name="arm", kernel=kernel, initrd=initrd, cmdline=cmdline, arch="aarch64")
+
+
+@pytest.mark.parametrize("kind", list(PackKind))
+def test_tests_get_aarch64_machines_from_packs_of_each_kind(
+    kind: PackKind, arm: Catalog, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    pytester.makepyfile(TESTS)
+
+    result = pytester.runpytest_subprocess("--vm-catalog", str(arm.root), f"--vm-pack={kind}", "-p", "no:cacheprovider")
+
+    result.assert_outcomes(passed=2)
+    poured = 0 if kind is PackKind.DISK else 2
+    result.stdout.fnmatch_lines([f"*vmbottle: {poured} machine* poured, *"])
