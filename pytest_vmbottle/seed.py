@@ -49,8 +49,9 @@ def _ours(hostname: str, keys: Keys) -> dict[str, object]:
         "ssh_pwauth": False,
         "ssh_deletekeys": True,
         "ssh_keys": {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public},
+        # For root too, since it is not disabled. Named among the `users`, root would get its password locked, and an sshd without PAM, as
+        # Alpine's, lets nobody in whose password is (cloudinit/config/cc_ssh.py, cloudinit/distros/__init__.py).
         "ssh_authorized_keys": [keys.user_public],
-        "users": ["default", {"name": "root", "lock_passwd": True, "ssh_authorized_keys": [keys.user_public]}],
     }
 
 
