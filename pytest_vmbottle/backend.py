@@ -15,6 +15,7 @@ from pytest_vmbottle.result import printable, tail
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = [
+    "GUEST_MAC",
     "GUEST_PATH",
     "MAX_OUTPUT",
     "Backend",
@@ -39,6 +40,9 @@ MAX_OUTPUT = 16 << 20
 
 GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where programs are looked up in a guest."""
+
+GUEST_MAC = "52:54:00:12:34:56"
+"""The address of the network card by which a guest is reached from the host; each machine has a network of its own."""
 
 
 class PackKind(StrEnum):

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -28,12 +27,13 @@ from pytest_vmbottle.images import ImageStore
 from pytest_vmbottle.images.apt import apt_sources
 from pytest_vmbottle.images.builder import _Workshop
 from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.spec import digest
 
 PACKAGES = """
     linux-image-cloud-amd64 grub-pc-bin grub-common init systemd systemd-sysv udev dbus libpam-systemd e2fsprogs fdisk cloud-guest-utils
     cloud-init netplan.io openssh-server sudo python3 iproute2 procps ca-certificates
 """
-ROOT = uuid.uuid4()
+ROOT = "5f0c2c7e-6d0b-4f43-9c1c-6f3a3b2d9a10"
 FILES = {
     "etc/fstab": f"UUID={ROOT} / ext4 rw,discard,errors=remount-ro 0 1\n",
     "etc/hostname": "localhost\n",
@@ -63,7 +63,7 @@ def make_official(folder: Path) -> None:
     with _Workshop.opened(print) as shop:
         root, raw = shop.folder / "root", shop.folder / "disk.raw"
         install(shop, root)
-        shop.run("mv", root / "agent", shop.folder / "agent") if os.geteuid() == 0 else shop.run_as_root("mv", root / "agent", shop.folder)
+        shop.run_as_root("mv", root / "agent", shop.folder)
         raw.touch()
         os.truncate(raw, SIZE)
         table = f"label: gpt\n14: start={LOADER // SECTOR}, size={(SYSTEM - LOADER) // SECTOR}, type=21686148-6449-6E6F-744E-656564454649\n"
@@ -71,7 +71,7 @@ def make_official(folder: Path) -> None:
         subprocess.run(["/usr/sbin/sfdisk", "-q", raw], input=table, text=True, check=True)
         raw.chmod(0o666)
         where = f"offset={SYSTEM}"
-        shop.run_as_root("mke2fs", "-q", "-t", "ext4", "-U", str(ROOT), "-E", where, "-d", root, raw, f"{(SIZE - SYSTEM - MIB) >> 10}k")
+        shop.run_as_root("mke2fs", "-q", "-t", "ext4", "-U", ROOT, "-E", where, "-d", root, raw, f"{(SIZE - SYSTEM - MIB) >> 10}k")
         load_grub(raw, root / "usr/lib/grub/i386-pc/boot.img", root / "boot/grub/core.img")
         shop.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, folder / "disk.qcow2")
         shutil.copytree(shop.folder / "agent", folder / "agent", ignore=shutil.ignore_patterns("partial", "lock"))
@@ -117,7 +117,7 @@ def load_grub(raw: Path, boot: Path, core: Path) -> None:
 @pytest.fixture(scope="module")
 def official(vm_catalog: Catalog) -> Path:
     """A folder with the disk, made once for all workers and runs that share a catalog."""
-    folder = vm_catalog.root / f"official-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+    folder = vm_catalog.root / f"official-{digest(PACKAGES, FILES, GRUB)[:12]}"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             unfinished = folder.with_suffix(".new")
@@ -188,9 +188,9 @@ def repository(official: Path, tmp_path: Path) -> Iterator[int]:
 def test_where_a_guest_reaches_its_packages_the_agent_is_installed_in_the_pack(
     official: Path, repository: int, vm_factory: Callable[..., Machine]
 ) -> None:
-    sources = f"deb [trusted=yes] http://10.0.2.2:{repository} ./\n"
-    user_data = {"bootcmd": ["rm -f /etc/apt/sources.list.d/*"], "apt": {"sources_list": sources}}
-    vm = vm_factory(official / "disk.qcow2", disk="3G", network=True, user_data=user_data)
+    source = f"deb [trusted=yes] http://10.0.2.2:{repository} ./"
+    first = f"rm -f /etc/apt/sources.list.d/*; echo '{source}' > /etc/apt/sources.list"
+    vm = vm_factory(official / "disk.qcow2", disk="3G", network=True, user_data={"bootcmd": [first]})
 
     assert type(vm._channel) is GuestAgent
     assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"]).stdout == "active\n"

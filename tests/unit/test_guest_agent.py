@@ -130,7 +130,7 @@ def test_an_agent_that_is_forbidden_to_run_commands_is_found_out(peer: Peer, age
     assert agent.runs_commands(deadline=Deadline(5)) is runs
 
 
-def test_an_agent_that_does_not_tell_what_it_may_do_is_a_lost_machine(peer: Peer, agent: GuestAgent) -> None:
+def test_an_agent_that_does_not_tell_what_it_may_do_is_a_lost_machine(agent: GuestAgent) -> None:
     with pytest.raises(MachineDied, match="guest-info makes no sense"):
         agent.runs_commands(deadline=Deadline(5))
 
