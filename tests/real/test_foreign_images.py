@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shlex
 import shutil
 import struct
@@ -19,6 +20,8 @@ import pytest
 from filelock import FileLock
 
 from pytest_vmbottle import Machine, MachineSpec, layer
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import GUEST_PATH, Command
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.guest_agent import GuestAgent
@@ -202,8 +205,9 @@ def fettered(vm: Machine) -> None:
     unit = f"[Service]\nExecStart=\nExecStart=/usr/sbin/qemu-ga --block-rpcs={forbidden}\n"
     vm.path("/etc/systemd/system/qemu-guest-agent.service.d/as-fedora.conf").parent.mkdir()
     vm.path("/etc/systemd/system/qemu-guest-agent.service.d/as-fedora.conf").write_text(unit)
-    vm.exec("systemctl daemon-reload; systemd-run --on-active=1 systemctl restart qemu-guest-agent")
-    time.sleep(4)
+    restart = Command(argv=("sh", "-c", "systemctl daemon-reload; systemctl restart qemu-guest-agent"), env=(("PATH", GUEST_PATH),))
+    ssh = vm._instance.channel(deadline=Deadline(120), bulk=True)  # the agent would end the command with itself
+    assert ssh.run(restart, deadline=Deadline(60)).returncode == 0
 
 
 @pytest.mark.vm(fettered)
@@ -212,12 +216,11 @@ def test_an_agent_that_is_forbidden_to_run_commands_is_not_the_channel(vm: Machi
     assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"]).stdout == "active\n"
 
 
-@layer("debian-12")
-def without_python(vm: Machine) -> None:
-    vm.exec("echo kept > /root/kept; rm /usr/bin/python3*")
-
-
 def test_a_guest_without_python_gets_a_disk_pack_and_that_is_told(vm_catalog: Catalog) -> None:
+    @layer("debian-12", version=secrets.token_hex(4))
+    def without_python(vm: Machine) -> None:
+        vm.exec("echo kept > /root/kept; rm /usr/bin/python3*")
+
     said: list[str] = []
     provisioner = Provisioner(vm_catalog, QemuBackend(proofs=vm_catalog.proofs), name="qemu", settings=Settings(warn=said.append))
     with provisioner.machine(MachineSpec.resolve(without_python, {})) as vm:

@@ -156,6 +156,7 @@ class QemuInstance:
         except HostKeyMismatch as error:  # the image's own key, until cloud-init has put the machine's in its place
             said[:] = [str(error)]
         if self._ssh is None:
+            said[-1] += " (and the agent may not run commands)" if able is False else ""
             return None
         self._agent_due = self._agent_due or Deadline(_LATE)
         if able is None and not self._agent_due.expired and _has_agent_installed(self._ssh):
