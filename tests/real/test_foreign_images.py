@@ -28,7 +28,7 @@ from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.ssh import SshChannel
 from pytest_vmbottle.images import ImageStore
 from pytest_vmbottle.images.apt import apt_sources
-from pytest_vmbottle.images.builder import _Workshop
+from pytest_vmbottle.images.builder import _Workshop, _write_tar
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import digest
 
@@ -71,7 +71,8 @@ def make_official(folder: Path) -> None:
         os.truncate(raw, SIZE)
         table = f"label: gpt\n14: start={LOADER // SECTOR}, size={(SYSTEM - LOADER) // SECTOR}, type=21686148-6449-6E6F-744E-656564454649\n"
         table += f"1: start={SYSTEM // SECTOR}, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n"
-        subprocess.run(["/usr/sbin/sfdisk", "-q", raw], input=table, text=True, check=True)
+        (shop.folder / "table").write_text(table)
+        shop.run("sh", "-c", "sfdisk -q disk.raw < table")
         raw.chmod(0o666)
         where = f"offset={SYSTEM}"
         shop.run_as_root("mke2fs", "-q", "-t", "ext4", "-U", ROOT, "-E", where, "-d", root, raw, f"{(SIZE - SYSTEM - MIB) >> 10}k")
@@ -83,17 +84,15 @@ def make_official(folder: Path) -> None:
 def install(shop: _Workshop, root: Path) -> None:
     for name, text in apt_sources("bookworm").items():
         (shop.folder / name).write_text(text)
-    files = shop.folder / "files"
-    for name, text in FILES.items():
-        (files / name).parent.mkdir(parents=True, exist_ok=True)
-        (files / name).write_text(text)
+    files = shop.folder / "files.tar"
+    _write_tar(files, FILES, {})
     fetch = "install -qq -y --no-install-recommends --download-only -o Dir::Cache::archives=$1/agent qemu-guest-agent"
     modules = "biosdisk part_gpt ext2 normal linux search search_fs_uuid"
     shop.bootstrap(
         "--variant=apt",
         "--format=directory",
         f"--include={','.join(PACKAGES.split())}",
-        f"--customize-hook=sync-in {shlex.quote(str(files))} /",
+        f"--customize-hook=tar-in {shlex.quote(str(files))} /",
         f'--customize-hook=mkdir -p "$1/agent/partial" && APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get {fetch}',
         '--customize-hook=chroot "$1" systemctl enable broken.service && rm "$1"/etc/ssh/ssh_host_*',
         f"--customize-hook=chroot \"$1\" grub-mkimage -O i386-pc -p '(hd0,gpt1)/boot/grub' -o /boot/grub/core.img {modules}",
@@ -150,9 +149,9 @@ def test_an_official_image_boots_by_firmware_and_is_poured_over_ssh(
 
 
 def test_an_official_image_that_was_added_has_the_packs_of_the_one_in_place(official: Path, vm_catalog: Catalog) -> None:
-    ImageStore(vm_catalog.images).add(official / "disk.qcow2", name="official")
+    ImageStore(vm_catalog.images).add(official / "disk.qcow2", name=official.name)
     provisioner = Provisioner(vm_catalog, QemuBackend(proofs=vm_catalog.proofs), name="qemu", settings=Settings())
-    named, in_place = (provisioner.pack(MachineSpec.resolve(source, {"disk": "3G"})) for source in ("official", official / "disk.qcow2"))
+    named, in_place = (provisioner.pack(MachineSpec.resolve(source, {"disk": "3G"})) for source in (official.name, official / "disk.qcow2"))
     provisioner.close()
     assert named.key == in_place.key
 
