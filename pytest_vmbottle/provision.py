@@ -436,7 +436,7 @@ class Provisioner:
 
     def _equip(self, plan: _Plan, channel: Channel) -> None:
         """Installs what a machine is woken and best spoken to by, if the guest reaches its packages; without, it is done by SSH."""
-        script = Command(argv=("/bin/sh", "-c", _EQUIP), env=(("PATH", GUEST_PATH),))
+        script = Command(argv=("/bin/sh", "-c", _EQUIP), env=(("PATH", GUEST_PATH), ("HOME", "/root")))
         done = channel.run(script, deadline=Deadline(self._patience(plan.spec)))
         if done.returncode:
             reason = "it took too long" if done.timed_out else " ".join(done.stderr.decode(errors="replace").split()[-40:])
