@@ -10,10 +10,12 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import attrs
 
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.errors import MachineError
 from pytest_vmbottle.result import printable, tail
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = [
+    "GUEST_MAC",
     "GUEST_PATH",
     "MAX_OUTPUT",
     "Backend",
@@ -28,6 +30,7 @@ __all__ = [
     "Keys",
     "PackKind",
     "Start",
+    "Unwakeable",
     "not_run",
 ]
 
@@ -37,6 +40,9 @@ MAX_OUTPUT = 16 << 20
 
 GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where programs are looked up in a guest."""
+
+GUEST_MAC = "52:54:00:12:34:56"
+"""The address of the network card by which a guest is reached from the host; each machine has a network of its own."""
 
 
 class PackKind(StrEnum):
@@ -133,6 +139,10 @@ class Start:
     firmware: str = "bios"
     saved: Path | None = None
     building: bool = False
+
+
+class Unwakeable(MachineError):
+    """The guest cannot be saved with its RAM, because nothing could wake it; its disk still can be."""
 
 
 # Finds whatever still carries a command's tag in its environment, children of children included, until nothing is left.
@@ -269,6 +279,9 @@ class Instance(Protocol):
         """Stops the machine for good and writes it into the empty folder `dest`.
 
         All but a `DISK` can be given as `Start.saved`. Of any kind, `dest / "disk.qcow2"` is the machine's disk on top of `Start.disks`.
+
+        Raises:
+            Unwakeable: It cannot be saved as this kind, and runs on: it can still be saved as a `DISK`.
         """
 
     def pause(self) -> None:

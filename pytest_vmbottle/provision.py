@@ -20,7 +20,19 @@ import attrs
 
 from pytest_vmbottle import host, images, packs
 from pytest_vmbottle._os import Deadline, atomic_file, format_size
-from pytest_vmbottle.backend import GUEST_PATH, Backend, Capabilities, Channel, Command, Disk, Instance, Keys, PackKind, Start
+from pytest_vmbottle.backend import (
+    GUEST_PATH,
+    Backend,
+    Capabilities,
+    Channel,
+    Command,
+    Disk,
+    Instance,
+    Keys,
+    PackKind,
+    Start,
+    Unwakeable,
+)
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
@@ -34,9 +46,11 @@ __all__ = ["Provisioner", "Settings", "Tally"]
 
 log = logging.getLogger(__name__)
 
-_SEED_FORMAT = 1
+_SEED_FORMAT = 2
 """Part of the key of every pack of an image: what our cloud-init seed does to a guest."""
 _EMULATED_FACTOR = 4.0
+_FOREIGN_FACTOR = 2.0
+"""Images that were not made for us have a boot loader, a big initial RAM disk and much to start."""
 _BUILD_TIMEOUT = 1800.0
 # cloud-init has ended, well or badly, when it has written its result; where it is not there or switched off there is nothing to wait for.
 # A guest that is otherwise in a sorry state is still the one that was asked for.
@@ -47,11 +61,23 @@ systemctl is-failed --quiet cloud-final.service
 """
 _INSTALL = r"""
 export DEBIAN_FRONTEND=noninteractive
-if command -v apt-get >/dev/null; then apt-get -qq update && apt-get install -y --no-install-recommends -- "$@"
+if command -v apt-get >/dev/null; then apt-get -qq update && apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=60 -- "$@"
 elif command -v dnf >/dev/null; then dnf install -y -- "$@"
 elif command -v apk >/dev/null; then apk add -- "$@"
 elif command -v zypper >/dev/null; then zypper --non-interactive install -- "$@"
 else echo "no package manager is known in this guest" >&2; exit 1; fi
+"""
+# What a machine is woken and spoken to by, where an image was not made with it: Debian, Fedora, Alpine and openSUSE name it alike.
+_EQUIP = rf"""
+set --
+command -v python3 >/dev/null || set -- python3
+command -v qemu-ga >/dev/null || set -- "$@" qemu-guest-agent
+[ $# -gt 0 ] || exit 0
+({_INSTALL}) || exit
+if command -v systemctl >/dev/null; then
+  udevadm control --reload && udevadm trigger --settle --subsystem-match=virtio-ports
+  systemctl start qemu-guest-agent
+else rc-update add qemu-guest-agent && rc-service qemu-guest-agent start; fi
 """
 
 
@@ -205,17 +231,22 @@ class Provisioner:
             try:
                 channel = instance.channel(deadline=deadline)
                 if start.saved is None:
-                    _await_boot(instance, channel, spec, deadline)
-                    self.tally.booted += 1
+                    self._await_boot(instance, channel, spec, deadline)
                 else:
                     self.tally.poured += 1
                 yield Machine(instance, spec, id=machine_id, backend=self._name, channel=channel, factor=self._settings.timeout_factor)
             finally:
                 instance.stop()
 
+    def _await_boot(self, instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
+        if self._image(spec).readiness == "cloud-init":
+            _await_cloud_init(instance, channel, spec, deadline)
+        self.tally.booted += 1
+
     def _patience(self, spec: MachineSpec) -> float:
         emulated = spec.arch != host_arch() or self.capabilities.emulated
-        return spec.timeout * self._settings.timeout_factor * (_EMULATED_FACTOR if emulated else 1.0)
+        factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if self._image(spec).prepared else _FOREIGN_FACTOR)
+        return spec.timeout * self._settings.timeout_factor * factor
 
     def _runs_by(self, spec: MachineSpec) -> str:
         return self.capabilities.accelerator if spec.arch == host_arch() else f"{spec.arch} emulated"
@@ -231,8 +262,9 @@ class Provisioner:
 
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
         image = self._image(spec)
-        base = MachineSpec(source=spec.image, **_boots(spec))
-        key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.key, spec.boot_digest(), self._backend.fingerprint(spec))
+        # An image that was not made for us gets what it lacks, if its machines reach the network anyway.
+        base = MachineSpec(source=spec.image, network=spec.network and not image.prepared, **_boots(spec))
+        key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.key, base.network, spec.boot_digest(), self._backend.fingerprint(spec))
         plan = _Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
         for step in spec.steps:
             build = _build_spec(spec, step)
@@ -355,10 +387,10 @@ class Provisioner:
         self._settings.report(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with self._catalog.staging() as staged:
             start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)
-            self._prepare(plan, start, staged)
+            kind = self._prepare(plan, start, staged)
             manifest = Manifest(
                 key=plan.key,
-                kind=plan.kind,
+                kind=kind,
                 name=plan.name,
                 parent=parent.key if parent else None,
                 parent_seal=parent.seal if parent else "",
@@ -370,10 +402,10 @@ class Provisioner:
             packs.seal(staged, manifest)
             final = self._catalog.publish(staged, plan.key)
         size = format_size(packs.read(final).size)
-        self._settings.report(f"built the {plan.kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")
+        self._settings.report(f"built the {kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")
 
-    def _prepare(self, plan: _Plan, start: Start, staged: Path) -> None:
-        """Runs a machine, has the step done to it, and saves it."""
+    def _prepare(self, plan: _Plan, start: Start, staged: Path) -> PackKind:
+        """Runs a machine, has the step done to it, and saves it; as what kind of pack."""
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
         with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
             instance = self._backend.launch(plan.spec, source=start, rundir=rundir, deadline=deadline)
@@ -381,16 +413,34 @@ class Provisioner:
                 ready = Deadline(self._patience(plan.spec))
                 channel = instance.channel(deadline=ready)
                 if start.saved is None:
-                    _await_boot(instance, channel, plan.spec, ready)
-                    self.tally.booted += 1
+                    self._await_boot(instance, channel, plan.spec, ready)
+                if not plan.steps and plan.spec.network:
+                    self._equip(plan, channel)
                 if plan.steps:
                     machine = Machine(
                         instance, plan.spec, id=rundir.name, backend=self._name, channel=channel, factor=self._settings.timeout_factor
                     )
                     self._do(plan.steps[-1], machine)
-                instance.save(staged, kind=plan.kind, deadline=deadline)
+                return self._save(instance, plan, staged, deadline)
             finally:
                 instance.stop()
+
+    def _save(self, instance: Instance, plan: _Plan, staged: Path, deadline: Deadline) -> PackKind:
+        try:
+            instance.save(staged, kind=plan.kind, deadline=deadline)
+        except Unwakeable as error:
+            self._settings.warn(f"every machine of {plan.name} has to boot, from a disk pack: {error}")
+            instance.save(staged, kind=PackKind.DISK, deadline=deadline)
+            return PackKind.DISK
+        return plan.kind
+
+    def _equip(self, plan: _Plan, channel: Channel) -> None:
+        """Installs what a machine is woken and best spoken to by, if the guest reaches its packages; without, it is done by SSH."""
+        script = Command(argv=("/bin/sh", "-c", _EQUIP), env=(("PATH", GUEST_PATH), ("HOME", "/root")))
+        done = channel.run(script, deadline=Deadline(self._patience(plan.spec)))
+        if done.returncode:
+            reason = "it took too long" if done.timed_out else " ".join(done.stderr.decode(errors="replace").split()[-40:])
+            self._settings.warn(f"the guest agent or Python could not be installed in {plan.name}, which goes on with SSH: {reason}")
 
     def _do(self, step: Layer, machine: Machine) -> None:
         try:
@@ -511,7 +561,7 @@ def _apply(step: Layer, machine: Machine) -> None:
         step.function(machine)
 
 
-def _await_boot(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
+def _await_cloud_init(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
     question = Command(argv=("/bin/sh", "-c", _CLOUD_INIT_ENDED), env=(("PATH", GUEST_PATH),))
 
     def ended() -> bool:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pycdlib
 import yaml
 
-from pytest_vmbottle.backend import Keys
+from pytest_vmbottle.backend import GUEST_MAC, Keys
 from pytest_vmbottle.errors import SpecError
 
 __all__ = ["write_seed"]
 
-# What the first machine says about itself; everything a guest does not need in order to be reached is left to the image.
-_NETWORK = {"version": 2, "ethernets": {"all": {"match": {"name": "e*"}, "dhcp4": True}}}
+# Everything a guest does not need in order to be reached is left to the image. By its address the card is found whoever sets it up: only
+# netplan and networkd know patterns for names, others would look for a card of the name that stands here (cloudinit/net/network_state.py).
+_NETWORK = {"version": 2, "ethernets": {"nic": {"match": {"macaddress": GUEST_MAC}, "dhcp4": True}}}
 
 
 def write_seed(path: Path, *, hostname: str, keys: Keys, user_data: str | None = None) -> None:
@@ -49,8 +50,9 @@ def _ours(hostname: str, keys: Keys) -> dict[str, object]:
         "ssh_pwauth": False,
         "ssh_deletekeys": True,
         "ssh_keys": {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public},
+        # For root too, since it is not disabled. Named among the `users`, root would get its password locked, and an sshd without PAM, as
+        # Alpine's, lets nobody in whose password is (cloudinit/config/cc_ssh.py, cloudinit/distros/__init__.py).
         "ssh_authorized_keys": [keys.user_public],
-        "users": ["default", {"name": "root", "lock_passwd": True, "ssh_authorized_keys": [keys.user_public]}],
     }
 
 

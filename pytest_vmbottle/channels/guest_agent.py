@@ -75,6 +75,21 @@ class GuestAgent:
             if deadline.expired:
                 raise MachineTimeout("the guest agent does not answer")
 
+    def runs_commands(self, *, deadline: Deadline) -> bool:
+        """Waits until the agent answers; whether it runs commands, which Fedora and its relatives forbid theirs.
+
+        Raises:
+            MachineTimeout: It does not answer.
+            MachineDied: It cannot any more, or its answer makes no sense.
+        """
+        self.sync(deadline=deadline)
+        answer = self.call("guest-info", deadline=Deadline(_GRACE))
+        try:
+            allowed = {command["name"] for command in answer["supported_commands"] if command["enabled"]}
+        except (KeyError, TypeError) as error:
+            raise MachineDied("the guest agent's answer to guest-info makes no sense") from error
+        return allowed >= {"guest-exec", "guest-exec-status"}
+
     def _synced(self, token: int, deadline: Deadline) -> bool:
         while (line := self._line(deadline)) is not None:
             _, _, last = line.rpartition(b"\xff")

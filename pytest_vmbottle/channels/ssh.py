@@ -148,10 +148,13 @@ class SshChannel:
         alive()
         try:
             return cls(_login(address, keys, user, Deadline(limit)), alive=alive)
+        except paramiko.AuthenticationException:
+            reason = f"{user} is refused: cloud-init has to put our key there, and sshd_config must not say `PermitRootLogin no`"
         except (paramiko.SSHException, OSError, EOFError) as error:
-            if reasons is not None:
-                reasons[:] = [str(error) or type(error).__name__]
-            return None
+            reason = str(error) or type(error).__name__
+        if reasons is not None:
+            reasons[:] = [reason]
+        return None
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command to its end (see `Channel.run`)."""

@@ -122,6 +122,19 @@ def test_an_answer_that_makes_no_sense_is_a_lost_machine(peer: Peer, agent: Gues
         agent.call("guest-ping", deadline=Deadline(5))
 
 
+@pytest.mark.parametrize(("enabled", "runs"), [(True, True), (False, False)])
+def test_an_agent_that_is_forbidden_to_run_commands_is_found_out(peer: Peer, agent: GuestAgent, *, enabled: bool, runs: bool) -> None:
+    listed = [{"name": "guest-exec", "enabled": enabled}, {"name": "guest-exec-status", "enabled": True}]
+    told = json.dumps({"return": {"version": "9.0.0", "supported_commands": listed}}).encode() + b"\n"
+    peer.answer = lambda name, arguments: told if name == "guest-info" else peer.healthy(name, arguments)
+    assert agent.runs_commands(deadline=Deadline(5)) is runs
+
+
+def test_an_agent_that_does_not_tell_what_it_may_do_is_a_lost_machine(agent: GuestAgent) -> None:
+    with pytest.raises(MachineDied, match="guest-info makes no sense"):
+        agent.runs_commands(deadline=Deadline(5))
+
+
 def test_an_error_of_the_agents_is_told_in_its_words(peer: Peer, agent: GuestAgent) -> None:
     peer.answer = lambda *_: b'{"error": {"class": "GenericError", "desc": "not today"}}\n'
     with pytest.raises(AgentRefused, match="refused guest-ping: not today"):

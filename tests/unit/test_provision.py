@@ -26,19 +26,20 @@ from pytest_vmbottle import (
     packs,
 )
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start
+from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start, Unwakeable
 from pytest_vmbottle.catalog import Catalog
-from pytest_vmbottle.images import ImageStore
+from pytest_vmbottle.images import ImageStore, Traits
 from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
-from pytest_vmbottle.testing import FakeBackend
+from pytest_vmbottle.testing import FakeBackend, FakeInstance
 
 IMAGE = "debian-12"
 Make = Callable[..., Provisioner]
 
 
-def disk(path: Path) -> Path:
+def disk(path: Path, *, mark: int = 0) -> Path:
     """The smallest file that passes for a disk."""
     content = bytearray(1 << 20)
+    content[0] = mark
     content[510:512] = b"\x55\xaa"
     path.write_bytes(content)
     return path
@@ -47,7 +48,7 @@ def disk(path: Path) -> Path:
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
     catalog = Catalog(tmp_path / "catalog")
-    ImageStore(catalog.images).add(disk(tmp_path / "disk.raw"), name=IMAGE)
+    ImageStore(catalog.images).add(disk(tmp_path / "disk.raw"), name=IMAGE, traits=Traits(prepared=True))
     return catalog
 
 
@@ -97,6 +98,81 @@ def shop(vm: Machine) -> None:
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     ran.clear()
+
+
+# -- images that were not made for us --------------------------------------------------------------------------------------------------
+
+
+def test_what_an_image_lacks_is_installed_once_in_its_pack_if_its_machines_reach_the_network(make: Make, tmp_path: Path) -> None:
+    scripts: list[str] = []
+
+    def handler(command: Command) -> Finished:
+        scripts.append(command.argv[-1])
+        return Finished(returncode=0)
+
+    provisioner = make(FakeBackend(handler))
+    foreign = str(disk(tmp_path / "foreign.raw", mark=1))
+    for source, network in [(foreign, False), (IMAGE, True), (foreign, True), (foreign, True)]:
+        pour(provisioner, source, network=network)
+
+    assert provisioner.tally.built == 3
+    assert ["qemu-guest-agent" in script for script in scripts] == [False, False, False, True]
+
+
+def test_a_guest_whose_packages_cannot_be_reached_is_used_as_it_is_and_that_is_said_once(
+    make: Make, tmp_path: Path, said: list[str]
+) -> None:
+    def handler(command: Command) -> Finished:
+        failed = "qemu-guest-agent" in command.argv[-1]
+        return Finished(returncode=100, stderr=b"E: Unable to locate\npackage") if failed else Finished(returncode=0)
+
+    foreign = str(disk(tmp_path / "foreign.raw", mark=1))
+    for provisioner in (make(FakeBackend(handler)), make(FakeBackend(handler))):
+        pour(provisioner, foreign, network=True)
+
+    assert len(said) == 1
+    assert "could not be installed" in said[0]
+    assert said[0].endswith("goes on with SSH: E: Unable to locate package")
+
+
+class Asleep(FakeBackend):
+    """Its guests cannot be woken."""
+
+    def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
+        super().launch(spec, source=source, rundir=rundir, deadline=deadline)
+        return Sleeper(self, rundir)
+
+
+class Sleeper(FakeInstance):
+    def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
+        if kind is not PackKind.DISK:
+            raise Unwakeable("there is no Python")
+        super().save(dest, kind=kind, deadline=deadline)
+
+
+def test_a_guest_that_nothing_can_wake_gets_a_disk_pack_with_the_reason_and_later_runs_use_it(make: Make, said: list[str]) -> None:
+    backend = Asleep()
+    pour(make(backend), web)
+    later = make(backend)
+    pour(later, web)
+
+    assert all("from a disk pack: there is no Python" in sentence for sentence in said)
+    assert len(said) == 2  # the image's, and the layer's
+    assert (later.tally.built, later.tally.booted, later.tally.reused) == (0, 1, 1)
+    assert [start.saved for start in backend.launched] == [None] * 4
+
+
+def test_an_image_that_is_ready_with_its_channel_is_not_asked_about_cloud_init(make: Make, catalog: Catalog, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def handler(command: Command) -> Finished:
+        asked.append(command.argv[-1])
+        return Finished(returncode=0)
+
+    bare = disk(tmp_path / "bare.raw", mark=1)
+    ImageStore(catalog.images).add(bare, name="bare", traits=Traits(readiness="channel"))
+    pour(make(FakeBackend(handler)), "bare")
+    assert asked == []
 
 
 # -- packs are made once ---------------------------------------------------------------------------------------------------------------

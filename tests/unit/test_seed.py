@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pytest_vmbottle import SpecError
-from pytest_vmbottle.backend import Keys
+from pytest_vmbottle.backend import GUEST_MAC, Keys
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.seed import write_seed
 
@@ -55,9 +55,11 @@ def test_a_seed_carries_the_machines_name_and_keys_and_is_private(tmp_path: Path
     assert user["ssh_keys"] == {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public}
     assert user["ssh_authorized_keys"] == [keys.user_public]
     assert user["ssh_pwauth"] is False
+    assert user["disable_root"] is False
+    assert "users" not in user, "root's password would be locked, and Alpine's sshd lets nobody in whose is"
     assert keys.user_private not in files["user-data"]
     assert yaml.safe_load(files["meta-data"])["local-hostname"] == "db"
-    assert yaml.safe_load(files["network-config"])["version"] == 2
+    assert yaml.safe_load(files["network-config"])["ethernets"]["nic"] == {"match": {"macaddress": GUEST_MAC}, "dhcp4": True}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle.backend import Disk
+from pytest_vmbottle.backend import GUEST_MAC, Disk
 from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.spec import MachineSpec
 
@@ -222,7 +222,7 @@ def _network(spec: MachineSpec) -> list[str]:
     restrict = "off" if spec.network else "on"
     return [
         *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
-        *("-device", "virtio-net-pci,netdev=net0,id=nic,mac=52:54:00:12:34:56,romfile="),
+        *("-device", f"virtio-net-pci,netdev=net0,id=nic,mac={GUEST_MAC},romfile="),
     ]
 
 

@@ -25,7 +25,7 @@ from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
 from pytest_vmbottle.backends.qemu.waker import Waker
 from pytest_vmbottle.channels.guest_agent import GuestAgent
-from pytest_vmbottle.channels.ssh import SshChannel
+from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel
 from pytest_vmbottle.errors import LaunchError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.spec import MachineSpec
 
@@ -35,6 +35,8 @@ _FATAL = re.compile(
     rb"Kernel panic - not syncing[^\r\n]*|You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE
 )
 _GRACE = 10.0
+_LATE = 60.0
+"""Seconds that an agent which is installed may start later than the guest lets us in by SSH; else it is not going to be started."""
 _SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
 
 
@@ -87,6 +89,7 @@ class QemuInstance:
         self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
         self._waker = Waker(parts.lines.waker)
         self._has_agent: bool | None = None
+        self._agent_due: Deadline | None = None
         self._ssh: SshChannel | None = None
         self._lock = threading.RLock()
 
@@ -130,22 +133,40 @@ class QemuInstance:
 
     def _find_agent(self, deadline: Deadline) -> bool:
         """Waits for whichever channel the guest offers; true if that is the agent."""
-        while not deadline.expired:
-            with suppress(MachineTimeout):
-                self._agent.sync(deadline=Deadline(min(2.0, deadline.remaining)))
-                return True
-            ssh = SshChannel.attempt(self.forward(22), self._source.keys, alive=self.alive)
-            if ssh is not None and not _has_agent_installed(ssh):
-                self._ssh = ssh
-                return False
-            if ssh is not None:  # the agent is there and has not been started yet
-                ssh.close()
-        raise MachineTimeout(
-            f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s",
-            machine=self._spec.name,
-            console_tail=self.console.tail(30),
-            argv=self.argv,
-        )
+        said = ["it did not answer"]
+        found = deadline.poll(lambda: self._look_for_channel(deadline, said), every=0.2)
+        if found is None:
+            raise MachineTimeout(
+                f"neither the guest agent nor SSH answered within {deadline.seconds:.0f} s; SSH last: {said[-1]}",
+                machine=self._spec.name,
+                console_tail=self.console.tail(30),
+                argv=self.argv,
+            )
+        return found is self._agent
+
+    def _look_for_channel(self, deadline: Deadline, said: list[str]) -> Channel | None:
+        able = None
+        with suppress(MachineTimeout):
+            able = self._agent.runs_commands(deadline=Deadline(min(2.0, deadline.remaining)))
+        if able:
+            self._log_out()
+            return self._agent
+        try:
+            self._ssh = self._ssh or SshChannel.attempt(self.forward(22), self._source.keys, alive=self.alive, reasons=said)
+        except HostKeyMismatch as error:  # the image's own key, until cloud-init has put the machine's in its place
+            said[:] = [str(error)]
+        if self._ssh is None:
+            said[-1] += " (and the agent may not run commands)" if able is False else ""
+            return None
+        self._agent_due = self._agent_due or Deadline(_LATE)
+        if able is None and not self._agent_due.expired and _has_agent_installed(self._ssh):
+            return None  # it has not been started yet
+        return self._ssh
+
+    def _log_out(self) -> None:
+        if self._ssh is not None:
+            self._ssh.close()
+            self._ssh = None
 
     def _ssh_channel(self, deadline: Deadline) -> SshChannel:
         with self._lock:
@@ -200,6 +221,7 @@ class QemuInstance:
         _make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
 
     def _save_running(self, dest: Path, kind: PackKind, deadline: Deadline) -> None:
+        self._has_agent = None  # whoever built on this machine may have installed it, or taken it away
         channel = self.channel(deadline=deadline)
         channel.run(Command(argv=("sync",), env=(("PATH", GUEST_PATH),)), deadline=deadline)
         nonce = self._waker.freeze(channel, deadline=deadline)

@@ -15,7 +15,7 @@ import socket
 import time
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Unwakeable
 from pytest_vmbottle.errors import MachineError
 
 __all__ = ["Waker"]
@@ -74,16 +74,16 @@ class Waker:
         """Readies the guest for being saved; returns the secret by which it is known again.
 
         Raises:
-            MachineError: The guest has no Python, or its port does not work.
+            Unwakeable: The guest has no Python, or its port does not work.
         """
         script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
         done = channel.run(script, deadline=deadline)
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip()[-500:]
-            raise MachineError(f"the guest cannot run the Python that wakes it after a restore: {reason}")
+            raise Unwakeable(f"the guest cannot run the Python that wakes it after a restore: {reason}")
         nonce = secrets.token_hex(16)
         if self._ask(f"keep {nonce}", deadline) != "kept":
-            raise MachineError("the process that wakes a restored guest does not answer on its port")
+            raise Unwakeable("the process that wakes a restored guest does not answer on its port")
         return nonce
 
     def wake(self, nonce: str, *, deadline: Deadline) -> None:
