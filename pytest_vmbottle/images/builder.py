@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "can_build", "without_ids"]
 
-_CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip"
+_CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip systemd.condition_needs_update=0"
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(?:[=/][A-Za-z0-9.+:~-]+)?")
 _TOOLS = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "qemu-img": "qemu-utils", "tar": "tar"}
 _ROOT_TOOLS = {"setpriv": "util-linux", "unshare": "util-linux"}
