@@ -8,6 +8,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_ke
 if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend
     from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.machine import Machine
     from pytest_vmbottle.provision import Provisioner
 
@@ -265,7 +267,22 @@ class _Sorting:
         for index, item in zip(places, ordered, strict=True):
             items[index] = item
         # Only now it is known which tests are left: for none that uses a machine, nothing is asked of this host.
-        config.stash[_SESSION].has_machines = any(_uses_machine(item) for item in items)
+        session = config.stash[_SESSION]
+        session.has_machines = any(_uses_machine(item) for item in items)
+        if session.has_machines:
+            _check_declared_images(config, items)
+
+
+def _check_declared_images(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuses wrong declarations of images before anything runs."""
+    session = config.stash[_SESSION]
+    try:
+        _ = session.declared
+    except SpecError as error:
+        if not hasattr(config, "workerinput"):
+            raise pytest.UsageError(str(error)) from None
+        session.problems[str(error)] = None
+        items.clear()  # as for wrong marks
 
 
 def _session_key(item: pytest.Item) -> str:
@@ -306,6 +323,13 @@ class _Session:
             self._catalog = Catalog(Path(given).expanduser() if given else default_root())
         return self._catalog
 
+    @cached_property
+    def declared(self) -> dict[str, DeclaredImage]:
+        """The images that the project declares."""
+        from pytest_vmbottle.images import declared_images
+
+        return declared_images(self._config.rootpath)
+
     def provisioner(self, wanted: str) -> Provisioner:
         """What gives out machines of a backend; `"auto"` is what the option says, and by default QEMU."""
         from pytest_vmbottle.provision import Provisioner, Settings
@@ -323,6 +347,7 @@ class _Session:
                 warn=self.say,
                 ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
                 stopping=lambda machine: self._config.hook.pytest_vmbottle_machine_stopping(machine=machine),
+                declared=self.declared,
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]

@@ -708,7 +708,7 @@ class TestSources:
         assert apt_sources(suite, apt) == {}
 
     def test_deb822_sources_of_one_debian_release_serve_another(self, apt: Path) -> None:
-        (apt / "sources.list.d" / "debian.sources").write_text(DEB822 + BESIDE_DEB822)
+        (apt / "sources.list.d" / "debian.sources").write_text(DEB822.replace(" trixie", "") + BESIDE_DEB822)
         assert apt_sources("trixie", apt) == {
             "debian.sources": "Types: deb\nUris: http://deb.example.org/debian\nSuites: trixie trixie-updates\nComponents: main\n"
             "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n\n"
