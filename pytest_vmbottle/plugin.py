@@ -326,9 +326,10 @@ class _Session:
     @cached_property
     def declared(self) -> dict[str, DeclaredImage]:
         """The images that the project declares."""
-        from pytest_vmbottle.images import declared_images
+        from pytest_vmbottle.images import find_declared_images
 
-        return declared_images(self._config.rootpath)
+        # Without an ini file pytest may take a folder for its root that has little to do with the project.
+        return find_declared_images(self._config.rootpath) or find_declared_images(self._config.invocation_params.dir)
 
     def provisioner(self, wanted: str) -> Provisioner:
         """What gives out machines of a backend; `"auto"` is what the option says, and by default QEMU."""

@@ -43,13 +43,15 @@ _USER_TOOLS = {"newuidmap": "uidmap"}
 _LEASH = ("setpriv", "--pdeathsig", "KILL")
 _NAMESPACES = (*_LEASH, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _SCRIPT = "vmbottle-script"
-# The shell that mmdebstrap runs this with is the host's: it sees nothing but the new system's folder. Names are resolved as on the host
-# for as long as the script runs.
+# Run by the host's shell, with the new system's folder: it sees nothing else that a user wrote. Names are resolved as on the host for as
+# long as the script runs.
 _RUN_SCRIPT = f"""\
-cp -a "$1/etc/resolv.conf" "$1/{_SCRIPT}.resolv" && cat /etc/resolv.conf > "$1/etc/resolv.conf"
+cp -a "$1/etc/resolv.conf" "$1/{_SCRIPT}.resolv"
+cat /etc/resolv.conf > "$1/etc/resolv.conf"
 env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \\
-  chroot "$1" /{_SCRIPT} </dev/null || {{ echo "the script ended with status $?" >&2; exit 1; }}
-mv "$1/{_SCRIPT}.resolv" "$1/etc/resolv.conf" && rm "$1/{_SCRIPT}"
+    chroot "$1" "/{_SCRIPT}" </dev/null || {{ echo "the script ended with status $?"; exit 1; }}
+mv "$1/{_SCRIPT}.resolv" "$1/etc/resolv.conf"
+rm "$1/{_SCRIPT}"
 """
 _NEEDED_SPACE = 2 << 30
 _PREFIX = "vmbottle-build-"
@@ -342,7 +344,9 @@ def _run_in(shop: _Workshop, script: str) -> list[str]:
     """The hooks of mmdebstrap that run a script in the new system, and leave nothing of it there."""
     archive = shop.folder / "script.tar"
     _write_tar(archive, {_SCRIPT: script if script.startswith("#!") else f"#!/bin/sh -eu\n{script}"}, {}, mode=0o700)
-    return [f"--customize-hook=tar-in {shlex.quote(str(archive))} /", f"--customize-hook={_RUN_SCRIPT}"]
+    hook = shop.folder / "run-script"
+    hook.write_text(_RUN_SCRIPT)
+    return [f"--customize-hook=tar-in {shlex.quote(str(archive))} /", f'--customize-hook=sh -eu {shlex.quote(str(hook))} "$1"']
 
 
 def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
