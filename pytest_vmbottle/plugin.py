@@ -241,11 +241,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 _plans(item)
             except SpecError as error:
                 told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
-                session.problems[f"{item.nodeid}: {told}"] = None
+                session.problems.update(dict.fromkeys(("wrong vm marks:", f"{item.nodeid}: {told}")))
     if not session.problems:
         return
     if not hasattr(config, "workerinput"):
-        raise session.wrong_marks()
+        raise session.misuse()
     items.clear()  # xdist takes a usage error in a worker for a crash: its controller raises it, see pytest_sessionfinish
 
 
@@ -279,9 +279,10 @@ def _check_declared_images(config: pytest.Config, items: list[pytest.Item]) -> N
     try:
         _ = session.declared
     except SpecError as error:
-        if not hasattr(config, "workerinput"):
-            raise pytest.UsageError(str(error)) from None
+        session.has_machines = False
         session.problems[str(error)] = None
+        if not hasattr(config, "workerinput"):
+            raise session.misuse() from None
         items.clear()  # as for wrong marks
 
 
@@ -379,9 +380,9 @@ class _Session:
         why = "" if _option(self._config, "catalog") else default_reason()
         return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}{f' ({why})' if why else ''}"
 
-    def wrong_marks(self) -> pytest.UsageError:
-        """What is wrong with the marks of all tests."""
-        return pytest.UsageError("\n".join(["wrong vm marks:", *self.problems]))
+    def misuse(self) -> pytest.UsageError:
+        """What is wrong with the marks of all tests, or with the project's images."""
+        return pytest.UsageError("\n".join(self.problems))
 
     def collect(self) -> None:
         """Adds up what this process did, and ends its provisioners."""
@@ -431,7 +432,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if output is not None:
         output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told), "problems": list(ours.problems)}
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise ours.wrong_marks()
+        raise ours.misuse()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,6 +21,8 @@ import attrs
 from pytest_vmbottle.errors import CatalogError, SpecError
 from pytest_vmbottle.images.builder import build, check_package
 from pytest_vmbottle.images.disk import opened
+from pytest_vmbottle.images.download import check_url
+from pytest_vmbottle.images.puller import PullOptions, pull_url
 from pytest_vmbottle.images.recipes import RECIPES
 from pytest_vmbottle.images.store import Firmware, Image, ImageStore, Readiness, Traits, check_name, default_firmware, explained
 from pytest_vmbottle.spec import digest, host_arch
@@ -99,11 +101,16 @@ class DeclaredImage:
             CatalogError: It failed; nothing was stored.
         """
         with self._named():
-            if self.kind == "path":
-                made = self._in_place(store)
-            else:
-                made = build(store, self.source, name=self.stored_name, include=self.packages, script=self.script, progress=progress)
-            return attrs.evolve(made, name=self.name)
+            return attrs.evolve(self._made(store, progress), name=self.name)
+
+    def _made(self, store: ImageStore, progress: Callable[[str], None]) -> Image:
+        name = self.stored_name
+        if self.kind == "path":
+            return self._in_place(store)
+        if self.kind == "build":
+            return build(store, self.source, name=name, include=self.packages, script=self.script, progress=progress)
+        options = PullOptions(progress=progress)
+        return pull_url(store, self.source, sha256=self.sha256, name=name, arch=self.arch, traits=self.traits, options=options)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -282,8 +289,10 @@ class _Table:
 
     def _url(self) -> str:
         url = str(self._table["url"])
-        if not url.startswith("https://"):
-            raise self._wrong("url", f"takes an address that begins with https://, not {url!r}")
+        try:
+            check_url(url)
+        except CatalogError as error:
+            raise self._wrong("url", str(error)) from None
         if "sha256" not in self._table:
             raise self._wrong("sha256", "is missing: what is downloaded must have a known digest")
         return url
