@@ -32,7 +32,7 @@ CMDLINE = "root=/dev/vda rw console=ttyS0"
 
 
 def qcow2(**changes: int) -> bytes:
-    """A version 3 header for a disk of 8 GiB, as QEMU writes it, with some fields changed."""
+    """A version 3 header for a disk of 8 GiB, as QEMU writes it, with some fields changed, and the end of its extensions."""
     fields = {
         "version": 3,
         "backing_at": 0,
@@ -53,7 +53,7 @@ def qcow2(**changes: int) -> bytes:
         "length": 112,
         "compression": 0,
     }
-    return struct.pack(">4sIQIIQIIQQIIQQQQIIB7x", b"QFI\xfb", *(fields | changes).values())
+    return struct.pack(">4sIQIIQIIQQIIQQQQIIB7x8x", b"QFI\xfb", *(fields | changes).values())
 
 
 def judged(head: bytes, size: int) -> tuple[str, int]:
@@ -128,6 +128,8 @@ class TestWhatADiskIs:
             ({"features": 1 << 63}, "features"),
             ({"features": 8, "compression": 2}, "compression"),
             ({"features": 8, "compression": 1, "length": 104}, "compression"),
+            ({"compression": 1}, "compression"),
+            ({"size": (8 << 30) + 1}, "no whole sectors"),
             ({"features": 16, "cluster_bits": 12, "l1_len": 1 << 16}, "extended L2"),
             ({"autoclear": 1}, "bitmaps"),
             ({"autoclear": 2}, "extras"),
@@ -149,9 +151,9 @@ class TestWhatADiskIs:
             disk_format(qcow2(**changes), MIB)
 
     def test_a_version_2_header_has_no_feature_bits(self) -> None:
-        assert disk_format(qcow2(version=2, features=4)[:72], MIB) == ("qcow2", 8 << 30)
+        assert disk_format(qcow2(version=2, features=4), MIB) == ("qcow2", 8 << 30)
 
-    @pytest.mark.parametrize("length", [4, 71, 103])
+    @pytest.mark.parametrize("length", [4, 71, 103, 111, 119])
     def test_a_header_that_is_cut_off_is_refused(self, length: int) -> None:
         with pytest.raises(CatalogError, match="cut off"):
             disk_format(qcow2()[:length], MIB)
