@@ -287,6 +287,25 @@ class TestMaking:
         assert declared_images(other)["web"].stored_name == declare(BUILD)["web"].stored_name
         assert declared_images(other) == declared_images(folder)
 
+    def test_a_download_is_made_with_all_that_is_declared(
+        self, declare: Declare, store: ImageStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def pull_url(store: ImageStore, url: str, *, name: str, options: Any, **rest: Any) -> Image:
+            assert (url, rest["arch"], options.progress) == ("https://example.org/a.qcow2", "aarch64", print)
+            return store.add(disk(tmp_path / "pulled.raw"), name=name, **rest)
+
+        monkeypatch.setattr(declaring, "pull_url", pull_url)
+        actual = hashlib.sha256(disk(tmp_path / "pulled.raw").read_bytes()).hexdigest()
+        text = f'[images.far]\nurl = "https://example.org/a.qcow2"\nsha256 = "{actual}"\narch = "aarch64"\nuser = "admin"\n'
+        far = declare(text)["far"]
+        assert far.get(store) is None
+        made = far.make(store, progress=print)
+        assert made == far.get(store)
+        assert (made.name, made.sha256, made.user, made.firmware, made.prepared) == ("far", actual, "admin", "uefi", False)
+        assert store.names() == (far.stored_name,)
+        moved = declare(text.replace("example.org", "mirror.example.org"))["far"]
+        assert moved.get(store) == made, "what is downloaded is known by its digest, wherever it comes from"
+
     def test_a_disk_in_the_project_is_used_where_it_lies(self, declare: Declare, store: ImageStore, folder: Path) -> None:
         disk(folder / "disk.raw")
         image = declare('[images.mine]\npath = "disk.raw"\nuser = "admin"\nfirmware = "uefi"\n')["mine"].get(store)
