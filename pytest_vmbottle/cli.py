@@ -336,10 +336,13 @@ def _declared() -> dict[str, DeclaredImage]:
 
 
 def _make_declared(declared: DeclaredImage) -> None:
+    from pytest_vmbottle.images import PULL_SECONDS
+
     catalog = _catalog()
     store, name = _images(catalog), declared.stored_name
     before = _stored(store, name)
-    with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=_say, label=f"the image {declared.name}"):
+    deadline = Deadline(PULL_SECONDS if declared.kind == "url" else _BUILD_SECONDS)
+    with catalog.lock(f"image-{name}", deadline=deadline, waiting=_say, label=f"the image {declared.name}"):
         made = _stored(store, name)
         if made is None or made == before:
             made = declared.make(store, progress=_say)

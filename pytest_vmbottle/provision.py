@@ -522,11 +522,11 @@ class Provisioner:
             return self._images.get(name) or images.build(self._images, name, progress=self._settings.report)
 
     def _make_declared(self, declared: DeclaredImage) -> Image:
-        with self._making(declared.stored_name):
+        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else _BUILD_TIMEOUT):
             return declared.get(self._images) or declared.make(self._images, progress=self._settings.report)
 
-    def _making(self, name: str) -> AbstractContextManager[None]:
-        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+    def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[None]:
+        deadline = Deadline(seconds * self._settings.timeout_factor)
         return self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}")
 
 

@@ -8,6 +8,7 @@ mean different images by one name.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import re
 import stat
@@ -171,20 +172,32 @@ def find_declared_images(start: Path) -> dict[str, DeclaredImage]:
 def _declaring(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
     """The files of a folder that are ours, where in them images are declared, and what stands there."""
     own, pyproject = folder / _OWN, folder / _PYPROJECT
-    if own.is_file():
-        yield own, "images", _images(_load(own), own, "")
+    content = _content(own)
+    if content is not None:
+        yield own, "images", _images(_parsed(own, content), own, "")
+    content = _content(pyproject)
     # Others' files are not read more closely than it takes to see that they do not speak of us.
-    if pyproject.is_file() and b"vmbottle" in pyproject.read_bytes():
-        tool = _load(pyproject).get("tool")
+    if content is not None and b"vmbottle" in content:
+        tool = _parsed(pyproject, content).get("tool")
         ours = tool.get("vmbottle") if isinstance(tool, dict) else None
         if ours is not None:
             yield pyproject, "tool.vmbottle.images", _images(ours, pyproject, "tool.vmbottle.")
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> bytes | None:
+    """What is in a file; None if there is none, or none for our eyes."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return file.read_bytes()
+    except OSError as error:
+        if file.name != _OWN or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+            return None
+        raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _parsed(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{file}: cannot be read as TOML: {error}") from None
 
 

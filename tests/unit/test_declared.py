@@ -197,6 +197,13 @@ class TestMistakes:
         with pytest.raises(SpecError, match=r"vmbottle\.toml: cannot be read as TOML"):
             declared_images(folder)
 
+    def test_a_folder_in_the_place_of_our_file_is_a_mistake_and_in_the_place_of_pyproject_nothing(self, folder: Path) -> None:
+        (folder / "pyproject.toml").mkdir()
+        assert declared_images(folder) == {}
+        (folder / "vmbottle.toml").mkdir()
+        with pytest.raises(SpecError, match=r"vmbottle\.toml: cannot be read: Is a directory"):
+            declared_images(folder)
+
     def test_a_script_that_is_no_text_is_a_mistake(self, declare: Declare, folder: Path) -> None:
         (folder / "setup").write_bytes(b"\x7fELF\xff")
         with pytest.raises(SpecError, match=r"script: .*setup cannot be read: it is not a text"):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pwd
+import shlex
 import shutil
 import struct
 import subprocess
@@ -838,6 +839,26 @@ class TestBuilding:
         monkeypatch.setattr(building, "host_arch", lambda: "m68k")
         with pytest.raises(BackendUnavailable, match="no recipe for m68k"):
             build(store, "debian-12")
+
+    @pytest.mark.parametrize(
+        ("script", "written"),
+        [("useradd web\n", "#!/bin/sh -eu\nuseradd web\n"), ("#!/usr/bin/python3\n'$(id)'", "#!/usr/bin/python3\n'$(id)'")],
+    )
+    def test_a_script_goes_into_the_system_as_a_file_and_never_through_a_shell_of_the_host(
+        self, tmp_path: Path, script: str, written: str
+    ) -> None:
+        folder = tmp_path / "it's $(a) folder"
+        folder.mkdir()
+        hooks = building._run_in(building._Workshop(folder, print), script)
+        assert hooks == [
+            f"--customize-hook=tar-in {shlex.quote(str(folder / 'script.tar'))} /",
+            f'--customize-hook=sh -eu {shlex.quote(str(folder / "run-script"))} "$1"',
+        ]
+        with tarfile.open(folder / "script.tar") as tar:
+            (member,) = tar
+            content = tar.extractfile(member)
+            assert content is not None
+            assert (member.name, member.mode, content.read().decode()) == ("vmbottle-script", 0o700, written)
 
     def test_the_overlay_belongs_to_root_and_has_the_folders_it_needs(self, tmp_path: Path) -> None:
         building._write_tar(tmp_path / "x.tar", {"etc/a/b.conf": "text\n"}, {"etc/unit": "/dev/null"})
