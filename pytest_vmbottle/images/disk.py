@@ -113,12 +113,13 @@ def _qcow2_size(head: bytes, file_size: int) -> int:
 
 
 def _check_tables(cluster: int, size: int, tables: list[int], *, extended: bool, file_size: int) -> None:
-    l1_len, l1_at, refs_at, refs_len, *_ = tables
+    l1_len, l1_at, refs_at, refs_len, _, snapshots_at = tables
     per_table = cluster // (16 if extended else 8)
     _need(-(-size // (cluster * per_table)) <= l1_len <= _MAX_L1 // 8, f"an L1 table of {l1_len} entries for {size} bytes")
     _need(_inside(l1_at, l1_len * 8, cluster, file_size), "an L1 table outside the file")
     _need(0 < refs_len * cluster <= _MAX_REFCOUNT_TABLE, f"a refcount table of {refs_len} clusters")
     _need(_inside(refs_at, refs_len * cluster, cluster, file_size), "a refcount table outside the file")
+    _need(snapshots_at % cluster == 0, "a snapshot table between clusters")
 
 
 def _check_extensions(head: bytes, at: int, cluster: int) -> None:
@@ -127,13 +128,13 @@ def _check_extensions(head: bytes, at: int, cluster: int) -> None:
         if len(head) < at + _EXTENSION.size:
             raise CatalogError("is not a disk image: its qcow2 header is cut off, or longer than any that is known")
         kind, length = _EXTENSION.unpack_from(head, at)
+        at += _EXTENSION.size + -(-length // 8) * 8
+        _need(at <= cluster and (kind != _BACKING_FORMAT or length < 16), f"an extension of {length} bytes")  # noqa: PLR2004 - QEMU's limit
         if kind == _END:
             return
         if kind not in (_BACKING_FORMAT, _FEATURE_NAMES):
             what = _REFUSED_EXTENSIONS.get(kind, f"an extension that is not known here ({kind:#x})")
             raise CatalogError(f"has {what} in its qcow2 header: make a plain copy with `qemu-img convert -O qcow2`")
-        at += _EXTENSION.size + -(-length // 8) * 8
-        _need(at <= cluster, f"an extension of {length} bytes")
 
 
 def _check_features(head: bytes, cluster_bits: int) -> tuple[bool, int]:

@@ -142,6 +142,7 @@ ATTACKS: dict[str, tuple[Callable[[World], Path], str]] = {
     "an encryption header alone": (with_extension(0x0537BE77), "an encryption header"),
     "an unknown extension": (with_extension(0x12345678), "0x12345678"),
     "an extension that is longer than its cluster": (with_extension(0x6803F857, 1 << 31), "extension of"),
+    "a long name of a backing format": (with_extension(0xE2792ACA), "extension of 16 bytes"),
     "an internal snapshot": (with_snapshot, "internal snapshots"),
     "an unknown incompatible feature": (with_field(79, b"\x20"), "features"),
     "the dirty bit": (with_field(79, b"\x01"), "not closed properly"),
@@ -290,10 +291,11 @@ def test_whatever_is_taken_for_a_disk_qemu_finds_to_name_nothing_outside_itself(
     path = tmp_path / "disk.qcow2"
     path.write_bytes(content)
     told = qemu_info(path)
+    assert told, "QEMU opens it too"
     inner = told.get("format-specific", {}).get("data", {})
     assert not {"backing-filename", "full-backing-filename", "backing-filename-format", "encrypted", "snapshots"} & {*told}
     assert not {"data-file", "bitmaps", "encrypt"} & {*inner}
-    assert told.get("virtual-size", judged(content)[1]) == judged(content)[1]
+    assert told["virtual-size"] == judged(content)[1]
 
 
 def test_what_qemu_img_makes_is_taken_for_a_disk(genuine: list[bytes]) -> None:

@@ -130,6 +130,7 @@ class TestWhatADiskIs:
             ({"features": 8, "compression": 2}, "compression"),
             ({"features": 8, "compression": 1, "length": 104}, "compression"),
             ({"compression": 1}, "compression"),
+            ({"snapshots_at": 1}, "snapshot table"),
             ({"size": (8 << 30) + 1}, "no whole sectors"),
             ({"features": 16, "cluster_bits": 12, "l1_len": 1 << 16}, "extended L2"),
             ({"autoclear": 1}, "bitmaps"),
