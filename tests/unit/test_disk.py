@@ -102,11 +102,6 @@ def with_dropped_bitmap(world: World) -> Path:
     return patched(with_bitmap(world), 88, bytes(8))
 
 
-def encrypted(world: World) -> Path:
-    secret = "secret,id=s,data=open"
-    return create(world.folder / "evil.qcow2", "--object", secret, "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10")
-
-
 def with_snapshot(world: World) -> Path:
     path = create(world.folder / "evil.qcow2")
     qemu_img("snapshot", "-c", "before", path)
@@ -138,7 +133,8 @@ ATTACKS: dict[str, tuple[Callable[[World], Path], str]] = {
     "the name of a data file alone": (with_extension(0x44415441), "the name of a data file"),
     "bitmaps": (with_bitmap, "bitmaps"),
     "bitmaps that are not valid any more": (with_dropped_bitmap, "bitmaps"),
-    "encryption": (encrypted, "encrypted"),
+    "encryption by LUKS": (with_field(32, b"\0\0\0\2"), "encrypted"),
+    "encryption by AES": (with_field(32, b"\0\0\0\1"), "encrypted"),
     "an encryption header alone": (with_extension(0x0537BE77), "an encryption header"),
     "an unknown extension": (with_extension(0x12345678), "0x12345678"),
     "an extension that is longer than its cluster": (with_extension(0x6803F857, 1 << 31), "extension of"),
