@@ -29,7 +29,7 @@ from pytest_vmbottle.result import printable
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog import Catalog
-    from pytest_vmbottle.images import Image, ImageStore, Traits
+    from pytest_vmbottle.images import DeclaredImage, Image, ImageStore, Traits
     from pytest_vmbottle.packs import Pack
 
 __all__ = ["main"]
@@ -300,11 +300,20 @@ def _images(catalog: Catalog) -> ImageStore:
 def build(*, recipe: str, include: list[str], name: str | None) -> None:
     """Build a base image from a RECIPE, such as debian-12; one of that name that is there is replaced.
 
+    RECIPE may also be the name of an image that the project around the current folder declares, in its pyproject.toml or vmbottle.toml;
+    if it is to be downloaded, that is done.
+
     This takes a minute or two, as root or not. Packages come from this computer's own sources. Two builds of the same image at once do
     the work once. The image's name and sha256 are written to stdout.
     """
     from pytest_vmbottle import images
 
+    declared = _declared().get(recipe)
+    if declared is not None:
+        if include or name:
+            raise click.UsageError(f"{recipe} is declared in {declared.origin}: its name and packages stand there")
+        _make_declared(declared)
+        return
     catalog = _catalog()
     store, name = _images(catalog), name or recipe
     images.store.check_name(name)
@@ -314,6 +323,30 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
         if built is None or built == before or not _is_of(built, recipe, include):
             built = images.build(store, recipe, name=name, include=include, progress=_say)
     click.echo(f"{built.name} {built.sha256}")
+
+
+def _declared() -> dict[str, DeclaredImage]:
+    """The images that the project around this folder declares."""
+    from pytest_vmbottle.images import find_declared_images
+
+    try:
+        return find_declared_images(Path.cwd())
+    except SpecError as error:
+        raise click.UsageError(printable(str(error))) from None
+
+
+def _make_declared(declared: DeclaredImage) -> None:
+    from pytest_vmbottle.images import PULL_SECONDS
+
+    catalog = _catalog()
+    store, name = _images(catalog), declared.stored_name
+    before = _stored(store, name)
+    deadline = Deadline(PULL_SECONDS if declared.kind == "url" else _BUILD_SECONDS)
+    with catalog.lock(f"image-{name}", deadline=deadline, waiting=_say, label=f"the image {declared.name}"):
+        made = _stored(store, name)
+        if made is None or made == before:
+            made = declared.make(store, progress=_say)
+    click.echo(f"{declared.name} {made.sha256}")
 
 
 def _stored(store: ImageStore, name: str) -> Image | None:
@@ -429,11 +462,14 @@ def _list_available(*, as_json: bool) -> None:
 @click.option("--available", is_flag=True, help="List what can be built and pulled instead.")
 @_as_json
 def list_images(*, available: bool, as_json: bool) -> None:
-    """List the images; SIZE is what they take on disk."""
+    """List the images; SIZE is what they take on disk.
+
+    Those that the project around the current folder declares come last.
+    """
     if available:
         _list_available(as_json=as_json)
         return
-    store = _images(_catalog())
+    declared, store = _declared(), _images(_catalog())
     records = []
     for name in store.names():
         try:
@@ -443,12 +479,24 @@ def list_images(*, available: bool, as_json: bool) -> None:
             _say(str(error))
         else:
             records += [_image_record(found)] if found else []
+    records += [_declared_record(each, store.names()) for each in declared.values()]
     if as_json:
         _emit(records)
     elif records:
         _table(("NAME", "SHA256", "SIZE", "DISK", "CREATED", "DESCRIPTION"), (_image_row(record) for record in records))
     else:
         _say("There are no images yet: `vmbottle image build debian-12` makes one, `vmbottle image pull debian-12` downloads one.")
+
+
+def _declared_record(declared: DeclaredImage, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": declared.name,
+        "declared": declared.origin,
+        "kind": declared.kind,
+        "source": declared.source,
+        "stored": declared.stored_name if declared.stored_name in names else None,
+        "damaged": None,
+    }
 
 
 def _image_record(found: Image) -> dict[str, Any]:
@@ -475,6 +523,9 @@ def _image_record(found: Image) -> dict[str, Any]:
 def _image_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     if record["damaged"]:
         return (record["name"], "damaged", "-", "-", "-", "-")
+    if "declared" in record:
+        where = {"path": f"{record['source']}, where it lies"}.get(record["kind"], record["stored"] or "made when it is needed")
+        return (record["name"], "declared", "-", "-", "-", f"{where} ({record['declared']})")
     sizes = (format_size(record["size"]), format_size(record["virtual_size"]))
     return (record["name"], record["sha256"][:_SHORT], *sizes, record["created"], record["description"])
 

@@ -8,6 +8,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_ke
 if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend
     from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.machine import Machine
     from pytest_vmbottle.provision import Provisioner
 
@@ -239,11 +241,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 _plans(item)
             except SpecError as error:
                 told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
-                session.problems[f"{item.nodeid}: {told}"] = None
+                session.problems.update(dict.fromkeys(("wrong vm marks:", f"{item.nodeid}: {told}")))
     if not session.problems:
         return
     if not hasattr(config, "workerinput"):
-        raise session.wrong_marks()
+        raise session.misuse()
     items.clear()  # xdist takes a usage error in a worker for a crash: its controller raises it, see pytest_sessionfinish
 
 
@@ -265,7 +267,23 @@ class _Sorting:
         for index, item in zip(places, ordered, strict=True):
             items[index] = item
         # Only now it is known which tests are left: for none that uses a machine, nothing is asked of this host.
-        config.stash[_SESSION].has_machines = any(_uses_machine(item) for item in items)
+        session = config.stash[_SESSION]
+        session.has_machines = any(_uses_machine(item) for item in items)
+        if session.has_machines:
+            _check_declared_images(config, items)
+
+
+def _check_declared_images(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuses wrong declarations of images before anything runs."""
+    session = config.stash[_SESSION]
+    try:
+        _ = session.declared
+    except SpecError as error:
+        session.has_machines = False
+        session.problems[str(error)] = None
+        if not hasattr(config, "workerinput"):
+            raise session.misuse() from None
+        items.clear()  # as for wrong marks
 
 
 def _session_key(item: pytest.Item) -> str:
@@ -306,6 +324,14 @@ class _Session:
             self._catalog = Catalog(Path(given).expanduser() if given else default_root())
         return self._catalog
 
+    @cached_property
+    def declared(self) -> dict[str, DeclaredImage]:
+        """The images that the project declares."""
+        from pytest_vmbottle.images import find_declared_images
+
+        # Without an ini file pytest may take a folder for its root that has little to do with the project.
+        return find_declared_images(self._config.rootpath) or find_declared_images(self._config.invocation_params.dir)
+
     def provisioner(self, wanted: str) -> Provisioner:
         """What gives out machines of a backend; `"auto"` is what the option says, and by default QEMU."""
         from pytest_vmbottle.provision import Provisioner, Settings
@@ -323,6 +349,7 @@ class _Session:
                 warn=self.say,
                 ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
                 stopping=lambda machine: self._config.hook.pytest_vmbottle_machine_stopping(machine=machine),
+                declared=self.declared,
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
@@ -353,9 +380,9 @@ class _Session:
         why = "" if _option(self._config, "catalog") else default_reason()
         return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}{f' ({why})' if why else ''}"
 
-    def wrong_marks(self) -> pytest.UsageError:
-        """What is wrong with the marks of all tests."""
-        return pytest.UsageError("\n".join(["wrong vm marks:", *self.problems]))
+    def misuse(self) -> pytest.UsageError:
+        """What is wrong with the marks of all tests, or with the project's images."""
+        return pytest.UsageError("\n".join(self.problems))
 
     def collect(self) -> None:
         """Adds up what this process did, and ends its provisioners."""
@@ -405,7 +432,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if output is not None:
         output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told), "problems": list(ours.problems)}
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise ours.wrong_marks()
+        raise ours.misuse()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,8 +11,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from pytest_vmbottle.backend import (
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
-from pytest_vmbottle.images import Image, ImageStore
+from pytest_vmbottle.images import DeclaredImage, Image, ImageStore
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.packs import Manifest, Pack
 from pytest_vmbottle.seed import write_seed
@@ -92,6 +92,7 @@ class Settings:
         warn: Takes a sentence that somebody should read.
         ready: Called with a machine before anybody gets it.
         stopping: Called with a machine before it is ended.
+        declared: The images that the project declares, by name; they go before those of the catalog.
     """
 
     timeout_factor: float = 1.0
@@ -100,6 +101,7 @@ class Settings:
     warn: Callable[[str], None] = log.warning
     ready: Callable[[Machine], None] = lambda _: None
     stopping: Callable[[Machine], None] = lambda _: None
+    declared: Mapping[str, DeclaredImage] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -495,8 +497,8 @@ class Provisioner:
         source = spec.image
         if isinstance(source, Path) or "/" in source:
             return self._images.import_path(Path(source), arch=spec.arch)
-        names = (source,) if spec.arch == host_arch() else (f"{source}-{spec.arch}", source)
-        found = next((image for name in names if (image := self._images.get(name))), None) or self._build_image(source)
+        declared = self._settings.declared.get(source)
+        found = self._named_image(source, spec.arch) if declared is None else declared.get(self._images) or self._make_declared(declared)
         if found.arch != spec.arch:
             raise SpecError(
                 f"the image {found.name!r} is for {found.arch}, and the machine {spec.name!r} was to be {spec.arch}: "
@@ -504,17 +506,28 @@ class Provisioner:
             )
         return found
 
+    def _named_image(self, name: str, arch: str) -> Image:
+        names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)
+        return next((image for each in names if (image := self._images.get(each))), None) or self._build_image(name)
+
     def _build_image(self, name: str) -> Image:
         if not images.can_build(name):
-            there = ", ".join(image.name for image in self._images.list()) or "none"
+            there = ", ".join(sorted({*(image.name for image in self._images.list()), *self._settings.declared})) or "none"
             official = name in images.CLOUD_IMAGES
             how = f"Download it: vmbottle image pull {name}" if official else f"Add one: vmbottle image add FILE --name {name}"
             raise CatalogError(
                 f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
             )
-        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        with self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}"):
+        with self._making(name):
             return self._images.get(name) or images.build(self._images, name, progress=self._settings.report)
+
+    def _make_declared(self, declared: DeclaredImage) -> Image:
+        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else _BUILD_TIMEOUT):
+            return declared.get(self._images) or declared.make(self._images, progress=self._settings.report)
+
+    def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[None]:
+        deadline = Deadline(seconds * self._settings.timeout_factor)
+        return self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}")
 
 
 def _check_fits(spec: MachineSpec) -> None:

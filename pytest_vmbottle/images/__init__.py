@@ -1,7 +1,8 @@
-"""Named base images: the store they are kept in, the recipes that build them, and the places they are pulled from."""
+"""Named base images: the store they are kept in, the recipes that build them, the places they are pulled from, and a project's own."""
 
 from pytest_vmbottle.images.builder import build, can_build
 from pytest_vmbottle.images.cloud import CLOUD_IMAGES, CloudImage
+from pytest_vmbottle.images.declared import DeclaredImage, declared_images, find_declared_images
 from pytest_vmbottle.images.disk import disk_format
 from pytest_vmbottle.images.puller import PULL_SECONDS, PullOptions, pull, pull_url, pulled_name
 from pytest_vmbottle.images.recipes import RECIPES, Recipe
@@ -12,6 +13,7 @@ __all__ = [
     "PULL_SECONDS",
     "RECIPES",
     "CloudImage",
+    "DeclaredImage",
     "Image",
     "ImageStore",
     "PullOptions",
@@ -19,8 +21,10 @@ __all__ = [
     "Traits",
     "build",
     "can_build",
+    "declared_images",
     "default_firmware",
     "disk_format",
+    "find_declared_images",
     "pull",
     "pull_url",
     "pulled_name",

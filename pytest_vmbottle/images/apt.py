@@ -5,52 +5,136 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 __all__ = ["apt_sources", "keyrings"]
 
-_ONE_LINE = re.compile(r"deb\s+(?:\[[^\]]*\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)(?:\s|$)")
+_ONE_LINE = re.compile(r"deb\s+(?:\[(?P<options>[^\]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)(?P<components>(?:\s.*)?)$")
 _SIGNED_BY = re.compile(r"signed-by\s*[:=]\s*(/[^\s\],]+)", re.IGNORECASE)
+# Debian's releases lie side by side in one archive, and the one keyring has the keys of all that are current.
+_RELEASES = ("bullseye", "bookworm", "trixie", "forky", "sid", "stable", "testing", "unstable")
+_POCKETS = ("", "-updates", "-security")
+_KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
+_ARCHIVES = ("debian", "debian-security")
 
 
 def apt_sources(suite: str, apt: Path = Path("/etc/apt")) -> dict[str, str]:
     """This host's own package sources for a suite and its updates: the files' names and content; empty where it has none.
 
-    Both formats of sources.list(5) are read. A host of another distribution has none, and mmdebstrap knows the default.
+    Both formats of sources.list(5) are read. Where they are for another release of Debian, its archive has the wanted one too, and the
+    sources are those of Debian itself with the release's name replaced. A host of another distribution has none, and mmdebstrap knows
+    the default.
     """
     lists = [apt / "sources.list", *sorted(apt.glob("sources.list.d/*.list"))]
     stanzas = sorted(apt.glob("sources.list.d/*.sources"))
-    lines = [line for path in lists if path.is_file() for line in _lines(path.read_text(errors="replace"), suite)]
-    blocks = [block for path in stanzas if path.is_file() for block in _stanzas(path.read_text(errors="replace"), suite)]
-    if not any(suite in text.split() for text in (*lines, *blocks)):
-        return {}
-    found = {"debian.list": "".join(f"{line}\n" for line in lines), "debian.sources": "\n".join(blocks)}
+    sources = [
+        *(each for path in lists if path.is_file() for each in _lines(path.read_text(errors="replace"))),
+        *(each for path in stanzas if path.is_file() for each in _stanzas(path.read_text(errors="replace"))),
+    ]
+    chosen = _narrowed(sources, suite) or _of_another_release(sources, suite)
+    found = {
+        "debian.list": "".join(source.text for source in chosen if not source.stanza),
+        "debian.sources": "\n".join(source.text for source in chosen if source.stanza),
+    }
     return {name: text for name, text in found.items() if text}
 
 
-def _wanted(suite: str, candidate: str) -> bool:
-    return candidate == suite or candidate.startswith(f"{suite}-")
+@attrs.frozen(kw_only=True)
+class _Source:
+    """One entry, cut open where its suites stand."""
+
+    head: str
+    suites: tuple[str, ...]
+    tail: str
+    uris: tuple[str, ...]
+    components: tuple[str, ...]
+    signed_by: str
+    stanza: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.head}{' '.join(self.suites)}{self.tail}\n"
+
+    @property
+    def is_debians(self) -> bool:
+        """Whether it is Debian's archive, or a mirror of it, and not one that others keep for Debian."""
+        keys = self.signed_by.replace(",", " ").split()
+        named = all(key in _KEYRINGS for key in keys)
+        return named and "main" in self.components and (bool(keys) or all(map(_is_archive, self.uris)))
 
 
-def _lines(text: str, suite: str) -> Iterator[str]:
+def _is_archive(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return False
+    return (parts.hostname or "").endswith(".debian.org") or parts.path.rstrip("/").rpartition("/")[2] in _ARCHIVES
+
+
+def _narrowed(sources: Iterable[_Source], suite: str) -> list[_Source]:
+    """The sources for a suite and its updates; none without the suite itself."""
+    kept = [
+        attrs.evolve(source, suites=tuple(each for each in source.suites if each == suite or each.startswith(f"{suite}-")))
+        for source in sources
+    ]
+    return [source for source in kept if source.suites] if any(suite in source.suites for source in kept) else []
+
+
+def _of_another_release(sources: Iterable[_Source], suite: str) -> list[_Source]:
+    """Debian's sources for the first of its other releases that this host has, as if for this one."""
+    if suite not in _RELEASES:
+        return []
+    debians = [source for source in sources if source.is_debians]
+    for release in _RELEASES:
+        new = {f"{release}{pocket}": f"{suite}{pocket}" for pocket in _POCKETS}
+        moved = [attrs.evolve(source, suites=tuple(new[each] for each in source.suites if each in new)) for source in debians]
+        if any(suite in source.suites for source in moved):
+            return [source for source in moved if source.suites]
+    return []
+
+
+def _lines(text: str) -> Iterator[_Source]:
     for line in text.splitlines():
         entry = line.partition("#")[0].strip()
         match = _ONE_LINE.match(entry)
-        if match and _wanted(suite, match["suite"]) and not match["uri"].startswith("cdrom:"):
-            yield entry
+        if match and not match["uri"].startswith("cdrom:"):
+            start, end = match.span("suite")
+            signed_by = re.search(r"signed-by=(\S+)", match["options"] or "", re.IGNORECASE)
+            yield _Source(
+                head=entry[:start],
+                suites=(match["suite"],),
+                tail=entry[end:],
+                uris=(match["uri"],),
+                components=tuple(match["components"].split()),
+                signed_by=signed_by[1] if signed_by else "",
+                stanza=False,
+            )
 
 
-def _stanzas(text: str, suite: str) -> Iterator[str]:
+def _stanzas(text: str) -> Iterator[_Source]:
     lines = "\n".join(line.rstrip() for line in text.splitlines() if not line.startswith("#"))
     for stanza in re.split(r"\n{2,}", lines.strip()):
         # A line that begins with a blank continues the field above it.
         fields = {key.strip().lower(): value for key, _, value in (field.partition(":") for field in re.split(r"\n(?=\S)", stanza))}
-        suites = [candidate for candidate in fields.get("suites", "").split() if _wanted(suite, candidate)]
+        suites = tuple(fields.get("suites", "").split())
         if suites and "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").strip().lower() not in ("no", "false", "0"):
-            kept = fields | {"types": " deb", "suites": " " + " ".join(suites)}
-            yield "".join(f"{key.title()}:{value}\n" for key, value in kept.items())
+            kept = [(key, " deb" if key == "types" else value) for key, value in fields.items()]
+            at = list(fields).index("suites")
+            before, after = ("\n".join(f"{key.title()}:{value}" for key, value in part) for part in (kept[:at], kept[at + 1 :]))
+            yield _Source(
+                head=f"{before}\nSuites: ".lstrip(),
+                suites=suites,
+                tail=f"\n{after}" if after else "",
+                uris=tuple(fields.get("uris", "").split()),
+                components=tuple(fields.get("components", "").split()),
+                signed_by=fields.get("signed-by", "").strip(),
+                stanza=True,
+            )
 
 
 def keyrings(sources: Iterable[str]) -> set[Path]:

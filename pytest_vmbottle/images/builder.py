@@ -30,9 +30,10 @@ from pytest_vmbottle.spec import host_arch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["build", "can_build", "without_ids"]
+__all__ = ["build", "can_build", "check_package", "without_ids"]
 
-_CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip"
+# The packages have done what systemd would do once more at the first boot.
+_CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip systemd.condition_needs_update=0"
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(?:[=/][A-Za-z0-9.+:~-]+)?")
 _TOOLS = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "qemu-img": "qemu-utils", "tar": "tar"}
 _ROOT_TOOLS = {"setpriv": "util-linux", "unshare": "util-linux"}
@@ -41,6 +42,17 @@ _USER_TOOLS = {"newuidmap": "uidmap"}
 # its mounts into the host. For an ordinary user it makes such namespaces itself.
 _LEASH = ("setpriv", "--pdeathsig", "KILL")
 _NAMESPACES = (*_LEASH, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+_SCRIPT = "vmbottle-script"
+# Run by the host's shell, with the new system's folder: it sees nothing else that a user wrote. Names are resolved as on the host for as
+# long as the script runs.
+_RUN_SCRIPT = f"""\
+cp -a "$1/etc/resolv.conf" "$1/{_SCRIPT}.resolv"
+cat /etc/resolv.conf > "$1/etc/resolv.conf"
+env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \\
+    chroot "$1" "/{_SCRIPT}" </dev/null || {{ echo "the script ended with status $?"; exit 1; }}
+mv "$1/{_SCRIPT}.resolv" "$1/etc/resolv.conf"
+rm "$1/{_SCRIPT}"
+"""
 _NEEDED_SPACE = 2 << 30
 _PREFIX = "vmbottle-build-"
 _SUBORDINATE = re.compile(r"^([^:\n]+):(\d+):(\d+)$", re.MULTILINE)  # subuid(5)
@@ -60,12 +72,13 @@ def can_build(name: str) -> bool:
     return name in RECIPES
 
 
-def build(
+def build(  # noqa: PLR0913 - a build has many parts
     store: ImageStore,
     recipe: str,
     *,
     name: str | None = None,
     include: Sequence[str] = (),
+    script: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Image:
     """Makes a base image, as root or as an ordinary user, and puts it into the store; an older one of its name is replaced.
@@ -74,6 +87,7 @@ def build(
         recipe: One of `RECIPES`.
         name: What it is to be called, if not like the recipe.
         include: More packages.
+        script: What is run in it at the end, as root, with the host's network: by `sh -eu`, or what its first line names after `#!`.
         progress: Gets a line for each step, with the seconds since the start.
 
     Raises:
@@ -85,8 +99,7 @@ def build(
     chosen, name = RECIPES[recipe], name or recipe
     check_name(name)
     for package in include:
-        if not _PACKAGE.fullmatch(package):
-            raise CatalogError(f"{package!r} is not the name of a package: give names, one by one, such as 'nginx' or 'nginx=1.22.1-9'")
+        check_package(package)
     arch, console = _arch_of(chosen, recipe)
     started = time.monotonic()
 
@@ -94,15 +107,25 @@ def build(
         progress(f"{time.monotonic() - started:4.0f} s  {step}")
 
     with explained(f"build {recipe}"), _Workshop.opened(say) as shop, store.staging() as folder:
-        root = _install(shop, chosen, arch, include)
+        root = _install(shop, chosen, arch, include, script)
         say("making the disk")
         _make_disk(shop, root, folder, chosen.disk_size)
         say("adding it to the images")
-        words = f"{chosen.description}{', with ' + ', '.join(include) if include else ''}"
+        words = ", with ".join((chosen.description, *([", ".join(include)] if include else []), *(["a script"] if script else [])))
         cmdline = _CMDLINE.format(console=console)
         image = store.publish(folder, name=name, cmdline=cmdline, description=words, traits=Traits(prepared=True), replace=True)
     say("done")
     return image
+
+
+def check_package(name: str) -> None:
+    """Refuses what cannot be the name of a package, perhaps with its version or release.
+
+    Raises:
+        CatalogError: It cannot.
+    """
+    if not _PACKAGE.fullmatch(name):
+        raise CatalogError(f"{name!r} is not the name of a package: give names, one by one, such as 'nginx' or 'nginx=1.22.1-9'")
 
 
 def _arch_of(recipe: Recipe, name: str) -> tuple[str, str]:
@@ -290,7 +313,7 @@ def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Pa
     )
 
 
-def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str]) -> Path:
+def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str], script: str) -> Path:
     """Installs the system into a folder."""
     sources = apt_sources(recipe.suite)
     early, late, root = shop.folder / "early.tar", shop.folder / "late.tar", shop.folder / "root"
@@ -306,6 +329,7 @@ def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str])
         f"--include={','.join(packages)}",
         f"--essential-hook=tar-in {shlex.quote(str(early))} /",
         f"--customize-hook=tar-in {shlex.quote(str(late))} /",
+        *(_run_in(shop, script) if script else ()),
         *([] if sources else [_default_keyring(recipe)]),
         recipe.suite,
         root,
@@ -314,6 +338,15 @@ def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str])
     # Every machine has its own, and one that forgot would share these with all others.
     shop.run_as_root("find", root / "etc/ssh", "-name", "ssh_host_*", "-delete")
     return root
+
+
+def _run_in(shop: _Workshop, script: str) -> list[str]:
+    """The hooks of mmdebstrap that run a script in the new system, and leave nothing of it there."""
+    archive = shop.folder / "script.tar"
+    _write_tar(archive, {_SCRIPT: script if script.startswith("#!") else f"#!/bin/sh -eu\n{script}"}, {}, mode=0o700)
+    hook = shop.folder / "run-script"
+    hook.write_text(_RUN_SCRIPT)
+    return [f"--customize-hook=tar-in {shlex.quote(str(archive))} /", f'--customize-hook=sh -eu {shlex.quote(str(hook))} "$1"']
 
 
 def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
@@ -332,7 +365,7 @@ def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
         os.fsync(disk.fileno())
 
 
-def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str, str]) -> None:
+def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str, str], *, mode: int = 0o644) -> None:
     """Writes root's files, the folders they are in, and links."""
 
     def member(name: str, kind: bytes, mode: int) -> tarfile.TarInfo:
@@ -346,7 +379,7 @@ def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str,
             tar.addfile(member(name, tarfile.DIRTYPE, 0o755))
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
-            info = member(name, tarfile.REGTYPE, 0o644)
+            info = member(name, tarfile.REGTYPE, mode)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
         for name, target in links.items():

@@ -30,6 +30,9 @@ _QCOW2_V3 = struct.Struct(">QQQII")
 _COMPRESSION_AT = _QCOW2.size + _QCOW2_V3.size
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
 _KNOWN_FEATURES = _DIRTY | _CORRUPT | _DATA_FILE | _COMPRESSION | _EXTENDED_L2
+_EXTENSION = struct.Struct(">II")  # what it is, and the length of its data
+_END, _BACKING_FORMAT, _FEATURE_NAMES = 0, 0xE2792ACA, 0x6803F857
+_REFUSED_EXTENSIONS = {0x23852875: "bitmaps", 0x0537BE77: "an encryption header", 0x44415441: "the name of a data file"}
 # QEMU's own limits: a larger table is an attack on memory, not a disk.
 _MAX_L1 = 32 << 20
 _MAX_REFCOUNT_TABLE = 8 << 20
@@ -101,23 +104,45 @@ def _qcow2_size(head: bytes, file_size: int) -> int:
         raise CatalogError("has internal snapshots: make a plain copy with `qemu-img convert -O qcow2`")
     if not 0 < size <= _MAX_DISK:
         raise CatalogError(f"is not a disk image: its qcow2 header claims a disk of {size} bytes")
+    _need(size % _SECTOR == 0, f"a disk of {size} bytes, which are no whole sectors")
     _need(9 <= cluster_bits <= 21, f"clusters of 2^{cluster_bits} bytes")  # noqa: PLR2004 - QEMU's own limits
-    extended = version == 3 and _check_features(head, cluster_bits)  # noqa: PLR2004 - the version with feature bits
+    extended, length = _check_features(head, cluster_bits) if version == 3 else (False, _QCOW2.size)  # noqa: PLR2004 - it has feature bits
+    _check_extensions(head, length, 1 << cluster_bits)
     _check_tables(1 << cluster_bits, size, tables, extended=extended, file_size=file_size)
     return int(size)
 
 
 def _check_tables(cluster: int, size: int, tables: list[int], *, extended: bool, file_size: int) -> None:
-    l1_len, l1_at, refs_at, refs_len, *_ = tables
+    l1_len, l1_at, refs_at, refs_len, _, snapshots_at = tables
     per_table = cluster // (16 if extended else 8)
     _need(-(-size // (cluster * per_table)) <= l1_len <= _MAX_L1 // 8, f"an L1 table of {l1_len} entries for {size} bytes")
     _need(_inside(l1_at, l1_len * 8, cluster, file_size), "an L1 table outside the file")
     _need(0 < refs_len * cluster <= _MAX_REFCOUNT_TABLE, f"a refcount table of {refs_len} clusters")
     _need(_inside(refs_at, refs_len * cluster, cluster, file_size), "a refcount table outside the file")
+    _need(snapshots_at % cluster == 0, "a snapshot table between clusters")
 
 
-def _check_features(head: bytes, cluster_bits: int) -> bool:
-    """Refuses what a version 3 header may turn on, except for another compression and extended L2 entries: whether it has these."""
+def _check_extensions(head: bytes, at: int, cluster: int) -> None:
+    """Refuses what may follow the header in its cluster, except for what names features, and what a removed backing file left."""
+    while at < cluster:
+        if len(head) < at + _EXTENSION.size:
+            raise CatalogError("is not a disk image: its qcow2 header is cut off, or longer than any that is known")
+        kind, length = _EXTENSION.unpack_from(head, at)
+        at += _EXTENSION.size + -(-length // 8) * 8
+        _need(at <= cluster and (kind != _BACKING_FORMAT or length < 16), f"an extension of {length} bytes")  # noqa: PLR2004 - QEMU's limit
+        if kind == _END:
+            return
+        if kind not in (_BACKING_FORMAT, _FEATURE_NAMES):
+            what = _REFUSED_EXTENSIONS.get(kind, f"an extension that is not known here ({kind:#x})")
+            raise CatalogError(f"has {what} in its qcow2 header: make a plain copy with `qemu-img convert -O qcow2`")
+
+
+def _check_features(head: bytes, cluster_bits: int) -> tuple[bool, int]:
+    """Refuses what a version 3 header may turn on, except for another compression and extended L2 entries.
+
+    Returns:
+        Whether it has extended L2 entries, and how long the header is.
+    """
     if len(head) < _COMPRESSION_AT:
         raise CatalogError("is not a disk image: its qcow2 header is cut off")
     features, _, extras, refcount_order, length = _QCOW2_V3.unpack_from(head, _QCOW2.size)
@@ -133,12 +158,11 @@ def _check_features(head: bytes, cluster_bits: int) -> bool:
         raise CatalogError("has bitmaps or other extras: make a plain copy with `qemu-img convert -O qcow2`")
     _need(_COMPRESSION_AT <= length <= 1 << cluster_bits and length % 8 == 0, f"a header of {length} bytes")
     _need(refcount_order <= 6, f"refcounts of 2^{refcount_order} bits")  # noqa: PLR2004 - the format's limit
-    if features & _COMPRESSION:
-        known = length > _COMPRESSION_AT and head[_COMPRESSION_AT : _COMPRESSION_AT + 1] == b"\x01"
-        _need(known, "an unknown compression")
+    compression = head[_COMPRESSION_AT : min(length, _COMPRESSION_AT + 1)]
+    _need(compression == b"\x01" if features & _COMPRESSION else compression in (b"", b"\0"), "an unknown compression")
     extended = bool(features & _EXTENDED_L2)
     _need(not extended or cluster_bits >= 14, "extended L2 entries in clusters that are too small")  # noqa: PLR2004 - the format's limit
-    return extended
+    return extended, length
 
 
 def _need(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - the two read as a sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from pytest_vmbottle import Machine, layer, packs
 from pytest_vmbottle._os import Deadline, size_on_disk
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.cli import main
-from pytest_vmbottle.images import ImageStore
+from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.testing import FakeBackend
@@ -370,6 +371,76 @@ def test_ctrl_c_is_answered_with_one_word_and_status_130(builder: Builder) -> No
 def test_being_terminated_is_an_orderly_end(builder: Builder) -> None:
     assert builder.signal(signal.SIGTERM) == ("", "")
     assert builder.process.returncode == 128 + signal.SIGTERM
+
+
+# -- images that the project declares ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(root: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with two images, below whose folder the command is run; its builds take no time."""
+
+    def build(store: ImageStore, recipe: str, *, name: str, **_: object) -> Image:
+        disk.write_bytes(disk.read_bytes()[:-8] + os.urandom(8))
+        return store.add(disk, name=name, description=recipe, replace=True)
+
+    monkeypatch.setattr("pytest_vmbottle.images.declared.build", build)
+    folder = root.parent / "project"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "vmbottle.toml").write_text('[images.web]\nbuild = "debian-12"\nrun = "id"\n[images.mine]\npath = "../disk.raw"\n')
+    monkeypatch.chdir(folder / "deep")
+    return folder
+
+
+def test_a_declared_image_is_built_by_its_name_and_built_again_when_asked_to(project: Path, root: Path) -> None:
+    first, second = done("image", "build", "web"), done("image", "build", "web")
+    (stored,) = ImageStore(root / "images").list()
+
+    assert re.fullmatch(r"web [0-9a-f]{64}\n", first)
+    assert first != second == f"web {stored.sha256}\n"
+    assert re.fullmatch(r"web-[0-9a-f]{12}", stored.name)
+    assert project.exists()
+
+
+def test_declared_images_are_listed_after_those_of_the_catalog_with_where_they_come_from(project: Path, disk: Path) -> None:
+    lines = done("image", "ls").splitlines()
+    assert [line.split()[:2] for line in lines] == [["NAME", "SHA256"], ["web", "declared"], ["mine", "declared"]]
+    assert f"made when it is needed ({project / 'vmbottle.toml'}: images.web)" in lines[1]
+    assert f"{project}/../disk.raw, where it lies ({project / 'vmbottle.toml'}: images.mine)" in lines[2]
+    done("image", "build", "web")
+    done("image", "add", disk, "--name", "other")
+    records = json.loads(done("image", "ls", "--json"))
+
+    assert [record["name"] for record in records][-2:] == ["web", "mine"]
+    assert records[-2] | {"source": "", "damaged": ""} == {
+        "name": "web",
+        "declared": f"{project / 'vmbottle.toml'}: images.web",
+        "kind": "build",
+        "source": "",
+        "stored": records[1]["name"],
+        "damaged": "",
+    }
+
+
+def test_a_wrong_declaration_is_told_and_ends_with_status_2(project: Path) -> None:
+    (project / "vmbottle.toml").write_text('[images.web]\nbiuld = "debian-12"\n')
+
+    for words in (("image", "build", "web"), ("image", "build", "debian-12"), ("image", "ls")):
+        told = failed(2, *words)
+        assert f"{project / 'vmbottle.toml'}: images.web.biuld: is not known: did you mean 'build'?" in told
+
+
+@pytest.mark.usefixtures("project")
+def test_the_name_and_packages_of_a_declared_image_stand_where_it_is_declared() -> None:
+    assert "its name and packages stand there" in failed(2, "image", "build", "web", "--include", "nginx")
+    assert "its name and packages stand there" in failed(2, "image", "build", "web", "--name", "other")
+
+
+@pytest.mark.usefixtures("project")
+def test_a_disk_that_is_used_where_it_lies_has_nothing_to_be_built_and_is_checked(disk: Path) -> None:
+    assert done("image", "build", "mine") == f"mine {hashlib.sha256(disk.read_bytes()).hexdigest()}\n"
+    disk.unlink()
+    assert "the image 'mine'" in failed(1, "image", "build", "mine")
 
 
 # -- packs -----------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pwd
+import shlex
 import shutil
 import struct
 import subprocess
@@ -32,7 +33,7 @@ CMDLINE = "root=/dev/vda rw console=ttyS0"
 
 
 def qcow2(**changes: int) -> bytes:
-    """A version 3 header for a disk of 8 GiB, as QEMU writes it, with some fields changed."""
+    """A version 3 header for a disk of 8 GiB, as QEMU writes it, with some fields changed, and the end of its extensions."""
     fields = {
         "version": 3,
         "backing_at": 0,
@@ -53,7 +54,7 @@ def qcow2(**changes: int) -> bytes:
         "length": 112,
         "compression": 0,
     }
-    return struct.pack(">4sIQIIQIIQQIIQQQQIIB7x", b"QFI\xfb", *(fields | changes).values())
+    return struct.pack(">4sIQIIQIIQQIIQQQQIIB7x8x", b"QFI\xfb", *(fields | changes).values())
 
 
 def judged(head: bytes, size: int) -> tuple[str, int]:
@@ -128,6 +129,9 @@ class TestWhatADiskIs:
             ({"features": 1 << 63}, "features"),
             ({"features": 8, "compression": 2}, "compression"),
             ({"features": 8, "compression": 1, "length": 104}, "compression"),
+            ({"compression": 1}, "compression"),
+            ({"snapshots_at": 1}, "snapshot table"),
+            ({"size": (8 << 30) + 1}, "no whole sectors"),
             ({"features": 16, "cluster_bits": 12, "l1_len": 1 << 16}, "extended L2"),
             ({"autoclear": 1}, "bitmaps"),
             ({"autoclear": 2}, "extras"),
@@ -149,9 +153,9 @@ class TestWhatADiskIs:
             disk_format(qcow2(**changes), MIB)
 
     def test_a_version_2_header_has_no_feature_bits(self) -> None:
-        assert disk_format(qcow2(version=2, features=4)[:72], MIB) == ("qcow2", 8 << 30)
+        assert disk_format(qcow2(version=2, features=4), MIB) == ("qcow2", 8 << 30)
 
-    @pytest.mark.parametrize("length", [4, 71, 103])
+    @pytest.mark.parametrize("length", [4, 71, 103, 111, 119])
     def test_a_header_that_is_cut_off_is_refused(self, length: int) -> None:
         with pytest.raises(CatalogError, match="cut off"):
             disk_format(qcow2()[:length], MIB)
@@ -643,6 +647,37 @@ deb http://deb.example.org/debian trixie main
 """
 
 
+# What may stand beside Debian's own sources; a release's name in it does not make it Debian's.
+BESIDE_DEB822 = """
+Types: deb
+URIs: http://security.debian.org/debian-security
+Suites: bookworm-security bookworm-backports
+Components: main non-free-firmware
+
+Types: deb
+URIs: http://vendor.example.org/linux/debian
+Suites: bookworm
+Components: main
+Signed-By: /etc/apt/keyrings/vendor.asc
+"""
+BESIDE_ONE_LINE = """\
+deb http://deb.example.org/debian/ bookworm main contrib non-free-firmware
+deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror.example.org/d bookworm-updates main
+deb http://mirror.example.org/ bookworm-security main
+deb [signed-by=/etc/apt/keyrings/vendor.gpg] http://vendor.example.org/debian bookworm main
+deb http://packages.example.org/apt cloud-sdk-bookworm main
+"""
+VENDORS = """\
+deb [signed-by=/usr/share/keyrings/vendor.gpg] http://vendor.example.org/debian bookworm main
+deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg,/etc/apt/keyrings/vendor.gpg] http://both.example.org/debian bookworm main
+deb http://vendor.example.org/linux/debian bookworm stable
+deb http://vendor.example.org/apt bookworm main
+deb http://[vendor bookworm main
+deb http://vendor.example.org/debian bookworm-pgdg main
+deb http://vendor.example.org/debian nodistro main
+"""
+
+
 class TestSources:
     @pytest.fixture
     def apt(self, tmp_path: Path) -> Path:
@@ -676,6 +711,31 @@ class TestSources:
         (apt / "sources.list").write_text(ONE_LINE)
         assert apt_sources(suite, apt) == {}
 
+    def test_deb822_sources_of_one_debian_release_serve_another(self, apt: Path) -> None:
+        (apt / "sources.list.d" / "debian.sources").write_text(DEB822.replace(" trixie", "") + BESIDE_DEB822)
+        assert apt_sources("trixie", apt) == {
+            "debian.sources": "Types: deb\nUris: http://deb.example.org/debian\nSuites: trixie trixie-updates\nComponents: main\n"
+            "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n\n"
+            "Types: deb\nUris: http://security.debian.org/debian-security\nSuites: trixie-security\n"
+            "Components: main non-free-firmware\n"
+        }
+
+    def test_one_line_sources_of_one_debian_release_serve_another(self, apt: Path) -> None:
+        (apt / "sources.list").write_text(BESIDE_ONE_LINE)
+        assert apt_sources("trixie", apt) == {
+            "debian.list": "deb http://deb.example.org/debian/ trixie main contrib non-free-firmware\n"
+            "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror.example.org/d trixie-updates main\n"
+        }
+
+    def test_sources_of_the_release_itself_go_before_those_of_another(self, apt: Path) -> None:
+        (apt / "sources.list").write_text("deb http://a.example.org/debian bookworm main\ndeb http://b.example.org/debian trixie main\n")
+        assert apt_sources("trixie", apt) == {"debian.list": "deb http://b.example.org/debian trixie main\n"}
+        assert apt_sources("bookworm", apt) == {"debian.list": "deb http://a.example.org/debian bookworm main\n"}
+
+    def test_sources_that_others_keep_for_a_debian_release_do_not_serve_another(self, apt: Path) -> None:
+        (apt / "sources.list").write_text(VENDORS)
+        assert apt_sources("trixie", apt) == {}
+
     def test_updates_alone_are_not_enough_to_build_from(self, apt: Path) -> None:
         (apt / "sources.list").write_text("deb http://deb.example.org/debian bookworm-updates main\n")
         assert apt_sources("bookworm", apt) == {}
@@ -687,8 +747,9 @@ class TestSources:
     def test_any_text_can_be_read(self, text: str) -> None:
         from pytest_vmbottle.images import apt
 
-        found = [*apt._lines(text, "bookworm"), *apt._stanzas(text, "bookworm")]
-        assert all("bookworm" in entry for entry in found)
+        found = [*apt._lines(text), *apt._stanzas(text)]
+        assert all(suite in source.text for source in found for suite in source.suites)
+        assert apt._of_another_release(found, "noble") == []
 
     def test_without_sources_the_archives_keys_are_needed(self, tmp_path: Path) -> None:
         recipe = attrs.evolve(RECIPES["debian-12"], keyring=(tmp_path / "keys.gpg", "some-keyring"))
@@ -706,14 +767,15 @@ class TestSources:
 
 
 class TestBuilding:
-    def test_debian_12_can_be_built(self) -> None:
+    def test_debian_12_and_13_can_be_built(self) -> None:
         assert can_build("debian-12")
+        assert can_build("debian-13")
         assert not can_build("windows-95")
 
     @pytest.mark.parametrize(
         ("recipe", "options", "reason"),
         [
-            ("windows-95", {}, "no recipe for 'windows-95': there is debian-12"),
+            ("windows-95", {}, "no recipe for 'windows-95': there are debian-12, debian-13"),
             ("debian-12", {"name": "../x"}, "cannot name an image"),
             ("debian-12", {"include": ["nginx;reboot"]}, "not the name of a package"),
             ("debian-12", {"include": ["--option"]}, "not the name of a package"),
@@ -778,6 +840,26 @@ class TestBuilding:
         monkeypatch.setattr(building, "host_arch", lambda: "m68k")
         with pytest.raises(BackendUnavailable, match="no recipe for m68k"):
             build(store, "debian-12")
+
+    @pytest.mark.parametrize(
+        ("script", "written"),
+        [("useradd web\n", "#!/bin/sh -eu\nuseradd web\n"), ("#!/usr/bin/python3\n'$(id)'", "#!/usr/bin/python3\n'$(id)'")],
+    )
+    def test_a_script_goes_into_the_system_as_a_file_and_never_through_a_shell_of_the_host(
+        self, tmp_path: Path, script: str, written: str
+    ) -> None:
+        folder = tmp_path / "it's $(a) folder"
+        folder.mkdir()
+        hooks = building._run_in(building._Workshop(folder, print), script)
+        assert hooks == [
+            f"--customize-hook=tar-in {shlex.quote(str(folder / 'script.tar'))} /",
+            f'--customize-hook=sh -eu {shlex.quote(str(folder / "run-script"))} "$1"',
+        ]
+        with tarfile.open(folder / "script.tar") as tar:
+            (member,) = tar
+            content = tar.extractfile(member)
+            assert content is not None
+            assert (member.name, member.mode, content.read().decode()) == ("vmbottle-script", 0o700, written)
 
     def test_the_overlay_belongs_to_root_and_has_the_folders_it_needs(self, tmp_path: Path) -> None:
         building._write_tar(tmp_path / "x.tar", {"etc/a/b.conf": "text\n"}, {"etc/unit": "/dev/null"})
