@@ -68,5 +68,6 @@ def test_tests_get_aarch64_machines_from_packs_of_each_kind(
     result = pytester.runpytest_subprocess("--vm-catalog", str(arm.root), f"--vm-pack={kind}", "-p", "no:cacheprovider")
 
     result.assert_outcomes(passed=2)
-    poured = 0 if kind is PackKind.DISK else 2
-    result.stdout.fnmatch_lines([f"*vmbottle: {poured} machine* poured, *"])
+    # A machine that could change its pack would have it made again, by another boot.
+    machines = "0 machines poured, *" if kind is PackKind.DISK else "2 machines poured, 1 booted; 2 packs built, *"
+    result.stdout.fnmatch_lines([f"*vmbottle: {machines}"])
