@@ -535,19 +535,33 @@ def _image_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         "vmbottle image add disk.qcow2 --name mine",
         "vmbottle image add disk.raw --name mine --sha256 1f3a...",
         "vmbottle image add arm.qcow2 --name mine-arm --arch aarch64 --user admin",
+        "vmbottle image add root.raw --name mine --kernel vmlinuz --initrd initrd.img --cmdline 'root=/dev/vda rw console=ttyS0'",
     )
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What to call it.")
 @click.option("--sha256", help="The digest that the file must have.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="A kernel to boot directly, instead of by firmware; copied too.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="Its initial RAM disk.")
+@click.option("--cmdline", default="", help="Its command line, such as 'root=/dev/vda rw console=ttyS0'.")
 @_traits
-def add(*, file: Path, name: str, sha256: str | None, arch: str, traits: Traits) -> None:
+def add(  # noqa: PLR0913 - an image has many parts
+    *,
+    file: Path,
+    name: str,
+    sha256: str | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    cmdline: str,
+    arch: str,
+    traits: Traits,
+) -> None:
     """Copy a disk image FILE, qcow2 or raw, into the catalog.
 
-    Its first disk must boot by its firmware and have the QEMU guest agent or cloud-init and SSH. The image's name and sha256 are written
-    to stdout.
+    It must boot by its firmware, or by the --kernel that is given, and have the QEMU guest agent or cloud-init and SSH. The image's name
+    and sha256 are written to stdout.
     """
-    added = _images(_catalog()).add(file, name=name, sha256=sha256, arch=arch, traits=traits)
+    added = _images(_catalog()).add(file, name=name, sha256=sha256, kernel=kernel, initrd=initrd, cmdline=cmdline, arch=arch, traits=traits)
     click.echo(f"{added.name} {added.sha256}")
 
 

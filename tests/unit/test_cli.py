@@ -249,6 +249,18 @@ def test_what_a_disk_does_not_tell_is_said_when_it_is_added_and_listed(disk: Pat
     }
 
 
+def test_a_kernel_is_added_beside_its_disk_and_not_without_a_command_line(disk: Path, root: Path, tmp_path: Path) -> None:
+    for part in ("vmlinuz", "initrd"):
+        (tmp_path / part).write_text(part)
+    beside = ("--kernel", tmp_path / "vmlinuz", "--initrd", tmp_path / "initrd")
+
+    assert "needs a command line" in failed(1, "image", "add", disk, "--name", "mine", *beside)
+    done("image", "add", disk, "--name", "mine", *beside, "--cmdline", "root=/dev/vda")
+
+    assert (next(root.glob("images/sha256/*/initrd.img"))).read_text() == "initrd"
+    assert (next(root.glob("images/sha256/*/vmlinuz"))).read_text() == "vmlinuz"
+
+
 def test_a_user_that_cannot_be_one_is_a_usage_error(disk: Path) -> None:
     assert "is not the name of a user" in failed(2, "image", "add", disk, "--name", "mine", "--user", "a b")
 
