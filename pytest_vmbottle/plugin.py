@@ -269,7 +269,7 @@ class _Sorting:
         # Only now it is known which tests are left: for none that uses a machine, nothing is asked of this host.
         session = config.stash[_SESSION]
         session.has_machines = any(_uses_machine(item) for item in items)
-        if session.has_machines:
+        if session.has_machines and not _is_only_asked(config):
             _check_declared_images(config, items)
 
 
@@ -414,10 +414,14 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
 
 
+def _is_only_asked(config: pytest.Config) -> bool:
+    return any(config.getoption(name, default=False) for name in _ONLY_ASKED)
+
+
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Says what machines run on, if there are any to run."""
     session = config.stash[_SESSION]
-    if not session.has_machines or any(config.getoption(name, default=False) for name in _ONLY_ASKED):
+    if not session.has_machines or _is_only_asked(config):
         return []
     session.told.setdefault(session.describe_host())
     return list(session.told)
