@@ -52,13 +52,19 @@ def _gone(pid: int, seconds: float) -> bool:
     return bool(Deadline(seconds).poll(ended, every=0.02))
 
 
+def _started(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    """A pytest that hears of Ctrl-C, even if this one was started as a shell starts what is to run in the background."""
+    argv = ["env", "--default-signal=INT", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    return subprocess.Popen(argv, cwd=folder, start_new_session=True)
+
+
 @pytest.fixture
 def sleeping(pytester: pytest.Pytester, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A pytest run in the middle of a test, and the process of the machine it holds."""
     flag = tmp_path / "flag"
     pytester.makepyfile(SLEEPER.format(flag=str(flag)))
     extra = getattr(request, "param", [])
-    run = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *extra], cwd=pytester.path, start_new_session=True)
+    run = _started(pytester.path, *extra)
     try:
         written = Deadline(300).poll(lambda: flag.read_text() if flag.exists() else None, every=0.1)
         assert written, "the test did not begin"
@@ -91,7 +97,7 @@ def test_ctrl_c_in_the_middle_of_a_test_leaves_nothing(sleeping: tuple[subproces
 
 def test_ctrl_c_while_a_machine_boots_leaves_nothing(pytester: pytest.Pytester, vm_catalog: Catalog, machines_of: Find) -> None:
     pytester.makepyfile('import pytest\n@pytest.mark.vm("debian-12", fresh="boot", name="interrupted")\ndef test_x(vm): pass\n')
-    run = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], cwd=pytester.path, start_new_session=True)
+    run = _started(pytester.path)
 
     def mine() -> list[int]:
         return [pid for pid in machines_of(vm_catalog.root) if "interrupted" in Path(f"/proc/{pid}/cmdline").read_text()]
