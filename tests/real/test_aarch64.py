@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmbottle import MachineSpec, packs
 from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.images import Image, ImageStore
+from pytest_vmbottle.provision import Provisioner, Settings
 
 TESTS = """
 import time
@@ -71,3 +74,32 @@ def test_tests_get_aarch64_machines_from_packs_of_each_kind(
     # A machine that could change its pack would have it made again, by another boot.
     machines = "0 machines poured, *" if kind is PackKind.DISK else "2 machines poured, 1 booted; 2 packs built, *"
     result.stdout.fnmatch_lines([f"*vmbottle: {machines}"])
+
+
+def _provisioner(catalog: Catalog, kind: PackKind, warned: list[str]) -> Provisioner:
+    return Provisioner(catalog, QemuBackend(proofs=catalog.proofs, pack_kind=kind), name="qemu", settings=Settings(warn=warned.append))
+
+
+@pytest.mark.parametrize("kind", [PackKind.TEMPLATE, PackKind.STREAM])
+def test_a_pack_that_cannot_be_restored_gives_way_to_one_of_the_next_kind(kind: PackKind, arm: Catalog) -> None:
+    """With a guest that boots in seconds; nothing of it is about the architecture."""
+    warned: list[str] = []
+    first = _provisioner(arm, kind, warned)
+    spec = MachineSpec.resolve("arm", {"arch": "aarch64", "memory": "256M", "run": [f"echo {kind} > /root/lasting; touch /run/in-memory"]})
+    pack = first.pack(spec)
+    # A pack whose hashes are right and whose state makes no sense, as after a mistake of QEMU's own.
+    (pack.path / "pack.json").unlink()
+    (pack.path / "state.bin").unlink()
+    (pack.path / "state.bin").write_bytes(b"no state at all")
+    packs.seal(pack.path, pack.manifest)
+    first.close()
+    second = _provisioner(arm, kind, warned)
+
+    with second.machine(spec) as machine:
+        assert machine.path("/root/lasting").read_text() == f"{kind}\n"
+        assert machine.path("/run/in-memory").exists() == (kind.next is not PackKind.DISK)
+
+    (warning,) = warned
+    assert f"was put aside; {kind.next} packs are used from now on" in warning
+    assert not pack.path.exists()
+    second.close()

@@ -1,4 +1,4 @@
-"""The three kinds of packs: each can be forced, each gives the same machines, and each gives way to the next one."""
+"""The three kinds of packs: each can be forced, and each gives the same machines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import os
 
 import pytest
 
-from pytest_vmbottle import MachineSpec, packs
 from pytest_vmbottle.backend import PackKind
-from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
-from pytest_vmbottle.provision import Provisioner, Settings
 
 SCRIPT = "echo lasting > /root/which; echo kept > /dev/shm/which"
 TESTS = f"""
@@ -34,11 +31,6 @@ def test_no_other_test_has_changed_it_and_it_is_awake(vm):
 """
 
 
-def provisioner(catalog: Catalog, kind: PackKind, warned: list[str] | None = None) -> Provisioner:
-    said: list[str] = [] if warned is None else warned
-    return Provisioner(catalog, QemuBackend(proofs=catalog.proofs, pack_kind=kind), name="qemu", settings=Settings(warn=said.append))
-
-
 @pytest.mark.parametrize("kind", list(PackKind))
 def test_each_kind_can_be_forced_and_gives_the_same_machines(
     kind: PackKind, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, vm_catalog: Catalog
@@ -54,26 +46,3 @@ def test_each_kind_can_be_forced_and_gives_the_same_machines(
     result.stdout.fnmatch_lines([f"*, {kind} packs, *"])
     poured = 0 if kind is PackKind.DISK else 2
     result.stdout.fnmatch_lines([f"*vmbottle: {poured} machine* poured, *"])
-
-
-@pytest.mark.parametrize("kind", [PackKind.TEMPLATE, PackKind.STREAM])
-def test_a_pack_that_cannot_be_restored_gives_way_to_one_of_the_next_kind(kind: PackKind, vm_catalog: Catalog) -> None:
-    first = provisioner(vm_catalog, kind)
-    spec = MachineSpec.resolve("debian-12", {"run": [SCRIPT, f"echo {kind}"]})
-    pack = first.pack(spec)
-    # A pack whose hashes are right and whose state makes no sense, as after a mistake of QEMU's own.
-    (pack.path / "pack.json").unlink()
-    (pack.path / "state.bin").unlink()
-    (pack.path / "state.bin").write_bytes(b"no state at all")
-    packs.seal(pack.path, pack.manifest)
-    first.close()
-    warned: list[str] = []
-    second = provisioner(vm_catalog, kind, warned)
-
-    with second.machine(spec) as machine:
-        assert machine.path("/root/which").read_text() == "lasting\n"
-        assert machine.path("/dev/shm/which").exists() == (kind.next is not PackKind.DISK)
-
-    assert f"was put aside; {kind.next} packs are used from now on" in warned[0]
-    assert not pack.path.exists()
-    second.close()
