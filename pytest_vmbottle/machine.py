@@ -11,7 +11,7 @@ from pytest_vmbottle import transfer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
 from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineError, MachineTimeout
-from pytest_vmbottle.guestpath import BULK, GuestPath
+from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import MachineSpec
 
@@ -145,9 +145,10 @@ class Machine:
         return self._carry(lambda command, deadline: self._bulk(deadline).get(command, sink, deadline=deadline), text, words)
 
     def _carry(self, run: Callable[[Command, Deadline], Finished], text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
+        text, words = with_any_bytes(text, words)
         argv = ("/bin/sh", "-c", text, "sh", *words)
         began = time.monotonic()
-        finished = run(self._command(argv, env={}, cwd=None, user=None, content=content), Deadline(_OWN_TIME * self._factor))
+        finished = run(self._command(argv, env={"LC_ALL": "C"}, cwd=None, user=None, content=content), Deadline(_OWN_TIME * self._factor))
         result = _result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
             raise CommandTimeout(result, _OWN_TIME * self._factor)
