@@ -16,7 +16,7 @@ import attrs
 
 from pytest_vmbottle.result import Result, printable
 
-__all__ = ["BULK", "FOLLOW", "Entry", "GuestPath", "Shell", "owner_word", "raise_for", "with_any_bytes"]
+__all__ = ["BULK", "FOLLOW", "Entry", "GuestPath", "Shell", "mode_word", "owner_word", "raise_for", "with_any_bytes"]
 
 BULK = 1 << 20
 """Bytes from which on data takes the channel with the most throughput."""
@@ -368,7 +368,7 @@ class GuestPath:
             LookupError: There is no such user or group in the guest.
         """
         content = bytes(memoryview(data))
-        words = (str(len(content)), "" if mode is None else _bits(mode), owner_word(owner))
+        words = (str(len(content)), "" if mode is None else mode_word(mode), owner_word(owner))
         self._check(self._shell.feed(_WRITE, str(self), *words, source=BytesIO(content), size=len(content)))
         return len(content)
 
@@ -558,7 +558,7 @@ class GuestPath:
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.mkdir` does.
         """
-        words = ("1" if exist_ok else "", "1" if parents else "", _bits(mode))
+        words = ("1" if exist_ok else "", "1" if parents else "", mode_word(mode))
         self._check(self._shell.script(_MKDIR, str(self), *words))
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:  # noqa: FBT001, FBT002 - as pathlib has it
@@ -567,7 +567,7 @@ class GuestPath:
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.touch` does.
         """
-        self._check(self._shell.script(_TOUCH, str(self), _bits(mode), "1" if exist_ok else ""))
+        self._check(self._shell.script(_TOUCH, str(self), mode_word(mode), "1" if exist_ok else ""))
 
     def unlink(self, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 - as pathlib has it
         """Removes a file or a symbolic link.
@@ -655,7 +655,7 @@ class GuestPath:
         Raises:
             FileNotFoundError, PermissionError: As `pathlib.Path.chmod` does.
         """
-        self._check(self._shell.script(_CHMOD, str(self), _bits(mode)))
+        self._check(self._shell.script(_CHMOD, str(self), mode_word(mode)))
 
     def chown(self, user: str | int | None = None, group: str | int | None = None) -> None:
         """Changes whom it belongs to, by names of the guest or by numbers, as `shutil.chown`; symbolic links are followed.
@@ -757,7 +757,12 @@ def _check_text(path: str) -> None:
         raise ValueError(f"{path!r} has a character in it that no name can have") from None
 
 
-def _bits(mode: int) -> str:
+def mode_word(mode: int) -> str:
+    """Permission bits as chmod(1) takes them.
+
+    Raises:
+        ValueError: They are none.
+    """
     if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= _MAX_MODE:
         raise ValueError(f"mode={mode!r} are not permission bits: write them as 0o644")
     return f"{mode:04o}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
-from pytest_vmbottle import transfer
+from pytest_vmbottle import fileset, transfer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
 from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineError, MachineTimeout
@@ -162,6 +162,41 @@ class Machine:
     def path(self, path: str | PurePosixPath) -> GuestPath:
         """An absolute path in the guest."""
         return GuestPath(path, shell=self)
+
+    def write_files(
+        self,
+        files: Mapping[str, fileset.Content] | Mapping[GuestPath, fileset.Content],
+        *,
+        clean: bool = False,
+        mode: int | None = None,
+        owner: str | int | None = None,
+    ) -> None:
+        """Writes many files by one command, each as `GuestPath.write_bytes` does; the folders above them are made.
+
+        All of them are in the guest before the first is renamed to its final name. So a full disk, a name that is a folder's, or a folder
+        that may not be written leave everything as it was.
+
+            vm.write_files({"/srv/app/run.py": Path("run.py"), "/srv/app/conf/app.ini": "[app]\\n"}, owner="www-data")
+
+        Args:
+            files: Text, bytes, or a file of the host, by absolute path in the guest.
+            clean: Whether to remove what is in the folders of these files beforehand: in each folder that has one of them in it directly,
+                everything, and so all below it. Folders on other file systems below it are not entered. What a guest needs, such as `/`,
+                `/etc`, `/var/lib` or anything in `/usr/bin`, is refused.
+            mode: Permission bits of all files; by default as with `GuestPath.write_bytes`.
+            owner: Whom the files, and the folders that are made, belong to.
+
+        Raises:
+            FileNotFoundError: A file of the host does not exist.
+            OSError: A file could not be written: `filename` says which, `errno` why.
+            LookupError: There is no such owner.
+            ValueError: A path is relative or has `..` in it, two of them make no sense together, or `clean` is refused.
+        """
+        __tracebackhide__ = True
+        placed = {self.path(str(path)): content for path, content in files.items()}
+        if len(placed) < len(files):
+            raise ValueError("two of the paths name the same file")
+        fileset.write_files(self, placed, clean=clean, mode=mode, owner=owner)
 
     def cp(self, src: str | Path | GuestPath, dst: str | Path | GuestPath) -> None:
         """Copies a file or a tree, with modes and symbolic links, to the guest or from it.

@@ -563,11 +563,7 @@ def _apply(step: Layer, machine: Machine) -> None:
     packages = tuple(step.keywords.get("packages", ()))
     if packages:
         machine.exec(["sh", "-c", _INSTALL, "sh", *packages], timeout=_BUILD_TIMEOUT)
-    for path, content in dict(step.keywords.get("files", {})).items():
-        target = machine.path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        data = content.read_bytes() if isinstance(content, Path) else content.encode() if isinstance(content, str) else content
-        target.write_bytes(data)
+    machine.write_files(dict(step.keywords.get("files", {})))
     for script in step.keywords.get("run", ()):
         machine.exec(script, timeout=_BUILD_TIMEOUT)
     if step.function is not None:

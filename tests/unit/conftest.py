@@ -1,19 +1,24 @@
-"""An https server and a proxy on loopback, with a certificate authority of their own: image servers as they are, faults included."""
+"""An https server and a proxy on loopback, with a certificate authority of their own: image servers as they are, faults included.
+
+And shells that run here what is written for guests.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 import re
 import select
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import StreamRequestHandler, TCPServer, ThreadingTCPServer
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import attrs
@@ -23,7 +28,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from pytest_vmbottle.guestpath import with_any_bytes
 from pytest_vmbottle.images import CLOUD_IMAGES
+from pytest_vmbottle.result import Result
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 BUNDLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -313,3 +320,60 @@ def proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("HTTPS_PROXY", f"http://{server.address}")
     for _ in _running(server):
         yield server
+
+
+# -- scripts for guests, run here ---------------------------------------------------------------------------------------------------------
+
+
+class LocalShell:
+    """Runs scripts here; as a channel does, it keeps the first part of a long output, and takes UTF-8 alone."""
+
+    def __init__(self, sh: str, path: str, limit: int = 1 << 20) -> None:
+        self.sh, self.path, self.limit = sh, path, limit
+        self.runs = 0
+
+    def _run(self, text: str, words: tuple[str, ...], content: bytes = b"") -> tuple[bytes, Result]:
+        self.runs += 1
+        text, words = with_any_bytes(text, words)
+        argv = [self.sh, "-c", text, "sh", *[word.encode().decode() for word in words]]
+        done = subprocess.run(argv, input=content, capture_output=True, check=False, env={"PATH": self.path, "LC_ALL": "C"})
+        out, err = (stream.decode("utf-8", "surrogateescape") for stream in (done.stdout[: self.limit], done.stderr))
+        truncated = len(done.stdout) > self.limit
+        return done.stdout, Result(argv=("sh",), returncode=done.returncode, stdout=out, stderr=err, truncated=truncated)
+
+    def script(self, text: str, *words: str) -> Result:
+        return self._run(text, words)[1]
+
+    def feed(self, text: str, *words: str, source: BinaryIO, size: int) -> Result:
+        return self._run(text, words, source.read(size))[1]
+
+    def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:
+        assert size > 0
+        out, result = self._run(text, words)
+        sink.write(out)
+        return result
+
+
+@pytest.fixture(scope="session")
+def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of BusyBox's programs, which are Alpine's."""
+    program = shutil.which("busybox")
+    assert program, "busybox is not installed here: .ci/prepare installs it"
+    folder = tmp_path_factory.mktemp("busybox")
+    subprocess.run([program, "--install", "-s", str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture
+def local_shell() -> type[LocalShell]:
+    """What runs scripts here."""
+    return LocalShell
+
+
+@pytest.fixture(params=["sh", "bash", "busybox"])
+def shell(request: pytest.FixtureRequest) -> LocalShell:
+    """Dash or bash with GNU's programs, or BusyBox."""
+    if request.param == "busybox":
+        folder = request.getfixturevalue("busybox")
+        return LocalShell(f"{folder}/sh", str(folder))
+    return LocalShell(f"/bin/{request.param}", "/usr/bin:/bin")

@@ -239,7 +239,7 @@ def test_a_layer_does_packages_then_files_then_commands_then_its_function(make: 
     pour(make(FakeBackend(note)), shop)
     order = [
         next(index for index, line in enumerate(done) if text in line)
-        for text in ("sh nginx", "/srv/x", "systemctl start nginx", "open shop")
+        for text in ("sh nginx", "tar -xomf", "systemctl start nginx", "open shop")
     ]
 
     assert order == sorted(order)
