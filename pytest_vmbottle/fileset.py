@@ -84,7 +84,7 @@ for new do
 done
 """
 )
-# All is unpacked beside where it is to go, and checked, before anything that is there is touched. The folders that it goes to come as words,
+# All is unpacked beside where it is to go, and checked, before anything that is there is touched. The folders that it goes to are words,
 # and the tar stream has a number in place of each: a symbolic link leads from there to its stage.
 _WRITE_FILES = (
     _FAIL

@@ -95,7 +95,9 @@ follow() {
 _READ = 'exec cat "$1"'
 # Written beside it and renamed, so that nobody reads half of it. A symbolic link is written through and a file keeps its mode and owner, as
 # with open(2). Where that cannot be done it is written in place: what is no regular file, the files of others, /proc and /sys.
-_WRITE = FOLLOW + r"""
+_WRITE = (
+    FOLLOW
+    + r"""
 path=$1 mode=$3 owner=$4
 follow "$path"
 [ -d "$path" ] && exit 102
@@ -119,6 +121,7 @@ fi
 [ -z "$mode" ] || chmod "$mode" "$new" || exit 1
 [ "$new" = "$path" ] || mv -f "$new" "$path" # no exec: it would skip the trap
 """
+)
 # $2 depth, $3 -L. Each kind of entry is printed with a letter before it.
 _SCAN = r"""
 stat -L "$1/" > /dev/null || exit 1
@@ -212,7 +215,7 @@ class Entry:
 
 
 class GuestPath:
-    """An absolute path in a guest, with pathlib's verbs and errors. It is made by `Machine.path`, and `/` joins.
+    r"""An absolute path in a guest, with pathlib's verbs and errors. It is made by `Machine.path`, and `/` joins.
 
     What it does, the machine's user does, with that user's rights. Names are any bytes but NUL: those that are no UTF-8 are written with
     surrogate escapes, as `os.fsdecode` makes them. Each verb is one command in the guest. All of them raise the `OSError` that pathlib
@@ -221,7 +224,7 @@ class GuestPath:
     It is no `os.PathLike`, because it means nothing to the host: `open()` refuses it with `TypeError`.
 
         >>> motd = vm.path("/etc") / "motd"                 # doctest: +SKIP
-        >>> motd.write_text("hello\\n", mode=0o644)          # doctest: +SKIP
+        >>> motd.write_text("hello\n", mode=0o644)          # doctest: +SKIP
         6
     """
 
@@ -319,7 +322,10 @@ class GuestPath:
         return str(self._pure)
 
     def __truediv__(self, other: str | PurePosixPath) -> GuestPath:
-        return self.joinpath(other) if isinstance(other, str | PurePosixPath) else NotImplemented
+        try:
+            return self.joinpath(other)
+        except TypeError:
+            return NotImplemented
 
     def __str__(self) -> str:
         return str(self._pure)
@@ -330,7 +336,7 @@ class GuestPath:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GuestPath) and self._pure == other._pure and self._shell is other._shell
 
-    def __lt__(self, other: GuestPath) -> bool:
+    def __lt__(self, other: object) -> bool:
         return self._pure < other._pure if isinstance(other, GuestPath) else NotImplemented
 
     def __hash__(self) -> int:
@@ -350,7 +356,7 @@ class GuestPath:
         r"""The file's content as text. Line ends stay as they are: `"\r\n"` is not made `"\n"`."""
         return self.read_bytes().decode(encoding, errors)
 
-    def write_bytes(self, data: bytes, *, mode: int | None = None, owner: str | int | None = None) -> int:
+    def write_bytes(self, data: bytes | bytearray | memoryview, *, mode: int | None = None, owner: str | int | None = None) -> int:
         """Replaces the file's content, all at once; returns the number of bytes.
 
         It is written beside the file and renamed: nobody sees a part of it, and a full disk leaves the old content. A symbolic link is
@@ -376,7 +382,7 @@ class GuestPath:
         self, data: str, encoding: str = "utf-8", errors: str = "strict", *, mode: int | None = None, owner: str | int | None = None
     ) -> int:
         """Replaces the file's content with text, as `write_bytes` does; returns the number of characters."""
-        if not isinstance(data, str):
+        if isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"data must be text, not {type(data).__name__}: bytes are written by write_bytes()")
         self.write_bytes(data.encode(encoding, errors), mode=mode, owner=owner)
         return len(data)
@@ -763,7 +769,7 @@ def mode_word(mode: int) -> str:
     Raises:
         ValueError: They are none.
     """
-    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= _MAX_MODE:
+    if type(mode) is not int or not 0 <= mode <= _MAX_MODE:
         raise ValueError(f"mode={mode!r} are not permission bits: write them as 0o644")
     return f"{mode:04o}"
 
@@ -772,7 +778,7 @@ def _stat_result(line: str) -> os.stat_result:
     numbers, *times = line.split("|")
     mode, *decimal = numbers.split()
     inode, device, links, uid, gid, size, atime, mtime, ctime, blocks, block = (int(word) for word in decimal[:-2])
-    nanoseconds = [int((re.search(r"\.(\d{9})", time) or [0, "0"])[1]) for time in times]
+    nanoseconds = [int(found[1]) if (found := re.search(r"\.(\d{9})", time)) else 0 for time in times]
     extra: dict[str, float] = {"st_blocks": blocks, "st_blksize": block, "st_rdev": os.makedev(*(int(word, 16) for word in decimal[-2:]))}
     for name, seconds, fraction in zip(("atime", "mtime", "ctime"), (atime, mtime, ctime), nanoseconds, strict=True):
         extra |= {f"st_{name}": seconds + fraction / 1e9, f"st_{name}_ns": seconds * 10**9 + fraction}

@@ -171,12 +171,12 @@ class Machine:
         mode: int | None = None,
         owner: str | int | None = None,
     ) -> None:
-        """Writes many files by one command, each as `GuestPath.write_bytes` does; the folders above them are made.
+        r"""Writes many files by one command, each as `GuestPath.write_bytes` does; the folders above them are made.
 
         All of them are in the guest before the first is renamed to its final name. So a full disk, a name that is a folder's, or a folder
         that may not be written leave everything as it was.
 
-            vm.write_files({"/srv/app/run.py": Path("run.py"), "/srv/app/conf/app.ini": "[app]\\n"}, owner="www-data")
+            vm.write_files({"/srv/app/run.py": Path("run.py"), "/srv/app/conf/app.ini": "[app]\n"}, owner="www-data")
 
         Args:
             files: Text, bytes, or a file of the host, by absolute path in the guest.

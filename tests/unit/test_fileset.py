@@ -12,7 +12,7 @@ import pytest
 from pytest_vmbottle.fileset import _VITAL, Content, write_files
 from pytest_vmbottle.guestpath import GuestPath
 
-ODD = ["-dash", "two\nlines\n", 'quo"te\'s', "$(id)", "back\\slash", "*", "ünï", os.fsdecode(b"\xff\n"), "x" * 250, ".hidden"]
+ODD = ["-dash", "two\nlines\n", "quo\"te's", "$(id)", "back\\slash", "*", "ünï", os.fsdecode(b"\xff\n"), "x" * 250, ".hidden"]
 
 
 @pytest.fixture
@@ -82,8 +82,37 @@ def test_cleaning_leaves_in_the_folders_of_the_files_nothing_else(root: GuestPat
     assert tree(root)["new/file"] == b"3"
 
 
-NEEDED = "/ /etc /usr /usr/bin /usr/bin/x /bin /lib64 /var /var/lib /proc/self /dev/shm /tmp /root /usr/local/bin /home /srv".split()
-FREE = "/data /srv/app /home/alice /etc/nginx /var/lib/app /var/www /usr/local/lib/app /usr/share/app/x /tmp/t.1 /root/x /libx".split()
+NEEDED = [
+    "/",
+    "/etc",
+    "/usr",
+    "/usr/bin",
+    "/usr/bin/x",
+    "/bin",
+    "/lib64",
+    "/var",
+    "/var/lib",
+    "/proc/self",
+    "/dev/shm",
+    "/tmp",
+    "/root",
+    "/usr/local/bin",
+    "/home",
+    "/srv",
+]
+FREE = [
+    "/data",
+    "/srv/app",
+    "/home/alice",
+    "/etc/nginx",
+    "/var/lib/app",
+    "/var/www",
+    "/usr/local/lib/app",
+    "/usr/share/app/x",
+    "/tmp/t.1",
+    "/root/x",
+    "/libx",
+]
 
 
 def test_what_a_guest_needs_is_told_from_what_may_be_emptied(shell: Any) -> None:
