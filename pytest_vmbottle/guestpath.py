@@ -223,9 +223,9 @@ class GuestPath:
 
     It is no `os.PathLike`, because it means nothing to the host: `open()` refuses it with `TypeError`.
 
-        >>> motd = vm.path("/etc") / "motd"                 # doctest: +SKIP
-        >>> motd.write_text("hello\n", mode=0o644)          # doctest: +SKIP
-        6
+        motd = vm.path("/etc") / "motd"
+        motd.write_text("hello\n", mode=0o644)
+        assert motd in vm.path("/etc").iterdir()
     """
 
     # -- the path itself -------------------------------------------------------------------------------------------------------------
