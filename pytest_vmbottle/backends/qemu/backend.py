@@ -182,8 +182,8 @@ class QemuBackend:
 
     def probe(self) -> Capabilities:
         """What QEMU can do here (see `Backend.probe`)."""
-        find_program(*_IMG)
         known = self.proof
+        find_program(*_IMG)
         works = {
             PackKind.TEMPLATE: "a machine was restored from its RAM file and went on",
             PackKind.STREAM: "a machine was restored and went on",
