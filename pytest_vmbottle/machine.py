@@ -356,7 +356,7 @@ class Machine:
             raise MachineDied(f"process {self._meter.pid} has ended, and with it what could be measured", machine=self.name)
         return sample
 
-    def record(self, every: float = 0.5, *, guest_every: float = 5.0) -> Recording:
+    def record(self, every: float = 0.5, *, guest_every: float | None = None) -> Recording:
         """Samples the machine in the background for the length of a `with` block.
 
         For example::
@@ -368,7 +368,8 @@ class Machine:
 
         Args:
             every: Seconds from one sample of the host's view to the next.
-            guest_every: Seconds between two questions to the guest. To answer costs it about as much as the command `cat`.
+            guest_every: Seconds between two questions to the guest, each of which has it run `cat`. By default they become fewer the longer
+                the guest takes to answer, so that its answers take a hundredth of the time; but at least one is asked in 5 s.
 
         Raises:
             ValueError: A number of seconds is not above 0.

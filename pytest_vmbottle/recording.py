@@ -37,8 +37,9 @@ _CHARTS = {
     "network, MiB/s": tuple(f"{name}{_RATE}" for name in _COUNTERS[4:]),
 }
 _SUFFIXES = (".png", ".svg")
-_BARS = " ▁▂▃▄▅▆▇█"
+_BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
+_THRIFT, _AT_LEAST_EVERY = 100.0, 5.0
 
 Series = list[tuple[float, float]]
 """Values with the moments that they belong to."""
@@ -64,19 +65,20 @@ class Recording:
         lost: Whether the machine's process ended before the block did.
     """
 
-    def __init__(self, meter: Meter, *, every: float, guest_every: float) -> None:
+    def __init__(self, meter: Meter, *, every: float, guest_every: float | None = None) -> None:
         """Starts nothing.
 
         Args:
             meter: Takes the samples; for this recording alone.
             every: Seconds from one sample to the next.
-            guest_every: Seconds from an answer of the guest to the next question.
+            guest_every: Seconds from an answer of the guest to the next question. By default a hundred times what the answer took, within
+                `every` and 5 s: where guests are emulated, answering costs 50 ms of a processor.
 
         Raises:
             ValueError: A number of seconds is not above 0.
         """
         for name, seconds in (("every", every), ("guest_every", guest_every)):
-            if not (math.isfinite(seconds) and seconds > 0):
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
                 raise ValueError(f"{name}={seconds!r} makes no sense: give seconds above 0")
         self.samples: list[Sample] = []
         self.lost = False
@@ -135,12 +137,14 @@ class Recording:
     def _watch_guest(self) -> None:
         over = False
         while not self.lost:
+            began = time.monotonic()
             answer = self._meter.guest()
             if answer is not None:
                 self._answer.append(answer)
             if over:
                 return
-            over = self._over.wait(self._guest_every)
+            thrifty = min(max(self._every, _THRIFT * (time.monotonic() - began)), _AT_LEAST_EVERY)
+            over = self._over.wait(self._guest_every or thrifty)
             if over and answer is None:
                 return  # a guest that did not answer last time is not asked again at the end
 
@@ -229,12 +233,12 @@ def _write(path: str | os.PathLike[str], content: bytes) -> None:
 
 def _line(name: str, values: Series, length: float) -> str:
     """A figure as bars, each the largest value of its share of the time, and in numbers."""
-    bins = [0.0] * _WIDTH
+    bins: list[float | None] = [None] * _WIDTH
     for moment, value in values:
         index = min(_WIDTH - 1, max(0, int(_WIDTH * moment / length))) if length else 0
-        bins[index] = max(bins[index], value)
-    top = max(bins) or 1.0
-    bars = "".join(_BARS[math.ceil((len(_BARS) - 1) * value / top)] for value in bins)
+        bins[index] = max(bins[index] or 0.0, value)
+    top = max(value or 0.0 for value in bins) or 1.0
+    bars = "".join(" " if value is None else _BARS[int((len(_BARS) - 1) * value / top)] for value in bins)
     summed = _statistics([value for _, value in values])
     shown = ", ".join(f"{word} {_shown(name, number)}" for word, number in attrs.asdict(summed).items())
     return f"{name:<42} {bars} {shown}"
