@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -22,18 +23,19 @@ _RECORD = re.compile(r"([0-9]{1,18}):([^\0]*)\0(.*)", re.DOTALL)
 
 # $1 root, $2 seconds, $3 matches, the rest grep's options. Names may have newlines in them and lines of text may not, so newline and NUL
 # are swapped: then head counts matches. grep alone is under the clock, and what comes after it passes on all that it had found. Its status
-# takes a way of its own around the pipe.
+# takes a way of its own around the pipe. BusyBox's cut would end lines at a NUL: there long lines come whole.
 _SCRIPT = rf"""
 [ -e "$1" ] || exit 101
 [ -r "$1" ] || exit 105
 root=$1 seconds=$2 records=$3; shift 3
 grep --null --line-buffered -e x </dev/null >/dev/null 2>&1; [ $? -lt 2 ] || exit {_BAD_GREP}
 grep "$@" </dev/null; [ $? -lt 2 ] || exit {_BAD_PATTERN}
+shorten="cut -b 1-{_LINE_BYTES}"; cut --version >/dev/null 2>&1 || shorten=cat
 exec 3>&1
 status=$({{ {{
   timeout -k 2 "$seconds" grep -rnsIH --null --line-buffered --devices=skip "$@" -- "$root" 2>/dev/null 3>&- 4>&-
   echo $? >&4
-}} | cut -b 1-{_LINE_BYTES} | tr '\n\000' '\000\n' | head -n "$records" >&3; }} 4>&1)
+}} | $shorten | tr '\n\000' '\000\n' | head -n "$records" >&3; }} 4>&1)
 exit "$status"
 """
 
@@ -78,12 +80,12 @@ class Query:
         return {"LC_ALL": "C" if bytewise else "C.UTF-8"}
 
     def argv(self, *, seconds: float) -> tuple[str, ...]:
-        """The command that searches for so long at most, and then passes on what it has found."""
+        """The command that searches for so long at most, in whole seconds, and then passes on what it has found."""
         case = ("-i",) if self.ignore_case else ()
         names = (*(f"--include={glob}" for glob in self.include), *(f"--exclude-dir={glob}" for glob in self.exclude_dirs))
         enough = str(self.max_results + 1)
         options = ("-E" if self.regex else "-F", *case, *names, f"--max-count={enough}", "-e", self.pattern)
-        return ("sh", "-c", _SCRIPT, "sh", str(self.root), f"{seconds:.3f}", enough, *options)
+        return ("sh", "-c", _SCRIPT, "sh", str(self.root), str(math.ceil(seconds)), enough, *options)
 
     def matches(self, result: Result, *, timed_out: bool = False) -> Matches:
         """What the command found.
