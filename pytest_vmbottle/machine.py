@@ -369,7 +369,7 @@ class Machine:
         Args:
             every: Seconds from one sample of the host's view to the next.
             guest_every: Seconds between two questions to the guest, each of which has it run `cat`. By default they become fewer the longer
-                the guest takes to answer, so that its answers take a hundredth of the time; but at least one is asked in 5 s.
+                the guest takes to answer, so that its answers take 0.5 % of the time; but at least one is asked in 10 s.
 
         Raises:
             ValueError: A number of seconds is not above 0.

@@ -39,7 +39,7 @@ _CHARTS = {
 _SUFFIXES = (".png", ".svg")
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
-_THRIFT, _AT_LEAST_EVERY = 100.0, 5.0
+_THRIFT, _AT_LEAST_EVERY = 200.0, 10.0
 
 Series = list[tuple[float, float]]
 """Values with the moments that they belong to."""
@@ -71,8 +71,8 @@ class Recording:
         Args:
             meter: Takes the samples; for this recording alone.
             every: Seconds from one sample to the next.
-            guest_every: Seconds from an answer of the guest to the next question. By default a hundred times what the answer took, within
-                `every` and 5 s: where guests are emulated, answering costs 50 ms of a processor.
+            guest_every: Seconds from an answer of the guest to the next question. By default 200 times what the answer took, but within
+                `every` and 10 s: where guests are emulated, answering costs 50 ms of a processor.
 
         Raises:
             ValueError: A number of seconds is not above 0.
