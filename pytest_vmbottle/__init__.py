@@ -18,7 +18,9 @@ from pytest_vmbottle.errors import (
 )
 from pytest_vmbottle.guestpath import GuestPath
 from pytest_vmbottle.machine import Machine
-from pytest_vmbottle.result import Result
+from pytest_vmbottle.metrics import GuestSample, Sample
+from pytest_vmbottle.recording import Recording
+from pytest_vmbottle.result import Match, Matches, Result
 from pytest_vmbottle.spec import Layer, MachineSpec, layer
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "CommandFailed",
     "CommandTimeout",
     "GuestPath",
+    "GuestSample",
     "LaunchError",
     "Layer",
     "Machine",
@@ -34,8 +37,12 @@ __all__ = [
     "MachineError",
     "MachineSpec",
     "MachineTimeout",
+    "Match",
+    "Matches",
     "PackCorrupt",
+    "Recording",
     "Result",
+    "Sample",
     "SpecError",
     "TransferError",
     "VMBottleError",

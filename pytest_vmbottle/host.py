@@ -1,4 +1,4 @@
-"""What this computer has, and lets this process have: memory and file systems."""
+"""What this computer has, and lets this process have: memory and file systems; and what other processes take of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 import attrs
 import psutil
 
-__all__ = ["ControlGroup", "available_memory", "control_groups", "file_system", "is_network_file_system", "total_memory"]
+__all__ = [
+    "ControlGroup",
+    "Process",
+    "Usage",
+    "available_memory",
+    "control_groups",
+    "file_system",
+    "is_network_file_system",
+    "total_memory",
+]
 
 _NETWORK = frozenset(
     {"9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs", "virtiofs"}
@@ -90,3 +99,63 @@ def file_system(path: Path) -> str:
 def is_network_file_system(path: Path) -> bool:
     """Whether a path lies on a file system whose locks cannot be relied on."""
     return file_system(path) in _NETWORK
+
+
+@attrs.frozen(kw_only=True)
+class Usage:
+    """What a process has taken since it began, and what it holds now; None where this user may not know.
+
+    Attributes:
+        cpu_seconds: Seconds of processor time, of all its threads.
+        rss_bytes: Bytes of memory that it holds in RAM, shared ones among them.
+        threads: How many it has.
+        read_bytes: Bytes that were read from storage for it.
+        write_bytes: Bytes that it had written to storage.
+    """
+
+    cpu_seconds: float
+    rss_bytes: int
+    threads: int
+    read_bytes: int | None
+    write_bytes: int | None
+
+
+class Process:
+    """A process of this computer, never to be mistaken for a later one with the same number."""
+
+    def __init__(self, pid: int) -> None:
+        """Takes the process that has this number now, if there is one."""
+        try:
+            self._process: psutil.Process | None = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._process = None
+
+    def usage(self) -> Usage | None:
+        """What it takes, or None if it has ended."""
+        try:
+            if self._process is None or not self._process.is_running():
+                return None
+            with self._process.oneshot():
+                return self._usage(self._process)
+        except psutil.NoSuchProcess:  # a zombie is one too
+            return None
+
+    def _usage(self, process: psutil.Process) -> Usage | None:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        times, counted = process.cpu_times(), _io(process)
+        return Usage(
+            cpu_seconds=times.user + times.system,
+            rss_bytes=process.memory_info().rss,
+            threads=process.num_threads(),
+            read_bytes=counted[0],
+            write_bytes=counted[1],
+        )
+
+
+def _io(process: psutil.Process) -> tuple[int | None, int | None]:
+    try:
+        counters = process.io_counters()
+    except psutil.AccessDenied:
+        return None, None
+    return counters.read_bytes, counters.write_bytes

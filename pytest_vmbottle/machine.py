@@ -10,9 +10,12 @@ from typing import BinaryIO, TypeVar
 from pytest_vmbottle import fileset, transfer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
-from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineError, MachineTimeout
+from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
-from pytest_vmbottle.result import Result, printable
+from pytest_vmbottle.metrics import Meter, Sample
+from pytest_vmbottle.recording import Recording
+from pytest_vmbottle.result import Matches, Result, printable
+from pytest_vmbottle.search import Query
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["Machine"]
@@ -23,6 +26,10 @@ _MAX_COMMAND = 120 << 10
 """Bytes of a command with its environment: Linux takes 128 KiB for one string, and SSH hands over the whole command as one."""
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 _OWN_TIME = 600.0
+_SPARE = 10.0
+"""Seconds after which a guest that does not end a search itself is made to."""
+_ANSWER = 5.0
+"""Seconds that a guest has to tell its figures."""
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = r"""
 user=$1; shift
@@ -62,6 +69,7 @@ class Machine:
         self._instance = instance
         self._channel = channel
         self._factor = factor
+        self._meter: Meter | None = None
 
     @property
     def pid(self) -> int:
@@ -220,6 +228,57 @@ class Machine:
         else:
             raise TypeError("exactly one side of a copy is in the guest: write it as vm.path('/...')")
 
+    def search(  # noqa: PLR0913 - what grep can be told
+        self,
+        pattern: str,
+        root: str | PurePosixPath | GuestPath,
+        *,
+        regex: bool = False,
+        ignore_case: bool = False,
+        include: str | Sequence[str] = (),
+        exclude_dirs: str | Sequence[str] = (),
+        max_results: int = 500,
+        timeout: float = 10,
+    ) -> Matches:
+        """Finds the lines that have a pattern in them, in a file of the guest or in all files below a folder, with the guest's GNU grep.
+
+        Binary files, devices, and what may not be read are left out, and symbolic links below the folder are not followed::
+
+            found = vm.search("PermitRootLogin", "/etc/ssh", include="*.conf")
+            assert "/etc/ssh/sshd_config" not in found.by_path()
+
+        Args:
+            pattern: Literal text, without a newline.
+            root: The file or folder.
+            regex: Whether the pattern is an extended regular expression (`grep -E`) instead.
+            ignore_case: Whether upper and lower case are the same.
+            include: Globs: only files whose name matches one of them are read.
+            exclude_dirs: Globs: folders whose name matches one of them are left out.
+            max_results: How many matches to return at most; if there were more, the result's `truncated` says so.
+            timeout: Seconds after which the search ends with what it has found, and the result's `timed_out` says so.
+
+        Raises:
+            FileNotFoundError, PermissionError: There is no such root, or it may not be read.
+            ValueError: The pattern is no regular expression, or has a NUL byte or a newline in it.
+            OSError: The guest's grep is not GNU grep.
+            MachineError: The guest is gone.
+        """
+        __tracebackhide__ = True
+        query = Query(
+            pattern=pattern,
+            root=root if isinstance(root, GuestPath) else self.path(root),
+            regex=regex,
+            ignore_case=ignore_case,
+            include=include,
+            exclude_dirs=exclude_dirs,
+            max_results=max_results,
+        )
+        try:
+            result = self.exec(query.argv(seconds=timeout * self._factor), check=False, timeout=timeout + _SPARE, env=query.env)
+        except CommandTimeout as late:
+            return query.matches(late.result, timed_out=True)
+        return query.matches(result)
+
     # -- waiting ---------------------------------------------------------------------------------------------------------------------
 
     def wait_until(self, check: str | Sequence[str] | Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T | Result:
@@ -310,6 +369,51 @@ class Machine:
             message = f"waited {deadline.seconds:g} s for {what}" + (f"; the last answer was\n{seen}" if seen else "")
             raise MachineTimeout(message, machine=self.name, console_tail=self.console.tail(20))
         return answer
+
+    # -- measuring -------------------------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> Sample:
+        """What the machine takes now: of the host, and, in the sample's `guest`, as its guest sees it.
+
+        Processor time is counted from one call to the next, so the first sample has none. For example::
+
+            before = vm.metrics()
+            vm.exec("dd if=/dev/zero of=/root/zeros bs=1M count=64 conv=fsync")
+            after = vm.metrics()
+            assert after.guest.disk_write_bytes - before.guest.disk_write_bytes >= 64 << 20
+
+        Raises:
+            MachineDied: Its process has ended.
+        """
+        if self._meter is None:
+            self._meter = self._new_meter()
+        sample = self._meter.sample()
+        if sample is None:
+            raise MachineDied(f"process {self._meter.pid} has ended, and with it what could be measured", machine=self.name)
+        return sample
+
+    def record(self, every: float = 0.5, *, guest_every: float | None = None) -> Recording:
+        """Samples the machine in the background for the length of a `with` block.
+
+        For example::
+
+            with vm.record() as recording:
+                vm.exec("make -C /srv/project")
+            assert recording.summary["rss_bytes"].max < 1 << 30
+            print(recording.plot())
+
+        Args:
+            every: Seconds from one sample of the host's view to the next.
+            guest_every: Seconds between two questions to the guest, each of which has it run `cat`. By default they become fewer the longer
+                the guest takes to answer, so that its answers take 0.5 % of the time; but at least one is asked in 10 s.
+
+        Raises:
+            ValueError: A number of seconds is not above 0.
+        """
+        return Recording(self._new_meter(), every=every, guest_every=guest_every)
+
+    def _new_meter(self) -> Meter:
+        return Meter(self.pid, lambda question: self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout)
 
     # -- the host's side -------------------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 
 import attrs
 
 from pytest_vmbottle.errors import CommandFailed
 
-__all__ = ["Result", "printable"]
+__all__ = ["Match", "Matches", "Result", "printable"]
 
 # C0 but tab and newline, DEL, C1, and the bidirectional controls that can reorder what a reader sees.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -95,3 +96,52 @@ class Result:
 
     def __repr__(self) -> str:
         return f"<Result {self.describe()}>"
+
+
+@attrs.frozen(kw_only=True)
+class Match:
+    """A line in which a search found its pattern.
+
+    Attributes:
+        path: The file in the guest; bytes that are not UTF-8 are kept as surrogate escapes.
+        line: The number of the line, from 1.
+        text: The line without its newline. Of a longer one the first 1000 characters are here, and `…`.
+    """
+
+    path: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        """As grep shows it, control characters neutralised."""
+        return f"{printable(self.path)}:{self.line}: {printable(self.text)}"
+
+
+class Matches(list[Match]):
+    """What a search found: a list, in the order in which the guest's files were read.
+
+    Attributes:
+        truncated: Whether there were more matches than asked for.
+        timed_out: Whether the search was ended by its time-out: then there may be more.
+    """
+
+    def __init__(self, matches: Iterable[Match] = (), *, truncated: bool = False, timed_out: bool = False) -> None:
+        super().__init__(matches)
+        self.truncated = truncated
+        self.timed_out = timed_out
+
+    def by_path(self) -> dict[str, list[Match]]:
+        """The matches of each file.
+
+        >>> Matches([Match(path="/a", line=3, text="x"), Match(path="/a", line=7, text="x")]).by_path().keys()
+        dict_keys(['/a'])
+        """
+        grouped: dict[str, list[Match]] = {}
+        for match in self:
+            grouped.setdefault(match.path, []).append(match)
+        return grouped
+
+    def __repr__(self) -> str:
+        flags = "".join(f", {name}" for name in ("truncated", "timed_out") if getattr(self, name))
+        lines = tail("\n".join(str(match) for match in self), _SHOWN_LINES)
+        return f"<Matches: {len(self)}{flags}\n{lines}>" if self else f"<Matches: none{flags}>"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -63,3 +66,29 @@ def test_a_container_that_sees_its_own_group_as_the_topmost_is_limited_by_that(t
     (mounted / "memory" / "memory.limit_in_bytes").write_text("536870912\n")
 
     assert [group.limit for group in control_groups(membership, mounted)] == [512 << 20]
+
+
+def test_a_process_shows_what_it_takes() -> None:
+    before = host.Process(os.getpid()).usage()
+    assert before is not None
+    held = b"x" * (64 << 20)
+    sum(range(3_000_000))
+    after = host.Process(os.getpid()).usage()
+
+    assert after is not None
+    assert after.cpu_seconds > before.cpu_seconds
+    assert after.rss_bytes - before.rss_bytes > len(held) // 2
+    assert after.threads >= 1
+
+
+def test_a_process_that_has_ended_takes_nothing_not_even_as_a_zombie() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = host.Process(child.pid)
+    assert process.usage() is not None
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and still there for its parent to ask about
+
+    assert process.usage() is None
+    child.communicate()
+    assert process.usage() is None
+    assert host.Process(child.pid).usage() is None

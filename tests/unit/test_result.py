@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vmbottle import CommandFailed, Result
+from pytest_vmbottle import CommandFailed, Match, Matches, Result
 from pytest_vmbottle.result import printable, tail
 
 
@@ -61,3 +62,28 @@ def test_the_representation_shows_the_command_as_it_can_be_pasted_and_cuts_long_
     assert "$ echo 'a b' '$HOME'" in text
     assert "[940 lines above]" in text
     assert text.count("\n") < 80
+
+
+def _found(*places: tuple[str, int], truncated: bool = False, timed_out: bool = False) -> Matches:
+    return Matches([Match(path=path, line=line, text="x\x1b[31m") for path, line in places], truncated=truncated, timed_out=timed_out)
+
+
+def test_matches_are_grouped_by_file_in_the_order_in_which_they_were_found() -> None:
+    found = _found(("/b", 1), ("/a", 2), ("/b", 3))
+
+    assert {path: [match.line for match in matches] for path, matches in found.by_path().items()} == {"/b": [1, 3], "/a": [2]}
+    assert list(found.by_path()) == ["/b", "/a"]
+
+
+def test_matches_are_a_list_that_shows_whether_it_is_all_and_nothing_that_steers_a_terminal() -> None:
+    found = _found(("/a\n", 2), truncated=True)
+
+    assert found == [Match(path="/a\n", line=2, text="x\x1b[31m")]
+    assert repr(found) == "<Matches: 1, truncated\n/a\n:2: x\\x1b[31m>"
+    assert repr(_found(timed_out=True)) == "<Matches: none, timed_out>"
+
+
+def test_matches_cross_processes_with_what_they_know() -> None:
+    copy = pickle.loads(pickle.dumps(_found(("/a", 1), truncated=True, timed_out=True)))
+
+    assert (copy, copy.truncated, copy.timed_out) == (_found(("/a", 1)), True, True)
