@@ -65,7 +65,7 @@ def _members(tar: tarfile.TarFile, source: str, name: str) -> Iterator[tuple[str
     while left:
         path, name = left.pop()
         member = tar.gettarinfo(path, arcname=name)
-        if member.type not in _KINDS:
+        if getattr(member, "type", None) not in _KINDS:  # of a socket the library makes None
             raise Refused(f"{path} is neither a file nor a folder nor a symbolic link")
         member.mtime = int(member.mtime)  # fractions take an extended header each, half as much again for small files
         member.uid = member.gid = 0

@@ -24,14 +24,15 @@ FORMATS: dict[str, Callable[[Path, IO[bytes]], None]] = {"zip": archive.write_zi
 """What a guest's folder can be packed as."""
 
 # $1 destination, $2 the source's name, $3 a name that is not there yet, $4 tar's blocking factor. A destination that is a folder means a
-# place in it. A folder that is there already is merged into, file by file, each by a rename.
+# place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar may say "Wrote only 512 of
+# 1048576 bytes"; the probe has it named.
 _PUT = r"""
 path=$1; [ -d "$path" ] && path=${path%/}/$2
 parent=${path%/*}; [ -d "${parent:-/}" ] || exit 101
 new=$parent/$3
 mkdir -m 700 "$new" || exit 105
 trap 'rm -rf "$new"' EXIT
-tar -b "$4" -xpf - -C "$new" || exit 1
+tar -b "$4" -xpf - -C "$new" || { head -c 1048576 /dev/zero > "$new/probe"; exit 1; }
 if [ ! -d "$new/$2" ] || [ -L "$new/$2" ]; then
   [ -d "$path" ] && exit 102
   mv -f "$new/$2" "$path"; exit
