@@ -3,7 +3,7 @@
 All programs take turns in one run over the same machine, so that whatever else the computer does meanwhile falls on all of them alike: only
 ratios within one run mean something. Each copies from the page cache of one side to a folder that is not there yet on the other.
 
-    python benchmarks/copy.py --catalog ~/.cache/pytest-vmbottle
+    python benchmarks/copies.py --catalog ~/.cache/pytest-vmbottle
 """
 
 from __future__ import annotations
