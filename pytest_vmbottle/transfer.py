@@ -23,27 +23,28 @@ __all__ = ["FORMATS", "copy_in", "copy_out", "pack_out"]
 FORMATS: dict[str, Callable[[Path, IO[bytes]], None]] = {"zip": archive.write_zip, "tar.gz": archive.write_tar_gz}
 """What a guest's folder can be packed as."""
 
-# $1 destination, $2 the source's name, $3 a name that is not there yet, $4 tar's blocking factor. A destination that is a folder means a
-# place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar may say "Wrote only 512 of
-# 1048576 bytes"; the probe has it named.
-_PUT = r"""
-path=$1; [ -d "$path" ] && path=${path%/}/$2
-parent=${path%/*}; [ -d "${parent:-/}" ] || exit 101
+_GNU = "tar --version 2>/dev/null | grep -q GNU"
+# $1 destination, $2 the source's name, $3 a name that is not there yet, $4 tar's blocking factor, which not every tar has. A destination
+# that is a folder means a place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar may
+# say "Wrote only 512 of 1048576 bytes"; the probe has it named.
+_PUT = rf"""
+path=$1; [ -d "$path" ] && path=${{path%/}}/$2
+parent=${{path%/*}}; [ -d "${{parent:-/}}" ] || exit 101
 new=$parent/$3
 mkdir -m 700 "$new" || exit 105
 trap 'rm -rf "$new"' EXIT
-tar -b "$4" -xpf - -C "$new" || { head -c 1048576 /dev/zero > "$new/probe"; exit 1; }
+blocks=; [ -n "$4" ] && {_GNU} && blocks="-b $4"
+tar $blocks -xpf - -C "$new" || {{ head -c 1048576 /dev/zero > "$new/probe"; exit 1; }}
 if [ ! -d "$new/$2" ] || [ -L "$new/$2" ]; then
   [ -d "$path" ] && exit 102
   mv -f "$new/$2" "$path"; exit
 fi
-[ -d "$path" ] || { [ -e "$path" ] && exit 103; mv "$new/$2" "$path"; exit; }
+[ -d "$path" ] || {{ [ -e "$path" ] && exit 103; mv "$new/$2" "$path"; exit; }}
 cd "$new/$2" || exit 1
-find . -type d -exec sh -c 'for d do mkdir -p "$0/$d" || exit 1; done' "$path" {} + &&
-find . ! -type d -exec sh -c 'for f do mv -f "$f" "$0/$f" || exit 1; done' "$path" {} +
+find . -type d -exec sh -c 'for d do mkdir -p "$0/$d" || exit 1; done' "$path" {{}} + &&
+find . ! -type d -exec sh -c 'for f do mv -f "$f" "$0/$f" || exit 1; done' "$path" {{}} +
 """
 _CLEAR = 'path=$1; [ -d "$path" ] && rm -rf "${path%/}/$2"; rm -rf "${path%/*}/$2"'
-_GNU = "tar --version 2>/dev/null | grep -q GNU"
 # Its kilobytes with all holes filled, its number of entries, and whether tar is GNU's, which can leave the holes out.
 _MEASURE = rf"""
 [ -e "$1" ] || [ -L "$1" ] || exit 101
@@ -59,7 +60,7 @@ _MOST = 1 << 40
 # $2 tar's blocking factor, $3 whether it is GNU's. Of that, status 1 says that a file grew or went meanwhile, as logs do.
 _GET = r"""
 cd "${1%/*}/" || exit
-if [ -n "$3" ]; then tar -b "$2" -cSf - "./${1##*/}"; else tar -b "$2" -cf - "./${1##*/}"; fi
+if [ -n "$3" ]; then tar -b "${2:-20}" -cSf - "./${1##*/}"; else tar -cf - "./${1##*/}"; fi
 status=$?; [ "$status$3" = 11 ] && exit 0
 exit $status
 """
@@ -146,7 +147,7 @@ def _check_folder(folder: Path) -> None:
 
 def _blocking(size: int) -> str:
     """A factor for `tar -b`: blocks of 1 MiB where there is much, else the usual ones, because the last one is filled up."""
-    return "2048" if size >= BULK else "20"
+    return "2048" if size >= BULK else ""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start, Unwakeable
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, NotPlugged, PackKind, Start, Unwakeable
 from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.process import QemuProcess
@@ -199,6 +199,8 @@ class QemuInstance:
 
     def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> AbstractContextManager[Callable[[], int]]:
         """A disk that the guest has for a while (see `Hotplug.disk`)."""
+        if not self._programs.emulator.board.quick_hotplug:
+            raise NotPlugged(f"guests for {self._spec.arch} take too long to let go of a disk")
         return self._disk_port.disk(file, serial=serial, writable=writable, deadline=deadline)
 
     def restore(self, folder: Path, *, deadline: Deadline) -> None:
