@@ -25,8 +25,8 @@ FORMATS: dict[str, Callable[[Path, IO[bytes]], None]] = {"zip": archive.write_zi
 
 _GNU = "tar --version 2>/dev/null | grep -q GNU"
 # $1 destination, $2 the source's name, $3 a name that is not there yet, $4 tar's blocking factor, which not every tar has. A destination
-# that is a folder means a place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar may
-# say "Wrote only 512 of 1048576 bytes"; the probe has it named.
+# that is a folder means a place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar
+# may say "Wrote only 512 of 1048576 bytes"; the probe has it named.
 _PUT = rf"""
 path=$1; [ -d "$path" ] && path=${{path%/}}/$2
 parent=${{path%/*}}; [ -d "${{parent:-/}}" ] || exit 101

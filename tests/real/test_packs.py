@@ -20,7 +20,6 @@ from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
 
-
 MUCH = bytes(range(256)) * 8192
 """So much that it takes a disk, which no saved machine may have."""
 
