@@ -27,7 +27,7 @@ def plugged(vm: Machine) -> tuple[list[str], list[str], list[str]]:
     qmp = vm._instance._qmp  # type: ignore[attr-defined]
     devices = [each["name"] for each in qmp.execute("qom-list", path="/machine/peripheral", deadline=Deadline(10))]
     nodes = [each["node-name"] for each in qmp.execute("query-named-block-nodes", deadline=Deadline(10))]
-    seen = vm.exec("ls /sys/block").stdout.split()
+    seen = vm.exec("cd /sys/block; echo vd*").stdout.split()
     return [name for name in devices if "scratch" in name], [name for name in nodes if "scratch" in name], seen
 
 
