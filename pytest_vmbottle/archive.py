@@ -1,59 +1,203 @@
-"""Trees as tar streams: written from the host's files, and read from a guest that may want to do harm."""
+"""Trees as tar streams: written from the host's files, and read from a guest that may want to do harm; and trees packed as archives."""
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import os
 import shutil
+import stat
 import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
-__all__ = ["MAX_ENTRIES", "Refused", "pack", "unpack"]
+__all__ = ["MAX_ENTRIES", "Refused", "pack", "unpack", "write_tar_gz", "write_zip"]
 
 MAX_ENTRIES = 1_000_000
 """More than any tree that a test copies; an archive with more is an attack on the host's inodes."""
+
+_MAX_HEADERS = 8 << 20
+"""Bytes; a file with a hundred thousand holes needs 2 MiB."""
+_BLOCK = tarfile.BLOCKSIZE
+_KINDS = (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+_ZIP_UNIX = 3
+"""The system by whose rules a zip archive's attributes are to be read: those of Unix have modes and symbolic links."""
+_ZIP_FIRST, _ZIP_LAST = 315532800, 4354819198
+"""Seconds since 1970 that a zip archive can say: the years 1980 to 2107."""
 
 
 class Refused(Exception):
     """An archive that could write elsewhere than where it is unpacked, or makes no sense."""
 
 
-def pack(source: Path, sink: BinaryIO, *, name: str) -> None:
-    """Writes a file or tree as a tar stream whose top is `name`; everything in it belongs to root."""
+def pack(source: Path, sink: BinaryIO, *, name: str, sparse: Callable[[], bool] = bool) -> None:
+    """Writes a file or tree as a tar stream whose top is `name`, in the order of names; everything in it belongs to root.
 
-    def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    Args:
+        source: What to write.
+        sink: Where to.
+        name: What it is called in the archive.
+        sparse: Asked at the first file with holes: whether the reader knows GNU tar's way to leave them out.
+
+    Raises:
+        OSError: A file cannot be read, or became shorter meanwhile.
+        Refused: There is something in it that is neither a file nor a folder nor a symbolic link.
+    """
+    with tarfile.open(fileobj=sink, mode="w:", format=tarfile.PAX_FORMAT) as tar:
+        for path, member in _members(tar, os.fspath(source), name):
+            if not member.isreg():
+                tar.addfile(member)
+                continue
+            with open(path, "rb") as content:  # noqa: PTH123 - of thousands
+                segments = _segments(content, member.size)
+                if segments is not None and sparse():
+                    _add_sparse(tar, member, content, segments)
+                else:
+                    tar.addfile(member, content)
+
+
+def _members(tar: tarfile.TarFile, source: str, name: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """A file or tree, each folder before what is in it."""
+    left = [(source, name)]
+    while left:
+        path, name = left.pop()
+        member = tar.gettarinfo(path, arcname=name)
+        if getattr(member, "type", None) not in _KINDS:  # of a socket the library makes None
+            raise Refused(f"{path} is neither a file nor a folder nor a symbolic link")
+        member.mtime = int(member.mtime)  # fractions take an extended header each, half as much again for small files
         member.uid = member.gid = 0
         member.uname = member.gname = "root"
-        return member
+        yield path, member
+        if member.isdir():
+            left += [(f"{path}/{child}", f"{name}/{child}") for child in sorted(os.listdir(path), reverse=True)]  # noqa: PTH208 - of thousands
 
-    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        tar.add(source, arcname=name, filter=as_root)
+
+def _segments(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
+    """Where there is data in a file with holes, or None if it has none."""
+    if os.fstat(file.fileno()).st_blocks * _BLOCK >= size:
+        return None
+    found, at = [], 0
+    while at < size:
+        try:
+            start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole is left
+            break
+        at = min(os.lseek(file.fileno(), start, os.SEEK_HOLE), size)
+        found.append((start, at - start))
+    file.seek(0)
+    return [*found, (size, 0)]
+
+
+def _add_sparse(tar: tarfile.TarFile, member: tarfile.TarInfo, content: BinaryIO, segments: list[tuple[int, int]]) -> None:
+    """Adds a file without its holes, in the format 1.0 of GNU tar's manual ("Storing Sparse Files")."""
+    table = "".join(f"{number}\n" for number in (len(segments), *itertools.chain(*segments))).encode()
+    table += bytes(-len(table) % _BLOCK)
+    fields = {"major": "1", "minor": "0", "name": member.name, "realsize": str(member.size)}
+    member.pax_headers = {f"GNU.sparse.{key}": value for key, value in fields.items()}
+    folder, _, last = member.name.rpartition("/")
+    member.name = f"{folder}/GNUSparseFile.0/{last}" if folder else f"GNUSparseFile.0/{last}"
+    member.size = len(table) + sum(length for _, length in segments)
+    tar.addfile(member, _Concatenated(table, content, segments))  # type: ignore[arg-type] # it only reads
+
+
+class _Concatenated:
+    """Some bytes, and then the segments of a file, one after the other."""
+
+    def __init__(self, first: bytes, file: BinaryIO, segments: list[tuple[int, int]]) -> None:
+        self._ready, self._file, self._left = first, file, segments[::-1]
+
+    def read(self, size: int) -> bytes:
+        while len(self._ready) < size and self._left:
+            start, length = self._left.pop()
+            taken = min(length, size)
+            self._file.seek(start)
+            self._ready += self._file.read(taken)
+            if taken < length:
+                self._left.append((start + taken, length - taken))
+        given, self._ready = self._ready[:size], self._ready[size:]
+        return given
+
+
+def write_tar_gz(tree: Path, sink: IO[bytes]) -> None:
+    """Packs a tree as a tar archive compressed by gzip; equal trees give equal archives."""
+    with gzip.GzipFile(filename="", mode="wb", fileobj=sink, mtime=0) as packed:
+        pack(tree, packed, name=tree.name)  # type: ignore[arg-type] # it only writes
+
+
+def write_zip(tree: Path, sink: IO[bytes]) -> None:
+    """Packs a tree as a zip archive with modes and symbolic links, as Info-ZIP keeps them; equal trees give equal archives.
+
+    Raises:
+        Refused: A name is not text, which a zip archive cannot hold.
+    """
+    with zipfile.ZipFile(sink, "w", compression=zipfile.ZIP_DEFLATED) as packed:
+        for path in (tree, *sorted(tree.rglob("*"))):
+            status, name = path.lstat(), path.relative_to(tree.parent).as_posix()
+            when = time.gmtime(min(max(status.st_mtime, _ZIP_FIRST), _ZIP_LAST))
+            entry = zipfile.ZipInfo(f"{name}/" if stat.S_ISDIR(status.st_mode) else name, when[:6])
+            entry.create_system, entry.external_attr = _ZIP_UNIX, status.st_mode << 16
+            entry.compress_type, entry.file_size = zipfile.ZIP_DEFLATED, status.st_size
+            try:
+                _zip_one(packed, entry, path, status.st_mode)
+            except UnicodeEncodeError as error:
+                raise Refused(f"{name!r} is not text, which a zip archive cannot hold: use 'tar.gz'") from error
+
+
+def _zip_one(packed: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        packed.writestr(entry, b"")
+    elif stat.S_ISLNK(mode):
+        packed.writestr(entry, os.fsencode(path.readlink()))
+    else:
+        with path.open("rb") as content, packed.open(entry, "w") as place:
+            shutil.copyfileobj(content, place, 1 << 20)
 
 
 def unpack(source: BinaryIO, folder: Path) -> None:
     """Unpacks a tar file into an empty folder, by rules of our own: the library's filters have been got around (CVE-2025-4517).
 
     Only folders, regular files, hard links among them and symbolic links come out, each name once, each below a folder that came before
-    it. Symbolic links are made as they are and never followed, so they cannot lead a later entry astray. Set-id bits are dropped.
+    it. Symbolic links are made as they are and never followed, so they cannot lead a later entry astray. Set-id bits are dropped. Holes in
+    files stay holes, as long as there is room for the files without them.
 
     Raises:
         Refused: The archive has something else in it, or is damaged.
     """
+    bounded = _Bounded(source)
     reader = _Reader(folder)
     try:
-        with tarfile.open(fileobj=source, mode="r:") as tar:
+        with tarfile.open(fileobj=bounded, mode="r:") as tar:  # type: ignore[call-overload] # it only reads and seeks
             count = 0
             for count, member in enumerate(tar, start=1):
                 if count > MAX_ENTRIES:
                     raise Refused(f"it has more than {MAX_ENTRIES} entries")
-                reader.take(tar, member)
-                tar.members.clear()  # type: ignore[attr-defined] # kept for look-ups by name that nobody makes
+                reader.take(source, member)
+                bounded.left = _MAX_HEADERS
+                tar.members.clear()  # kept for look-ups by name that nobody makes
             if not count:  # of a damaged first header, newer versions of the library make an empty archive
                 raise Refused("there is nothing in it")
             _check_end(source, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # the library lets more through than its own error
         raise Refused(f"it is not a whole tar archive: {error}") from error
     reader.finish()
+
+
+class _Bounded:
+    """A file of which only so much can be read for the headers of one entry: the library keeps them in memory, however long they are."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.left = _MAX_HEADERS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise Refused(f"an entry has more than {_MAX_HEADERS} bytes of headers")
+        return self._file.read(size)
 
 
 def _check_end(source: BinaryIO, offset: int) -> None:
@@ -66,10 +210,12 @@ def _check_end(source: BinaryIO, offset: int) -> None:
 class _Reader:
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._room = shutil.disk_usage(root).free
+        self._times: list[tuple[Path, float]] = []
         self._modes: dict[tuple[str, ...], int] = {(): 0o700}
         self._files: set[tuple[str, ...]] = set()
 
-    def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def take(self, source: BinaryIO, member: tarfile.TarInfo) -> None:
         parts = _parts(member.name)
         path = self._root.joinpath(*parts)
         if member.size < 0:  # the library would read on at an earlier place, for ever (CVE-2025-8194)
@@ -78,11 +224,13 @@ class _Reader:
         if member.isdir():
             path.mkdir(mode=0o700)
             self._modes[parts] = member.mode & 0o777
-        elif member.isreg() and not member.issparse():  # a few bytes can stand for a sparse file that fills any disk
-            self._write(tar, member, path)
+            self._times.append((path, member.mtime))
+        elif member.isreg():
+            self._write(source, member, path)
             self._files.add(parts)
         elif member.issym() and member.linkname:
             path.symlink_to(member.linkname)
+            os.utime(path, (member.mtime, member.mtime), follow_symlinks=False)
         elif member.islnk():
             self._link(member, path)
         else:
@@ -100,22 +248,50 @@ class _Reader:
             raise Refused(f"{member.name!r} is a hard link to something that is not in it")
         os.link(self._root.joinpath(*target), path, follow_symlinks=False)
 
-    def _write(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-        content = tar.extractfile(member)
-        if content is None:
-            raise Refused(f"{member.name!r} has no content")
+    def _write(self, source: BinaryIO, member: tarfile.TarInfo, path: Path) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "wb") as file:
-            shutil.copyfileobj(content, file, 1 << 20)
+            source.seek(member.offset_data)
+            for start, length in self._layout(member):
+                file.seek(start)
+                _copy(source, file, length, member.name)
+            if member.issparse():
+                file.truncate(member.size)
             file.flush()  # a write after it would change the time again
             os.fchmod(file.fileno(), member.mode & 0o777)
             os.utime(file.fileno(), (member.mtime, member.mtime))
 
+    def _layout(self, member: tarfile.TarInfo) -> list[tuple[int, int]]:
+        """Where its data belongs, in order. A few bytes can stand for a sparse file that fills any disk once somebody copies it."""
+        sparse = cast("list[tuple[int, int]] | None", member.sparse)
+        if sparse is None:
+            return [(0, member.size)]
+        self._room -= member.size
+        if self._room < 0:
+            raise Refused(f"{member.name!r} has {member.size} bytes with its holes, for which there is no room")
+        pieces, end = [piece for piece in sparse if piece[1]], 0  # empty ones tell of a hole at the end, or nothing
+        for start, length in pieces:
+            if start < end or length < 0 or start + length > member.size:
+                raise Refused(f"{member.name!r} has pieces that make no file")
+            end = start + length
+        return pieces
+
     def finish(self) -> None:
-        """Gives the folders their modes, now that nothing more is written into them."""
+        """Gives the folders their times and modes, now that nothing more is written into them."""
+        for path, mtime in reversed(self._times):
+            os.utime(path, (mtime, mtime))
         for parts, mode in sorted(self._modes.items(), reverse=True):
             if parts:
                 self._root.joinpath(*parts).chmod(mode)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, length: int, name: str) -> None:
+    while length:
+        block = source.read(min(length, 1 << 20))
+        if not block:
+            raise Refused(f"it is not a whole tar archive: it breaks off in {name!r}")
+        target.write(block)
+        length -= len(block)
 
 
 def _parts(name: str) -> tuple[str, ...]:

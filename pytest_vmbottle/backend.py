@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -26,8 +28,10 @@ __all__ = [
     "Disk",
     "Finished",
     "Forwarding",
+    "Hotplug",
     "Instance",
     "Keys",
+    "NotPlugged",
     "PackKind",
     "Start",
     "Unwakeable",
@@ -143,6 +147,10 @@ class Start:
 
 class Unwakeable(MachineError):
     """The guest cannot be saved with its RAM, because nothing could wake it; its disk still can be."""
+
+
+class NotPlugged(MachineError):
+    """The machine cannot be given a device now; everything else works."""
 
 
 # Finds whatever still carries a command's tag in its environment, children of children included, until nothing is left.
@@ -303,6 +311,27 @@ class Forwarding(Protocol):
 
     def forward(self, port: int) -> tuple[str, int]:
         """The host's address and port that lead to the guest's port."""
+
+
+@runtime_checkable
+class Hotplug(Protocol):
+    """An instance that can be given a disk while it runs."""
+
+    def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> AbstractContextManager[Callable[[], int]]:
+        """A raw disk that the guest has as long as the context lasts; gives what tells how many bytes the guest has read or written so far.
+
+        It may take a moment until the guest sees it, or for ever if it has no driver for it. It is gone at the end, unless the guest does
+        not let go of it.
+
+        Args:
+            file: Descriptor of the regular file that is its content, open as it is to be used.
+            serial: What the guest finds it by: at most 20 bytes.
+            writable: Whether the guest may write to it.
+            deadline: Until when to try.
+
+        Raises:
+            NotPlugged: It cannot be given one now.
+        """
 
 
 class Backend(Protocol):

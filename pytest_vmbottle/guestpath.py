@@ -189,8 +189,8 @@ class Shell(Protocol):
     def script(self, text: str, *words: str) -> Result:
         """Runs a POSIX shell script of ours with arguments; never raises for its status."""
 
-    def feed(self, text: str, *words: str, source: BinaryIO, size: int) -> Result:
-        """The same with a file as input."""
+    def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
+        """The same with a file as input; with `framed` the script knows itself where it ends."""
 
     def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:
         """The same with the output, of about `size` bytes, going to a file."""

@@ -10,6 +10,7 @@ from typing import BinaryIO, TypeVar
 from pytest_vmbottle import fileset, transfer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
+from pytest_vmbottle.channels.bulk import Bulk
 from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
 from pytest_vmbottle.metrics import Meter, Sample
@@ -68,6 +69,7 @@ class Machine:
         self.console: Console = instance.console
         self._instance = instance
         self._channel = channel
+        self._bulk = Bulk(instance)
         self._factor = factor
         self._meter: Meter | None = None
 
@@ -137,12 +139,12 @@ class Machine:
         """Runs a shell script with arguments as the spec's user, for the verbs of `GuestPath`; never raises for its status."""
         return self._carry(lambda command, deadline: self._channel.run(command, deadline=deadline), text, words)
 
-    def feed(self, text: str, *words: str, source: BinaryIO, size: int) -> Result:
-        """The same with `size` bytes of a host file as its input."""
+    def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
+        """The same with `size` bytes of a host file as its input; with `framed` the script knows itself where they end."""
         if size < BULK:
             content = source.read(size)
             return self._carry(lambda command, deadline: self._channel.run(command, deadline=deadline), text, words, content)
-        return self._carry(lambda command, deadline: self._bulk(deadline).put(source, command, deadline=deadline), text, words)
+        return self._carry(lambda command, deadline: self._bulk.put(source, size, command, deadline=deadline, framed=framed), text, words)
 
     def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:
         """The same with its standard output, of about `size` bytes, going to a host file."""
@@ -150,7 +152,7 @@ class Machine:
             result = self.script(text, *words)
             sink.write(result.stdout_bytes)
             return result
-        return self._carry(lambda command, deadline: self._bulk(deadline).get(command, sink, deadline=deadline), text, words)
+        return self._carry(lambda command, deadline: self._bulk.get(command, sink, size, deadline=deadline), text, words)
 
     def _carry(self, run: Callable[[Command, Deadline], Finished], text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
         text, words = with_any_bytes(text, words)
@@ -161,9 +163,6 @@ class Machine:
         if finished.timed_out:
             raise CommandTimeout(result, _OWN_TIME * self._factor)
         return result
-
-    def _bulk(self, deadline: Deadline) -> Channel:
-        return self._instance.channel(deadline=deadline, bulk=True)
 
     # -- files -----------------------------------------------------------------------------------------------------------------------
 
@@ -207,9 +206,14 @@ class Machine:
         fileset.write_files(self, placed, clean=clean, mode=mode, owner=owner)
 
     def cp(self, src: str | Path | GuestPath, dst: str | Path | GuestPath) -> None:
-        """Copies a file or a tree, with modes and symbolic links, to the guest or from it.
+        """Copies a file or a tree, with modes, times, symbolic links and holes, to the guest or from it.
 
-        A destination that is a folder means a place in it, as with `cp -r`. What arrives gets its final name when all of it is there.
+        A destination that is a folder means a place in it, as with `cp -r`. What arrives gets its final name when all of it is there. From
+        1 MiB on the data goes over a disk that the machine gets for the copy. The logger `pytest_vmbottle` tells every 5 s how far a long
+        copy is.
+
+        Example:
+            `vm.cp("dist/app", vm.path("/opt"))`, `vm.cp(vm.path("/var/log"), tmp_path)`
 
         Args:
             src: Where from.
@@ -217,7 +221,9 @@ class Machine:
 
         Raises:
             FileNotFoundError: The source, or the folder it is to go to, does not exist.
+            PermissionError: Something may not be read, or written.
             TransferError: The copy broke off, or the guest sent what must not be written on the host.
+            MachineError: The guest was lost, or did not answer in time.
             TypeError: Both sides are on the host, or both in a guest.
         """
         __tracebackhide__ = True
@@ -278,6 +284,29 @@ class Machine:
         except CommandTimeout as late:
             return query.matches(late.result, timed_out=True)
         return query.matches(result)
+
+    def archive(self, root: str | PurePosixPath | GuestPath, dest: str | Path, format: str = "tar.gz") -> Path:  # noqa: A002 - shutil's word
+        """Packs a folder of the guest into a file of the host, and returns its path.
+
+        In the archive everything is below the folder's name, in the order of names, and belongs to root: equal folders give equal archives.
+        What the guest may not send by `cp`, it may not have packed either.
+
+        Example:
+            `vm.archive("/var/log", tmp_path / "logs.zip", format="zip")`
+
+        Args:
+            root: The folder.
+            dest: The file. It gets this name when it is complete.
+            format: `"tar.gz"` or `"zip"`.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: The guest has no such folder, or the host none for the file.
+            IsADirectoryError: On the host the file's name is that of a folder.
+            TransferError: The copy broke off, or the guest sent what must not be packed.
+            ValueError: There is no such format.
+        """
+        __tracebackhide__ = True
+        return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), Path(dest), format)
 
     # -- waiting ---------------------------------------------------------------------------------------------------------------------
 

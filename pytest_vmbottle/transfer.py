@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 from pytest_vmbottle import archive
-from pytest_vmbottle.errors import TransferError
-from pytest_vmbottle.guestpath import GuestPath, raise_for
+from pytest_vmbottle._os import atomic_file
+from pytest_vmbottle.errors import TransferError, VMBottleError
+from pytest_vmbottle.guestpath import BULK, GuestPath, raise_for
 
-__all__ = ["copy_in", "copy_out"]
+__all__ = ["FORMATS", "copy_in", "copy_out", "pack_out"]
 
-# $1 destination, $2 the source's name: a destination that is a folder means a place in it.
-_TARGET = r"""
-path=$1; [ -d "$path" ] && path=${path%/}/$2
-parent=${path%/*}; [ -d "${parent:-/}" ] || exit 101
-"""
-_PUT_FILE = (
-    _TARGET
-    + r"""
-[ -d "$path" ] && exit 102
-new=$(mktemp "$parent/.vmbottle.XXXXXXXX") || exit 105
-trap 'rm -f "$new"' EXIT
-cat > "$new" || exit 1
-[ "$(wc -c < "$new")" -eq "$3" ] || { echo "only a part of it arrived" >&2; exit 1; }
-chmod "$4" "$new" && mv -f "$new" "$path"
-"""
-)
-# A folder that is there already is merged into, file by file, each by a rename.
-_PUT_TREE = (
-    _TARGET
-    + r"""
-new=$(mktemp -d "$parent/.vmbottle.XXXXXXXX") || exit 105
+FORMATS: dict[str, Callable[[Path, IO[bytes]], None]] = {"zip": archive.write_zip, "tar.gz": archive.write_tar_gz}
+"""What a guest's folder can be packed as."""
+
+_GNU = "tar --version 2>/dev/null | grep -q GNU"
+# $1 destination, $2 the source's name, $3 a name that is not there yet, $4 tar's blocking factor, which not every tar has. A destination
+# that is a folder means a place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar
+# may say "Wrote only 512 of 1048576 bytes"; the probe has it named.
+_PUT = rf"""
+path=$1; [ -d "$path" ] && path=${{path%/}}/$2
+parent=${{path%/*}}; [ -d "${{parent:-/}}" ] || exit 101
+new=$parent/$3
+mkdir -m 700 "$new" || exit 105
 trap 'rm -rf "$new"' EXIT
-tar -xpf - -C "$new" || exit 1
-[ -d "$path" ] || { [ -e "$path" ] && exit 103; mv "$new/$2" "$path"; exit; }
+blocks=; [ -n "$4" ] && {_GNU} && blocks="-b $4"
+tar $blocks -xpf - -C "$new" || {{ head -c 1048576 /dev/zero > "$new/probe"; exit 1; }}
+if [ ! -d "$new/$2" ] || [ -L "$new/$2" ]; then
+  [ -d "$path" ] && exit 102
+  mv -f "$new/$2" "$path"; exit
+fi
+[ -d "$path" ] || {{ [ -e "$path" ] && exit 103; mv "$new/$2" "$path"; exit; }}
 cd "$new/$2" || exit 1
-find . -type d -exec sh -c 'for d do mkdir -p "$0/$d" || exit 1; done' "$path" {} + &&
-find . ! -type d -exec sh -c 'for f do mv -f "$f" "$0/$f" || exit 1; done' "$path" {} +
+find . -type d -exec sh -c 'for d do mkdir -p "$0/$d" || exit 1; done' "$path" {{}} + &&
+find . ! -type d -exec sh -c 'for f do mv -f "$f" "$0/$f" || exit 1; done' "$path" {{}} +
 """
-)
-_SIZE = '[ -e "$1" ] || [ -L "$1" ] || exit 101; exec du -sk -- "$1"'
-_GET = '[ -e "$1" ] || [ -L "$1" ] || exit 101; cd "${1%/*}/" && exec tar -cf - "./${1##*/}"'
+_CLEAR = 'path=$1; [ -d "$path" ] && rm -rf "${path%/}/$2"; rm -rf "${path%/*}/$2"'
+# Its kilobytes with all holes filled, its number of entries, and whether tar is GNU's, which can leave the holes out.
+_MEASURE = rf"""
+[ -e "$1" ] || [ -L "$1" ] || exit 101
+size=$(du -sk --apparent-size -- "$1" 2>/dev/null || du -sk -- "$1" 2>/dev/null)
+[ -n "$size" ] || exit 1
+if {_GNU}; then gnu=1; else gnu=; fi
+echo "${{size%%[!0-9]*}} $(find "$1" | wc -l) $gnu"
+"""
+_HEADERS = 4
+"""Kilobytes that one entry takes at most besides its content."""
+_MOST = 1 << 40
+"""Bytes that a guest may send at most."""
+# $2 tar's blocking factor, $3 whether it is GNU's. Of that, status 1 says that a file grew or went meanwhile, as logs do.
+_GET = r"""
+cd "${1%/*}/" || exit
+if [ -n "$3" ]; then tar -b "${2:-20}" -cSf - "./${1##*/}"; else tar -cf - "./${1##*/}"; fi
+status=$?; [ "$status$3" = 11 ] && exit 0
+exit $status
+"""
 
 
 def copy_in(source: Path, target: GuestPath) -> None:
@@ -51,28 +71,26 @@ def copy_in(source: Path, target: GuestPath) -> None:
 
     Raises:
         FileNotFoundError: The source, or the folder it is to go to, does not exist.
+        PermissionError: A file or folder of the source cannot be read.
         TransferError: The copy broke off.
     """
     if not os.path.lexists(source):
-        raise FileNotFoundError(2, "No such file or directory (on the host)", str(source))
-    name = source.name or source.resolve().name
-    if source.is_file() and not source.is_symlink():
-        status = source.stat()
-        with source.open("rb") as content:
-            words = (str(target), name, str(status.st_size), f"{status.st_mode & 0o7777:o}")
-            result = target.shell.feed(_PUT_FILE, *words, source=content, size=status.st_size)
-    else:
-        with tempfile.TemporaryFile() as stream:
-            archive.pack(source, stream, name=name)
-            size = stream.tell()
-            stream.seek(0)
-            result = target.shell.feed(_PUT_TREE, str(target), name, source=stream, size=size)
-    try:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory (on the host)", str(source))
+    name, temporary = source.name or source.resolve().name, f".vmbottle.{secrets.token_hex(8)}"
+    if not name:
+        raise TransferError("the whole file system cannot be copied: name its folders", src=source, dst=str(target))
+    with _failures(source, target), tempfile.TemporaryFile() as stream:
+        archive.pack(source, stream, name=name, sparse=cache(lambda: target.shell.script(_GNU).ok))
+        size = stream.tell()
+        stream.seek(0)
+        try:
+            words = (str(target), name, temporary, _blocking(size))
+            result = target.shell.feed(_PUT, *words, source=stream, size=size, framed=True)
+        except VMBottleError:  # it was killed at its time-out, or the channel is lost
+            with suppress(VMBottleError):
+                target.shell.script(_CLEAR, str(target), temporary)
+            raise
         raise_for(result, target)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise TransferError(error.strerror or "it broke off", src=source, dst=str(target)) from error
 
 
 def copy_out(source: GuestPath, target: Path) -> None:
@@ -83,26 +101,76 @@ def copy_out(source: GuestPath, target: Path) -> None:
         TransferError: The copy broke off, or the guest sent what must not be written.
     """
     final = target / source.name if target.is_dir() else target
-    if not final.parent.is_dir():
-        raise FileNotFoundError(2, "No such file or directory (on the host)", str(final.parent))
-    with tempfile.TemporaryFile() as stream, tempfile.TemporaryDirectory(prefix=".vmbottle-", dir=final.parent) as scratch:
-        try:
-            measured = source.shell.script(_SIZE, str(source))
-            raise_for(measured, source)
-            result = source.shell.fetch(_GET, str(source), sink=stream, size=int(measured.stdout.split()[0]) << 10)
-            raise_for(result, source)
-            stream.seek(0)
-            archive.unpack(stream, Path(scratch))
-            _settle(Path(scratch) / source.name, final)
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, IndexError, archive.Refused) as error:
-            raise TransferError(str(error), src=str(source), dst=final) from error
+    _check_folder(final.parent)
+    with _failures(source, final), _arrived(source, final.parent) as arrived:
+        _settle(arrived, final)
+
+
+def pack_out(source: GuestPath, target: Path, form: str) -> Path:
+    """Packs a guest's folder into a file of the host, and returns it.
+
+    Raises:
+        FileNotFoundError: The folder, or the one the file is to be in, does not exist.
+        IsADirectoryError: The file is to have the name of a folder.
+        NotADirectoryError: The source is no folder.
+        TransferError: The copy broke off, or the guest sent what must not be packed.
+        ValueError: There is no such format.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"{form!r} is not a format: write {' or '.join(map(repr, FORMATS))}")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory (on the host)", str(target))
+    _check_folder(target.parent)
+    if not source.is_dir() and source.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory (in the guest)", str(source))
+    with _failures(source, target), _arrived(source, target.parent) as arrived, atomic_file(target, mode=0o666) as file:
+        FORMATS[form](arrived, file)
+    return target
+
+
+@contextmanager
+def _failures(source: Path | GuestPath, target: Path | GuestPath) -> Iterator[None]:
+    """Says of what went wrong in between which copy it was."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, VMBottleError):
+        raise
+    except (OSError, ValueError, IndexError, archive.Refused) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise TransferError(reason or "it broke off", src=str(source), dst=str(target)) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory (on the host)", str(folder))
+
+
+def _blocking(size: int) -> str:
+    """A factor for `tar -b`: blocks of 1 MiB where there is much, else the usual ones, because the last one is filled up."""
+    return "2048" if size >= BULK else ""
+
+
+@contextmanager
+def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
+    """The guest's file or tree, unpacked below a host's folder for as long as the context lasts."""
+    if not source.name:
+        raise archive.Refused("the whole file system cannot be copied: name its folders")
+    with tempfile.TemporaryFile(dir=folder) as stream, tempfile.TemporaryDirectory(prefix=".vmbottle-", dir=folder) as scratch:
+        measured = source.shell.script(_MEASURE, str(source))
+        raise_for(measured, source)
+        kilobytes, entries, *gnu = measured.stdout.split()
+        size = min(int(kilobytes) + _HEADERS * int(entries) << 10, _MOST)
+        result = source.shell.fetch(_GET, str(source), _blocking(size), *(gnu or [""]), sink=stream, size=size)
+        raise_for(result, source)
+        stream.seek(0)
+        archive.unpack(stream, Path(scratch))
+        arrived = Path(scratch) / source.name
+        if not os.path.lexists(arrived):
+            raise archive.Refused("what was asked for is not in it")
+        yield arrived
 
 
 def _settle(arrived: Path, final: Path) -> None:
-    if not os.path.lexists(arrived):
-        raise archive.Refused("what was asked for is not in it")
     merging = final.is_dir() and not final.is_symlink() and arrived.is_dir() and not arrived.is_symlink()
     if not merging:
         _rename(arrived, final)

@@ -316,7 +316,7 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_file(either: Machine, place: s
             either.cp(tmp_path / "large", either.path(place) / "large")
         (tmp_path / "tree").mkdir()
         (tmp_path / "tree" / "large").write_bytes(os.urandom(2 << 20))
-        with pytest.raises(TransferError, match=r"No space left|Wrote only"):
+        with pytest.raises(TransferError, match="No space left"):
             either.cp(tmp_path / "tree", either.path(place) / "tree")
         assert list(either.path(place).iterdir()) == []
     finally:

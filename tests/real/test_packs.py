@@ -20,11 +20,15 @@ from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
 
+MUCH = bytes(range(256)) * 8192
+"""So much that it takes a disk, which no saved machine may have."""
+
 
 @layer("debian-12", depends=["conftest.py"])
 def prepared(vm: Machine) -> None:
     vm.path("/root/on-disk").write_text("disk\n")
     vm.path("/dev/shm/in-memory").write_text("memory\n")
+    vm.path("/root/much").write_bytes(MUCH)
     vm.exec("systemd-run --unit=counting sh -c 'while :; do echo tick >> /dev/shm/ticks; sleep 0.2; done'")
     vm.wait_for_file("/dev/shm/ticks")
 
@@ -42,6 +46,12 @@ def test_a_clone_goes_on_from_where_the_layer_left_off_with_its_memory_and_its_p
     assert vm.path("/dev/shm/in-memory").read_text() == "memory\n"
     before = len(vm.path("/dev/shm/ticks").read_text().splitlines())
     vm.wait_until(lambda: len(vm.path("/dev/shm/ticks").read_text().splitlines()) > before)
+
+
+@pytest.mark.vm(prepared)
+def test_what_came_over_a_disk_before_is_in_a_clone_and_another_disk_can_be_had(vm: Machine, tmp_path: Path) -> None:
+    vm.cp(vm.path("/root/much"), tmp_path)
+    assert (tmp_path / "much").read_bytes() == MUCH
 
 
 @pytest.mark.vm(higher)

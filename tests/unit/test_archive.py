@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import socket
 import stat
+import subprocess
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,6 +133,102 @@ def test_a_hostile_archive_is_refused_and_touches_nothing_outside(folder: Path, 
     assert outside(folder) == UNTOUCHED
 
 
+def sparse(*pieces: tuple[int, int], size: int, count: int | None = None) -> io.BytesIO:
+    """One file of which an archive holds only pieces, in GNU tar's format 1.0, or a lie in that format."""
+    table = "".join(f"{number}\n" for number in (len(pieces) if count is None else count, *(n for piece in pieces for n in piece))).encode()
+    member = tarfile.TarInfo("a")
+    content = table + bytes(-len(table) % 512) + b"x" * sum(max(length, 0) for _, length in pieces)
+    member.size = len(content)
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size), "GNU.sparse.name": "a"}
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as made:
+        made.addfile(member, io.BytesIO(content))
+    stream.seek(0)
+    return stream
+
+
+def test_a_file_of_pieces_gets_its_holes_back(folder: Path) -> None:
+    unpack(sparse((1 << 16, 5), (1 << 20, 5), (3 << 20, 0), size=3 << 20), folder)
+
+    expected = bytes(1 << 16) + b"xxxxx" + bytes((1 << 20) - (1 << 16) - 5) + b"xxxxx" + bytes((2 << 20) - 5)
+    assert (folder / "a").read_bytes() == expected
+    assert (folder / "a").stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        sparse((0, 5), size=1 << 50),
+        sparse((0, 5), (3, 5), size=100),
+        sparse((50, 5), (0, 5), size=100),
+        sparse((98, 5), size=100),
+        sparse((-5, 5), size=100),
+        sparse((0, -5), size=100),
+        sparse((0, 5), size=100, count=10**9),
+        sparse(*[(n, 1) for n in range(0, 2_000_000, 2)], size=2_000_000),
+        sparse((0, 5), size=-1),
+    ],
+    ids=["a pebibyte", "overlapping", "not in order", "behind the end", "before the begin", "below 0", "no end", "a million", "no size"],
+)
+def test_pieces_that_make_no_file_or_no_honest_one_are_refused(folder: Path, hostile: io.BytesIO) -> None:
+    with pytest.raises(Refused):
+        unpack(hostile, folder)
+
+    assert outside(folder) == UNTOUCHED
+    assert sum(path.stat().st_blocks for path in folder.iterdir()) <= 8
+
+
+def test_many_files_with_holes_have_to_fit_together(folder: Path) -> None:
+    size = shutil.disk_usage(folder).free // 4
+    with io.BytesIO() as stream:
+        for number in range(6):
+            one = sparse((0, 5), size=size).getvalue()
+            stream.write(one[: len(one.rstrip(b"\0")) + -len(one.rstrip(b"\0")) % 512].replace(b"name=a", b"name=%d" % number))
+        stream.write(bytes(1024))
+        stream.seek(0)
+        with pytest.raises(Refused, match="there is no room"):
+            unpack(stream, folder)
+
+
+def test_headers_that_would_fill_the_memory_are_refused(folder: Path) -> None:
+    with pytest.raises(Refused, match="bytes of headers"):
+        unpack(pax(comment="x" * (archive._MAX_HEADERS + 1)), folder)
+
+
+def test_what_is_no_file_is_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "tree" / "s"))
+        with pytest.raises(Refused, match="neither a file nor a folder"):
+            pack(tmp_path / "tree", io.BytesIO(), name="tree")
+
+
+@pytest.mark.parametrize("size", [(3 << 20) + 7, 3 << 20], ids=["data at the end", "a hole at the end"])
+def test_gnu_tar_unpacks_what_was_packed_without_its_holes(tmp_path: Path, size: int) -> None:
+    (tmp_path / "tree").mkdir()
+    with (tmp_path / "tree" / "holes").open("wb") as file:
+        file.seek(1 << 20)
+        file.write(b"middle" * 500)
+        if size % 512:
+            file.seek(size - 9)
+            file.write(b"at an end")
+        file.truncate(size)
+    (tmp_path / "tree" / "twin").hardlink_to(tmp_path / "tree" / "holes")
+    with (tmp_path / "made.tar").open("w+b") as stream:
+        pack(tmp_path / "tree", stream, name="tree", sparse=lambda: True)
+        stream.seek(0)
+        (tmp_path / "ours").mkdir()
+        unpack(stream, tmp_path / "ours")
+    (tmp_path / "its").mkdir()
+    subprocess.run(["tar", "-xf", tmp_path / "made.tar", "-C", tmp_path / "its"], check=True)
+
+    assert (tmp_path / "made.tar").stat().st_size < 1 << 20
+    for root in (tmp_path / "ours" / "tree", tmp_path / "its" / "tree"):
+        assert (root / "holes").read_bytes() == (tmp_path / "tree" / "holes").read_bytes()
+        assert (root / "holes").stat().st_blocks * 512 < 1 << 20
+        assert (root / "twin").samefile(root / "holes")
+
+
 @pytest.mark.parametrize("bit", [stat.S_ISUID, stat.S_ISGID, stat.S_ISVTX])
 def test_set_id_bits_do_not_come_out(folder: Path, bit: int) -> None:
     unpack(tar(("bin", FOLDER, "", b""), file("bin/su"), mode=0o755 | bit), folder)
@@ -195,7 +294,7 @@ def test_a_tree_comes_back_with_modes_links_times_and_odd_names(tmp_path: Path) 
     ):
         (tree / name).write_text(name, errors="surrogateescape")
         (tree / name).chmod(mode)
-        os.utime(tree / name, (1_000_000_000.25, 1_000_000_000.25))
+        os.utime(tree / name, (1_000_000_000, 1_000_000_000))
     (tree / "sub" / "to file").symlink_to("../plain")
     (tree / "sub" / "dangling").symlink_to("/nowhere/at all")
     (tree / "hard").hardlink_to(tree / "plain")

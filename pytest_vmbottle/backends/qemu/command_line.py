@@ -15,10 +15,26 @@ from pytest_vmbottle.backend import GUEST_MAC, Disk
 from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["BOARDS", "FORMAT", "HVF", "KVM", "Accelerator", "Board", "Emulator", "Wiring", "command_line", "sandbox"]
+__all__ = [
+    "BOARDS",
+    "FORMAT",
+    "HVF",
+    "KVM",
+    "LAN_PORT",
+    "SCRATCH_PORT",
+    "Accelerator",
+    "Board",
+    "Emulator",
+    "Wiring",
+    "command_line",
+    "sandbox",
+]
 
-FORMAT = 2
+FORMAT = 3
 """Part of every fingerprint: packs made with another set of devices are not restored."""
+
+SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
+"""The empty PCI Express ports, each for one device that is plugged in while the machine runs: a disk, a network card."""
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -56,12 +72,14 @@ class Board:
         machine: The argument of `-machine`, but for what all have.
         tcg: How it is emulated.
         serial: What connects the chardev `console` to the first serial port.
+        quick_hotplug: Whether a guest lets go of a device at once. By PCI Express's own way, without ACPI, it waits for 5 s.
     """
 
     arch: str
     machine: str
     tcg: Accelerator
     serial: tuple[str, ...]
+    quick_hotplug: bool
 
 
 _BOARDS = (
@@ -71,6 +89,7 @@ _BOARDS = (
         # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
         tcg=_tcg("max,la57=off"),
         serial=("-device", "isa-serial,chardev=console,id=serial"),
+        quick_hotplug=True,
     ),
     Board(
         arch="aarch64",
@@ -78,6 +97,7 @@ _BOARDS = (
         # By its own algorithm, pointer authentication takes half of the time of an emulated guest.
         tcg=_tcg("max,pauth-impdef=on"),
         serial=("-serial", "chardev:console"),
+        quick_hotplug=False,
     ),
 )
 BOARDS = {board.arch: board for board in _BOARDS}
@@ -154,6 +174,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[
         *("-device", "virtio-rng-pci,rng=rng0,id=rng"),
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
+        *_ports(),
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
     ]
@@ -223,6 +244,14 @@ def _network(spec: MachineSpec) -> list[str]:
     return [
         *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
         *("-device", f"virtio-net-pci,netdev=net0,id=nic,mac={GUEST_MAC},romfile="),
+    ]
+
+
+def _ports() -> list[str]:
+    # Nothing can be plugged into the root bus itself while the machine runs. A port is known to the guest by its chassis and slot.
+    return [
+        *("-device", f"pcie-root-port,id={SCRATCH_PORT},chassis=1,slot=1"),
+        *("-device", f"pcie-root-port,id={LAN_PORT},chassis=2,slot=2"),
     ]
 
 

@@ -9,8 +9,8 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,9 @@ import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, NotPlugged, PackKind, Start, Unwakeable
 from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
@@ -88,6 +89,7 @@ class QemuInstance:
         self._watch = _Watch(parts.rundir / "console.log")
         self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
         self._waker = Waker(parts.lines.waker)
+        self._disk_port = DiskPort(parts.qmp, alive=self.alive)
         self._has_agent: bool | None = None
         self._agent_due: Deadline | None = None
         self._ssh: SshChannel | None = None
@@ -195,6 +197,12 @@ class QemuInstance:
     def _monitor(self, line: str) -> str:
         return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
 
+    def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> AbstractContextManager[Callable[[], int]]:
+        """A disk that the guest has for a while (see `Hotplug.disk`)."""
+        if not self._programs.emulator.board.quick_hotplug:
+            raise NotPlugged(f"guests for {self._spec.arch} take too long to let go of a disk")
+        return self._disk_port.disk(file, serial=serial, writable=writable, deadline=deadline)
+
     def restore(self, folder: Path, *, deadline: Deadline) -> None:
         """Loads what `save` wrote, lets it run, and wakes the guest."""
         saved = _Saved.read(folder)
@@ -224,6 +232,10 @@ class QemuInstance:
         self._has_agent = None  # whoever built on this machine may have installed it, or taken it away
         channel = self.channel(deadline=deadline)
         channel.run(Command(argv=("sync",), env=(("PATH", GUEST_PATH),)), deadline=deadline)
+        if not self._disk_port.empty():
+            raise Unwakeable(
+                "the guest holds on to a disk that was plugged in for a copy, which no restored machine has", machine=self._spec.name
+            )
         nonce = self._waker.freeze(channel, deadline=deadline)
         self.pause()
         with _open(dest / _STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL):

@@ -127,6 +127,15 @@ class Qmp:
         self._client.send_fd_scm(file)
         await self._client.execute("getfd", {"fdname": _STATE})
 
+    def add_fd(self, file: int, *, deadline: Deadline) -> int:
+        """Hands over an open file, which QEMU then opens as `/dev/fdset/N`, in the mode it was opened in; returns N."""
+        return self._guard(self._add_fd(file), deadline, "add-fd")
+
+    async def _add_fd(self, file: int) -> int:
+        self._client.send_fd_scm(file)
+        answer = await self._client.execute("add-fd")
+        return int(answer["fdset-id"])  # type: ignore[index]
+
     async def _migrated(self) -> str:
         async for message in self._events:
             status = str(message.get("data", {}).get("status", ""))  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""The port of a running machine into which a disk is plugged, and from which it is taken again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import NotPlugged
+from pytest_vmbottle.backends.qemu.command_line import SCRATCH_PORT
+from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+from pytest_vmbottle.errors import MachineError
+
+__all__ = ["DiskPort"]
+
+_DEVICE, _NODE = "scratch", "scratch0"
+_GRACE = 10.0
+"""Seconds that a guest is given to let go of a disk; an emulated one takes a tenth of one."""
+
+
+class DiskPort:
+    """Holds one disk at a time; safe to use from several threads, which wait for each other."""
+
+    def __init__(self, qmp: Qmp, *, alive: Callable[[], None]) -> None:
+        """Takes the machine's monitor.
+
+        Args:
+            qmp: The monitor.
+            alive: Called while waiting; raises `MachineDied` when the machine is gone.
+        """
+        self._qmp, self._alive = qmp, alive
+        self._lock = threading.Lock()
+        self._files: int | None = None
+
+    @contextmanager
+    def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> Iterator[Callable[[], int]]:
+        """Plugs a disk in, and out again at the end (see `Hotplug.disk`)."""
+        if not self._lock.acquire(timeout=deadline.remaining):
+            raise NotPlugged("another copy holds the machine's port for a disk")
+        try:
+            if not self.empty():
+                raise NotPlugged("the guest has not let go of the disk that was plugged in before")
+            try:
+                self._plug(file, serial, writable=writable)
+                yield self._moved
+            finally:
+                self.empty()
+        finally:
+            self._lock.release()
+
+    def _plug(self, file: int, serial: str, *, writable: bool) -> None:
+        try:
+            self._files = self._qmp.add_fd(file, deadline=Deadline(_GRACE))
+            # No other process is kept from the file, which may be a user's own, and nothing of it needs to survive the host.
+            source = {"driver": "file", "filename": f"/dev/fdset/{self._files}", "locking": "off", "read-only": not writable}
+            disk = {"driver": "raw", "node-name": _NODE, "read-only": not writable, "cache": {"no-flush": True}, "file": source}
+            self._qmp.execute("blockdev-add", **disk, deadline=Deadline(_GRACE))
+            # Where the host's disk is full the guest gets an error; by default QEMU would stop the machine.
+            device = {"driver": "virtio-blk-pci", "id": _DEVICE, "bus": SCRATCH_PORT, "drive": _NODE, "serial": serial}
+            self._qmp.execute("device_add", **device, werror="report", rerror="report", deadline=Deadline(_GRACE))
+        except QmpFailed as error:
+            self._alive()
+            raise NotPlugged(f"QEMU does not plug a disk in: {error}") from error
+
+    def _moved(self) -> int:
+        for used in self._qmp.execute("query-blockstats", deadline=Deadline(_GRACE)):
+            if used.get("node-name") == _NODE:
+                return int(used["stats"]["rd_bytes"]) + int(used["stats"]["wr_bytes"])
+        return 0
+
+    def empty(self, seconds: float = _GRACE) -> bool:
+        """Takes the disk out if there is one; whether there is none any more."""
+        if self._files is None:
+            return True
+        with suppress(QmpFailed):  # refused while an earlier request is under way, and where there is no such device
+            self._qmp.execute("device_del", id=_DEVICE, deadline=Deadline(_GRACE))
+        if not Deadline(seconds).poll(self._freed, every=0.2, first=0.01):
+            return False
+        with suppress(QmpFailed):
+            self._qmp.execute("remove-fd", fdset_id=self._files, deadline=Deadline(_GRACE))
+        self._files = None
+        return True
+
+    def _freed(self) -> bool:
+        """Whether the disk is nobody's any more, which it is some time after the guest has let go of it, or the machine is gone."""
+        try:
+            self._alive()
+        except MachineError:
+            return True
+        try:
+            self._qmp.execute("blockdev-del", node_name=_NODE, deadline=Deadline(_GRACE))
+        except QmpFailed as error:
+            return "Failed to find node" in str(error)
+        return True
