@@ -19,6 +19,7 @@ from pytest_vmbottle.errors import (
 )
 from pytest_vmbottle.guestpath import GuestPath
 from pytest_vmbottle.machine import Machine
+from pytest_vmbottle.process import Process
 from pytest_vmbottle.result import Result
 from pytest_vmbottle.spec import Layer, MachineSpec, layer
 
@@ -37,6 +38,7 @@ __all__ = [
     "MachineSpec",
     "MachineTimeout",
     "PackCorrupt",
+    "Process",
     "Result",
     "SpecError",
     "TransferError",

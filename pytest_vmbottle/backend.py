@@ -314,7 +314,7 @@ class Running(Protocol):
         """Its status, or -N for signal N; None while it runs.
 
         Raises:
-            MachineError: It cannot be known, because the guest cannot be reached any more.
+            MachineError: It cannot be known, or no more of its output can come, because the guest cannot be reached any more.
         """
 
     def wait(self, *, deadline: Deadline) -> int | None:

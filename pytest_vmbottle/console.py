@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pytest_vmbottle.result import printable, tail
 
-__all__ = ["Console", "Cursor", "Expecter", "Recorder", "kernel_trouble"]
+__all__ = ["Console", "Cursor", "Recorder", "kernel_trouble"]
 
 _PIECE = 4 << 20
 """Bytes of one of the two files that a console is kept in: when the newer is full, it takes the place of the older."""
@@ -111,14 +111,15 @@ class Console:
     """The serial console of a machine, recorded from its first instant; control characters are neutralised.
 
     Example:
-        >>> vm.console.tail(2)  # doctest: +SKIP
-        'Debian GNU/Linux 12 debian ttyS0\\n\\ndebian login: '
+        >>> vm.console.tail(1)  # doctest: +SKIP
+        'debian login: root'
     """
 
     def __init__(self, path: Path, *, ended: Callable[[], bool] = lambda: False) -> None:
         """Takes the file that it is recorded in, and what says that nothing more will come."""
         self._path = path
         self._ended = ended
+        self._expecter = _Expecter(path)
 
     @property
     def text(self) -> str:
@@ -153,9 +154,9 @@ class Console:
             if not new:
                 time.sleep(_PAUSE)
 
-    def expecter(self) -> Expecter:
-        """A search that begins at the console's beginning."""
-        return Expecter(self._path)
+    def expect(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """The next place that matches, if it is there yet; each search begins where what was found last ended."""
+        return self._expecter.search(pattern)
 
     def __repr__(self) -> str:
         return f"<Console {tail(self.text, 10)!r}>"
@@ -165,7 +166,7 @@ def _shown(line: bytes) -> str:
     return printable(line.removesuffix(b"\r").decode("utf-8", "replace"))
 
 
-class Expecter:
+class _Expecter:
     """Looks for one thing after another in what a console says: each search begins where what was found last ended."""
 
     def __init__(self, path: Path) -> None:

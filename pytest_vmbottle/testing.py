@@ -16,13 +16,36 @@ from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Fin
 from pytest_vmbottle.errors import LaunchError
 from pytest_vmbottle.spec import MachineSpec, digest
 
-__all__ = ["FakeBackend", "FakeChannel", "FakeInstance"]
+__all__ = ["FakeBackend", "FakeChannel", "FakeInstance", "FakeRunning"]
 
 Handler = Callable[[Command], Finished]
 
 
 def _succeed(command: Command) -> Finished:
     return Finished(returncode=0, stdout=" ".join(command.argv).encode())
+
+
+class FakeRunning:
+    """A command that has ended already."""
+
+    def __init__(self, returncode: int) -> None:
+        """Takes its status."""
+        self.returncode: int | None = returncode
+        self.written = b""
+
+    def wait(self, *, deadline: Deadline) -> int | None:  # noqa: ARG002
+        """Returns its status."""
+        return self.returncode
+
+    def write(self, data: bytes, *, deadline: Deadline) -> None:  # noqa: ARG002
+        """Keeps it."""
+        self.written += data
+
+    def close_input(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class FakeChannel:
@@ -46,6 +69,21 @@ class FakeChannel:
         finished = self._handler(command)
         sink.write(finished.stdout)
         return finished
+
+    def start(
+        self,
+        command: Command,
+        *,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        deadline: Deadline,  # noqa: ARG002
+    ) -> FakeRunning:
+        """Calls the function and gives the output it made up, all at once."""
+        finished = self._handler(command)
+        for sink, data in ((stdout, finished.stdout), (stderr, finished.stderr)):
+            for chunk in (data, b"") if data else (b"",):
+                sink(chunk)
+        return FakeRunning(finished.returncode)
 
     def close(self) -> None:
         """Does nothing."""

@@ -260,6 +260,8 @@ class SshProcess:
     @property
     def returncode(self) -> int | None:
         """Its status, or -N for signal N; None while it runs."""
+        if any(reader.is_alive() for reader in self._readers):
+            self._alive()
         if not self._session.status_event.is_set():
             return None
         if self._session.exit_status == _NO_STATUS:
@@ -269,11 +271,13 @@ class SshProcess:
 
     def wait(self, *, deadline: Deadline) -> int | None:
         """Waits for its status, and then a moment for the rest of its output, which a process that it has left behind may keep open."""
-        while not self._session.status_event.wait(min(0.5, deadline.remaining)) and not deadline.expired:
+        while not self._session.status_event.wait(min(0.5, deadline.remaining)):
             self._alive()
+            if deadline.expired:
+                return None
         status = self.returncode
         last = Deadline(_LAST_OUTPUT)
-        for reader in self._readers if status is not None else ():
+        for reader in self._readers:
             reader.join(last.remaining)
         return status
 
