@@ -480,7 +480,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
-    if call.when == "call" and report.passed:
+    if call.when == "call":
         _fail_for_panics(report, item.config.stash[_SESSION])
     if (
         call.when == "setup"
@@ -493,11 +493,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _fail_for_panics(report: pytest.TestReport, session: _Session) -> None:
-    """Fails a test that passed although the kernel of a machine was in trouble; each machine counts once."""
+    """Fails a test that passed although the kernel of a machine was in trouble; a machine counts in the first test that sees it."""
     for machine in session.machines:
         panic = machine.panic if machine.spec.panic == "fail" else None
-        if panic and machine.id not in session.blamed:
-            session.blamed.add(machine.id)
+        if not panic or machine.id in session.blamed:
+            continue
+        session.blamed.add(machine.id)
+        if report.passed:
             report.outcome = "failed"
             report.longrepr = (
                 f"The test passed, but the kernel of its machine {machine.name!r} was in trouble: {panic}\n"

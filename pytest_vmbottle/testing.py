@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start
-from pytest_vmbottle.errors import LaunchError
+from pytest_vmbottle.console import kernel_trouble
+from pytest_vmbottle.errors import GuestPanic, LaunchError
 from pytest_vmbottle.spec import MachineSpec, digest
 
 __all__ = ["FakeBackend", "FakeChannel", "FakeInstance", "FakeRunning"]
@@ -92,13 +93,28 @@ class FakeChannel:
 class FakeInstance:
     """A machine that is only on paper; `log` in its folder's console records what is done to it."""
 
-    def __init__(self, backend: FakeBackend, rundir: Path) -> None:
-        """Takes the backend that made it and its folder."""
-        self._backend = backend
+    def __init__(self, backend: FakeBackend, rundir: Path, *, spec: MachineSpec) -> None:
+        """Takes the backend that made it, its folder, and what it is to be."""
+        self._backend, self._spec = backend, spec
         self._log = rundir / "console.log"
-        self.console = Console(self._log)
+        self.console = Console(self._log, ended=lambda: not self.running)
         self.pid = os.getpid()
         self.running = True
+
+    @property
+    def exitcode(self) -> int | None:
+        """0 once it was ended."""
+        return None if self.running else 0
+
+    @property
+    def panic(self) -> str | None:
+        """The first line of its console that a kernel in trouble would write."""
+        return next(iter(kernel_trouble(self.console.text.encode())), None)
+
+    def alive(self) -> None:
+        """Raises `GuestPanic` for such a line, unless the spec expects one."""
+        if self.panic and self._spec.panic == "fail":
+            raise GuestPanic(f"the guest's kernel is in trouble: {self.panic}", machine=self._spec.name)
 
     def _note(self, line: str) -> None:
         with self._log.open("a") as log:
@@ -174,4 +190,4 @@ class FakeBackend:
             raise LaunchError(self.broken, machine=spec.name)
         self.launched.append(source)
         (rundir / "console.log").write_text(f"{spec.name} started\n")
-        return FakeInstance(self, rundir)
+        return FakeInstance(self, rundir, spec=spec)
