@@ -301,13 +301,16 @@ class SshProcess:
                 if not self._sendable(deadline):
                     raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s: {len(data)} bytes are left")
                 try:
-                    data = data[self._session.send(data[:_CHUNK]) :]
-                except OSError as error:
-                    raise BrokenPipeError("the command has ended, or its input was closed, and takes no more") from error
+                    sent = 0 if self._session.status_event.is_set() else self._session.send(data[:_CHUNK])
+                except OSError:
+                    sent = 0
+                if not sent:
+                    raise BrokenPipeError("the command has ended, or its input was closed, and takes no more")
+                data = data[sent:]
 
     def _sendable(self, deadline: Deadline) -> bool:
         """Whether it takes input now, asked until the deadline; also if it never will again."""
-        while not (self._session.send_ready() or self._session.closed or self._session.eof_sent):
+        while not (self._session.send_ready() or self._session.status_event.is_set() or self._session.eof_sent):
             self._alive()
             if deadline.expired:
                 return False
