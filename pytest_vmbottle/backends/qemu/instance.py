@@ -123,7 +123,9 @@ class QemuInstance:
             MachineDied: It gave up booting, or QEMU ended: with the cause and the console's last lines.
         """
         panic = self.panic
-        if panic and (self._spec.panic == "fail" or self._watch.is_over or self._qmp.seen("GUEST_PANICKED")):
+        if panic and (self._watch.is_over or self._qmp.seen("GUEST_PANICKED")):
+            raise self._died(f"the guest is lost: {panic}", GuestPanic)
+        if panic and self._spec.panic == "fail":
             raise self._died(f"the guest's kernel is in trouble: {panic}", GuestPanic)
         status = self._process.exitcode
         if status is not None:
