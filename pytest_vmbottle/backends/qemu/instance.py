@@ -390,7 +390,8 @@ class _Watch:
 
     def _judge(self, text: bytes) -> None:
         for line in kernel_trouble(text):
-            self.trouble = self.trouble or line
+            if self.trouble is None or line.startswith(self.trouble):  # the rest of the line may have come only now
+                self.trouble = line
             self.is_over = self.is_over or line.startswith("Kernel panic")
         stuck = _FATAL.search(text)
         if stuck:
