@@ -25,6 +25,7 @@ _MARK = "\n[vmbottle: truncated after 16 MiB]\n"
 _MAX_COMMAND = 120 << 10
 """Bytes of a command with its environment: Linux takes 128 KiB for one string, and SSH hands over the whole command as one."""
 _OWN_TIME = 600.0
+_LOGIN_TIME = 60.0
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = r"""
 user=$1; shift
@@ -118,6 +119,10 @@ class Machine:
             CommandTimeout: It took too long; what it had printed is in the error's `result`.
             MachineError: The guest is gone.
             ValueError: A word has a NUL byte in it or is no text, or all of it is longer than Linux takes.
+
+        Example:
+            >>> vm.exec(["uname", "-s"]).stdout.strip()  # doctest: +SKIP
+            'Linux'
         """
         __tracebackhide__ = True
         argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
@@ -160,14 +165,14 @@ class Machine:
 
     def _spawn(self, argv: tuple[str, ...], prepared: Command) -> Process:
         self._alive()
-        channel = self._bulk(Deadline(_OWN_TIME * self._factor))
+        channel = self._bulk(Deadline(_LOGIN_TIME * self._factor))
         return Process(channel, prepared, argv=argv, killer=self._channel, factor=self._factor)
 
     def _run(self, argv: tuple[str, ...], prepared: Command, deadline: Deadline, stream: Callable[[str], object] | None = None) -> Result:
         __tracebackhide__ = True
         self._alive()
         began = time.monotonic()
-        finished = self._spawn(argv, prepared).relay(stream, deadline) if stream else self._channel.run(prepared, deadline=deadline)
+        finished = self._spawn(argv, prepared).relay(stream, deadline.seconds) if stream else self._channel.run(prepared, deadline=deadline)
         result = _result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
             raise CommandTimeout(result, deadline.seconds)

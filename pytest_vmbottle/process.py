@@ -245,8 +245,9 @@ class Process:
             streams = [stream for stream in streams if (stream, b"") not in found]
             yield from ((stream, line) for stream, line in found if line)
 
-    def relay(self, stream: Callable[[str], object], deadline: Deadline) -> Finished:
-        """Passes all output on to a function, line by line, to the end of the command; at the deadline it is killed."""
+    def relay(self, stream: Callable[[str], object], seconds: float) -> Finished:
+        """Passes all output on to a function, line by line, to the end of the command; after so many seconds it is killed."""
+        deadline = Deadline(seconds)
         kept = {self.stdout: bytearray(), self.stderr: bytearray()}
 
         def pass_on(until: Deadline) -> None:

@@ -229,7 +229,7 @@ def test_passing_on_keeps_the_first_part_and_shows_no_control_characters(monkeyp
     monkeypatch.setattr(process, "MAX_OUTPUT", 10)
     shown: list[str] = []
     channel = FakeChannel(lambda _: Finished(returncode=5, stdout=b"\x1b[0m\n1234567", stderr=b"err"))
-    finished = Process(channel, Command(argv=("x",)), argv=("x",), killer=channel).relay(shown.append, Deadline(5))
+    finished = Process(channel, Command(argv=("x",)), argv=("x",), killer=channel).relay(shown.append, 5)
     assert shown.count("err") == 1
     assert (finished.returncode, finished.stderr, finished.truncated, finished.timed_out) == (5, b"err", True, False)
     assert len(finished.stdout) <= 10
@@ -239,7 +239,7 @@ def test_passing_on_ends_at_its_deadline_with_what_was_left_behind(theatre: Thea
     running = started(theatre)
     theatre.say(b"begun\n")
     theatre.stage.returncode = 0  # the command ended, but something holds its output
-    finished = running.relay(lambda _: None, Deadline(0.2))
+    finished = running.relay(lambda _: None, 0.2)
     assert (finished.timed_out, finished.returncode, finished.stdout) == (True, -9, b"begun\n")
     assert theatre.sent == ["KILL"]
 
