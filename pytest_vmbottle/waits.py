@@ -74,18 +74,19 @@ class Wait:
         message = f"waited {self.deadline.seconds:g} s for {what}" + (f"; the last answer was\n{seen}" if seen else "")
         raise MachineTimeout(message, machine=self.machine, console_tail=self.console.tail(20))
 
-    def _ask(self, command: str | Sequence[str]) -> Result:
-        return self.run(command, Deadline(max(_LEAST, self.deadline.remaining)))
+    def _ask(self, command: str | Sequence[str], *, least: float = _LEAST) -> Result:
+        return self.run(command, Deadline(max(least, self.deadline.remaining)))
 
     def command(self, command: str | Sequence[str], *, every: float) -> Result:
         """Until a command succeeds."""
         answers: list[Result] = []
 
         def succeeds() -> Result | None:
-            try:
-                answers[:] = [self._ask(command)]
-            except CommandTimeout as error:
-                answers[:] = [error.result]
+            if not (answers and self.deadline.expired):  # the last attempt may have taken all the time there was
+                try:
+                    answers[:] = [self._ask(command, least=1.0)]
+                except CommandTimeout as error:
+                    answers[:] = [error.result]
             return answers[0] if answers[0].ok else None
 
         return self.until(succeeds, f"{command!r} to succeed", every=every, last=lambda: answers[-1].describe())  # noqa: PLW0108 - later

@@ -81,7 +81,7 @@ def test_words_on_the_console_are_awaited_one_after_another(session_vm: Machine)
     session_vm.exec("printf 'unit one: up\\nunit two: half' > /dev/ttyS0")
     assert session_vm.wait_for_console(re.compile(r"unit (\w+): up"))[1] == "one"
     session_vm.wait_for_console("two: ha")
-    session_vm.spawn("sleep 0.5; printf '-way (really)\\n' > /dev/ttyS0")
+    session_vm.spawn("sleep 0.5; echo '-way (really)' > /dev/ttyS0")
     session_vm.wait_for_console("lf-way (really)")
     with pytest.raises(MachineTimeout, match=r"(?s)waited 0\.3 s for 'half-way' on the console.*the console's last lines.*half-way"):
         session_vm.wait_for_console("half-way", timeout=0.3)

@@ -140,7 +140,7 @@ class QemuInstance:
             self._recorder.finish()
         output = self._process.output.strip()
         detail = f"\nQEMU printed: {output}" if output else ""
-        tail = self.console.tail(30)
+        tail = self.console.tail(80 if kind is GuestPanic else 30)  # a panic has some 50 lines
         return kind(message + detail, machine=self._spec.name, console_tail=tail, argv=self.argv, exitcode=self._process.exitcode)
 
     def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:
