@@ -127,7 +127,7 @@ class Floor:
             shutil.copyfile(self._saved / "empty.qcow2", rundir / "disk.qcow2")
             state = stack.enter_context((self._saved / "state.bin").open("rb"))
             self.began = time.perf_counter()
-            pairs = [tuple(stack.enter_context(sock) for sock in socket.socketpair()) for _ in ("qmp", "agent", "waker")]
+            pairs = [tuple(stack.enter_context(sock) for sock in socket.socketpair()) for _ in ("qmp", "agent", "waker", "console")]
             ours, ports = [pair[0] for pair in pairs], tuple(pair[1].fileno() for pair in pairs)
             argv = command_line(self._backend.programs(self._spec.arch).emulator, self._spec, self._wiring(rundir, ports))
             process = subprocess.Popen(argv, pass_fds=ports, cwd="/", stdin=subprocess.DEVNULL)
@@ -146,7 +146,7 @@ class Floor:
 
     def _wiring(self, rundir: Path, ports: tuple[int, ...]) -> Wiring:
         start = self._start
-        qmp, agent, waker = ports
+        qmp, agent, waker, console = ports
         return Wiring(
             name="floor",
             ram=self._saved / "ram.img",
@@ -154,13 +154,13 @@ class Floor:
             overlay=rundir / "disk.qcow2",
             disks=start.disks,
             seed=start.seed,
-            console=rundir / "console.log",
             kernel=start.kernel,
             initrd=start.initrd,
             cmdline=start.cmdline,
             qmp=qmp,
             agent=agent,
             waker=waker,
+            console=console,
             incoming=True,
         )
 

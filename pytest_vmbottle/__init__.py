@@ -7,6 +7,7 @@ from pytest_vmbottle.errors import (
     CatalogError,
     CommandFailed,
     CommandTimeout,
+    GuestPanic,
     LaunchError,
     MachineDied,
     MachineError,
@@ -19,6 +20,7 @@ from pytest_vmbottle.errors import (
 from pytest_vmbottle.guestpath import GuestPath
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.metrics import GuestSample, Sample
+from pytest_vmbottle.process import Process
 from pytest_vmbottle.recording import Recording
 from pytest_vmbottle.result import Match, Matches, Result
 from pytest_vmbottle.spec import Layer, MachineSpec, layer
@@ -28,6 +30,7 @@ __all__ = [
     "CatalogError",
     "CommandFailed",
     "CommandTimeout",
+    "GuestPanic",
     "GuestPath",
     "GuestSample",
     "LaunchError",
@@ -40,6 +43,7 @@ __all__ = [
     "Match",
     "Matches",
     "PackCorrupt",
+    "Process",
     "Recording",
     "Result",
     "Sample",

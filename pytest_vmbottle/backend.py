@@ -12,8 +12,8 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import attrs
 
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.console import Console
 from pytest_vmbottle.errors import MachineError
-from pytest_vmbottle.result import printable, tail
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = [
@@ -33,8 +33,11 @@ __all__ = [
     "Keys",
     "NotPlugged",
     "PackKind",
+    "Running",
+    "Spawning",
     "Start",
     "Unwakeable",
+    "Watching",
     "not_run",
 ]
 
@@ -153,12 +156,15 @@ class NotPlugged(MachineError):
     """The machine cannot be given a device now; everything else works."""
 
 
-# Finds whatever still carries a command's tag in its environment, children of children included, until nothing is left.
+# Finds whatever still carries a command's tag in its environment, children of children included; for SIGKILL until nothing is left.
 _KILL = r"""
+status=3
 for round in 1 2 3 4 5 6; do
   found=$(grep -lsz "^VMBOTTLE_EXEC=$1\$" /proc/[0-9]*/environ) # its status also tells of processes that were gone meanwhile
-  [ -n "$found" ] || exit 0
-  for file in $found; do pid=${file#/proc/}; kill -KILL "${pid%/environ}" 2>/dev/null; done
+  [ -n "$found" ] || exit $status
+  for file in $found; do pid=${file#/proc/}; kill -s "$2" "${pid%/environ}" 2>/dev/null; done
+  status=0
+  [ "$2" = KILL ] || exit 0
 done
 """
 
@@ -184,9 +190,9 @@ class Command:
         """The environment with the tag in it."""
         return (*self.env, ("VMBOTTLE_EXEC", self.tag))
 
-    def killer(self) -> Command:
-        """The command that ends this one, with all it has started."""
-        return Command(argv=("/bin/sh", "-c", _KILL, "sh", self.tag), env=(("PATH", GUEST_PATH),))
+    def killer(self, signal: str = "KILL") -> Command:
+        """The command that sends a signal to this one, with all it has started; its status is 3 where there was nothing to send it to."""
+        return Command(argv=("/bin/sh", "-c", _KILL, "sh", self.tag, signal), env=(("PATH", GUEST_PATH),))
 
 
 @attrs.frozen(kw_only=True)
@@ -215,33 +221,6 @@ def not_run(finished: Finished, command: Command) -> Finished:
     if reason is None or not finished.stderr.startswith(b"env: "):
         return finished
     return attrs.evolve(finished, stderr=f"{command.argv[0]}: {reason}\n".encode())
-
-
-class Console:
-    """The serial console of a machine, recorded from its first instant; control characters are neutralised."""
-
-    _LIMIT = 4 << 20
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @property
-    def text(self) -> str:
-        """What the console has said so far; of a very talkative one the last 4 MiB."""
-        try:
-            with self._path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - self._LIMIT))
-                return printable(file.read(self._LIMIT).decode("utf-8", "replace"))
-        except FileNotFoundError:
-            return ""
-
-    def tail(self, lines: int = 20) -> str:
-        """The last lines of it."""
-        return "\n".join(self.text.splitlines()[-lines:])
-
-    def __repr__(self) -> str:
-        return f"<Console {tail(self.text, 10)!r}>"
 
 
 class Channel(Protocol):
@@ -331,6 +310,70 @@ class Hotplug(Protocol):
 
         Raises:
             NotPlugged: It cannot be given one now.
+        """
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """An instance that tells how its guest is without asking it."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """The hypervisor's exit status, 0 after the guest powered off; None while it runs."""
+
+    @property
+    def panic(self) -> str | None:
+        """The line by which the guest's kernel said that it panicked, met a bug of its own, or that a task hangs."""
+
+    def alive(self) -> None:
+        """Returns if the guest can still answer.
+
+        Raises:
+            GuestPanic: Its kernel said that it is in trouble, and the spec does not expect that.
+            MachineDied: It is gone.
+        """
+
+
+class Running(Protocol):
+    """A command that runs in a guest while its caller does something else."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its status, or -N for signal N; None while it runs.
+
+        Raises:
+            MachineError: It cannot be known, or no more of its output can come, because the guest cannot be reached any more.
+        """
+
+    def wait(self, *, deadline: Deadline) -> int | None:
+        """Waits for its status; None if it has none by the deadline."""
+
+    def write(self, data: bytes, *, deadline: Deadline) -> None:
+        """Gives it input.
+
+        Raises:
+            BrokenPipeError: It takes no more.
+            MachineTimeout: It did not take it by the deadline.
+        """
+
+    def close_input(self) -> None:
+        """Ends its input."""
+
+    def close(self) -> None:
+        """Gives up the connection to it."""
+
+
+@runtime_checkable
+class Spawning(Protocol):
+    """A channel on which commands run beside each other, and give their output as it comes."""
+
+    def start(
+        self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
+    ) -> Running:
+        """Starts a command; its streams go to the two functions, in other threads, with `b""` at their ends. Its input stays open.
+
+        Raises:
+            MachineError: The guest cannot be reached any more.
         """
 
 

@@ -9,6 +9,7 @@
     │   ├── LaunchError                 the hypervisor did not start
     │   ├── MachineTimeout (TimeoutError)
     │   └── MachineDied
+    │       └── GuestPanic              its kernel panicked, met a bug of its own, or a task hangs in it
     ├── CommandFailed                   a command in the guest ended with another status than 0
     ├── CommandTimeout (TimeoutError)   a command in the guest was killed at its deadline
     ├── TransferError                   a copy between host and guest was not completed
@@ -35,6 +36,7 @@ __all__ = [
     "CatalogError",
     "CommandFailed",
     "CommandTimeout",
+    "GuestPanic",
     "LaunchError",
     "MachineDied",
     "MachineError",
@@ -137,6 +139,13 @@ class MachineDied(MachineError):
     """A machine that was running is gone: its kernel panicked, it powered off, or its hypervisor ended."""
 
 
+class GuestPanic(MachineDied):
+    """A guest's kernel said on the console that it panicked, met a bug of its own (an oops), or that a task hangs.
+
+    The mark `vm(..., panic="expected")` says that a test wants this.
+    """
+
+
 class CommandFailed(VMBottleError):
     """A command in the guest ended with a status other than 0.
 
@@ -150,15 +159,16 @@ class CommandFailed(VMBottleError):
 
 
 class CommandTimeout(VMBottleError, TimeoutError):
-    """A command in the guest did not end in time and was killed there.
+    """A command in the guest did not end in time. One that was run was killed there, one that was spawned runs on.
 
     Attributes:
         result: What it had printed by then; the return code is -9.
         timeout: The time it was given, in seconds.
     """
 
-    def __init__(self, result: Result, timeout: float) -> None:
-        super().__init__(f"the command did not end within {timeout:g} s and was killed\n{result.describe()}")
+    def __init__(self, result: Result, timeout: float, *, killed: bool = True) -> None:
+        outcome = "was killed" if killed else "runs on"
+        super().__init__(f"the command did not end within {timeout:g} s and {outcome}\n{result.describe()}")
         self.result = result
         self.timeout = timeout
 

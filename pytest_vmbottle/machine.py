@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -9,15 +10,17 @@ from typing import BinaryIO, TypeVar
 
 from pytest_vmbottle import fileset, transfer
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance, Watching
 from pytest_vmbottle.channels.bulk import Bulk
-from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.errors import CommandTimeout, MachineDied, MachineError
 from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
 from pytest_vmbottle.metrics import Meter, Sample
+from pytest_vmbottle.process import Process
 from pytest_vmbottle.recording import Recording
-from pytest_vmbottle.result import Matches, Result, printable
+from pytest_vmbottle.result import Matches, Result
 from pytest_vmbottle.search import Query
 from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.waits import Wait
 
 __all__ = ["Machine"]
 
@@ -25,12 +28,12 @@ _T = TypeVar("_T")
 _MARK = "\n[vmbottle: truncated after 16 MiB]\n"
 _MAX_COMMAND = 120 << 10
 """Bytes of a command with its environment: Linux takes 128 KiB for one string, and SSH hands over the whole command as one."""
-_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 _OWN_TIME = 600.0
 _SPARE = 10.0
 """Seconds after which a guest that does not end a search itself is made to."""
 _ANSWER = 5.0
 """Seconds that a guest has to tell its figures."""
+_LOGIN_TIME = 60.0
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = r"""
 user=$1; shift
@@ -78,6 +81,19 @@ class Machine:
         """The hypervisor's process id on the host."""
         return self._instance.pid
 
+    @property
+    def panic(self) -> str | None:
+        """The line by which the guest's kernel said that it panicked, met a bug of its own (an oops), or that a task hangs.
+
+        None if it did not, or where the backend does not tell. Without `panic="expected"` in the mark every call raises `GuestPanic` then.
+        """
+        return self._instance.panic if isinstance(self._instance, Watching) else None
+
+    def _alive(self) -> None:
+        __tracebackhide__ = True
+        if isinstance(self._instance, Watching):
+            self._instance.alive()
+
     def __repr__(self) -> str:
         return f"<Machine {self.name} ({self.id}), {self.backend} pid {self.pid}>"
 
@@ -93,6 +109,7 @@ class Machine:
         cwd: str | PurePosixPath | GuestPath | None = None,
         user: str | None = None,
         input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
+        stream: Callable[[str], object] | None = None,
     ) -> Result:
         """Runs a command in the guest and waits for its end.
 
@@ -104,25 +121,88 @@ class Machine:
             cwd: Where to run it; `/` by default.
             user: Who runs it; the spec's user by default.
             input: What its standard input gives.
+            stream: Gets what it prints while it runs, line by line with their ends, from both streams and fit to be shown: control
+                characters are made visible. What it raises ends the command.
 
         Raises:
             CommandFailed: The status was not 0.
             CommandTimeout: It took too long; what it had printed is in the error's `result`.
             MachineError: The guest is gone.
             ValueError: A word has a NUL byte in it or is no text, or all of it is longer than Linux takes.
+
+        Example:
+            >>> vm.exec(["uname", "-s"]).stdout.strip()  # doctest: +SKIP
+            'Linux'
         """
         __tracebackhide__ = True
-        argv = ("sh", "-eu", "-c", command) if isinstance(command, str) else tuple(command)
-        content = input.encode() if isinstance(input, str) else input or b""
-        prepared = self._command(argv, env=env or {}, cwd=None if cwd is None else str(cwd), user=user, content=content)
+        argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
+        result = self._run(argv, prepared, Deadline(timeout * self._factor), stream)
+        return result.check() if check else result
+
+    def spawn(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | GuestPath | None = None,
+        user: str | None = None,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
+    ) -> Process:
+        """Starts a command in the guest and returns while it runs; it ends with the machine at the latest.
+
+        Args:
+            command: As for `exec`.
+            env: As for `exec`.
+            cwd: As for `exec`.
+            user: As for `exec`.
+            input: What its standard input gives before it ends; without it, it stays open for `Process.stdin`.
+
+        Raises:
+            MachineError: The guest is gone, or the backend cannot.
+            ValueError: As for `exec`.
+
+        Example:
+            >>> server = vm.spawn(["python3", "-um", "http.server"])  # doctest: +SKIP
+            >>> vm.wait_for_port(8000)  # doctest: +SKIP
+            >>> server.kill("TERM")  # doctest: +SKIP
+        """
+        __tracebackhide__ = True
+        argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
+        process = self._spawn(argv, prepared)
+        if input is not None and not prepared.input:
+            process.stdin.close()
+        return process
+
+    def _spawn(self, argv: tuple[str, ...], prepared: Command) -> Process:
+        self._alive()
+        channel = self._instance.channel(deadline=Deadline(_LOGIN_TIME * self._factor), bulk=True)
+        return Process(channel, prepared, argv=argv, killer=self._channel, factor=self._factor)
+
+    def _run(self, argv: tuple[str, ...], prepared: Command, deadline: Deadline, stream: Callable[[str], object] | None = None) -> Result:
+        __tracebackhide__ = True
+        self._alive()
         began = time.monotonic()
-        finished = self._channel.run(prepared, deadline=Deadline(timeout * self._factor))
+        finished = self._spawn(argv, prepared).relay(stream, deadline.seconds) if stream else self._channel.run(prepared, deadline=deadline)
         result = _result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
-            raise CommandTimeout(result, timeout * self._factor)
-        if check and not result.ok:
-            raise CommandFailed(result)
+            raise CommandTimeout(result, deadline.seconds)
         return result
+
+    def _ask(self, command: str | Sequence[str], deadline: Deadline) -> Result:
+        return self._run(*self._prepared(command, env=None, cwd=None, user=None, content=None), deadline)
+
+    def _prepared(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None,
+        cwd: str | PurePosixPath | GuestPath | None,
+        user: str | None,
+        content: str | bytes | None,
+    ) -> tuple[tuple[str, ...], Command]:
+        argv = ("sh", "-eu", "-c", command) if isinstance(command, str) else tuple(command)
+        data = content.encode() if isinstance(content, str) else content or b""
+        return argv, self._command(argv, env=env or {}, cwd=None if cwd is None else str(cwd), user=user, content=data)
 
     def _command(self, argv: tuple[str, ...], *, env: Mapping[str, str], cwd: str | None, user: str | None, content: bytes) -> Command:
         if not argv:
@@ -157,6 +237,7 @@ class Machine:
     def _carry(self, run: Callable[[Command, Deadline], Finished], text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
         text, words = with_any_bytes(text, words)
         argv = ("/bin/sh", "-c", text, "sh", *words)
+        self._alive()
         began = time.monotonic()
         finished = run(self._command(argv, env={"LC_ALL": "C"}, cwd=None, user=None, content=content), Deadline(_OWN_TIME * self._factor))
         result = _result(argv, finished, time.monotonic() - began)
@@ -310,6 +391,10 @@ class Machine:
 
     # -- waiting ---------------------------------------------------------------------------------------------------------------------
 
+    def _wait(self, timeout: float) -> Wait:
+        deadline = Deadline(timeout * self._factor)
+        return Wait(machine=self.name, console=self.console, alive=self._alive, run=self._ask, deadline=deadline)
+
     def wait_until(self, check: str | Sequence[str] | Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T | Result:
         """Waits until a command succeeds, or until a function returns something true; returns its result.
 
@@ -320,22 +405,14 @@ class Machine:
 
         Raises:
             MachineTimeout: It did not come true; the message has the last answer and the console's last lines.
+            MachineDied: The machine is gone.
+
+        Example:
+            >>> vm.wait_until("systemctl is-system-running")  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        if callable(check):
-            name = getattr(check, "__name__", "<lambda>").replace("<lambda>", "the condition")
-            return self._wait(check, f"{name} to come true", timeout, every)
-        command = check
-        answers: list[Result] = []
-
-        def succeeds() -> Result | None:
-            answers[:] = [self.exec(command, check=False)]
-            return answers[0] if answers[0].ok else None
-
-        def last() -> str:
-            return answers[0].describe()
-
-        return self._wait(succeeds, f"{command!r} to succeed", timeout, every, last)
+        wait = self._wait(timeout)
+        return wait.condition(check, every=every) if callable(check) else wait.command(check, every=every)
 
     def wait_for_unit(self, unit: str, *, timeout: float = 60) -> None:
         """Waits until a systemd unit is active.
@@ -343,61 +420,79 @@ class Machine:
         Raises:
             MachineError: It failed, does not exist, or is inactive with nothing queued to start it: at once, with its last journal lines.
             MachineTimeout: It was not active in time.
+
+        Example:
+            >>> vm.wait_for_unit("ssh.service")  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        state: dict[str, str] = {}
+        self._wait(timeout).unit(unit)
 
-        def active() -> bool:
-            shown = self.exec(["systemctl", "show", "-p", "LoadState,ActiveState,SubState,Job,Result", "--", unit], check=False)
-            state.update({key: value for key, _, value in (line.partition("=") for line in shown.stdout.splitlines())})
-            hopeless = state.get("ActiveState") == "failed" or (state.get("ActiveState") == "inactive" and not state.get("Job"))
-            if hopeless or state.get("LoadState") == "not-found":
-                raise self._hopeless(unit, state)
-            return state.get("ActiveState") == "active"
-
-        self._wait(active, f"the unit {unit} to be active", timeout, 0.25, state.__str__)
-
-    def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
-        journal = self.exec(["journalctl", "--no-pager", "-n", "20", "-u", unit], check=False).stdout
-        seen = ", ".join(f"{key}={value}" for key, value in state.items())
-        return MachineError(f"the unit {unit} will not become active: {seen}\n--- its journal ---\n{printable(journal)}", machine=self.name)
-
-    def wait_for_port(self, port: int, *, timeout: float = 60) -> None:
+    def wait_for_port(self, port: int, *, forwarded: bool = False, timeout: float = 60) -> None:
         """Waits until something in the guest listens on a TCP port.
+
+        Args:
+            port: Its number in the guest.
+            forwarded: Whether a connection from the host must reach it too, which the guest's own loopback address and its firewall do not
+                let through. `forward` gives the address to connect to.
+            timeout: Seconds to wait at most.
 
         Raises:
             MachineTimeout: Nothing did in time.
+
+        Example:
+            >>> vm.wait_for_port(80, forwarded=True)  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        suffix = f":{port:04X}"
-
-        def listening() -> bool:
-            table = self.exec("cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true").stdout
-            rows = (line.split() for line in table.splitlines())
-            return any(len(row) > 3 and row[1].endswith(suffix) and row[3] == _LISTEN for row in rows)  # noqa: PLR2004 - columns
-
-        self._wait(listening, f"something to listen on port {port}", timeout, 0.25)
+        wait = self._wait(timeout)
+        wait.forwarded_port(port, self.forward(port)) if forwarded else wait.port(port)
 
     def wait_for_file(self, path: str | PurePosixPath | GuestPath, *, timeout: float = 60) -> GuestPath:
         """Waits until a file or folder exists, and returns its path.
 
         Raises:
             MachineTimeout: It did not in time.
+
+        Example:
+            >>> vm.wait_for_file("/run/app.pid").read_text()  # doctest: +SKIP
         """
         __tracebackhide__ = True
-        place = path if isinstance(path, GuestPath) else self.path(path)
-        self._wait(place.exists, f"{place} to exist", timeout, 0.25)
-        return place
+        return self._wait(timeout).file(path if isinstance(path, GuestPath) else self.path(path))
 
-    def _wait(self, check: Callable[[], _T | None], what: str, timeout: float, every: float, last: Callable[[], str] = lambda: "") -> _T:
+    def wait_for_console(self, pattern: str | re.Pattern[str], *, timeout: float = 60) -> re.Match[str]:
+        """Waits until the serial console says something, and returns the match.
+
+        What it has said already counts. Each call begins where what the one before found ended, so that the same words can be awaited
+        again. It is searched as it is shown by `console.text`, with control characters made visible.
+
+        Args:
+            pattern: Text, or a compiled regular expression.
+            timeout: Seconds to wait at most.
+
+        Raises:
+            MachineTimeout: It did not in time.
+
+        Example:
+            >>> vm.wait_for_console(re.compile("([a-z]+) login: "))[1]  # doctest: +SKIP
+        """
         __tracebackhide__ = True
-        deadline = Deadline(timeout * self._factor)
-        answer = deadline.poll(check, every=every, first=0.02)
-        if answer is None:
-            seen = last()
-            message = f"waited {deadline.seconds:g} s for {what}" + (f"; the last answer was\n{seen}" if seen else "")
-            raise MachineTimeout(message, machine=self.name, console_tail=self.console.tail(20))
-        return answer
+        return self._wait(timeout).output(pattern)
+
+    def wait_for_shutdown(self, *, timeout: float = 60) -> None:
+        """Waits until the guest has powered off.
+
+        Raises:
+            MachineTimeout: It did not in time.
+            MachineDied: It ended in another way.
+            MachineError: The backend does not tell.
+
+        Example:
+            >>> vm.exec("systemctl poweroff --no-block")  # doctest: +SKIP
+            >>> vm.wait_for_shutdown()  # doctest: +SKIP
+        """
+        __tracebackhide__ = True
+        if not isinstance(self._instance, Watching):
+            raise MachineError(f"the backend {self.backend} does not tell whether a guest is off", machine=self.name)
+        self._wait(timeout).shutdown(self._instance)
 
     # -- measuring -------------------------------------------------------------------------------------------------------------------
 

@@ -313,6 +313,8 @@ class _Session:
         self.problems: dict[str, None] = {}
         self.told: dict[str, None] = {}
         self.tallies: list[dict[str, float]] = []
+        self.machines: list[Machine] = []
+        self.blamed: set[str] = set()
 
     @property
     def catalog(self) -> Catalog:
@@ -478,6 +480,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
+    if call.when == "call":
+        _fail_for_panics(report, item.config.stash[_SESSION])
     if (
         call.when == "setup"
         and call.excinfo is not None
@@ -486,6 +490,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     return report  # type: ignore[return-value]
+
+
+def _fail_for_panics(report: pytest.TestReport, session: _Session) -> None:
+    """Fails a test that passed although the kernel of a machine was in trouble; a machine counts in the first test that sees it."""
+    for machine in session.machines:
+        panic = machine.panic if machine.spec.panic == "fail" else None
+        if not panic or machine.id in session.blamed:
+            continue
+        session.blamed.add(machine.id)
+        if report.passed:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"The test passed, but the kernel of its machine {machine.name!r} was in trouble: {panic}\n"
+                'If that is what the test wants, say panic="expected" in the mark.'
+            )
+            report.sections.append((f"console of {machine.name}", machine.console.tail(40)))
 
 
 # -- fixtures --------------------------------------------------------------------------------------------------------------------------
@@ -597,9 +617,12 @@ def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
 def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec) -> Machine:
     session = request.config.stash[_SESSION]
     try:
-        return stack.enter_context(session.provisioner(spec.backend).machine(spec))
+        machine = stack.enter_context(session.provisioner(spec.backend).machine(spec))
     except BackendUnavailable as error:
         missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
         if missing == "fail":
             raise
         pytest.skip(f"no machine can be run here: {error}")
+    session.machines.append(machine)
+    stack.callback(session.machines.remove, machine)
+    return machine

@@ -29,7 +29,7 @@ Content = str | bytes | Path
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, memory='1G', disk=None, network=False, ports=(), "
-    "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', timeout=120)"
+    "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', timeout=120, panic='fail')"
 )
 # Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
 PREPARATION = frozenset({"packages", "files", "run"})
@@ -155,6 +155,14 @@ def _fresh(value: object) -> Literal["restore", "boot"]:
     if value == "boot":
         return "boot"
     raise _fail("fresh", value, "takes 'restore' (pour a pack) or 'boot' (boot cold)")
+
+
+def _panic(value: object) -> Literal["fail", "expected"]:
+    if value == "fail":
+        return "fail"
+    if value == "expected":
+        return "expected"
+    raise _fail("panic", value, "takes 'fail' (a kernel in trouble fails the test) or 'expected' (it is what the test wants)")
 
 
 def _timeout(value: object) -> float:
@@ -327,6 +335,7 @@ class MachineSpec:
         user: Who runs commands.
         fresh: `"restore"` pours a pack, `"boot"` boots cold.
         timeout: Seconds until it must be ready, before factors.
+        panic: `"fail"` fails a test whose guest's kernel panics, meets a bug of its own or has a task that hangs, `"expected"` does not.
     """
 
     source: Source = attrs.field(converter=_source)
@@ -346,6 +355,7 @@ class MachineSpec:
     user: str = attrs.field(default="root", converter=_user)
     fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
     timeout: float = attrs.field(default=120.0, converter=_timeout)
+    panic: Literal["fail", "expected"] = attrs.field(default="fail", converter=_panic)
 
     @classmethod
     def resolve(cls, source: Source, keywords: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> MachineSpec:

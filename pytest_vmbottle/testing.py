@@ -13,16 +13,40 @@ from typing import BinaryIO
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start
-from pytest_vmbottle.errors import LaunchError
+from pytest_vmbottle.console import kernel_trouble
+from pytest_vmbottle.errors import GuestPanic, LaunchError
 from pytest_vmbottle.spec import MachineSpec, digest
 
-__all__ = ["FakeBackend", "FakeChannel", "FakeInstance"]
+__all__ = ["FakeBackend", "FakeChannel", "FakeInstance", "FakeRunning"]
 
 Handler = Callable[[Command], Finished]
 
 
 def _succeed(command: Command) -> Finished:
     return Finished(returncode=0, stdout=" ".join(command.argv).encode())
+
+
+class FakeRunning:
+    """A command that has ended already."""
+
+    def __init__(self, returncode: int) -> None:
+        """Takes its status."""
+        self.returncode: int | None = returncode
+        self.written = b""
+
+    def wait(self, *, deadline: Deadline) -> int | None:  # noqa: ARG002
+        """Returns its status."""
+        return self.returncode
+
+    def write(self, data: bytes, *, deadline: Deadline) -> None:  # noqa: ARG002
+        """Keeps it."""
+        self.written += data
+
+    def close_input(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class FakeChannel:
@@ -47,6 +71,21 @@ class FakeChannel:
         sink.write(finished.stdout)
         return finished
 
+    def start(
+        self,
+        command: Command,
+        *,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        deadline: Deadline,  # noqa: ARG002
+    ) -> FakeRunning:
+        """Calls the function and gives the output it made up, all at once."""
+        finished = self._handler(command)
+        for sink, data in ((stdout, finished.stdout), (stderr, finished.stderr)):
+            for chunk in (data, b"") if data else (b"",):
+                sink(chunk)
+        return FakeRunning(finished.returncode)
+
     def close(self) -> None:
         """Does nothing."""
 
@@ -54,13 +93,29 @@ class FakeChannel:
 class FakeInstance:
     """A machine that is only on paper; `log` in its folder's console records what is done to it."""
 
-    def __init__(self, backend: FakeBackend, rundir: Path) -> None:
-        """Takes the backend that made it and its folder."""
+    def __init__(self, backend: FakeBackend, rundir: Path, *, spec: MachineSpec | None = None) -> None:
+        """Takes the backend that made it, its folder, and what it is to be."""
         self._backend = backend
+        self._strict = spec is None or spec.panic == "fail"
         self._log = rundir / "console.log"
-        self.console = Console(self._log)
+        self.console = Console(self._log, ended=lambda: not self.running)
         self.pid = os.getpid()
         self.running = True
+
+    @property
+    def exitcode(self) -> int | None:
+        """0 once it was ended."""
+        return None if self.running else 0
+
+    @property
+    def panic(self) -> str | None:
+        """The first line of its console that a kernel in trouble would write."""
+        return next(iter(kernel_trouble(self.console.text.encode())), None)
+
+    def alive(self) -> None:
+        """Raises `GuestPanic` for such a line, unless the spec expects one."""
+        if self.panic and self._strict:
+            raise GuestPanic(f"the guest's kernel is in trouble: {self.panic}")
 
     def _note(self, line: str) -> None:
         with self._log.open("a") as log:
@@ -136,4 +191,4 @@ class FakeBackend:
             raise LaunchError(self.broken, machine=spec.name)
         self.launched.append(source)
         (rundir / "console.log").write_text(f"{spec.name} started\n")
-        return FakeInstance(self, rundir)
+        return FakeInstance(self, rundir, spec=spec)

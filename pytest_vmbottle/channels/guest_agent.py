@@ -255,6 +255,7 @@ class GuestAgent:
                 return status
             if deadline.expired:
                 return None
+            self._alive()
             time.sleep(min(pause, deadline.remaining))
             # Every question costs the guest time that its command could use; what is lost by asking late is an eighth, or a few ms.
             pause = min(2 * pause, max(0.008, (time.monotonic() - began) / 8), 0.05)

@@ -11,6 +11,7 @@ import shlex
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO, StringIO
@@ -24,7 +25,7 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished, Keys, not_run
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 
-__all__ = ["HostKeyMismatch", "SshChannel", "new_keys"]
+__all__ = ["HostKeyMismatch", "SshChannel", "SshProcess", "new_keys"]
 
 _MSG_CHANNEL_REQUEST = 98  # RFC 4254, section 9
 _CHUNK = 1 << 18
@@ -34,6 +35,8 @@ _NO_STATUS = -(1 << 16)
 _PATIENCE = 15.0
 """Seconds that a guest may take to let us in once it listens: without KVM its part of the key exchange takes several."""
 _WINDOW = 1 << 25
+_KEEPALIVE = 5
+_LAST_OUTPUT = 0.5
 log = logging.getLogger(__name__)
 _QUIET = log.getChild("transport")
 _QUIET.setLevel(logging.CRITICAL)
@@ -182,35 +185,34 @@ class SshChannel:
             limit.cancel()
         return session
 
-    def _execute(self, command: Command, source: BinaryIO, sink: BinaryIO | None, deadline: Deadline, *, killing: bool = False) -> Finished:
+    def start(
+        self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
+    ) -> SshProcess:
+        """Starts a command (see `Spawning.start`)."""
         try:
             session = self._begin(command, deadline)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._alive()
             raise MachineDied(f"the SSH connection is lost: {error}") from error
+        return SshProcess(session, stdout, stderr, alive=self._alive)
+
+    def _execute(self, command: Command, source: BinaryIO, sink: BinaryIO | None, deadline: Deadline, *, killing: bool = False) -> Finished:
         out, err = _Head(), _Head()
-        unwritten: list[OSError] = []
-        threads = [
-            threading.Thread(target=_feed, args=(session, source), daemon=True),
-            threading.Thread(target=_drain, args=(session.recv, sink or out, unwritten), daemon=True),
-            threading.Thread(target=_drain, args=(session.recv_stderr, err, unwritten), daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
-        timed_out = not self._ended(session, threads[1:], deadline)
+        process = self.start(command, stdout=(sink or out).write, stderr=err.write, deadline=deadline)
+        process.feed(source)
+        timed_out = not process.wait_for_all(deadline)
         if timed_out and not killing:  # a guest that does not even answer this is not asked again and again
             self._execute(command.killer(), BytesIO(), None, Deadline(_GRACE), killing=True)
-            self._ended(session, threads[1:], Deadline(_GRACE))
-        status = session.exit_status
-        _give_up(session)
-        if unwritten:
-            raise unwritten[0]
-        if not timed_out and status == _NO_STATUS:
-            self._alive()
-            raise MachineDied("the SSH connection was lost while a command ran")
+            process.wait_for_all(Deadline(_GRACE))
+        try:
+            status = -9 if timed_out else process.returncode
+        finally:
+            process.close()
+        if process.unwritten:
+            raise process.unwritten[0]
         return not_run(
             Finished(
-                returncode=-9 if timed_out else status,
+                returncode=-9 if status is None else status,
                 stdout=bytes(out.kept),
                 stderr=bytes(err.kept),
                 truncated=out.truncated or err.truncated,
@@ -219,18 +221,110 @@ class SshChannel:
             command,
         )
 
-    def _ended(self, session: paramiko.Channel, readers: list[threading.Thread], deadline: Deadline) -> bool:
-        """Whether the command has ended and both its streams were read to the end, by the deadline."""
-        for reader in readers:
-            while reader.is_alive() and not deadline.expired:
-                reader.join(min(0.5, deadline.remaining))
-                if reader.is_alive():
-                    self._alive()
-        return not any(reader.is_alive() for reader in readers) and session.status_event.wait(deadline.remaining)
+    @property
+    def lost(self) -> bool:
+        """Whether the connection has ended."""
+        return not self._transport.is_active()
 
     def close(self) -> None:
         """Logs out."""
         self._transport.close()
+
+
+class SshProcess:
+    """A command that runs in a guest; a thread reads each of its streams (see `Running`).
+
+    Attributes:
+        unwritten: Why output could not be kept.
+    """
+
+    def __init__(
+        self,
+        session: paramiko.Channel,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        *,
+        alive: Callable[[], None],
+    ) -> None:
+        """Takes a session whose command has been started."""
+        self._session, self._alive = session, alive
+        self._writing = threading.Lock()
+        self.unwritten: list[OSError] = []
+        self._readers = [
+            threading.Thread(target=_drain, args=(receive, sink, self.unwritten), daemon=True)
+            for receive, sink in ((session.recv, stdout), (session.recv_stderr, stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """Its status, or -N for signal N; None while it runs."""
+        if any(reader.is_alive() for reader in self._readers):
+            self._alive()
+        if not self._session.status_event.is_set():
+            return None
+        if self._session.exit_status == _NO_STATUS:
+            self._alive()
+            raise MachineDied("the SSH connection was lost while a command ran")
+        return self._session.exit_status
+
+    def wait(self, *, deadline: Deadline) -> int | None:
+        """Waits for its status, and then a moment for the rest of its output, which a process that it has left behind may keep open."""
+        while not self._session.status_event.wait(min(0.5, deadline.remaining)):
+            self._alive()
+            if deadline.expired:
+                return None
+        status = self.returncode
+        last = Deadline(_LAST_OUTPUT)
+        for reader in self._readers:
+            reader.join(last.remaining)
+        return status
+
+    def wait_for_all(self, deadline: Deadline) -> bool:
+        """Whether it has ended and both its streams were read to the end, by the deadline."""
+        for reader in self._readers:
+            while reader.is_alive() and not deadline.expired:
+                reader.join(min(0.5, deadline.remaining))
+                if reader.is_alive():
+                    self._alive()
+        return not any(reader.is_alive() for reader in self._readers) and self._session.status_event.wait(deadline.remaining)
+
+    def feed(self, source: BinaryIO) -> None:
+        """Gives it all of a file as its input, in a thread."""
+        threading.Thread(target=_feed, args=(self._session, source), daemon=True).start()
+
+    def write(self, data: bytes, *, deadline: Deadline) -> None:
+        """Gives it input (see `Running.write`)."""
+        with self._writing:
+            while data:
+                if not self._sendable(deadline):
+                    raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s: {len(data)} bytes are left")
+                try:
+                    sent = 0 if self._session.status_event.is_set() else self._session.send(data[:_CHUNK])
+                except OSError:
+                    sent = 0
+                if not sent:
+                    raise BrokenPipeError("the command has ended, or its input was closed, and takes no more")
+                data = data[sent:]
+
+    def _sendable(self, deadline: Deadline) -> bool:
+        """Whether it takes input now, asked until the deadline; also if it never will again."""
+        while not (self._session.send_ready() or self._session.status_event.is_set() or self._session.eof_sent):
+            self._alive()
+            if deadline.expired:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def close_input(self) -> None:
+        """Ends its input; may be called again."""
+        with suppress(OSError, EOFError, paramiko.SSHException):
+            self._session.shutdown_write()
+
+    def close(self) -> None:
+        """Gives up the connection to it."""
+        _give_up(self._session)
 
 
 def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) -> paramiko.Transport:
@@ -238,6 +332,8 @@ def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) 
     # Without it each small packet waits up to 40 ms for the acknowledgement of the one before.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     transport = _Transport(sock)
+    # A guest that was reset knows nothing of the connection, and says so only when it is spoken to.
+    transport.set_keepalive(_KEEPALIVE)
     # It logs each failed attempt with a traceback, and a guest that boots refuses many.
     transport.set_log_channel(_QUIET.name)
     try:
@@ -268,11 +364,13 @@ def _feed(session: paramiko.Channel, source: BinaryIO) -> None:
         log.debug("input not taken: %s", error)
 
 
-def _drain(receive: Callable[[int], bytes], sink: BinaryIO | _Head, unwritten: list[OSError]) -> None:
-    while chunk := receive(_CHUNK):
+def _drain(receive: Callable[[int], bytes], sink: Callable[[bytes], object], unwritten: list[OSError]) -> None:
+    chunk = b"the first"
+    while chunk:
+        chunk = receive(_CHUNK)
         try:
             if not unwritten:  # else it is read to its end all the same, so that the command is not held up
-                sink.write(chunk)
+                sink(chunk)
         except OSError as error:
             unwritten.append(error)
 

@@ -110,3 +110,39 @@ def test_the_mark_and_the_fixtures_are_listed_with_what_they_are(pytester: pytes
     assert "@pytest.mark.vm(source, *, name='vm'" in marks
     for name in ("vm", "vms", "vm_factory", "vm_spec", "vm_defaults", "vm_catalog", "class_vm", "module_vm", "session_vm"):
         assert re.search(rf"^{name}( \[(session|module|class) scope\])? -- .*plugin\.py:\d+\n    \S", fixtures, re.MULTILINE), name
+
+
+_PANICS = """
+def panics(vm):
+    vm._instance._note("[   12.345678] Kernel panic - not syncing: out of \\x1b[31mideas")
+
+pytestmark = pytest.mark.vm("debian-12")
+
+def test_that_does_not_look(vm): panics(vm)
+
+def test_that_goes_on(vm):
+    panics(vm)
+    vm.exec("true")
+
+@pytest.mark.vm(panic="expected")
+def test_that_wants_it(vm):
+    panics(vm)
+    assert "out of" in vm.panic
+
+def test_another(vm): vm.exec("true")
+
+class TestShared:
+    def test_first(self, class_vm): panics(class_vm)
+    def test_second(self, class_vm): pass
+"""
+
+
+def test_a_test_that_passes_although_its_machines_kernel_panicked_is_failed_with_the_console(run: Run) -> None:
+    result = said(run(_PANICS, status=1, failed=3, passed=3))
+
+    why = "The test passed, but the kernel of its machine 'vm' was in trouble: Kernel panic - not syncing: out of \\x1b[31mideas"
+    assert result.count(why) == 2  # the second test of the class is not blamed for the first
+    assert 'say panic="expected" in the mark' in result
+    assert result.count("console of vm") == 2
+    assert "GuestPanic: the guest's kernel is in trouble: Kernel panic" in result
+    assert "\x1b[31mideas" not in result

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineError, MachineTimeout
+from pytest_vmbottle import Machine, MachineDied, MachineError, MachineTimeout
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -60,7 +61,40 @@ def test_a_condition_of_ones_own_is_waited_for_and_its_value_returned(session_vm
     assert result.ok
 
 
-def test_the_console_has_what_the_guest_wrote_to_it_with_control_characters_made_visible(session_vm: Machine) -> None:
-    session_vm.exec(r"printf 'first\nred \033[31m\nlast\n' > /dev/ttyS0")
-    session_vm.wait_until(lambda: "last" in session_vm.console.text)
-    assert session_vm.console.tail(2) == "red \\x1b[31m\nlast"
+def test_a_command_that_hangs_does_not_outlast_the_wait(session_vm: Machine) -> None:
+    with pytest.raises(MachineTimeout, match=r"(?s)'echo begun; sleep 4713' to succeed; the last answer was.*begun"):
+        session_vm.wait_until("echo begun; sleep 4713", timeout=0.5)
+    assert session_vm.exec(["pgrep", "-f", "sleep 4713"], check=False).stdout == ""
+
+
+def test_a_port_that_only_the_guest_itself_can_reach_is_not_taken_for_one_that_the_host_can(session_vm: Machine) -> None:
+    session_vm.exec("systemd-run python3 -m http.server --bind 127.0.0.1 8124; systemd-run python3 -m http.server 8125")
+    session_vm.wait_for_port(8124)
+    session_vm.wait_for_port(8125, forwarded=True)
+    with pytest.raises(
+        MachineTimeout, match=r"(?s)waited 1 s for a connection by 127\.0\.0\.1:\d+ to the guest's port 8124.* 22, .*8124, 8125"
+    ):
+        session_vm.wait_for_port(8124, forwarded=True, timeout=1)
+
+
+def test_words_on_the_console_are_awaited_one_after_another(session_vm: Machine) -> None:
+    session_vm.exec("printf 'unit one: up\\nunit two: half' > /dev/ttyS0")
+    assert session_vm.wait_for_console(re.compile(r"unit (\w+): up"))[1] == "one"
+    session_vm.wait_for_console("two: ha")
+    session_vm.spawn("sleep 0.5; echo '-way (really)' > /dev/ttyS0")
+    session_vm.wait_for_console("lf-way (really)")
+    with pytest.raises(MachineTimeout, match=r"(?s)waited 0\.3 s for 'half-way' on the console.*the console's last lines.*half-way"):
+        session_vm.wait_for_console("half-way", timeout=0.3)
+
+
+def test_a_guest_that_powers_off_is_waited_for_and_every_other_wait_ends_at_once(vm: Machine) -> None:
+    with pytest.raises(MachineTimeout, match="for the guest to power off"):
+        vm.wait_for_shutdown(timeout=0.2)
+    vm.exec("(sleep 0.5; echo o > /proc/sysrq-trigger) >/dev/null 2>&1 &")
+    began = time.monotonic()
+    with pytest.raises(MachineDied, match="QEMU ended with status 0"):
+        vm.wait_for_file("/none", timeout=300)
+    assert time.monotonic() - began < 100
+    vm.wait_for_shutdown()
+    with pytest.raises(MachineDied):
+        vm.exec(["true"])

@@ -23,13 +23,13 @@ WIRING = Wiring(
     overlay=Path("/run/overlay.qcow2"),
     disks=(Disk(path=Path("/img/base.raw"), format="raw"), Disk(path=Path("/packs/a/disk.qcow2")), Disk(path=Path("/packs/b/disk.qcow2"))),
     seed=Path("/packs/a/seed.iso"),
-    console=Path("/run/console.log"),
     kernel=Path("/img/vmlinuz"),
     initrd=Path("/img/initrd"),
     cmdline="root=/dev/vda console=ttyS0,115200",
     qmp=3,
     agent=4,
     waker=5,
+    console=6,
     incoming=False,
 )
 PLAIN = Dialect(sandbox=True, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=True)
@@ -60,8 +60,8 @@ def test_no_address_but_the_hosts_own_is_listened_on() -> None:
     assert "tcp::" not in text
     assert "vnc" not in text
     assert "telnet" not in text
-    assert all(value.startswith(("socket,id=", "file,id=console,")) for value in values(line(), "-chardev"))
-    assert all("fd=" in value and "path=" not in value for value in values(line(), "-chardev") if value.startswith("socket"))
+    assert all(value.startswith("socket,id=") for value in values(line(), "-chardev"))
+    assert all("fd=" in value and "path=" not in value for value in values(line(), "-chardev"))
 
 
 def test_qemu_may_do_nothing_that_it_need_not() -> None:
@@ -125,15 +125,13 @@ PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["
 
 @given(PATHS)
 def test_no_path_splits_an_option(path: Path) -> None:
-    argv = line(ram=path, overlay=path, disks=(Disk(path=path),), seed=path, console=path, kernel=path, initrd=path)
+    argv = line(ram=path, overlay=path, disks=(Disk(path=path),), seed=path, kernel=path, initrd=path)
     plain = line(disks=(Disk(path=Path("/y")),))
 
     assert len(argv) == len(plain)
     assert json.loads(values(argv, "-object")[0])["mem-path"] == str(path)
     overlay, seed = (json.loads(value) for value in values(argv, "-blockdev"))
     assert overlay["file"]["filename"] == overlay["backing"]["file"]["filename"] == seed["file"]["filename"] == str(path)
-    console = next(value for value in values(argv, "-chardev") if value.startswith("file,"))
-    assert console == f"file,id=console,path={str(path).replace(',', ',,')},append=on"
     assert (values(argv, "-kernel"), values(argv, "-initrd")) == ([str(path)], [str(path)])
 
 

@@ -21,6 +21,7 @@ EXAMPLES: list[VMBottleError] = [
     errors.LaunchError("died", argv=["qemu", "-x"], exitcode=-6, output="abort", machine="vm", console_tail="tail"),
     errors.MachineTimeout("late", machine="vm", console_tail="login:"),
     errors.MachineDied("dead", machine="vm", console_tail="Kernel panic"),
+    errors.GuestPanic("in trouble", machine="vm", console_tail="BUG: of its own"),
     errors.CommandFailed(RESULT),
     errors.CommandTimeout(RESULT, 2.5),
     errors.TransferError("it broke off", src=Path("/here"), dst="/there"),

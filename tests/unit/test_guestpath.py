@@ -315,7 +315,7 @@ class NoShell:
     def script(self, text: str, *words: str) -> Result:  # noqa: ARG002 - as the protocol has it
         raise AssertionError(text)
 
-    def feed(self, text: str, *words: str, source: BinaryIO, size: int) -> Result:  # noqa: ARG002
+    def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:  # noqa: ARG002
         raise AssertionError(text)
 
     def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:  # noqa: ARG002
@@ -414,7 +414,7 @@ def test_long_contents_are_fed_with_their_size() -> None:
     sizes = []
 
     class Feeding(Answering):
-        def feed(self, text: str, *words: str, source: BinaryIO, size: int) -> Result:  # noqa: ARG002
+        def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:  # noqa: ARG002
             sizes.append((size, len(source.read())))
             return Result(argv=("sh",), returncode=0, stdout="", stderr="")
 

@@ -1,4 +1,4 @@
-"""Where the RAM of a machine comes from."""
+"""Where the RAM of a machine comes from, and how its console tells that it is in trouble."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from pytest_vmbottle import MachineError, MachineSpec, host
 from pytest_vmbottle.backend import Keys, Start
-from pytest_vmbottle.backends.qemu.instance import Ram
+from pytest_vmbottle.backends.qemu.instance import Ram, _Watch
 
 
 def ram(rundir: Path, memory: str) -> Ram:
@@ -43,3 +43,28 @@ def test_where_the_disk_is_short_too_nothing_is_started_and_what_to_do_is_told(t
         ram(tmp_path, "1024T")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_kernels_first_trouble_is_told_and_its_end_is_noticed_line_by_line(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    watch = _Watch(console)
+    assert watch.look().trouble is None
+    with console.open("ab", buffering=0) as guest:
+        guest.write(b"[   1.0] BUG: unable to ")
+        watch.look()
+        guest.write(b"handle page fault\n")
+        assert (watch.look().trouble, watch.is_over) == ("BUG: unable to handle page fault", False)
+        guest.write(b"words\n[   2.0] Kernel panic - not syncing: Fatal exception\n")
+        assert (watch.look().trouble, watch.is_over) == ("BUG: unable to handle page fault", True)
+
+
+def test_after_a_reset_only_what_is_said_then_counts(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    watch = _Watch(console)
+    console.write_bytes(b"[   2.0] Kernel panic - not syncing: x\nYou are in emergency mode.\n")
+    assert watch.look().is_over
+    watch.forget()
+    assert (watch.look().trouble, watch.is_over, watch.stuck) == (None, False, None)
+    with console.open("ab") as guest:
+        guest.write(b"(initramfs)")
+    assert watch.look().stuck == "its initial RAM disk gave up and waits at a prompt"

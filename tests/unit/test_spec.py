@@ -130,6 +130,8 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"user": "root\n"},
         {"fresh": "never"},
         {"fresh": None},
+        {"panic": "expect"},
+        {"panic": True},
         {"timeout": 0},
         {"timeout": float("inf")},
         {"timeout": float("nan")},

@@ -53,6 +53,7 @@ def _take(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
         while data := channel.recv(1 << 15):
             assert process.stdin is not None
             process.stdin.write(data)
+            process.stdin.flush()
     with suppress(OSError):
         assert process.stdin is not None
         process.stdin.close()
@@ -416,3 +417,72 @@ def test_a_full_disk_on_the_host_is_raised_where_the_output_was_wanted(channel: 
     with pytest.raises(OSError, match="No space left"):
         channel.get(command("head", "-c", "300000", "/dev/zero"), _Full(), deadline=Deadline(20))
     assert run(channel, "echo", "still here").stdout == b"still here\n"
+
+
+# -- commands beside each other --------------------------------------------------------------------------------------------------------
+
+
+class Started:
+    """A command that was started, and what it has said."""
+
+    def __init__(self, channel: SshChannel, *argv: str) -> None:
+        self.command = command(*argv)
+        self.out: list[bytes] = []
+        self.err: list[bytes] = []
+        self.running = channel.start(self.command, stdout=self.out.append, stderr=self.err.append, deadline=Deadline(20))
+
+    def said(self, text: bytes) -> bool:
+        return bool(Deadline(5).poll(lambda: text in b"".join(self.out), every=0.01))
+
+
+def test_output_comes_while_a_command_runs_and_ends_with_an_empty_piece(channel: SshChannel) -> None:
+    started = Started(channel, "sh", "-c", "echo one; read x; echo $x; echo err >&2; exit 4")
+    assert started.said(b"one\n")
+    assert started.running.returncode is None
+    assert started.running.wait(deadline=Deadline(0.1)) is None
+    started.running.write(b"two\n", deadline=Deadline(5))
+    assert started.running.wait(deadline=Deadline(10)) == 4
+    assert (b"".join(started.out), b"".join(started.err)) == (b"one\ntwo\n", b"err\n")
+    assert (started.out[-1], started.err[-1]) == (b"", b"")
+    with pytest.raises(BrokenPipeError, match="takes no more"):
+        started.running.write(b"more", deadline=Deadline(5))
+    started.running.close()
+
+
+def test_input_that_is_not_taken_is_given_up_at_its_deadline(server: Server, channel: SshChannel) -> None:
+    server.handler = lambda *_: None
+    started = Started(channel, "anything")
+    with pytest.raises(MachineTimeout, match=r"did not take its input within 0\.3 s: \d+ bytes are left"):
+        started.running.write(bytes(64 << 20), deadline=Deadline(0.3))
+    started.running.close()
+
+
+def test_a_command_whose_connection_is_lost_says_so_when_it_is_asked(server: Server, channel: SshChannel) -> None:
+    server.handler = lambda *_: None
+    started = Started(channel, "anything")
+    assert not channel.lost
+    server.transports[-1].close()
+    assert Deadline(5).poll(lambda: channel.lost)
+    with pytest.raises(MachineDied, match="connection was lost"):
+        started.running.wait(deadline=Deadline(5))
+    with pytest.raises(MachineDied, match="connection was lost"):
+        _ = started.running.returncode
+
+
+def test_a_guest_that_is_lost_without_a_word_is_seen_while_its_command_is_waited_for(server: Server, keys: Keys) -> None:
+    gone = threading.Event()
+
+    def alive() -> None:
+        if gone.is_set():
+            raise MachineDied("the kernel panicked")
+
+    channel = SshChannel.connect(server.address, keys, deadline=Deadline(20), alive=alive)
+    server.handler = lambda *_: None
+    started = Started(channel, "anything")
+    assert started.running.returncode is None
+    gone.set()
+    with pytest.raises(MachineDied, match="panicked"):
+        started.running.wait(deadline=Deadline(5))
+    with pytest.raises(MachineDied, match="panicked"):
+        _ = started.running.returncode
+    channel.close()

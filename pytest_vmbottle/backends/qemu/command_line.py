@@ -130,10 +130,9 @@ class Wiring:
         overlay: The only disk that is written.
         disks: What the overlay lies on, lowest first.
         seed: The cloud-init ISO.
-        console: The file that records the serial console.
         kernel, initrd, cmdline: For a direct boot; None and empty to boot by firmware.
         firmware: A file to boot by instead of QEMU's own firmware.
-        qmp, agent, waker: Connected sockets.
+        qmp, agent, waker, console: Connected sockets.
         incoming: Whether it waits for a saved state instead of booting.
     """
 
@@ -143,7 +142,6 @@ class Wiring:
     overlay: Path
     disks: tuple[Disk, ...]
     seed: Path
-    console: Path
     kernel: Path | None
     initrd: Path | None
     cmdline: str
@@ -151,6 +149,7 @@ class Wiring:
     qmp: int
     agent: int
     waker: int
+    console: int
     incoming: bool
 
 
@@ -225,10 +224,9 @@ def _disks(wiring: Wiring) -> list[str]:
 
 
 def _channels(wiring: Wiring, board: Board) -> list[str]:
-    path = str(wiring.console).replace(",", ",,")
     return [
         *("-chardev", f"socket,id=qmp,fd={wiring.qmp}", "-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"file,id=console,path={path},append=on", *board.serial),
+        *("-chardev", f"socket,id=console,fd={wiring.console}", *board.serial),
         *("-device", "virtio-serial-pci,id=ports"),
         *("-chardev", f"socket,id=agent,fd={wiring.agent}"),
         *("-device", "virtserialport,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0,id=agentport"),

@@ -18,7 +18,7 @@ import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, NotPlugged, PackKind, Start, Unwakeable
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, NotPlugged, PackKind, Start, Unwakeable
 from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.process import QemuProcess
@@ -27,18 +27,18 @@ from pytest_vmbottle.backends.qemu.uefi import find_uefi
 from pytest_vmbottle.backends.qemu.waker import Waker
 from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel
-from pytest_vmbottle.errors import LaunchError, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.console import Console, Cursor, Recorder, kernel_trouble
+from pytest_vmbottle.errors import GuestPanic, LaunchError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["Programs", "QemuInstance", "start"]
 
-_FATAL = re.compile(
-    rb"Kernel panic - not syncing[^\r\n]*|You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE
-)
+_FATAL = re.compile(rb"You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE)
 _GRACE = 10.0
 _LATE = 60.0
 """Seconds that an agent which is installed may start later than the guest lets us in by SSH; else it is not going to be started."""
 _SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
+_CONSOLE = "console.log"
 
 
 @attrs.frozen(kw_only=True)
@@ -74,6 +74,7 @@ class Parts:
     process: QemuProcess
     qmp: Qmp
     lines: Lines
+    recorder: Recorder
     ram: Ram
     rundir: Path
 
@@ -85,8 +86,9 @@ class QemuInstance:
         """Takes over what `start` has made."""
         self._spec, self._source, self._programs = spec, source, programs
         self._process, self._qmp, self._ram, self._rundir = parts.process, parts.qmp, parts.ram, parts.rundir
-        self.console = Console(parts.rundir / "console.log")
-        self._watch = _Watch(parts.rundir / "console.log")
+        self.console = Console(parts.rundir / _CONSOLE, ended=lambda: self._process.exitcode is not None)
+        self._recorder = parts.recorder
+        self._watch = _Watch(parts.rundir / _CONSOLE)
         self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
         self._waker = Waker(parts.lines.waker)
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
@@ -105,26 +107,43 @@ class QemuInstance:
         """The command line it was started with."""
         return self._process.argv
 
+    @property
+    def exitcode(self) -> int | None:
+        """The exit status of QEMU: 0 after the guest powered off; None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def panic(self) -> str | None:
+        """The line by which the guest's kernel said that it panicked, met a bug of its own, or that a task hangs."""
+        return self._watch.look().trouble or ("the guest's kernel panicked" if self._qmp.seen("GUEST_PANICKED") else None)
+
     def alive(self) -> None:
         """Returns if the guest can still answer.
 
         Raises:
-            MachineDied: Its kernel panicked, or QEMU ended: with the cause and the console's last lines.
+            GuestPanic: Its kernel said that it is in trouble, and the spec does not expect that or it is its end.
+            MachineDied: It gave up booting, or QEMU ended: with the cause and the console's last lines.
         """
+        panic = self.panic
+        if panic and (self._watch.is_over or self._qmp.seen("GUEST_PANICKED")):
+            raise self._died(f"the guest is lost: {panic}", GuestPanic)
+        if panic and self._spec.panic == "fail":
+            raise self._died(f"the guest's kernel is in trouble: {panic}", GuestPanic)
         status = self._process.exitcode
         if status is not None:
             raise self._died(f"QEMU ended with status {status}{_signal_hint(status)}")
-        verdict = self._watch.verdict() or ("the guest's kernel panicked" if self._qmp.seen("GUEST_PANICKED") else None)
-        if verdict:
-            raise self._died(f"the guest is lost: {verdict}")
+        if self._watch.stuck:
+            raise self._died(f"the guest is lost: {self._watch.stuck}")
         if self._qmp.seen("BLOCK_IO_ERROR", action="stop"):
             raise self._died("the guest was stopped because its disk could not be written: is the catalog's file system full?")
 
-    def _died(self, message: str) -> MachineDied:
+    def _died(self, message: str, kind: type[MachineDied] = MachineDied) -> MachineDied:
+        if self._process.exitcode is not None:
+            self._recorder.finish()
         output = self._process.output.strip()
         detail = f"\nQEMU printed: {output}" if output else ""
-        tail = self.console.tail(30)
-        return MachineDied(message + detail, machine=self._spec.name, console_tail=tail, argv=self.argv, exitcode=self._process.exitcode)
+        tail = self.console.tail(80 if kind is GuestPanic else 30)  # a panic has some 50 lines
+        return kind(message + detail, machine=self._spec.name, console_tail=tail, argv=self.argv, exitcode=self._process.exitcode)
 
     def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:
         """The guest agent for short commands, SSH for much data or where there is no agent (see `Instance.channel`)."""
@@ -172,6 +191,8 @@ class QemuInstance:
 
     def _ssh_channel(self, deadline: Deadline) -> SshChannel:
         with self._lock:
+            if self._ssh is not None and self._ssh.lost:
+                self._log_out()
             if self._ssh is None:
                 self._ssh = SshChannel.connect(self.forward(22), self._source.keys, deadline=deadline, alive=self.alive)
             return self._ssh
@@ -264,13 +285,15 @@ class QemuInstance:
         self._qmp.execute("cont", deadline=Deadline(_GRACE))
 
     def reset(self) -> None:
-        """Presses the reset button."""
+        """Presses the reset button; what the kernel said before is forgotten."""
+        self._watch.forget()
+        self._qmp.forget("GUEST_PANICKED")
         self._qmp.execute("system_reset", deadline=Deadline(_GRACE))
 
     def stop(self) -> None:
         """Asks QEMU to end, kills it if it does not, and frees what it held; may be called again."""
         self._end()
-        for held in (self._agent, self._waker, self._ram, self._ssh):
+        for held in (self._agent, self._waker, self._ram, self._ssh, self._recorder):
             if held is not None:
                 held.close()
 
@@ -290,9 +313,10 @@ class Lines:
     qmp: socket.socket
     agent: socket.socket
     waker: socket.socket
+    console: socket.socket
 
     def close(self) -> None:
-        for line in (self.qmp, self.agent, self.waker):
+        for line in (self.qmp, self.agent, self.waker, self.console):
             line.close()
 
 
@@ -346,24 +370,52 @@ def _file(path: Path, spec: MachineSpec) -> int:
 
 
 class _Watch:
-    """Looks for the lines on a console after which a guest cannot come up any more."""
+    """Looks for the lines on a console by which a guest tells that it is in trouble; safe to use from several threads.
+
+    Attributes:
+        trouble: What its kernel said of itself.
+        is_over: Whether that was the kernel's end.
+        stuck: Why it cannot come up any more.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read = 0
+        self._cursor = Cursor(path)
+        self._rest = b""
+        self._lock = threading.Lock()
+        self._clear()
 
-    def verdict(self) -> str | None:
-        with suppress(FileNotFoundError), self._path.open("rb") as console:
-            console.seek(self._read)
-            new = console.read(1 << 20)
-            match = _FATAL.search(new)
-            # The last line may not be complete: it is read again.
-            self._read += new.rfind(b"\n") + 1 if len(new) < 1 << 20 else len(new)
-            if match:
-                self._read = 0  # it stays true
-                line = match[0].decode("ascii", "replace").strip()
-                return "its initial RAM disk gave up and waits at a prompt" if line == "(initramfs)" else line
-        return None
+    def _clear(self) -> None:
+        self.trouble: str | None = None
+        self.is_over = False
+        self.stuck: str | None = None
+
+    def look(self) -> _Watch:
+        """Reads on."""
+        with self._lock:
+            new = self._cursor.read()
+            if new:
+                text = self._rest + new
+                self._judge(text)
+                # The last line may not be complete: it is looked at again.
+                self._rest = text[text.rfind(b"\n") + 1 :][-4096:]
+        return self
+
+    def _judge(self, text: bytes) -> None:
+        for line in kernel_trouble(text):
+            if self.trouble is None or line.startswith(self.trouble):  # the rest of the line may have come only now
+                self.trouble = line
+            self.is_over = self.is_over or line.startswith("Kernel panic")
+        stuck = _FATAL.search(text)
+        if stuck:
+            why = stuck[0].decode("ascii", "replace").strip()
+            self.stuck = "its initial RAM disk gave up and waits at a prompt" if why == "(initramfs)" else why
+
+    def forget(self) -> None:
+        """What was said so far does not count any more."""
+        self.look()
+        with self._lock:
+            self._rest = b""
+            self._clear()
 
 
 def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
@@ -383,11 +435,13 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
         process, lines = _spawn(programs.emulator, spec, source, ram, rundir)
         undo.callback(lines.close)
         undo.callback(process.kill)
+        recorder = Recorder(lines.console, rundir / _CONSOLE)
+        undo.callback(recorder.close)
         try:
             qmp = Qmp(lines.qmp, deadline=Deadline(min(_GRACE, deadline.remaining)))
         except QmpFailed as error:
             raise _not_launched(process, spec) from error
-        parts = Parts(process=process, qmp=qmp, lines=lines, ram=ram, rundir=rundir)
+        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, ram=ram, rundir=rundir)
         instance = QemuInstance(spec, source, programs=programs, parts=parts)
         undo.callback(instance.stop)
         if source.saved is not None:
@@ -403,9 +457,9 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
 def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Lines]:
     with ExitStack() as theirs, ExitStack() as ours:
         # Connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
-        pairs = [socket.socketpair() for _ in range(3)]
+        pairs = [socket.socketpair() for _ in range(4)]
         lines = Lines(*(ours.enter_context(mine) for mine, _ in pairs))
-        qmp, agent, waker = (theirs.enter_context(its).fileno() for _, its in pairs)
+        qmp, agent, waker, console = (theirs.enter_context(its).fileno() for _, its in pairs)
         wiring = Wiring(
             name=rundir.name,
             ram=ram.path,
@@ -413,7 +467,6 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
             overlay=rundir / "disk.qcow2",
             disks=source.disks,
             seed=source.seed,
-            console=rundir / "console.log",
             kernel=source.kernel,
             initrd=source.initrd,
             cmdline=source.cmdline,
@@ -421,9 +474,10 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
             qmp=qmp,
             agent=agent,
             waker=waker,
+            console=console,
             incoming=source.saved is not None,
         )
-        inherited = [qmp, agent, waker, *([ram.fd] if ram.fd >= 0 else [])]
+        inherited = [qmp, agent, waker, console, *([ram.fd] if ram.fd >= 0 else [])]
         leash = not emulator.dialect.exit_with_parent
         process = QemuProcess(command_line(emulator, spec, wiring), log=rundir / "qemu.log", fds=inherited, leash=leash)
         ours.pop_all()

@@ -71,6 +71,7 @@ class Qmp:
         # Only these: the history is kept, and a guest can cause others without end.
         self._events = EventListener(("MIGRATION", "GUEST_PANICKED", "BLOCK_IO_ERROR"))
         self._client.register_listener(self._events)
+        self._forgotten: dict[str, int] = {}
         self._guard(self._client.connect(sock), deadline, "the greeting")
 
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
@@ -144,12 +145,16 @@ class Qmp:
         raise EOFError("its monitor was closed")
 
     def seen(self, event: str, **data: object) -> bool:
-        """Whether an event has come that says this."""
-        for message in self._events.history:
+        """Whether an event has come that says this, since it was last forgotten."""
+        for message in self._events.history[self._forgotten.get(event, 0) :]:
             told: Mapping[str, object] = message.get("data", {})  # type: ignore[assignment]
             if message["event"] == event and all(told.get(key) == value for key, value in data.items()):
                 return True
         return False
+
+    def forget(self, event: str) -> None:
+        """What has come of this event so far is not `seen` any more."""
+        self._forgotten[event] = len(self._events.history)
 
     def close(self) -> None:
         """Ends the connection; QEMU runs on. May be called again."""

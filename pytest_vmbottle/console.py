@@ -1,0 +1,190 @@
+"""A machine's serial console: recorded from its first instant into files of bounded size, read, searched and followed."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pytest_vmbottle.result import printable, tail
+
+__all__ = ["Console", "Cursor", "Recorder", "kernel_trouble"]
+
+_PIECE = 4 << 20
+"""Bytes of one of the two files that a console is kept in: when the newer is full, it takes the place of the older."""
+_LINE = 64 << 10
+"""Bytes after which a line is taken for ended although it is not."""
+_PAUSE = 0.05
+# What the kernel prints begins with its clock, a user's own words on the console do not. Lockups and stalls are left out: a busy host, or
+# a machine that was paused, is enough for the kernel to see one.
+_TROUBLE = re.compile(
+    rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ((?:Kernel panic - not syncing|BUG: |Oops: |Oops\b.* \[#\d|general protection fault|kernel BUG at "
+    rb"|Internal error: |Unable to handle kernel |INFO: task .* blocked for more than |double fault: )[^\r\n]*)"
+)
+
+
+def kernel_trouble(text: bytes) -> list[str]:
+    """The lines of a console by which a kernel says that it panicked, met a bug of its own, or that a task hangs."""
+    return [printable(line.decode("utf-8", "replace")) for line in _TROUBLE.findall(text)]
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(f"{path.name}.1")
+
+
+class Recorder:
+    """Writes what a console says into its files, in a thread of its own, until the other end is closed.
+
+    QEMU could write a file itself, but would let the guest fill the disk with it.
+    """
+
+    def __init__(self, sock: socket.socket, path: Path) -> None:
+        """Starts to read from a connected socket."""
+        self._sock, self._path = sock, path
+        path.touch(mode=0o600)
+        self._thread = threading.Thread(target=self._record, name="vmbottle-console", daemon=True)
+        self._thread.start()
+
+    def _record(self) -> None:
+        with suppress(OSError):  # the socket was closed
+            while data := self._sock.recv(1 << 16):
+                with suppress(OSError):  # a full disk must not hold the guest up
+                    self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        with self._path.open("ab") as file:
+            file.write(data)
+            full = file.tell() >= _PIECE
+        if full:
+            self._path.replace(_older(self._path))
+            self._path.touch(mode=0o600)
+
+    def finish(self, seconds: float = 1.0) -> None:
+        """Waits until all is written that a machine which has ended had said."""
+        self._thread.join(seconds)
+
+    def close(self) -> None:
+        """Ends it; may be called again."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(1)
+        self._sock.close()
+
+
+class Cursor:
+    """A place in a console's files; safe to use from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Begins at what is kept of the beginning."""
+        self._path = path
+        self._file, self._offset = 0, 0
+        self._lock = threading.Lock()
+
+    def read(self) -> bytes:
+        """What the console has said since the last time; if that is more than is kept, its last part."""
+        with self._lock, suppress(FileNotFoundError), self._path.open("rb") as file:
+            missed = b""
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._file or status.st_size < self._offset:
+                missed, self._file, self._offset = self._rest(), status.st_ino, 0
+            file.seek(self._offset)
+            new = file.read()
+            self._offset += len(new)
+            return missed + new
+        return b""
+
+    def _rest(self) -> bytes:
+        """What was not read of the older file."""
+        with suppress(FileNotFoundError), _older(self._path).open("rb") as file:
+            if os.fstat(file.fileno()).st_ino == self._file:
+                file.seek(self._offset)
+            return file.read()
+        return b""
+
+
+class Console:
+    """The serial console of a machine, recorded from its first instant; control characters are neutralised.
+
+    Example:
+        >>> vm.console.tail(1)  # doctest: +SKIP
+        'debian login: root'
+    """
+
+    def __init__(self, path: Path, *, ended: Callable[[], bool] = lambda: False) -> None:
+        """Takes the file that it is recorded in, and what says that nothing more will come."""
+        self._path = path
+        self._ended = ended
+        self._expecter = _Expecter(path)
+
+    @property
+    def text(self) -> str:
+        """What the console has said so far; of a very talkative one the last 4 MiB."""
+        return printable(Cursor(self._path).read()[-_PIECE:].decode("utf-8", "replace"))
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines of it."""
+        return "\n".join(self.text.splitlines()[-lines:])
+
+    def follow(self, *, timeout: float | None = None) -> Iterator[str]:
+        """Gives the lines of the console, without their ends: those that are there, then each as it comes, until the machine ends.
+
+        Args:
+            timeout: Seconds after which it stops; by default it does not.
+
+        Example:
+            >>> for line in vm.console.follow(timeout=10):  # doctest: +SKIP
+            ...     print(line)
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        cursor, rest = Cursor(self._path), b""
+        while True:
+            last = self._ended() or (until is not None and time.monotonic() >= until)  # asked before it is read for the last time
+            new = cursor.read()
+            *lines, rest = (rest + new).split(b"\n")
+            for line in [*lines, rest] if (last or len(rest) > _LINE) and rest else lines:
+                yield _shown(line)
+            if last:
+                return
+            rest = b"" if len(rest) > _LINE else rest
+            if not new:
+                time.sleep(_PAUSE)
+
+    def expect(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """The next place that matches, if it is there yet; each search begins where what was found last ended."""
+        return self._expecter.search(pattern)
+
+    def __repr__(self) -> str:
+        return f"<Console {tail(self.text, 10)!r}>"
+
+
+def _shown(line: bytes) -> str:
+    return printable(line.removesuffix(b"\r").decode("utf-8", "replace"))
+
+
+class _Expecter:
+    """Looks for one thing after another in what a console says: each search begins where what was found last ended."""
+
+    def __init__(self, path: Path) -> None:
+        """Begins at the beginning."""
+        self._cursor = Cursor(path)
+        self._raw = b""  # the line that has no end yet
+        self._text = ""  # the lines before it, as they are shown
+        self._from = 0  # where in both, as they are shown, the next search begins
+
+    def search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """The next place that matches, if it is there; it will not be found again."""
+        lines, newline, self._raw = (self._raw + self._cursor.read()).rpartition(b"\n")
+        if len(self._raw) > _LINE:
+            lines, newline, self._raw = lines + newline + self._raw, b"", b""
+        self._text += printable((lines + newline).decode("utf-8", "replace"))
+        match = pattern.search(self._text + _shown(self._raw), self._from)
+        if match:
+            self._from = match.end()
+        drop = min(self._from, len(self._text)) if match else max(0, len(self._text) - _PIECE)
+        self._text, self._from = self._text[drop:], max(0, self._from - drop)
+        return match

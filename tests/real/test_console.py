@@ -1,0 +1,102 @@
+"""The serial console of a real guest, and its kernel's cries for help."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_vmbottle import GuestPanic, Machine
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.catalog import Catalog
+
+pytestmark = pytest.mark.vm("debian-12")
+
+
+def test_it_has_what_the_guest_wrote_to_it_with_control_characters_made_visible(session_vm: Machine) -> None:
+    session_vm.exec(r"printf 'first\nred \033[31m\nlast\n' > /dev/ttyS0")
+    session_vm.wait_until(lambda: "last" in session_vm.console.text)
+    assert session_vm.console.tail(2) == "red \\x1b[31m\nlast"
+
+
+def test_it_is_followed_line_by_line_until_the_machine_ends(vm: Machine) -> None:
+    vm.exec("echo there already > /dev/ttyS0")
+    vm.spawn("sleep 0.5; echo comes later > /dev/ttyS0; sleep 0.5; echo no end; echo o > /proc/sysrq-trigger")
+    lines = list(vm.console.follow(timeout=300))
+    assert lines.index("there already") < lines.index("comes later")
+    assert any("Power off" in line or "Power down" in line for line in lines)
+    vm.wait_for_shutdown()
+
+
+@pytest.mark.vm(panic="expected")
+def test_a_panic_ends_the_command_that_a_test_waits_for_at_once_with_the_console(vm: Machine) -> None:
+    process = vm.spawn("echo waiting; sleep 1; echo c > /proc/sysrq-trigger")
+    began = time.monotonic()
+    with pytest.raises(GuestPanic, match="Kernel panic - not syncing: sysrq triggered crash") as caught:
+        vm.exec("sleep 1000", timeout=600)
+    assert "sysrq: Trigger a crash" in caught.value.console_tail
+    for attempt in (lambda: vm.exec(["true"]), process.wait, lambda: list(process.stdout), lambda: vm.path("/etc").exists()):
+        with pytest.raises(GuestPanic):
+            attempt()
+    assert time.monotonic() - began < 100
+    assert vm.panic == "Kernel panic - not syncing: sysrq triggered crash"
+
+
+@pytest.mark.vm(panic="expected")
+def test_a_task_that_hangs_in_the_kernel_is_noticed_and_where_it_is_expected_the_machine_can_be_used(vm: Machine) -> None:
+    vm.exec(
+        "truncate -s 16M /root/disk; mkfs.ext4 -q /root/disk; mkdir /mnt/hangs; mount -o loop /root/disk /mnt/hangs; "
+        "echo 1 > /proc/sys/kernel/hung_task_timeout_secs; fsfreeze -f /mnt/hangs; "
+        "systemd-run touch /mnt/hangs/file"
+    )
+    vm.wait_until(lambda: vm.panic)
+    assert "INFO: task touch:" in str(vm.panic)
+    assert vm.exec(["echo", "usable"]).stdout == "usable\n"
+
+
+INNER = r"""
+import time
+import pytest
+
+pytestmark = pytest.mark.vm("debian-12")
+OOPS = "echo '<1>BUG: unable to handle page fault for address: 0' > /dev/kmsg"
+
+def test_that_does_not_look(vm):
+    vm.exec(f"(sleep 0.5; {OOPS}) > /dev/null 2>&1 &")
+    time.sleep(2)
+
+def test_that_calls(vm):
+    vm.exec(OOPS)
+    vm.exec("sleep 1000")
+
+@pytest.mark.vm(panic="expected")
+def test_that_expects_it(vm):
+    vm.exec(OOPS)
+    vm.wait_for_console("BUG: unable to handle")
+    vm.exec("true")
+
+def test_whose_programs_say_so(vm):
+    vm.exec("echo 'BUG: in my program'; echo 'BUG: in my program' > /dev/console; echo 'Oops: 3' > /dev/ttyS0; sleep 0.5")
+"""
+
+
+def test_a_kernel_in_trouble_fails_the_test_unless_it_is_expected_and_a_programs_own_words_do_not(
+    pytester: pytest.Pytester, vm_catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
+    pytester.makepyfile(INNER)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail")
+    result.assert_outcomes(failed=2, passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "The test passed, but the kernel of its machine 'vm' was in trouble: BUG: unable to handle page fault for address: 0",
+            "*console of vm*",
+            "*GuestPanic: the guest's kernel is in trouble: BUG: unable to handle page fault for address: 0",
+        ],
+        consecutive=False,
+    )
