@@ -72,12 +72,14 @@ class Board:
         machine: The argument of `-machine`, but for what all have.
         tcg: How it is emulated.
         serial: What connects the chardev `console` to the first serial port.
+        display: A screen, and a keyboard where the board has none.
     """
 
     arch: str
     machine: str
     tcg: Accelerator
     serial: tuple[str, ...]
+    display: tuple[str, ...]
 
 
 _BOARDS = (
@@ -87,6 +89,7 @@ _BOARDS = (
         # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
         tcg=_tcg("max,la57=off"),
         serial=("-device", "isa-serial,chardev=console,id=serial"),
+        display=("-device", "VGA,id=screen"),  # its keyboard (PS/2) is part of the board
     ),
     Board(
         arch="aarch64",
@@ -94,6 +97,7 @@ _BOARDS = (
         # By its own algorithm, pointer authentication takes half of the time of an emulated guest.
         tcg=_tcg("max,pauth-impdef=on"),
         serial=("-serial", "chardev:console"),
+        display=("-device", "virtio-gpu-pci,id=screen", "-device", "virtio-keyboard-pci,id=keyboard"),
     ),
 )
 BOARDS = {board.arch: board for board in _BOARDS}
@@ -171,6 +175,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
         *_ports(),
+        *(board.display if spec.display else ()),  # the last, so that what all machines have is where it is in all of them
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
     ]
