@@ -21,6 +21,7 @@ __all__ = [
     "HVF",
     "KVM",
     "LAN_PORT",
+    "NIC",
     "SCRATCH_PORT",
     "Accelerator",
     "Board",
@@ -35,6 +36,9 @@ FORMAT = 3
 
 SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 """The empty PCI Express ports, each for one device that is plugged in while the machine runs: a disk, a network card."""
+
+NIC = "nic"
+"""The network card by which a guest is reached from the host."""
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -244,7 +248,7 @@ def _network(spec: MachineSpec) -> list[str]:
     restrict = "off" if spec.network else "on"
     return [
         *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
-        *("-device", f"virtio-net-pci,netdev=net0,id=nic,mac={GUEST_MAC},romfile="),
+        *("-device", f"virtio-net-pci,netdev=net0,id={NIC},mac={GUEST_MAC},romfile="),
     ]
 
 
