@@ -353,11 +353,12 @@ class Machine:
     def send_keys(self, *keys: str) -> None:
         r"""Presses keys, one argument after the other.
 
-                An argument is the name of a key (`"ret"`, `"f2"`, `"up"`), or names joined by `-` of which the first is a modifier, held
-        down together (`"ctrl-alt-f2"`). Anything else is text, typed on a US keyboard, where a newline is the return key. Names are QEMU's. To type a word that is a key's name, give its characters one by one: `*"home"`.
+        An argument is the name of a key (`"ret"`, `"f2"`, `"up"`), or names joined by `-` of which the first is a modifier, held
+        down together (`"ctrl-alt-f2"`). Anything else is text, typed on a US keyboard, where a newline is the return key. Names
+        are QEMU's. To type a word that is a key's name, give its characters one by one: `*"home"`.
 
         Example:
-                    ``vm.send_keys("ctrl-alt-f2", "root\n", "secret", "ret")``
+            ``vm.send_keys("ctrl-alt-f2", "root\n", "secret", "ret")``
 
         Raises:
                     ValueError: A combination has an unknown key in it, or a character is not on that keyboard; then nothing is typed.
