@@ -125,7 +125,7 @@ def test_rsync_brings_a_tree_and_then_only_what_changed(
 
 def test_ansible_finds_the_machine_by_its_name(config: Path, tmp_path: Path) -> None:
     ansible = Path(sys.executable).with_name("ansible")
-    env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_LOCAL_TEMP": str(tmp_path / "t"), "ANSIBLE_SSH_ARGS": f"-F {config}"}
+    env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_LOCAL_TEMP": str(tmp_path / "t"), "ANSIBLE_SSH_ARGS": f"-F {config}", "LC_ALL": "C.UTF-8"}
     argv = [str(ansible), "-i", "vm,", "vm", "-m", "ansible.builtin.ping"]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=300)
 
@@ -156,3 +156,175 @@ def test_testinfra_connects_by_the_configuration_too(config: Path) -> None:
     host = testinfra.get_host("ssh://vm", ssh_config=str(config), controlpersist=0)
 
     assert host.file("/etc/debian_version").content_string.startswith("12.")
+
+
+# -- a person at a terminal ------------------------------------------------------------------------------------------------------------
+
+
+class Person:
+    """Sits before a terminal: the far end of a pty."""
+
+    def __init__(self) -> None:
+        self.end, self.terminal = pty.openpty()
+        self.resize(100, 30)
+        self.seen = ""
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def sees(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Waits for something to be on the screen, and forgets what was before it."""
+        deadline = Deadline(seconds)
+        while not (match := re.search(pattern, self.seen)):
+            assert select.select([self.end], [], [], deadline.remaining)[0], f"{pattern!r} was not seen, but {self.seen!r}"
+            self.seen += os.read(self.end, 4096).decode(errors="replace")
+        self.seen = self.seen[match.end() :]
+        return match
+
+    def close(self) -> None:
+        for descriptor in (self.end, self.terminal):
+            os.close(descriptor)
+
+
+@pytest.fixture
+def person() -> Iterator[Person]:
+    with closing(Person()) as person:
+        yield person
+
+
+class Shell(threading.Thread):
+    """`vm.shell()` at a person's terminal."""
+
+    def __init__(self, machine: Machine, person: Person, user: str | None = None) -> None:
+        super().__init__(daemon=True)
+        self._machine, self._person, self._user = machine, person, user
+        self.before = termios.tcgetattr(person.terminal)
+        self.outcome: object = "it runs"
+        self.start()
+
+    def run(self) -> None:
+        with open(self._person.terminal, "r", closefd=False) as stdin, open(self._person.terminal, "w", closefd=False) as stdout:
+            try:
+                self.outcome = self._machine.shell(user=self._user, stdin=stdin, stdout=stdout)
+            except MachineError as error:
+                self.outcome = error
+
+    def ended(self) -> object:
+        """What came out, when it is over and the terminal is as it was."""
+        self.join(60)
+        assert termios.tcgetattr(self._person.terminal) == self.before
+        return self.outcome
+
+
+def test_a_shell_has_ctrl_c_and_ctrl_d_and_ends_with_its_status(session_vm: Machine, person: Person) -> None:
+    shell = Shell(session_vm, person)
+    person.sees("Ctrl-]")
+    person.type("tty; sleep 1000\r")
+    person.sees("/dev/pts/")
+    session_vm.wait_until("pgrep -f 'sleep 1000'")
+    person.type("\x03")
+    person.type("echo status $?\r")
+    person.sees("status 130")
+    person.type("false\r\x04")
+
+    assert shell.ended() == 1
+    assert not session_vm.exec("pgrep -f 'sleep 1000'", check=False).ok
+
+
+def test_a_shell_knows_the_size_of_the_window_also_when_that_changes(session_vm: Machine, person: Person) -> None:
+    shell = Shell(session_vm, person)
+    person.type("trap 'echo window $(stty size)' WINCH; echo now $(stty size)\r")
+    person.sees("now 30 100")
+    person.resize(132, 43)
+    person.sees("window 43 132")
+    person.type("exit\r")
+
+    assert shell.ended() == 0
+
+
+def test_a_shell_is_left_by_a_key_although_the_guest_does_not_answer(session_vm: Machine, person: Person) -> None:
+    shell = Shell(session_vm, person, user="nobody")
+    person.sees("not available")  # what its login shell says
+    assert shell.ended() == 1
+
+    shell = Shell(session_vm, person)
+    person.sees("#")
+    session_vm._instance.pause()
+    try:
+        person.type("echo lost\r\x1d")
+        assert shell.ended() is None
+    finally:
+        session_vm._instance.resume()
+
+
+def test_a_shell_whose_machine_ends_says_so_and_gives_the_terminal_back(vm: Machine, person: Person) -> None:
+    shell = Shell(vm, person)
+    person.sees("#")
+    os.kill(vm.pid, signal.SIGKILL)
+    outcome = shell.ended()
+
+    assert isinstance(outcome, MachineDied)
+    assert "the connection to the guest's terminal was lost" in str(outcome)
+
+
+def test_without_a_terminal_a_shell_says_how_to_have_one(session_vm: Machine, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+") as file, pytest.raises(MachineError, match="run it in one, and a test with `pytest -s`"):
+        session_vm.shell(stdin=file, stdout=file)
+
+
+def test_a_test_run_with_s_can_stop_for_a_shell(vm_catalog: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.vm('debian-12')\ndef test_it(vm):\n    assert vm.shell() == 5\n    assert vm.path('/seen').exists()\n"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    argv = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", f"--vm-catalog={vm_catalog.root}", str(tmp_path)]
+    with closing(Person()) as person:
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), person.terminal)
+        with subprocess.Popen(argv, cwd=tmp_path, env=env, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
+            person.sees("Ctrl-]", seconds=200)
+            person.type("touch /seen; exit 5\r")
+            person.sees("1 passed", seconds=100)
+        assert process.returncode == 0
+
+
+# -- the network cable -----------------------------------------------------------------------------------------------------------------
+
+
+def greeting(address: tuple[str, int], seconds: float) -> bytes:
+    """What an SSH server says first, or nothing."""
+    with socket.create_connection(address, timeout=seconds) as connection:
+        try:
+            return connection.recv(4)
+        except TimeoutError:
+            return b""
+
+
+def test_nothing_gets_through_while_the_cable_is_pulled_and_then_again(vm: Machine) -> None:
+    address = vm.forward(22)
+    carrier = "cat /sys/class/net/eth0/carrier"
+    assert (greeting(address, 60), vm.exec(carrier).stdout) == (b"SSH-", "1\n")
+
+    vm.link(False)
+    assert vm.exec(carrier).stdout == "0\n"
+    assert greeting(address, 3) == b""
+
+    vm.link(True)
+    vm.wait_until("test $(cat /sys/class/net/eth0/carrier) = 1 && ip route get 10.0.2.2")
+    assert greeting(address, 60) == b"SSH-"
+
+
+@pytest.mark.parametrize("port", [0, 65536, -1, True, "22", 22.0, None])
+def test_what_is_no_port_is_not_forwarded(session_vm: Machine, port: object) -> None:
+    with pytest.raises(ValueError, match="takes the number of a TCP port in the guest, from 1 to 65535"):
+        session_vm.forward(port)  # type: ignore[arg-type]
+
+
+def test_a_machine_that_is_gone_says_so_whatever_is_asked_of_it(vm: Machine, tmp_path: Path) -> None:
+    os.kill(vm.pid, signal.SIGKILL)
+    for ask in (lambda: vm.forward(8080), lambda: vm.link(False), vm.ssh_config, vm.shell):
+        with pytest.raises(MachineDied, match="QEMU ended with status -9"):
+            ask()
+    assert not list(tmp_path.iterdir())
