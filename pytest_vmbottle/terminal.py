@@ -52,11 +52,11 @@ def attach(
         MachineDied: The connection was lost.
     """
     source, sink = _descriptor(stdin or sys.stdin), _descriptor(stdout or sys.stdout)
-    kind = os.environ.get("TERM", "") or "dumb"
-    with closing(channel.terminal(user=user, kind=kind, size=_size(sink), deadline=Deadline(seconds))) as session:
+    kind, size = os.environ.get("TERM", "") or "dumb", _size(sink)
+    with closing(channel.terminal(user=user, kind=kind, size=size, deadline=Deadline(seconds))) as session:
         with _raw(source, sink):
             _write(sink, _WELCOME)
-            if not _join(session, source, sink):
+            if not _join(session, source, sink, size):
                 return None
         status = session.status
     if status is None:
@@ -113,9 +113,8 @@ def _unwinding() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _join(session: Terminal, source: int, sink: int) -> bool:
+def _join(session: Terminal, source: int, sink: int, size: tuple[int, int]) -> bool:
     """Passes on both ways until the guest's program ends; false if the user left it before."""
-    size = _size(sink)
     with selectors.DefaultSelector() as ready:
         ready.register(source, selectors.EVENT_READ)
         ready.register(session, selectors.EVENT_READ)

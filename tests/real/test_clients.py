@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
@@ -10,7 +9,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import termios
@@ -31,10 +29,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vm("debian-12")
 
 
-def run(*argv: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
+def run(*argv: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
     """A program as a user with an SSH set-up of his own would run it: none of that may play a part."""
     env = {**os.environ, "SSH_AUTH_SOCK": "/nowhere", "HOME": "/nowhere"}
-    return subprocess.run([*map(str, argv)], input=input, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*map(str, argv)], input=typed, env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
 # -- OpenSSH and what builds on it -----------------------------------------------------------------------------------------------------
@@ -46,7 +44,7 @@ def config(session_vm: Machine) -> Path:
 
 
 def test_ssh_runs_commands_with_both_streams_and_the_status(config: Path) -> None:
-    done = run("ssh", "-F", config, "vm", "id -un; cat; echo bad >&2; exit 7", input="typed\n")
+    done = run("ssh", "-F", config, "vm", "id -un; cat; echo bad >&2; exit 7", typed="typed\n")
 
     assert (done.stdout, done.stderr, done.returncode) == ("root\ntyped\n", "bad\n", 7)
 
@@ -54,7 +52,7 @@ def test_ssh_runs_commands_with_both_streams_and_the_status(config: Path) -> Non
 def test_scp_and_sftp_copy_both_ways(config: Path, session_vm: Machine, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(256)))
     to, fro = run("scp", "-F", config, tmp_path / "a", "vm:/root/a"), run("scp", "-F", config, "vm:/root/a", tmp_path / "b")
-    sftp = run("sftp", "-b", "-", "-F", config, "vm", input=f"rename /root/a /root/c\nget /root/c {tmp_path}/c\n")
+    sftp = run("sftp", "-b", "-", "-F", config, "vm", typed=f"rename /root/a /root/c\nget /root/c {tmp_path}/c\n")
 
     assert (to.returncode, fro.returncode, sftp.returncode) == (0, 0, 0), (to.stderr, fro.stderr, sftp.stderr)
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() == session_vm.path("/root/c").read_bytes() == bytes(range(256))
@@ -82,7 +80,7 @@ def test_a_server_with_another_key_than_the_machines_is_refused(config: Path) ->
     assert "verification failed" in done.stderr
 
 
-def test_the_configuration_is_written_anew_and_goes_with_its_machine(vm_factory: object, vm: Machine) -> None:
+def test_the_configuration_is_written_anew_and_goes_with_its_machine(vm: Machine) -> None:
     first = vm.ssh_config()
     first.write_text("broken")
 
@@ -106,14 +104,22 @@ def guests_rsync(session_vm: Machine, tmp_path: Path) -> str:
     return f"/opt/rsync/{loader} --library-path /opt/rsync /opt/rsync/rsync"
 
 
-def test_rsync_brings_a_tree_and_then_only_what_changed(
-    config: Path, session_vm: Machine, tmp_path: Path, guests_rsync: str
-) -> None:
+def test_rsync_brings_a_tree_and_then_only_what_changed(config: Path, session_vm: Machine, tmp_path: Path, guests_rsync: str) -> None:
     tree = tmp_path / "tree"
     (tree / "sub dir").mkdir(parents=True)
     (tree / "sub dir" / "file").write_text("one\n")
     (tree / "link").symlink_to("sub dir/file")
-    words = ("rsync", "-a", "--delete", "--itemize-changes", f"--rsync-path={guests_rsync}", "-e", f"ssh -F {config}", f"{tree}/", "vm:/srv/tree")
+    words = (
+        "rsync",
+        "-a",
+        "--delete",
+        "--itemize-changes",
+        f"--rsync-path={guests_rsync}",
+        "-e",
+        f"ssh -F {config}",
+        f"{tree}/",
+        "vm:/srv/tree",
+    )
     first = run(*words)
     (tree / "sub dir" / "file").write_text("another\n")
     second = run(*words)
@@ -125,7 +131,13 @@ def test_rsync_brings_a_tree_and_then_only_what_changed(
 
 def test_ansible_finds_the_machine_by_its_name(config: Path, tmp_path: Path) -> None:
     ansible = Path(sys.executable).with_name("ansible")
-    env = {**os.environ, "HOME": str(tmp_path), "ANSIBLE_LOCAL_TEMP": str(tmp_path / "t"), "ANSIBLE_SSH_ARGS": f"-F {config}", "LC_ALL": "C.UTF-8"}
+    env = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "ANSIBLE_LOCAL_TEMP": str(tmp_path / "t"),
+        "ANSIBLE_SSH_ARGS": f"-F {config}",
+        "LC_ALL": "C.UTF-8",
+    }
     argv = [str(ansible), "-i", "vm,", "vm", "-m", "ansible.builtin.ping"]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=300)
 
@@ -170,7 +182,7 @@ class Person:
         self.seen = ""
 
     def resize(self, columns: int, lines: int) -> None:
-        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        termios.tcsetwinsize(self.end, (lines, columns))
 
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
@@ -206,7 +218,7 @@ class Shell(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with open(self._person.terminal, "r", closefd=False) as stdin, open(self._person.terminal, "w", closefd=False) as stdout:
+        with open(self._person.terminal, closefd=False) as stdin, open(self._person.terminal, "w", closefd=False) as stdout:
             try:
                 self.outcome = self._machine.shell(user=self._user, stdin=stdin, stdout=stdout)
             except MachineError as error:
@@ -307,11 +319,11 @@ def test_nothing_gets_through_while_the_cable_is_pulled_and_then_again(vm: Machi
     carrier = "cat /sys/class/net/eth0/carrier"
     assert (greeting(address, 60), vm.exec(carrier).stdout) == (b"SSH-", "1\n")
 
-    vm.link(False)
+    vm.link(up=False)
     assert vm.exec(carrier).stdout == "0\n"
     assert greeting(address, 3) == b""
 
-    vm.link(True)
+    vm.link(up=True)
     vm.wait_until("test $(cat /sys/class/net/eth0/carrier) = 1 && ip route get 10.0.2.2")
     assert greeting(address, 60) == b"SSH-"
 
@@ -324,7 +336,7 @@ def test_what_is_no_port_is_not_forwarded(session_vm: Machine, port: object) -> 
 
 def test_a_machine_that_is_gone_says_so_whatever_is_asked_of_it(vm: Machine, tmp_path: Path) -> None:
     os.kill(vm.pid, signal.SIGKILL)
-    for ask in (lambda: vm.forward(8080), lambda: vm.link(False), vm.ssh_config, vm.shell):
+    for ask in (lambda: vm.forward(8080), lambda: vm.link(up=False), vm.ssh_config, vm.shell):
         with pytest.raises(MachineDied, match="QEMU ended with status -9"):
             ask()
     assert not list(tmp_path.iterdir())

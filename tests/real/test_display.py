@@ -82,7 +82,7 @@ def test_a_screenshot_is_a_png_of_what_the_screen_shows(vm: Machine, tmp_path: P
     assert b"\xaa\x00\x00" in pixels(after.read_bytes())[2]
 
 
-def test_clones_show_what_their_layer_had_on_the_screen(vm: Machine, vm_factory: object, tmp_path: Path) -> None:
+def test_a_paused_machine_shows_its_screen_and_takes_no_keys(vm: Machine, tmp_path: Path) -> None:
     first = vm.screenshot(tmp_path / "first.png").read_bytes()
     vm._instance.pause()
 
