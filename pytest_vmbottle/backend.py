@@ -321,8 +321,8 @@ Chord = tuple[str, ...]
 class Display(Protocol):
     """An instance that may have a screen and a keyboard."""
 
-    def screenshot(self, dest: Path) -> None:
-        """Writes what the screen shows to a new file, as PNG.
+    def screenshot(self) -> bytes:
+        """What the screen shows, as PNG.
 
         Raises:
             MachineError: It cannot.

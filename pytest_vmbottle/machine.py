@@ -345,9 +345,9 @@ class Machine:
             MachineError: The machine has no display (`display=True` in its mark), its QEMU writes no PNG, or it is gone.
             OSError: The file cannot be written.
         """
-        screen, dest = self._display(), Path(path)
+        image, dest = self._display().screenshot(), Path(path)
         with atomic_file(dest, mode=0o644) as file:
-            screen.screenshot(Path(file.name))
+            file.write(image)
         return dest
 
     def send_keys(self, *keys: str) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -227,6 +228,7 @@ class Shell(threading.Thread):
     def ended(self) -> object:
         """What came out, when it is over and the terminal is as it was."""
         self.join(60)
+        assert not self.is_alive(), self._person.seen
         assert termios.tcgetattr(self._person.terminal) == self.before
         return self.outcome
 
@@ -234,27 +236,31 @@ class Shell(threading.Thread):
 def test_a_shell_has_ctrl_c_and_ctrl_d_and_ends_with_its_status(session_vm: Machine, person: Person) -> None:
     shell = Shell(session_vm, person)
     person.sees("Ctrl-]")
-    person.type("tty; sleep 1000\r")
+    person.type("tty; sleep 4242\r")
     person.sees("/dev/pts/")
-    session_vm.wait_until("pgrep -f 'sleep 1000'")
+    sleeping = ["pgrep", "-f", "-x", "sleep 4242"]
+    session_vm.wait_until(sleeping)
     person.type("\x03")
-    person.type("echo status $?\r")
+    person.sees("# ")
+    assert not session_vm.exec(sleeping, check=False).ok
+    person.type("(echo status $?; exit 7)\r")
     person.sees("status 130")
-    person.type("false\r\x04")
+    person.sees("# ")
+    person.type("\x04")
 
-    assert shell.ended() == 1
-    assert not session_vm.exec("pgrep -f 'sleep 1000'", check=False).ok
+    assert shell.ended() == 7
 
 
 def test_a_shell_knows_the_size_of_the_window_also_when_that_changes(session_vm: Machine, person: Person) -> None:
     shell = Shell(session_vm, person)
-    person.type("trap 'echo window $(stty size)' WINCH; echo now $(stty size)\r")
+    program = "trap 'echo window $(stty size)' WINCH; echo now $(stty size); while :; do sleep 0.1; done"
+    person.type(f"exec sh -c {shlex.quote(program)}\r")
     person.sees("now 30 100")
     person.resize(132, 43)
     person.sees("window 43 132")
-    person.type("exit\r")
+    person.type("\x03")
 
-    assert shell.ended() == 0
+    assert shell.ended() in (-signal.SIGINT, 130)
 
 
 def test_a_shell_is_left_by_a_key_although_the_guest_does_not_answer(session_vm: Machine, person: Person) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from pytest_vmbottle._os import Deadline
@@ -19,19 +19,20 @@ _HOLD, _PACE = 0.02, 0.05
 """Seconds that a key is held, and from one to the next. A PS/2 keyboard remembers no more than five or six that its guest has not read."""
 
 
-def screenshot(qmp: Qmp, dest: Path) -> None:
-    """Writes the screen to a file as PNG.
+def screenshot(qmp: Qmp, folder: Path) -> bytes:
+    """What the screen shows, as PNG, by way of a file in the machine's own folder.
 
     Raises:
-        MachineError: This QEMU writes no PNG, or not there.
-        QmpFailed: It is gone.
+        QmpFailed: This QEMU writes no PNG, or is gone.
     """
+    file = folder / f"screen-{secrets.token_hex(4)}.png"
     try:
-        qmp.execute("screendump", filename=str(dest), format="png", deadline=Deadline(_GRACE))
+        qmp.execute("screendump", filename=str(file), format="png", deadline=Deadline(_GRACE))
+        return file.read_bytes()
     except QmpFailed as error:
-        with suppress(FileNotFoundError):
-            dest.unlink()
-        raise MachineError(f"the screen could not be written as PNG, which takes QEMU 7.1 or later built with libpng: {error}") from error
+        raise QmpFailed(f"{error} (it takes QEMU 7.1 or later, built with libpng)") from error
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def press(qmp: Qmp, chords: Iterable[Chord]) -> None:

@@ -201,10 +201,10 @@ class QemuInstance:
         """How any SSH client logs in."""
         return SshAccess(address=self.forward(22), user="root", keys=self._source.keys, folder=self._rundir)
 
-    def screenshot(self, dest: Path) -> None:
-        """Writes the screen to a file (see `Display.screenshot`)."""
+    def screenshot(self) -> bytes:
+        """What the screen shows, as PNG."""
         with self._asked("for a screenshot"):
-            controls.screenshot(self._qmp, dest)
+            return controls.screenshot(self._qmp, self._rundir)
 
     def press(self, chords: Iterable[Chord]) -> None:
         """Presses keys (see `Display.press`)."""
