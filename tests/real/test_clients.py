@@ -322,11 +322,10 @@ def greeting(address: tuple[str, int], seconds: float) -> bytes:
 
 def test_nothing_gets_through_while_the_cable_is_pulled_and_then_again(vm: Machine) -> None:
     address = vm.forward(22)
-    carrier = "cat /sys/class/net/eth0/carrier"
-    assert (greeting(address, 60), vm.exec(carrier).stdout) == (b"SSH-", "1\n")
+    assert greeting(address, 60) == b"SSH-"
 
     vm.link(up=False)
-    assert vm.exec(carrier).stdout == "0\n"
+    vm.wait_until("test $(cat /sys/class/net/eth0/carrier) = 0")
     assert greeting(address, 3) == b""
 
     vm.link(up=True)
