@@ -253,6 +253,7 @@ def test_a_shell_has_ctrl_c_and_ctrl_d_and_ends_with_its_status(session_vm: Mach
 
 def test_a_shell_knows_the_size_of_the_window_also_when_that_changes(session_vm: Machine, person: Person) -> None:
     shell = Shell(session_vm, person)
+    person.sees("# ")
     program = "trap 'echo window $(stty size)' WINCH; echo now $(stty size); while :; do sleep 0.1; done"
     person.type(f"exec sh -c {shlex.quote(program)}\r")
     person.sees("now 30 100")
