@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -23,19 +23,26 @@ __all__ = [
     "Backend",
     "Capabilities",
     "Channel",
+    "Chord",
     "Command",
     "Console",
     "Disk",
+    "Display",
     "Finished",
     "Forwarding",
     "Hotplug",
     "Instance",
     "Keys",
+    "Link",
     "NotPlugged",
     "PackKind",
     "Running",
+    "SecureShell",
     "Spawning",
+    "SshAccess",
     "Start",
+    "Terminal",
+    "Terminals",
     "Unwakeable",
     "Watching",
     "not_run",
@@ -313,6 +320,29 @@ class Hotplug(Protocol):
         """
 
 
+Chord = tuple[str, ...]
+"""Keys that are held down together, by QEMU's names for them (QKeyCode in qapi/ui.json)."""
+
+
+@runtime_checkable
+class Display(Protocol):
+    """An instance that may have a screen and a keyboard."""
+
+    def screenshot(self) -> bytes:
+        """What the screen shows, as PNG.
+
+        Raises:
+            MachineError: It cannot.
+        """
+
+    def press(self, chords: Iterable[Chord]) -> None:
+        """Presses keys, one chord after the other.
+
+        Raises:
+            MachineError: A key is unknown, or the machine is not running.
+        """
+
+
 @runtime_checkable
 class Watching(Protocol):
     """An instance that tells how its guest is without asking it."""
@@ -370,7 +400,77 @@ class Spawning(Protocol):
     def start(
         self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
     ) -> Running:
-        """Starts a command; its streams go to the two functions, in other threads, with `b""` at their ends. Its input stays open.
+        """Starts a command; its streams go to the two functions, in other threads, with `b""` at their ends. Its input stays open."""
+
+
+@runtime_checkable
+class Link(Protocol):
+    """An instance whose network cable can be pulled."""
+
+    def link(self, *, up: bool) -> None:
+        """Plugs it in, or pulls it."""
+
+
+@attrs.frozen(kw_only=True)
+class SshAccess:
+    """What it takes to log in to a machine by SSH.
+
+    Attributes:
+        address: The host's address and port that lead to the guest's SSH server.
+        user: Whom its key lets in.
+        keys: The key to log in with, and the machine's own.
+        folder: A private folder that is removed with the machine.
+    """
+
+    address: tuple[str, int]
+    user: str
+    keys: Keys
+    folder: Path
+
+
+@runtime_checkable
+class SecureShell(Protocol):
+    """An instance that any SSH client can log in to."""
+
+    def ssh_access(self) -> SshAccess:
+        """How."""
+
+
+class Terminal(Protocol):
+    """A program in a guest that runs on a terminal of its own there."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `receive` has something."""
+
+    def receive(self) -> bytes:
+        """What it has written; nothing at its end."""
+
+    def send(self, data: bytes) -> None:
+        """Types on it."""
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Tells it how large the window is now."""
+
+    @property
+    def status(self) -> int | None:
+        """How the program ended: its status, -N for signal N, or None if that is not known."""
+
+    def close(self) -> None:
+        """Hangs up."""
+
+
+@runtime_checkable
+class Terminals(Protocol):
+    """A channel that offers terminals."""
+
+    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> Terminal:
+        """Starts a user's login shell on a terminal.
+
+        Args:
+            user: A user of the guest.
+            kind: What understands its control sequences: the variable `TERM`.
+            size: Columns and lines.
+            deadline: When it has to be there.
 
         Raises:
             MachineError: The guest cannot be reached any more.

@@ -5,14 +5,28 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TextIO, TypeVar
 
-from pytest_vmbottle import fileset, transfer
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance, Watching
+from pytest_vmbottle import fileset, keyboard, openssh, transfer
+from pytest_vmbottle._os import Deadline, atomic_file
+from pytest_vmbottle.backend import (
+    GUEST_PATH,
+    Channel,
+    Command,
+    Console,
+    Display,
+    Finished,
+    Forwarding,
+    Instance,
+    Link,
+    SecureShell,
+    Terminals,
+    Watching,
+)
 from pytest_vmbottle.channels.bulk import Bulk
-from pytest_vmbottle.errors import CommandTimeout, MachineDied, MachineError
+from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError
 from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
 from pytest_vmbottle.metrics import Meter, Sample
 from pytest_vmbottle.process import Process
@@ -20,7 +34,11 @@ from pytest_vmbottle.recording import Recording
 from pytest_vmbottle.result import Matches, Result
 from pytest_vmbottle.search import Query
 from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.terminal import attach
 from pytest_vmbottle.waits import Wait
+
+if TYPE_CHECKING:
+    from testinfra.host import Host
 
 __all__ = ["Machine"]
 
@@ -34,6 +52,7 @@ _SPARE = 10.0
 _ANSWER = 5.0
 """Seconds that a guest has to tell its figures."""
 _LOGIN_TIME = 60.0
+_MAX_PORT = 65535
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = r"""
 user=$1; shift
@@ -544,12 +563,138 @@ class Machine:
     def forward(self, port: int) -> tuple[str, int]:
         """The host's address and port that lead to a TCP port of the guest; only this host can use them.
 
+        The guest is not asked: where nothing listens, a connection is closed at once.
+
+        Example:
+            ``urllib.request.urlopen("http://{}:{}/".format(*vm.forward(80)))``
+
         Raises:
-            MachineError: The backend cannot.
+            ValueError: It is no port number.
+            MachineError: The backend cannot, or the machine is gone.
         """
+        if type(port) is not int or not 0 < port <= _MAX_PORT:
+            raise ValueError(f"port={port!r}: takes the number of a TCP port in the guest, from 1 to {_MAX_PORT}")
         if not isinstance(self._instance, Forwarding):
-            raise MachineError(f"the backend {self.backend} does not forward ports", machine=self.name)
+            raise self._lacking("does not forward ports")
         return self._instance.forward(port)
+
+    def link(self, up: bool) -> None:  # noqa: FBT001 - the only thing there is to say
+        """Plugs in the network cable of the machine, or pulls it; the guest sees that its card has no carrier.
+
+        Without it nothing from outside gets an answer: forwarded ports, `ssh_config`, `shell`, and large copies, which go over SSH.
+        Commands still run where the guest has the QEMU guest agent, as `debian-12` does.
+
+        Example:
+            ``vm.link(False)``, then see how the service takes it, then ``vm.link(True)``
+
+        Raises:
+            MachineError: The backend cannot, or the machine is gone.
+        """
+        if not isinstance(self._instance, Link):
+            raise self._lacking("has no network cable to pull")
+        self._instance.link(up=bool(up))
+
+    def _lacking(self, what: str) -> MachineError:
+        return MachineError(f"the backend {self.backend} {what}", machine=self.name)
+
+    # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
+
+    def screenshot(self, path: str | Path) -> Path:
+        """Writes what the screen shows to a file on the host, as PNG, and returns its path.
+
+        Example:
+            ``vm.screenshot(tmp_path / "login.png")``
+
+        Raises:
+            MachineError: The machine has no display (`display=True` in its mark), its QEMU writes no PNG, or it is gone.
+            OSError: The file cannot be written.
+        """
+        image, dest = self._display().screenshot(), Path(path)
+        with atomic_file(dest, mode=0o644) as file:
+            file.write(image)
+        return dest
+
+    def send_keys(self, *keys: str) -> None:
+        r"""Presses keys, one argument after the other.
+
+        An argument is the name of a key (`"ret"`, `"f2"`, `"up"`), or names joined by `-` of which the first is a modifier, held
+        down together (`"ctrl-alt-f2"`). Anything else is text, typed on a US keyboard, where a newline is the return key. Names
+        are QEMU's. To type a word that is a key's name, give its characters one by one: `*"home"`.
+
+        Example:
+            ``vm.send_keys("ctrl-alt-f2", "root\n", "secret", "ret")``
+
+        Raises:
+                    ValueError: A combination has an unknown key in it, or a character is not on that keyboard; then nothing is typed.
+                    MachineError: The machine has no display (`display=True` in its mark), is paused, or is gone.
+        """
+        pressed = keyboard.chords(keys)
+        self._display().press(pressed)
+
+    def _display(self) -> Display:
+        if not self.spec.display:
+            raise MachineError(f"the machine {self.name!r} has no display: write display=True in its mark", machine=self.name)
+        if not isinstance(self._instance, Display):
+            raise self._lacking("makes no machines with a display")
+        return self._instance
+
+    # -- other clients ---------------------------------------------------------------------------------------------------------------
+
+    def ssh_config(self) -> Path:
+        """Writes an OpenSSH configuration in which the machine goes by its name, and returns its path.
+
+        With it `ssh`, `scp`, `sftp`, `rsync`, Ansible and what else builds on OpenSSH log in as root, with the machine's own key and only
+        if it shows its own host key. All files are private, and go with the machine. The port is another one after a restart: ask again.
+
+        Example:
+            ``subprocess.run(["rsync", "-a", "-e", f"ssh -F {vm.ssh_config()}", "site/", f"{vm.name}:/srv/"], check=True)``
+
+        Raises:
+            MachineError: The backend offers no SSH, OpenSSH cannot be given the path of the machine's folder, or the machine is gone.
+        """
+        if not isinstance(self._instance, SecureShell):
+            raise self._lacking("offers no SSH")
+        return openssh.write_config(self._instance.ssh_access(), self.name)
+
+    def shell(self, *, user: str | None = None, stdin: TextIO | None = None, stdout: TextIO | None = None) -> int | None:
+        """Gives the terminal to a shell in the guest, for looking around by hand; in a test this takes `pytest -s`.
+
+        What is typed goes to the guest, Ctrl-C and Ctrl-D too, and so does the size of the window; Ctrl-] leaves. Afterwards the terminal
+        is as it was. There is no time-out.
+
+        Args:
+            user: Whose login shell it is; the spec's user by default.
+            stdin: The terminal to read from; `sys.stdin` by default.
+            stdout: The terminal to write to; `sys.stdout` by default.
+
+        Returns:
+            The status of the shell, -N for signal N; None if it was left.
+
+        Raises:
+            MachineError: There is no terminal here, the backend offers none, or the guest cannot be reached.
+        """
+        deadline = Deadline(_LOGIN_TIME * self._factor)
+        channel = self._instance.channel(deadline=deadline, bulk=True)
+        if not isinstance(channel, Terminals):
+            raise self._lacking("offers no terminals")
+        return attach(channel, user=user or self.spec.user, stdin=stdin, stdout=stdout, seconds=deadline.seconds)
+
+    @cached_property
+    def host(self) -> Host:
+        """The machine as a host of pytest-testinfra, which takes the extra `testinfra`; its commands run as `exec`'s do.
+
+        Example:
+            ``assert vm.host.service("ssh").is_running``
+
+        Raises:
+            BackendUnavailable: pytest-testinfra is not installed.
+        """
+        try:
+            from pytest_vmbottle.testinfra import connect  # noqa: PLC0415 - an extra, and it loads much
+        except ImportError as error:
+            reason = f"vm.host takes pytest-testinfra, which cannot be imported: {error}"
+            raise BackendUnavailable(reason, "Install it: pip install 'pytest-vmbottle[testinfra]'") from error
+        return connect(self)
 
 
 def _environment() -> dict[str, str]:

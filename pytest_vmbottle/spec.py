@@ -28,13 +28,13 @@ Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
 
 SIGNATURE = (
-    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, memory='1G', disk=None, network=False, ports=(), "
+    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, memory='1G', disk=None, display=False, network=False, ports=(), "
     "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', timeout=120, panic='fail')"
 )
 # Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
 PREPARATION = frozenset({"packages", "files", "run"})
 # Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
-BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "user_data"})
+BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "display", "user_data"})
 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -139,6 +139,12 @@ def _memory(value: object) -> int:
 
 def _disk(value: object) -> int | None:
     return None if value is None else _size("disk", value)
+
+
+def _display(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _fail("display", value, "takes True (a screen and a keyboard) or False")
+    return value
 
 
 def _packages(value: object) -> tuple[str, ...]:
@@ -325,6 +331,7 @@ class MachineSpec:
         cpus: Virtual processors.
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
+        display: Whether it has a screen and a keyboard.
         network: Whether the guest reaches the network (NAT); its forwarded ports are reached either way.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
@@ -345,6 +352,7 @@ class MachineSpec:
     cpus: int = attrs.field(default=1, converter=_cpus)
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
+    display: bool = attrs.field(default=False, converter=_display)
     network: bool = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)

@@ -25,7 +25,7 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished, Keys, not_run
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 
-__all__ = ["HostKeyMismatch", "SshChannel", "SshProcess", "new_keys"]
+__all__ = ["HostKeyMismatch", "SshChannel", "SshProcess", "SshTerminal", "new_keys"]
 
 _MSG_CHANNEL_REQUEST = 98  # RFC 4254, section 9
 _CHUNK = 1 << 18
@@ -37,6 +37,8 @@ _PATIENCE = 15.0
 _WINDOW = 1 << 25
 _KEEPALIVE = 5
 _LAST_OUTPUT = 0.5
+_LAST_WORDS = 2.0
+"""Seconds that the status of a program may come later than the end of what it writes."""
 log = logging.getLogger(__name__)
 _QUIET = log.getChild("transport")
 _QUIET.setLevel(logging.CRITICAL)
@@ -171,7 +173,26 @@ class SshChannel:
         """Runs a command and writes its standard output to a host file."""
         return self._execute(command, BytesIO(command.input), sink, deadline)
 
+    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> SshTerminal:
+        """Starts a login shell on a terminal (see `Terminals.terminal`)."""
+
+        def ask(session: paramiko.Channel) -> None:
+            session.get_pty(kind, *size)
+            if user == "root":
+                session.invoke_shell()
+            else:
+                session.exec_command(shlex.join(["exec", "runuser", "-l", user]))
+
+        try:
+            return SshTerminal(self._open(ask, deadline))
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            self._alive()
+            raise MachineDied(f"no terminal could be opened over SSH: {error}") from error
+
     def _begin(self, command: Command, deadline: Deadline) -> paramiko.Channel:
+        return self._open(lambda session: session.exec_command(_remote(command)), deadline)
+
+    def _open(self, ask: Callable[[paramiko.Channel], None], deadline: Deadline) -> paramiko.Channel:
         seconds = max(0.1, deadline.remaining)
         session = self._transport.open_session(timeout=seconds, window_size=_WINDOW)
         session.exit_status = _NO_STATUS
@@ -180,7 +201,7 @@ class SshChannel:
         limit.daemon = True
         limit.start()
         try:
-            session.exec_command(_remote(command))
+            ask(session)
         finally:
             limit.cancel()
         return session
@@ -324,6 +345,41 @@ class SshProcess:
 
     def close(self) -> None:
         """Gives up the connection to it."""
+
+
+class SshTerminal:
+    """A program on a terminal in the guest, over SSH (see `Terminal`)."""
+
+    def __init__(self, session: paramiko.Channel) -> None:
+        """Takes a session with a terminal in which the program was started."""
+        self._session = session
+
+    def fileno(self) -> int:
+        """Readable when there is something to receive."""
+        return self._session.fileno()
+
+    def receive(self) -> bytes:
+        """What the program has written; nothing at its end."""
+        return self._session.recv(_CHUNK)
+
+    def send(self, data: bytes) -> None:
+        """Types it, if the program is still there."""
+        with suppress(OSError, EOFError, paramiko.SSHException):
+            self._session.sendall(data)
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Tells the guest, if it still listens."""
+        with suppress(OSError, EOFError, paramiko.SSHException):
+            self._session.resize_pty(columns, lines)
+
+    @property
+    def status(self) -> int | None:
+        """How the program ended, or None if the connection was lost before."""
+        self._session.status_event.wait(_LAST_WORDS)
+        return None if self._session.exit_status == _NO_STATUS else self._session.exit_status
+
+    def close(self) -> None:
+        """Hangs up."""
         _give_up(self._session)
 
 

@@ -211,3 +211,18 @@ def test_every_machine_has_two_empty_ports_that_the_guest_can_tell_apart(arch: s
     assert [port["id"] for port in ports] == [SCRATCH_PORT, LAN_PORT]
     assert len({port["chassis"] for port in ports}) == len({port["slot"] for port in ports}) == 2
     assert not [value for value in values(argv, "-device") if f"bus={SCRATCH_PORT}" in value or f"bus={LAN_PORT}" in value]
+
+
+def test_a_display_is_added_behind_all_other_devices_and_shown_nowhere() -> None:
+    plain, shown = line(), line({"display": True})
+
+    assert values(shown, "-device") == [*values(plain, "-device"), "VGA,id=screen"]
+    assert values(shown, "-display") == ["none"]
+    assert [word for word in shown if word not in ("-device", "VGA,id=screen")] == [word for word in plain if word != "-device"]
+
+
+def test_an_aarch64_machine_with_a_display_has_a_keyboard_of_its_own() -> None:
+    emulator = attrs.evolve(EMULATOR, board=BOARDS["aarch64"])
+    argv = command_line(emulator, MachineSpec(source="x", arch="aarch64", display=True), WIRING)
+
+    assert values(argv, "-device")[-2:] == ["virtio-gpu-pci,id=screen", "virtio-keyboard-pci,id=keyboard"]

@@ -128,6 +128,7 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"user": "Root"},
         {"user": ""},
         {"user": "root\n"},
+        {"display": "vga"},
         {"fresh": "never"},
         {"fresh": None},
         {"panic": "expect"},
@@ -207,6 +208,7 @@ def test_what_a_layer_prepares_is_done_by_its_step_and_not_again_for_the_machine
 KEYWORDS = {
     "cpus": 2,
     "memory": "2G",
+    "display": True,
     "ports": [80, 443],
     "env": {"A": "1", "B": "2", "C": "3"},
     "files": {"/a": "1", "/b": b"2", "/c": "3"},
@@ -229,13 +231,13 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
     assert one.boot_digest() == other.boot_digest()
 
 
-@pytest.mark.parametrize("keyword", ["cpus", "memory", "ports", "env", "files", "user_data", "run", "user"])
+@pytest.mark.parametrize("keyword", ["cpus", "memory", "display", "ports", "env", "files", "user_data", "run", "user"])
 def test_every_keyword_counts_in_the_identity_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
     bare = MachineSpec.resolve("debian-12", {})
     changed = MachineSpec.resolve("debian-12", {keyword: KEYWORDS[keyword]})
 
     assert changed.identity() != bare.identity()
-    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "memory", "user_data"})
+    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "memory", "display", "user_data"})
 
 
 @given(st.dictionaries(WORDS, WORDS), st.randoms())

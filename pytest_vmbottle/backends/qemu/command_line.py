@@ -21,6 +21,7 @@ __all__ = [
     "HVF",
     "KVM",
     "LAN_PORT",
+    "NIC",
     "SCRATCH_PORT",
     "Accelerator",
     "Board",
@@ -35,6 +36,9 @@ FORMAT = 3
 
 SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 """The empty PCI Express ports, each for one device that is plugged in while the machine runs: a disk, a network card."""
+
+NIC = "nic"
+"""The network card by which a guest is reached from the host."""
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -73,6 +77,7 @@ class Board:
         tcg: How it is emulated.
         serial: What connects the chardev `console` to the first serial port.
         quick_hotplug: Whether a guest lets go of a device at once. By PCI Express's own way, without ACPI, it waits for 5 s.
+        display: A screen, and a keyboard where the board has none.
     """
 
     arch: str
@@ -80,6 +85,7 @@ class Board:
     tcg: Accelerator
     serial: tuple[str, ...]
     quick_hotplug: bool
+    display: tuple[str, ...]
 
 
 _BOARDS = (
@@ -90,6 +96,7 @@ _BOARDS = (
         tcg=_tcg("max,la57=off"),
         serial=("-device", "isa-serial,chardev=console,id=serial"),
         quick_hotplug=True,
+        display=("-device", "VGA,id=screen"),  # its keyboard (PS/2) is part of the board
     ),
     Board(
         arch="aarch64",
@@ -98,6 +105,7 @@ _BOARDS = (
         tcg=_tcg("max,pauth-impdef=on"),
         serial=("-serial", "chardev:console"),
         quick_hotplug=False,
+        display=("-device", "virtio-gpu-pci,id=screen", "-device", "virtio-keyboard-pci,id=keyboard"),
     ),
 )
 BOARDS = {board.arch: board for board in _BOARDS}
@@ -174,6 +182,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
         *_ports(),
+        *(board.display if spec.display else ()),  # the last, so that what all machines have is where it is in all of them
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
     ]
@@ -241,7 +250,7 @@ def _network(spec: MachineSpec) -> list[str]:
     restrict = "off" if spec.network else "on"
     return [
         *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
-        *("-device", f"virtio-net-pci,netdev=net0,id=nic,mac={GUEST_MAC},romfile="),
+        *("-device", f"virtio-net-pci,netdev=net0,id={NIC},mac={GUEST_MAC},romfile="),
     ]
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -18,8 +18,9 @@ import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, NotPlugged, PackKind, Start, Unwakeable
-from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Chord, Command, NotPlugged, PackKind, SshAccess, Start, Unwakeable
+from pytest_vmbottle.backends.qemu import controls
+from pytest_vmbottle.backends.qemu.command_line import NIC, Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
@@ -216,7 +217,36 @@ class QemuInstance:
         return None
 
     def _monitor(self, line: str) -> str:
-        return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
+        with self._asked(f"to {line}"):
+            return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
+
+    def ssh_access(self) -> SshAccess:
+        """How any SSH client logs in."""
+        return SshAccess(address=self.forward(22), user="root", keys=self._source.keys, folder=self._rundir)
+
+    def screenshot(self) -> bytes:
+        """What the screen shows, as PNG."""
+        with self._asked("for a screenshot"):
+            return controls.screenshot(self._qmp, self._rundir)
+
+    def press(self, chords: Iterable[Chord]) -> None:
+        """Presses keys (see `Display.press`)."""
+        with self._asked("to press keys"):
+            controls.press(self._qmp, chords)
+
+    def link(self, *, up: bool) -> None:
+        """Plugs in the cable of the card that the host reaches the guest by, or pulls it."""
+        with self._asked("to plug or pull the network cable"):
+            controls.set_link(self._qmp, NIC, up=up)
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        """Says what it means that QEMU did not do something: that the machine is gone, or that it cannot."""
+        try:
+            yield
+        except QmpFailed as error:
+            self.alive()
+            raise MachineError(f"QEMU was asked {what}: {error}", machine=self._spec.name) from error
 
     def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> AbstractContextManager[Callable[[], int]]:
         """A disk that the guest has for a while (see `Hotplug.disk`)."""

@@ -1,0 +1,55 @@
+"""What a person at a machine has before them: screen, keyboard, and the cable in its network card."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import Chord
+from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+from pytest_vmbottle.errors import MachineError
+
+__all__ = ["press", "screenshot", "set_link"]
+
+_GRACE = 10.0
+_HOLD, _PACE = 0.02, 0.05
+"""Seconds that a key is held, and from one to the next. A PS/2 keyboard remembers no more than five or six that its guest has not read."""
+
+
+def screenshot(qmp: Qmp, folder: Path) -> bytes:
+    """What the screen shows, as PNG, by way of a file in the machine's own folder.
+
+    Raises:
+        QmpFailed: This QEMU writes no PNG, or is gone.
+    """
+    file = folder / f"screen-{secrets.token_hex(4)}.png"
+    try:
+        qmp.execute("screendump", filename=str(file), format="png", deadline=Deadline(_GRACE))
+        return file.read_bytes()
+    except QmpFailed as error:
+        raise QmpFailed(f"{error} (it takes QEMU 7.1 or later, built with libpng)") from error
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def press(qmp: Qmp, chords: Iterable[Chord]) -> None:
+    """Presses keys, one chord after the other.
+
+    Raises:
+        MachineError: Nobody would notice, since the machine is paused.
+        QmpFailed: QEMU knows no such key, or is gone.
+    """
+    if not qmp.execute("query-status", deadline=Deadline(_GRACE))["running"]:
+        raise MachineError("the machine is paused, and keys that are pressed now are lost: resume it first")
+    for chord in chords:
+        keys = [{"type": "qcode", "data": key} for key in chord]
+        qmp.execute("send-key", keys=keys, hold_time=round(_HOLD * 1000), deadline=Deadline(_GRACE))
+        time.sleep(_PACE)
+
+
+def set_link(qmp: Qmp, card: str, *, up: bool) -> None:
+    """Plugs in a card's cable or pulls it, or raises `QmpFailed`."""
+    qmp.execute("set_link", name=card, up=up, deadline=Deadline(_GRACE))

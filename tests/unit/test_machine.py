@@ -1,0 +1,60 @@
+"""What a machine says of what its backend does not offer, or what it was asked in vain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_vmbottle import BackendUnavailable, Machine, MachineError, MachineSpec
+from pytest_vmbottle.testing import FakeBackend, FakeChannel, FakeInstance
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    backend = FakeBackend()
+    spec = MachineSpec(source="debian-12", display=True)
+    return Machine(FakeInstance(backend, tmp_path), spec, id="vm-1", backend="fake", channel=FakeChannel(backend.handler))
+
+
+@pytest.mark.parametrize(
+    ("ask", "lack"),
+    [
+        (lambda machine: machine.forward(80), "does not forward ports"),
+        (lambda machine: machine.link(up=False), "has no network cable to pull"),
+        (lambda machine: machine.screenshot("screen.png"), "makes no machines with a display"),
+        (lambda machine: machine.send_keys("ret"), "makes no machines with a display"),
+        (lambda machine: machine.ssh_config(), "offers no SSH"),
+        (lambda machine: machine.shell(), "offers no terminals"),
+    ],
+)
+def test_what_the_backend_lacks_is_said_and_nothing_is_written(
+    machine: Machine, ask: Callable[[Machine], object], lack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MachineError, match=f"the backend fake {lack}"):
+        ask(machine)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_testinfra_a_machine_says_how_to_install_it(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pytest_vmbottle.testinfra", raising=False)
+    monkeypatch.setitem(sys.modules, "testinfra.host", None)
+    with pytest.raises(BackendUnavailable, match=r"takes pytest-testinfra.*pip install 'pytest-vmbottle\[testinfra\]'"):
+        _ = machine.host
+
+
+def test_testinfra_runs_its_commands_as_the_machine_does_and_reads_them_as_utf_8(tmp_path: Path) -> None:
+    from pytest_vmbottle.backend import Finished
+
+    backend = FakeBackend(lambda command: Finished(returncode=3, stdout="ä".encode() + command.argv[-1].encode(), stderr=b"bad"))
+    instance = FakeInstance(backend, tmp_path)
+    machine = Machine(instance, MachineSpec(source="x", name="web"), id="web-1", backend="fake", channel=FakeChannel(backend.handler))
+    done = machine.host.run("ls %s", "a b")
+
+    assert (done.rc, done.stdout, done.stderr) == (3, "äls 'a b'", "bad")
+    assert machine.host is machine.host
+    assert repr(machine.host) == "<testinfra.host.Host vmbottle://web>"
