@@ -161,7 +161,7 @@ def test_a_guest_that_keeps_the_disk_is_waited_for_and_loses_it_before_the_next_
 
 
 def test_an_ordinary_user_copies_too(session_vm: Machine, tmp_path: Path) -> None:
-    spec = attrs.evolve(session_vm.spec, user="nobody")
+    spec = attrs.evolve(session_vm.spec, env={}, files={}, user="nobody")
     ordinary = Machine(session_vm._instance, spec, id="x", backend="qemu", channel=session_vm._channel)
     (tmp_path / "f").write_bytes(os.urandom(2 << 20))
     ordinary.cp(tmp_path / "f", ordinary.path("/tmp/theirs"))
