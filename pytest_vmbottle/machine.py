@@ -9,9 +9,11 @@ from typing import BinaryIO, TypeVar
 
 from pytest_vmbottle import transfer
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance, State
 from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineError, MachineTimeout
 from pytest_vmbottle.guestpath import BULK, GuestPath
+from pytest_vmbottle.packs import Pack
+from pytest_vmbottle.power import Power, Supply
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import MachineSpec
 
@@ -43,7 +45,17 @@ class Machine:
         console: Its serial console.
     """
 
-    def __init__(self, instance: Instance, spec: MachineSpec, *, id: str, backend: str, channel: Channel, factor: float = 1.0) -> None:  # noqa: A002, PLR0913
+    def __init__(  # noqa: PLR0913
+        self,
+        instance: Instance,
+        spec: MachineSpec,
+        *,
+        id: str,  # noqa: A002
+        backend: str,
+        channel: Channel,
+        factor: float = 1.0,
+        supply: Supply | None = None,
+    ) -> None:
         """Takes a running instance whose channel has answered.
 
         Args:
@@ -53,23 +65,52 @@ class Machine:
             backend: The backend's name.
             channel: What commands go through.
             factor: What all time-outs are multiplied with.
+            supply: What it is started again with; without, it cannot be.
         """
         self.name = spec.name
         self.id = id
         self.spec = spec
         self.backend = backend
         self.console: Console = instance.console
-        self._instance = instance
-        self._channel = channel
+        self._power = Power(instance, channel, spec=spec, supply=supply)
         self._factor = factor
 
     @property
+    def instance(self) -> Instance:
+        """The VM as its backend sees it, for those who extend this; another one after `start` and `restore`.
+
+        Raises:
+            MachineError: The machine is off.
+        """
+        return self._power.instance
+
+    _instance = instance
+
+    @property
+    def _channel(self) -> Channel:
+        return self._power.channel
+
+    @property
     def pid(self) -> int:
-        """The hypervisor's process id on the host."""
+        """The hypervisor's process id on the host; another one after `start` and `restore`.
+
+        Raises:
+            MachineError: The machine is off.
+        """
         return self._instance.pid
 
+    @property
+    def state(self) -> State:
+        """What it is doing: `"running"`, `"paused"`, `"off"`, or `"died"` if its kernel panicked or its hypervisor failed.
+
+        Example:
+            ``assert vm.state == "running"``
+        """
+        return self._power.state
+
     def __repr__(self) -> str:
-        return f"<Machine {self.name} ({self.id}), {self.backend} pid {self.pid}>"
+        doing = self.state
+        return f"<Machine {self.name} ({self.id}), {self.backend} {doing if doing is State.OFF else f'pid {self.pid}'}>"
 
     # -- commands --------------------------------------------------------------------------------------------------------------------
 
@@ -274,6 +315,132 @@ class Machine:
             message = f"waited {deadline.seconds:g} s for {what}" + (f"; the last answer was\n{seen}" if seen else "")
             raise MachineTimeout(message, machine=self.name, console_tail=self.console.tail(20))
         return answer
+
+    # -- power and time --------------------------------------------------------------------------------------------------------------
+
+    def reboot(self, *, timeout: float | None = None) -> None:
+        """Reboots the guest in order, and returns when it is ready again: in another boot, which its boot id proves.
+
+        Args:
+            timeout: Seconds for all of it; by default what the spec gives a boot.
+
+        Raises:
+            MachineTimeout: It was not ready in time.
+            MachineDied: It panicked, or powered off instead.
+            MachineError: It is off.
+
+        Example:
+            ``vm.exec("echo overcommit_memory=1 > /etc/sysctl.d/x.conf"); vm.reboot()``
+        """
+        __tracebackhide__ = True
+        self._power.reboot(self._deadline(timeout))
+
+    def poweroff(self, *, timeout: float = 90) -> None:
+        """Shuts the guest down in order; then the machine is off, and everything but `start`, `restore` and `state` says so.
+
+        Args:
+            timeout: Seconds until the machine has to be off.
+
+        Raises:
+            MachineTimeout: It was not. It may still be shutting down; `power_cut` ends it.
+            MachineError: It is off already.
+
+        Example:
+            ``vm.poweroff(); vm.start()``
+        """
+        __tracebackhide__ = True
+        self._power.off(Deadline(timeout * self._factor))
+
+    def start(self, *, timeout: float | None = None) -> None:
+        """Boots a machine that is off, or died, from its own disk as it was left; returns when it is ready.
+
+        Args:
+            timeout: Seconds for the boot; by default what the spec gives one.
+
+        Raises:
+            MachineTimeout: It was not ready in time, and is off again.
+            MachineError: It is on.
+
+        Example:
+            ``vm.power_cut(); vm.start()``
+        """
+        __tracebackhide__ = True
+        self._power.start(self._deadline(timeout))
+
+    def power_cut(self) -> None:
+        """Pulls the plug: the machine is off at once, and what the guest had not written out (`sync`) is lost, as on real hardware.
+
+        Raises:
+            MachineError: It is off already.
+
+        Example:
+            ``vm.exec("dd if=/dev/urandom of=/srv/db bs=1M count=8"); vm.power_cut(); vm.start()``
+        """
+        __tracebackhide__ = True
+        self._power.cut()
+
+    def pause(self) -> None:
+        """Stops the processors. Until `resume` no command can be run, and the guest's clock stands still.
+
+        Raises:
+            MachineError: It is off.
+
+        Example:
+            ``vm.pause(); time.sleep(5); vm.resume()``
+        """
+        self._power.pause()
+
+    def resume(self) -> None:
+        """Lets the processors run on; the guest's clock is behind by the time of the pause.
+
+        Raises:
+            MachineError: It is off.
+        """
+        self._power.resume()
+
+    def snapshot(self, name: str) -> Pack:
+        """Writes the running machine down, RAM and disk, and lets it go on; it stands still for about a second.
+
+        Args:
+            name: What people call it.
+
+        Returns:
+            What `restore` takes, and `vm_factory` as a source. Its files, in `path`, are gone with the machine.
+
+        Raises:
+            CatalogError: There was no room for it. The machine goes on, and nothing is left of it.
+            MachineError: The machine is off or paused, or its guest has no Python 3, which wakes it after a restore.
+
+        Example:
+            ``before = vm.snapshot("before"); vm.exec("rm -rf /srv"); vm.restore(before)``
+        """
+        __tracebackhide__ = True
+        return self._power.snapshot(name)
+
+    def restore(self, pack: Pack | None = None) -> None:
+        """Takes the machine back to a snapshot, as often as one likes: its memory, its disk and what ran. Its clock is right.
+
+        It may be off, paused or have died. What led to it from the host, such as `forward`, does so again.
+
+        Args:
+            pack: What `snapshot` returned; without, the machine is as fresh as it was given to the test.
+
+        Raises:
+            CatalogError: The snapshot is gone with the machine that it was made of.
+            MachineError: It could not be restored, and the machine is off; or it is of a machine of another kind.
+
+        Example:
+            ``vm.restore()``
+        """
+        __tracebackhide__ = True
+        self._power.restore(pack)
+
+    def close(self) -> None:
+        """Ends it for good; who made it calls this."""
+        self._power.stop()
+
+    def _deadline(self, timeout: float | None) -> Deadline | None:
+        return None if timeout is None else Deadline(timeout * self._factor)
 
     # -- the host's side -------------------------------------------------------------------------------------------------------------
 

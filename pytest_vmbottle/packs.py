@@ -12,10 +12,11 @@ import attrs
 import cattrs
 
 from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
+from pytest_vmbottle.backend import Start
 from pytest_vmbottle.errors import CatalogError, PackCorrupt
-from pytest_vmbottle.spec import digest
+from pytest_vmbottle.spec import MachineSpec, digest
 
-__all__ = ["FORMAT", "Manifest", "Pack", "check_parent", "children_first", "find", "prunable", "read", "scan", "seal", "sizes"]
+__all__ = ["FORMAT", "Manifest", "Pack", "Snapshot", "check_parent", "children_first", "find", "prunable", "read", "scan", "seal", "sizes"]
 
 FORMAT = 1
 """Version of the manifest: packs of another are not read, and their keys differ."""
@@ -110,6 +111,28 @@ class Pack:
             path = self.path / name
             if path.is_symlink() or not path.is_file() or sparse_digest(path) != expected:
                 raise PackCorrupt(f"{label} is damaged: {name} is not what was published")
+
+
+@attrs.frozen(kw_only=True)
+class Snapshot(Pack):
+    """A pack made of a machine in the middle of a test; it is in that machine's folder, and gone with it.
+
+    Attributes:
+        spec: What the machine is.
+        start: How one like it is started from this.
+    """
+
+    spec: MachineSpec = attrs.field(repr=False)
+    start: Start = attrs.field(repr=False)
+
+    def check(self) -> None:
+        """Sees that it is still there, with all that it stands on.
+
+        Raises:
+            CatalogError: It is gone.
+        """
+        if not all(path.exists() for path in (self.start.seed, *(disk.path for disk in self.start.disks))):
+            raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it lives as long as the machine that it was made of")
 
 
 def read(path: Path) -> Pack:
