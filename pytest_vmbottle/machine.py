@@ -427,7 +427,8 @@ class Machine:
 
         Raises:
             CatalogError: The snapshot is gone with the machine that it was made of.
-            MachineError: It could not be restored, and the machine is off; or it is of a machine of another kind.
+            SpecError: The snapshot is of a machine with other processors or memory.
+            MachineError: It could not be restored, and the machine is off.
 
         Example:
             ``vm.restore()``

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 import cattrs
 
 from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
 from pytest_vmbottle.backend import Start
-from pytest_vmbottle.errors import CatalogError, PackCorrupt
-from pytest_vmbottle.spec import MachineSpec, digest
+from pytest_vmbottle.errors import CatalogError, PackCorrupt, SpecError
+from pytest_vmbottle.spec import BOOT, MachineSpec, digest
 
 __all__ = ["FORMAT", "Manifest", "Pack", "Snapshot", "check_parent", "children_first", "find", "prunable", "read", "scan", "seal", "sizes"]
 
@@ -124,6 +125,28 @@ class Snapshot(Pack):
 
     spec: MachineSpec = attrs.field(repr=False)
     start: Start = attrs.field(repr=False)
+
+    def of(self, **keywords: Any) -> MachineSpec:
+        """What a machine started from this is: as the one it was made of, but for what does not matter to what has booted.
+
+        Raises:
+            CatalogError: The snapshot is gone.
+            SpecError: A keyword makes no sense, or decides what a guest boots with.
+        """
+        self.check()
+        spec = attrs.evolve(self.spec, **{"env": dict(self.spec.env), "files": dict(self.spec.files), **keywords})
+        self.check_fits(spec)
+        return spec
+
+    def check_fits(self, spec: MachineSpec) -> None:
+        """Sees that a machine is one that this can be restored as.
+
+        Raises:
+            SpecError: It is another one.
+        """
+        if spec.boot_digest() != self.spec.boot_digest():
+            differs = ", ".join(sorted(key for key in BOOT if getattr(spec, key) != getattr(self.spec, key)))
+            raise SpecError(f"the snapshot {self.manifest.name!r} is of a machine with another {differs} than {spec.name}")
 
     def check(self) -> None:
         """Sees that it is still there, with all that it stands on.

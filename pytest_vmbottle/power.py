@@ -100,15 +100,22 @@ class Power:
     def _error(self, message: str) -> MachineError:
         return MachineError(f"the machine {self._spec.name} {message}", machine=self._spec.name)
 
-    def _powered(self) -> Powered:
-        """The instance, which is on and has a power switch."""
+    def _powered(self, *, dead: bool = False) -> Powered:
+        """The instance, which is on and has a power switch; a dead one only if that will do."""
         instance = self.instance
         if not isinstance(instance, Powered):
             raise self._error("has no power switch: its backend offers none")
-        if instance.state() is State.OFF:
+        state = instance.state()
+        if state is State.OFF:
             self._retire()
         _ = self.instance
+        if state is State.DIED and not dead:
+            raise self._died("has died: vm.start() boots it again, and vm.restore() takes it back to where it began")
         return instance
+
+    def _died(self, message: str) -> MachineDied:
+        tail = self.instance.console.tail(20)
+        return MachineDied(f"the machine {self._spec.name} {message}", machine=self._spec.name, console_tail=tail)
 
     def _supplied(self) -> Supply:
         if self._supply is None:
@@ -139,15 +146,12 @@ class Power:
         deadline = deadline or Deadline(supply.patience)
         before = self._boot_id(deadline)
         if not powered.reboot(deadline=deadline):
-            raise self._gone_instead() if powered.state() is State.OFF else self._late("reboot", deadline)
+            off = powered.state() is State.OFF
+            raise self._died("powered off instead of rebooting") if off else self._late("reboot", deadline)
         self._channel = self.instance.channel(deadline=deadline)
         if self._boot_id(deadline) == before:
             raise self._error(f"was reset and is still in the boot {before}")
         supply.await_boot(self.instance, self._channel, deadline)
-
-    def _gone_instead(self) -> MachineDied:
-        tail = self.instance.console.tail(20)
-        return MachineDied(f"the machine {self._spec.name} powered off instead of rebooting", machine=self._spec.name, console_tail=tail)
 
     def _boot_id(self, deadline: Deadline) -> str:
         return self.channel.run(_BOOT_ID, deadline=deadline).stdout.decode("ascii", "replace").strip()
@@ -164,7 +168,7 @@ class Power:
 
     def cut(self) -> None:
         """Pulls the plug."""
-        self._powered().cut()
+        self._powered(dead=True).cut()
         self._retire()
 
     def start(self, deadline: Deadline | None) -> None:
@@ -247,8 +251,7 @@ class Power:
             start = supply.start
         elif isinstance(pack, Snapshot):
             pack.check()
-            if pack.spec.boot_digest() != self._spec.boot_digest():
-                raise self._error(f"is another one than the snapshot {pack.manifest.name!r} was made of: they do not boot with the same")
+            pack.check_fits(self._spec)
             start = pack.start
         else:
             raise TypeError(f"a machine goes back to what its snapshot() returned, not to {pack!r}")

@@ -160,8 +160,12 @@ class Provisioner:
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def machine(self, spec: MachineSpec) -> Iterator[Machine]:
+    def machine(self, spec: MachineSpec, *, start: Start | None = None) -> Iterator[Machine]:
         """A running, ready machine for the length of a block.
+
+        Args:
+            spec: What it is.
+            start: What it starts from, where that is no pack of the catalog.
 
         Raises:
             SpecError: This host is too small for it.
@@ -171,7 +175,7 @@ class Provisioner:
         """
         began = time.monotonic()
         _check_fits(spec)
-        started = self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
+        started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
         with started as machine:
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)

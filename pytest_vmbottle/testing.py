@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start
+from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start, State
 from pytest_vmbottle.errors import LaunchError
 from pytest_vmbottle.spec import MachineSpec, digest
 
@@ -57,10 +57,13 @@ class FakeInstance:
     def __init__(self, backend: FakeBackend, rundir: Path) -> None:
         """Takes the backend that made it and its folder."""
         self._backend = backend
+        self._rundir = rundir
         self._log = rundir / "console.log"
         self.console = Console(self._log)
         self.pid = os.getpid()
         self.running = True
+        self._paused = False
+        self.forwards: dict[int, int] = {}
 
     def _note(self, line: str) -> None:
         with self._log.open("a") as log:
@@ -79,15 +82,42 @@ class FakeInstance:
 
     def pause(self) -> None:
         """Notes it."""
+        self._paused = True
         self._note("paused")
 
     def resume(self) -> None:
         """Notes it."""
+        self._paused = False
         self._note("resumed")
 
     def reset(self) -> None:
         """Notes it."""
         self._note("reset")
+
+    def state(self) -> State:
+        """What was done to it last."""
+        return State.OFF if not self.running else State.PAUSED if self._paused else State.RUNNING
+
+    def shut_down(self, *, deadline: Deadline) -> bool:  # noqa: ARG002
+        """Ends it."""
+        self._note("shut down")
+        self.stop()
+        return True
+
+    def reboot(self, *, deadline: Deadline) -> bool:  # noqa: ARG002
+        """Notes it; what the handler says to `cat /proc/sys/kernel/random/boot_id` has to change meanwhile."""
+        self._note("rebooted")
+        return True
+
+    def cut(self) -> None:
+        """Ends it."""
+        self._note("cut")
+        self.stop()
+
+    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:  # noqa: ARG002
+        """Writes files that have the right names and no meaning."""
+        for name in ("disk.qcow2", "empty.qcow2", "state.bin"):
+            (dest / name).write_text(secrets.token_hex(16))
 
     def stop(self) -> None:
         """Ends it; may be called again."""
@@ -135,5 +165,6 @@ class FakeBackend:
         if self.broken:
             raise LaunchError(self.broken, machine=spec.name)
         self.launched.append(source)
-        (rundir / "console.log").write_text(f"{spec.name} started\n")
+        with (rundir / "console.log").open("a") as console:
+            console.write(f"{spec.name} started\n")
         return FakeInstance(self, rundir)
