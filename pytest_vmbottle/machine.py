@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from pytest_vmbottle import transfer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance, State
 from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineError, MachineTimeout
 from pytest_vmbottle.guestpath import BULK, GuestPath
-from pytest_vmbottle.packs import Pack
 from pytest_vmbottle.power import Power, Supply
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import MachineSpec
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.packs import Pack
 
 __all__ = ["Machine"]
 

@@ -9,15 +9,17 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
-from pytest_vmbottle import packs
 from pytest_vmbottle._os import Deadline, format_size, private_dir
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Disk, Instance, PackKind, Powered, Snapshots, Start, State
 from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, MachineTimeout
-from pytest_vmbottle.packs import Manifest, Pack, Snapshot
 from pytest_vmbottle.spec import MachineSpec
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.packs import Manifest, Pack, Snapshot
 
 __all__ = ["Power", "Supply"]
 
@@ -203,6 +205,9 @@ class Power:
 
     def snapshot(self, name: str) -> Snapshot:
         """Writes the machine down, RAM included; it goes on."""
+        # Imported here and not above: whoever only names `Machine` pays nothing for what manifests need (cattrs).
+        from pytest_vmbottle import packs
+
         supply, origin = self._supplied(), self._origin()
         self._powered()
         _ = self.channel
@@ -214,7 +219,7 @@ class Power:
             instance.snapshot(folder, deadline=Deadline(supply.patience))
             packs.seal(folder, self._manifest(folder.name, name))
             start = attrs.evolve(origin, disks=(*origin.disks, Disk(path=folder / "disk.qcow2")), saved=folder, kept=False, building=False)
-            return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
+            return packs.Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, MachineError):
@@ -230,6 +235,8 @@ class Power:
         )
 
     def _manifest(self, key: str, name: str) -> Manifest:
+        from pytest_vmbottle.packs import Manifest
+
         supply = self._supplied()
         return Manifest(
             key=key,
@@ -244,6 +251,8 @@ class Power:
 
     def restore(self, pack: Pack | None) -> None:
         """Replaces what runs by what was written down, or by what the machine was started from."""
+        from pytest_vmbottle.packs import Snapshot
+
         supply = self._supplied()
         if supply.start.building:
             raise self._error("is being built: a layer cannot go back")
