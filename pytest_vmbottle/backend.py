@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -36,11 +36,14 @@ __all__ = [
     "Link",
     "NotPlugged",
     "PackKind",
+    "Powered",
     "Running",
     "SecureShell",
+    "Snapshots",
     "Spawning",
     "SshAccess",
     "Start",
+    "State",
     "Terminal",
     "Terminals",
     "Unwakeable",
@@ -141,6 +144,8 @@ class Start:
         keys: The keys that the seed carries.
         saved: A folder that `Instance.save` filled, to be restored; None to boot.
         building: Whether the restored machine will itself be saved: then its RAM is a copy of its own.
+        kept: Whether the machine ran before in the same folder, and goes on with the disk that it has there.
+        forwards: Ports of the guest, and the ports of the host that lead to them if they are still free.
     """
 
     disks: tuple[Disk, ...]
@@ -153,6 +158,17 @@ class Start:
     firmware: str = "bios"
     saved: Path | None = None
     building: bool = False
+    kept: bool = False
+    forwards: tuple[tuple[int, int], ...] = ()
+
+
+class State(StrEnum):
+    """What a machine is doing: `OFF` is the end that it came to in order, `DIED` any other."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    DIED = "died"
 
 
 class Unwakeable(MachineError):
@@ -474,6 +490,42 @@ class Terminals(Protocol):
 
         Raises:
             MachineError: The guest cannot be reached any more.
+        """
+
+
+@runtime_checkable
+class Powered(Protocol):
+    """An instance with a power switch, which can be launched again with `Start.kept`."""
+
+    def state(self) -> State:
+        """What it is doing, asked now."""
+
+    @property
+    def forwards(self) -> Mapping[int, int]:
+        """The host's ports that somebody was told of, by the guest's."""
+
+    def shut_down(self, *, deadline: Deadline) -> bool:
+        """Has the guest power itself off in order; whether it had by the deadline."""
+
+    def cut(self) -> None:
+        """Ends it at once, as if its plug was pulled."""
+
+    def reboot(self, *, deadline: Deadline) -> bool:
+        """Has the guest reboot itself in order, and forgets the channels; whether it had begun anew by the deadline."""
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """An instance that can be written down and goes on."""
+
+    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
+        """Writes the machine, RAM included, into the empty folder `dest`; it stands still meanwhile and goes on whatever happens.
+
+        `dest` can be given as `Start.saved`, with `dest / "disk.qcow2"` on top of the `Start.disks` that it was launched with.
+
+        Raises:
+            Unwakeable: Nothing could wake the guest after a restore.
+            MachineError: It could not be written.
         """
 
 

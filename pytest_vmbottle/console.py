@@ -122,6 +122,15 @@ class Console:
         self._expecter = _Expecter(path)
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._ended()
+
+    def until(self, ended: Callable[[], bool]) -> Console:
+        """The same one from its beginning, for who knows another end: a machine that may be started again."""
+        return Console(self._path, ended=ended)
+
+    @property
     def text(self) -> str:
         """What the console has said so far; of a very talkative one the last 4 MiB."""
         return printable(Cursor(self._path).read()[-_PIECE:].decode("utf-8", "replace"))

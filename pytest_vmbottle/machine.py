@@ -22,13 +22,14 @@ from pytest_vmbottle.backend import (
     Instance,
     Link,
     SecureShell,
+    State,
     Terminals,
     Watching,
 )
-from pytest_vmbottle.channels.bulk import Bulk
 from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError
 from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
 from pytest_vmbottle.metrics import Meter, Sample
+from pytest_vmbottle.power import Power, Supply
 from pytest_vmbottle.process import Process
 from pytest_vmbottle.recording import Recording
 from pytest_vmbottle.result import Matches, Result
@@ -39,6 +40,9 @@ from pytest_vmbottle.waits import Wait
 
 if TYPE_CHECKING:
     from testinfra.host import Host
+
+    from pytest_vmbottle.channels.bulk import Bulk
+    from pytest_vmbottle.packs import Pack
 
 __all__ = ["Machine"]
 
@@ -73,7 +77,17 @@ class Machine:
         console: Its serial console.
     """
 
-    def __init__(self, instance: Instance, spec: MachineSpec, *, id: str, backend: str, channel: Channel, factor: float = 1.0) -> None:  # noqa: A002, PLR0913
+    def __init__(  # noqa: PLR0913
+        self,
+        instance: Instance,
+        spec: MachineSpec,
+        *,
+        id: str,  # noqa: A002
+        backend: str,
+        channel: Channel,
+        factor: float = 1.0,
+        supply: Supply | None = None,
+    ) -> None:
         """Takes a running instance whose channel has answered.
 
         Args:
@@ -83,38 +97,71 @@ class Machine:
             backend: The backend's name.
             channel: What commands go through.
             factor: What all time-outs are multiplied with.
+            supply: What it is started again with; without, it cannot be.
         """
         self.name = spec.name
         self.id = id
         self.spec = spec
         self.backend = backend
-        self.console: Console = instance.console
-        self._instance = instance
-        self._channel = channel
-        self._bulk = Bulk(instance)
+        self._power = Power(instance, channel, spec=spec, supply=supply)
+        self.console: Console = instance.console.until(lambda: self._power.is_silent)
         self._factor = factor
         self._meter: Meter | None = None
 
     @property
+    def instance(self) -> Instance:
+        """The VM as its backend sees it, for those who extend this; another one after `start` and `restore`.
+
+        Raises:
+            MachineError: The machine is off.
+        """
+        return self._power.instance
+
+    _instance = instance
+
+    @property
+    def _channel(self) -> Channel:
+        return self._power.channel
+
+    @property
+    def _bulk(self) -> Bulk:
+        return self._power.bulk
+
+    @property
     def pid(self) -> int:
-        """The hypervisor's process id on the host."""
+        """The hypervisor's process id on the host; another one after `start` and `restore`.
+
+        Raises:
+            MachineError: The machine is off.
+        """
         return self._instance.pid
 
     @property
     def panic(self) -> str | None:
         """The line by which the guest's kernel said that it panicked, met a bug of its own (an oops), or that a task hangs.
 
-        None if it did not, or where the backend does not tell. Without `panic="expected"` in the mark every call raises `GuestPanic` then.
+        None if it did not since it was booted or restored last, or where the backend does not tell. Without `panic="expected"` in the mark
+        every call raises `GuestPanic` then.
         """
-        return self._instance.panic if isinstance(self._instance, Watching) else None
+        return self._power.panic
 
     def _alive(self) -> None:
         __tracebackhide__ = True
         if isinstance(self._instance, Watching):
             self._instance.alive()
 
+    @property
+    def state(self) -> State:
+        """What it is doing: `"running"`, `"paused"`, `"off"`, or `"died"` if its kernel panicked or its hypervisor failed.
+
+        Example:
+            ``assert vm.state == "running"``
+        """
+        return self._power.state
+
     def __repr__(self) -> str:
-        return f"<Machine {self.name} ({self.id}), {self.backend} pid {self.pid}>"
+        doing = self.state
+        return f"<Machine {self.name} ({self.id}), {self.backend} {doing if doing is State.OFF else f'pid {self.pid}'}>"
 
     # -- commands --------------------------------------------------------------------------------------------------------------------
 
@@ -194,7 +241,7 @@ class Machine:
 
     def _spawn(self, argv: tuple[str, ...], prepared: Command) -> Process:
         self._alive()
-        channel = self._instance.channel(deadline=Deadline(_LOGIN_TIME * self._factor), bulk=True)
+        channel = self._power.bulk_channel(Deadline(_LOGIN_TIME * self._factor))
         return Process(channel, prepared, argv=argv, killer=self._channel, factor=self._factor)
 
     def _run(self, argv: tuple[str, ...], prepared: Command, deadline: Deadline, stream: Callable[[str], object] | None = None) -> Result:
@@ -509,6 +556,8 @@ class Machine:
             >>> vm.wait_for_shutdown()  # doctest: +SKIP
         """
         __tracebackhide__ = True
+        if self.state is State.OFF:
+            return
         if not isinstance(self._instance, Watching):
             raise MachineError(f"the backend {self.backend} does not tell whether a guest is off", machine=self.name)
         self._wait(timeout).shutdown(self._instance)
@@ -527,8 +576,9 @@ class Machine:
 
         Raises:
             MachineDied: Its process has ended.
+            MachineError: The machine is off.
         """
-        if self._meter is None:
+        if self._meter is None or self._meter.pid != self.pid:
             self._meter = self._new_meter()
         sample = self._meter.sample()
         if sample is None:
@@ -552,11 +602,139 @@ class Machine:
 
         Raises:
             ValueError: A number of seconds is not above 0.
+            MachineError: The machine is off.
         """
         return Recording(self._new_meter(), every=every, guest_every=guest_every)
 
     def _new_meter(self) -> Meter:
         return Meter(self.pid, lambda question: self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout)
+
+    # -- power and time --------------------------------------------------------------------------------------------------------------
+
+    def reboot(self, *, timeout: float | None = None) -> None:
+        """Reboots the guest in order, and returns when it is ready again: in another boot, which its boot id proves.
+
+        Args:
+            timeout: Seconds for all of it; by default what the spec gives a boot.
+
+        Raises:
+            MachineTimeout: It was not ready in time.
+            MachineDied: It panicked, or powered off instead.
+            MachineError: It is off.
+
+        Example:
+            ``vm.exec("echo overcommit_memory=1 > /etc/sysctl.d/x.conf"); vm.reboot()``
+        """
+        __tracebackhide__ = True
+        self._power.reboot(self._deadline(timeout))
+
+    def poweroff(self, *, timeout: float = 90) -> None:
+        """Shuts the guest down in order; then the machine is off, and everything but `start`, `restore` and `state` says so.
+
+        Args:
+            timeout: Seconds until the machine has to be off.
+
+        Raises:
+            MachineTimeout: It was not. It may still be shutting down; `power_cut` ends it.
+            MachineError: It is off already.
+
+        Example:
+            ``vm.poweroff(); vm.start()``
+        """
+        __tracebackhide__ = True
+        self._power.off(Deadline(timeout * self._factor))
+
+    def start(self, *, timeout: float | None = None) -> None:
+        """Boots a machine that is off, or died, from its own disk as it was left; returns when it is ready.
+
+        Args:
+            timeout: Seconds for the boot; by default what the spec gives one.
+
+        Raises:
+            MachineTimeout: It was not ready in time, and is off again.
+            MachineError: It is on.
+
+        Example:
+            ``vm.power_cut(); vm.start()``
+        """
+        __tracebackhide__ = True
+        self._power.start(self._deadline(timeout))
+
+    def power_cut(self) -> None:
+        """Pulls the plug: the machine is off at once, and what the guest had not written out (`sync`) is lost, as on real hardware.
+
+        Raises:
+            MachineError: It is off already.
+
+        Example:
+            ``vm.exec("dd if=/dev/urandom of=/srv/db bs=1M count=8"); vm.power_cut(); vm.start()``
+        """
+        __tracebackhide__ = True
+        self._power.cut()
+
+    def pause(self) -> None:
+        """Stops the processors. Until `resume` no command can be run, and the guest's clock stands still.
+
+        Raises:
+            MachineError: It is off.
+
+        Example:
+            ``vm.pause(); time.sleep(5); vm.resume()``
+        """
+        self._power.pause()
+
+    def resume(self) -> None:
+        """Lets the processors run on; the guest's clock is behind by the time of the pause.
+
+        Raises:
+            MachineError: It is off.
+        """
+        self._power.resume()
+
+    def snapshot(self, name: str) -> Pack:
+        """Writes the running machine down, RAM and disk, and lets it go on; it stands still for about a second.
+
+        Args:
+            name: What people call it.
+
+        Returns:
+            What `restore` takes, and `vm_factory` as a source. Its files, in `path`, are gone with the machine.
+
+        Raises:
+            CatalogError: There was no room for it. The machine goes on, and nothing is left of it.
+            MachineError: The machine is off or paused, or its guest has no Python 3, which wakes it after a restore.
+
+        Example:
+            ``before = vm.snapshot("before"); vm.exec("rm -rf /srv"); vm.restore(before)``
+        """
+        __tracebackhide__ = True
+        return self._power.snapshot(name)
+
+    def restore(self, pack: Pack | None = None) -> None:
+        """Takes the machine back to a snapshot, as often as one likes: its memory, its disk and what ran. Its clock is right.
+
+        It may be off, paused or have died. What led to it from the host, such as `forward`, does so again.
+
+        Args:
+            pack: What `snapshot` returned; without, the machine is as fresh as it was given to the test.
+
+        Raises:
+            CatalogError: The snapshot is gone with the machine that it was made of.
+            SpecError: The snapshot is of a machine with other processors or memory.
+            MachineError: It could not be restored, and the machine is off.
+
+        Example:
+            ``vm.restore()``
+        """
+        __tracebackhide__ = True
+        self._power.restore(pack)
+
+    def close(self) -> None:
+        """Ends it for good; who made it calls this."""
+        self._power.stop()
+
+    def _deadline(self, timeout: float | None) -> Deadline | None:
+        return None if timeout is None else Deadline(timeout * self._factor)
 
     # -- the host's side -------------------------------------------------------------------------------------------------------------
 
@@ -644,7 +822,8 @@ class Machine:
         """Writes an OpenSSH configuration in which the machine goes by its name, and returns its path.
 
         With it `ssh`, `scp`, `sftp`, `rsync`, Ansible and what else builds on OpenSSH log in as root, with the machine's own key and only
-        if it shows its own host key. All files are private, and go with the machine. The port is another one after a restart: ask again.
+        if it shows its own host key. All files are private, and go with the machine. It holds for the machine's life, unless another
+        program takes its port while it is off: ask again then.
 
         Example:
             ``subprocess.run(["rsync", "-a", "-e", f"ssh -F {vm.ssh_config()}", "site/", f"{vm.name}:/srv/"], check=True)``
@@ -674,7 +853,7 @@ class Machine:
             MachineError: There is no terminal here, the backend offers none, or the guest cannot be reached.
         """
         deadline = Deadline(_LOGIN_TIME * self._factor)
-        channel = self._instance.channel(deadline=deadline, bulk=True)
+        channel = self._power.bulk_channel(deadline)
         if not isinstance(channel, Terminals):
             raise self._lacking("offers no terminals")
         return attach(channel, user=user or self.spec.user, stdin=stdin, stdout=stdout, seconds=deadline.seconds)

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 import cattrs
 
 from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
-from pytest_vmbottle.errors import CatalogError, PackCorrupt
-from pytest_vmbottle.spec import digest
+from pytest_vmbottle.backend import Start
+from pytest_vmbottle.errors import CatalogError, PackCorrupt, SpecError
+from pytest_vmbottle.spec import BOOT, MachineSpec, digest
 
-__all__ = ["FORMAT", "Manifest", "Pack", "check_parent", "children_first", "find", "prunable", "read", "scan", "seal", "sizes"]
+__all__ = ["FORMAT", "Manifest", "Pack", "Snapshot", "check_parent", "children_first", "find", "prunable", "read", "scan", "seal", "sizes"]
 
 FORMAT = 1
 """Version of the manifest: packs of another are not read, and their keys differ."""
@@ -110,6 +112,50 @@ class Pack:
             path = self.path / name
             if path.is_symlink() or not path.is_file() or sparse_digest(path) != expected:
                 raise PackCorrupt(f"{label} is damaged: {name} is not what was published")
+
+
+@attrs.frozen(kw_only=True)
+class Snapshot(Pack):
+    """A pack made of a machine in the middle of a test; it is in that machine's folder, and gone with it.
+
+    Attributes:
+        spec: What the machine is.
+        start: How one like it is started from this.
+    """
+
+    spec: MachineSpec = attrs.field(repr=False)
+    start: Start = attrs.field(repr=False)
+
+    def of(self, **keywords: Any) -> MachineSpec:
+        """What a machine started from this is: as the one it was made of, but for what does not matter to what has booted.
+
+        Raises:
+            CatalogError: The snapshot is gone.
+            SpecError: A keyword makes no sense, or decides what a guest boots with.
+        """
+        self.check()
+        spec = attrs.evolve(self.spec, **{"env": dict(self.spec.env), "files": dict(self.spec.files), **keywords})
+        self.check_fits(spec)
+        return spec
+
+    def check_fits(self, spec: MachineSpec) -> None:
+        """Sees that a machine is one that this can be restored as.
+
+        Raises:
+            SpecError: It is another one.
+        """
+        if spec.boot_digest() != self.spec.boot_digest():
+            differs = ", ".join(sorted(key for key in BOOT if getattr(spec, key) != getattr(self.spec, key)))
+            raise SpecError(f"the snapshot {self.manifest.name!r} is of a machine with another {differs} than {spec.name}")
+
+    def check(self) -> None:
+        """Sees that it is still there, with all that it stands on.
+
+        Raises:
+            CatalogError: It is gone.
+        """
+        if not all(path.exists() for path in (self.start.seed, *(disk.path for disk in self.start.disks))):
+            raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it lives as long as the machine that it was made of")
 
 
 def read(path: Path) -> Pack:

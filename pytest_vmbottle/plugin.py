@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import attrs
 import pytest
@@ -20,13 +21,15 @@ from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
 from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_keywords, digest
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.backend import Backend
+    from pytest_vmbottle.backend import Backend, Start
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.packs import Snapshot
     from pytest_vmbottle.provision import Provisioner
 
 _SHARED = ("session_vm", "module_vm", "class_vm")
+_RESET = "_vm_reset"
 _FIXTURES = (*_SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
 
 # -- options ---------------------------------------------------------------------------------------------------------------------------
@@ -236,6 +239,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Refuses wrong marks, all of them at once, before anything runs."""
     session = config.stash[_SESSION]
     for item in items:
+        _plan_reset(item)
         if item.get_closest_marker("vm") is not None:
             try:
                 _plans(item)
@@ -247,6 +251,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not hasattr(config, "workerinput"):
         raise session.misuse()
     items.clear()  # xdist takes a usage error in a worker for a crash: its controller raises it, see pytest_sessionfinish
+
+
+def _plan_reset(item: pytest.Item) -> None:
+    """Has a test that uses a shared machine look whether it is to be fresh, as soon as the machine is there."""
+    names: list[str] = getattr(item, "fixturenames", [])
+    shared = [index for index, name in enumerate(names) if name in _SHARED]
+    if shared and _RESET not in names:
+        names.insert(shared[-1] + 1, _RESET)
 
 
 def _uses_machine(item: pytest.Item) -> bool:
@@ -315,6 +327,7 @@ class _Session:
         self.tallies: list[dict[str, float]] = []
         self.machines: list[Machine] = []
         self.blamed: set[str] = set()
+        self._used: WeakSet[Machine] = WeakSet()
 
     @property
     def catalog(self) -> Catalog:
@@ -355,6 +368,13 @@ class _Session:
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
+
+    def freshen(self, machine: Machine) -> None:
+        """Takes a shared machine that an earlier test had back to where it began, if its spec says so."""
+        if machine.spec.reset == "test" and machine in self._used:
+            machine.restore()
+            self.blamed.discard(machine.id)
+        self._used.add(machine)
 
     def say(self, line: str) -> None:
         """Writes a line to the terminal at once, also from a worker, whatever is being captured."""
@@ -576,10 +596,14 @@ def vm(vms: dict[str, Machine]) -> Machine:
 
 @pytest.fixture
 def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Callable[..., Machine]]:
-    """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first."""
+    """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
     with ExitStack() as stack:
 
-        def make(source: Source | MachineSpec, **keywords: Any) -> Machine:
+        def make(source: Source | MachineSpec | Snapshot, **keywords: Any) -> Machine:
+            from pytest_vmbottle.packs import Snapshot
+
+            if isinstance(source, Snapshot):
+                return _enter(request, stack, source.of(**keywords), source.start)
             if isinstance(source, MachineSpec):
                 spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
             else:
@@ -614,10 +638,17 @@ def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
     yield from _shared(request, vm_defaults)
 
 
-def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec) -> Machine:
+@pytest.fixture
+def _vm_reset(request: pytest.FixtureRequest) -> None:
+    for name in _SHARED:
+        if name in request.fixturenames:
+            request.config.stash[_SESSION].freshen(request.getfixturevalue(name))
+
+
+def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec, start: Start | None = None) -> Machine:
     session = request.config.stash[_SESSION]
     try:
-        machine = stack.enter_context(session.provisioner(spec.backend).machine(spec))
+        machine = stack.enter_context(session.provisioner(spec.backend).machine(spec, start=start))
     except BackendUnavailable as error:
         missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
         if missing == "fail":

@@ -39,6 +39,7 @@ from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, Mach
 from pytest_vmbottle.images import DeclaredImage, Image, ImageStore
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.packs import Manifest, Pack
+from pytest_vmbottle.power import Supply
 from pytest_vmbottle.seed import write_seed
 from pytest_vmbottle.spec import BOOT, Layer, MachineSpec, digest, host_arch
 
@@ -159,8 +160,12 @@ class Provisioner:
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def machine(self, spec: MachineSpec) -> Iterator[Machine]:
+    def machine(self, spec: MachineSpec, *, start: Start | None = None) -> Iterator[Machine]:
         """A running, ready machine for the length of a block.
+
+        Args:
+            spec: What it is.
+            start: What it starts from, where that is no pack of the catalog.
 
         Raises:
             SpecError: This host is too small for it.
@@ -170,7 +175,7 @@ class Provisioner:
         """
         began = time.monotonic()
         _check_fits(spec)
-        started = self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
+        started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
         with started as machine:
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
@@ -226,19 +231,41 @@ class Provisioner:
     @contextmanager
     def _launched(self, spec: MachineSpec, start: Start) -> Iterator[Machine]:
         machine_id = f"{spec.name}-{secrets.token_hex(4)}"
-        deadline = Deadline(self._patience(spec))
         with self._catalog.rundir(machine_id) as rundir:
-            with self._explained():
-                instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
+            machine = self._furnish(spec, start, rundir, Deadline(self._patience(spec)))
             try:
-                channel = instance.channel(deadline=deadline)
-                if start.saved is None:
-                    self._await_boot(instance, channel, spec, deadline)
-                else:
-                    self.tally.poured += 1
-                yield Machine(instance, spec, id=machine_id, backend=self._name, channel=channel, factor=self._settings.timeout_factor)
+                yield machine
             finally:
-                instance.stop()
+                machine.close()
+
+    def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> Machine:
+        """Starts a machine in a folder and gives it what it can be started again with."""
+        instance, channel = self._launch(spec, start, rundir, deadline)
+        supply = Supply(
+            start=start,
+            folder=rundir,
+            patience=self._patience(spec),
+            launch=lambda source, deadline: self._launch(spec, source, rundir, deadline),
+            await_boot=lambda instance, channel, deadline: self._await_boot(instance, channel, spec, deadline),
+            image=self._image(spec).sha256,
+            backend=self._label(spec),
+        )
+        factor = self._settings.timeout_factor
+        return Machine(instance, spec, id=rundir.name, backend=self._name, channel=channel, factor=factor, supply=supply)
+
+    def _launch(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> tuple[Instance, Channel]:
+        with self._explained():
+            instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
+        try:
+            channel = instance.channel(deadline=deadline)
+            if start.saved is None:
+                self._await_boot(instance, channel, spec, deadline)
+            elif not start.building:
+                self.tally.poured += 1
+        except BaseException:
+            instance.stop()
+            raise
+        return instance, channel
 
     def _await_boot(self, instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
         if self._image(spec).readiness == "cloud-init":
@@ -250,8 +277,9 @@ class Provisioner:
         factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if self._image(spec).prepared else _FOREIGN_FACTOR)
         return spec.timeout * self._settings.timeout_factor * factor
 
-    def _runs_by(self, spec: MachineSpec) -> str:
-        return self.capabilities.accelerator if spec.arch == host_arch() else f"{spec.arch} emulated"
+    def _label(self, spec: MachineSpec) -> str:
+        able = self.capabilities
+        return f"{self._name} {able.version} {able.accelerator if spec.arch == host_arch() else f'{spec.arch} emulated'}"
 
     def _kind(self) -> PackKind:
         return self._fallback or self.capabilities.pack_kind
@@ -397,7 +425,7 @@ class Provisioner:
                 parent=parent.key if parent else None,
                 parent_seal=parent.seal if parent else "",
                 image=plan.image.sha256,
-                backend=f"{self._name} {self.capabilities.version} {self._runs_by(plan.spec)}",
+                backend=self._label(plan.spec),
                 memory=plan.spec.memory,
                 disk_size=start.disk_size,
             )
@@ -410,22 +438,15 @@ class Provisioner:
         """Runs a machine, has the step done to it, and saves it; as what kind of pack."""
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
         with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
-            instance = self._backend.launch(plan.spec, source=start, rundir=rundir, deadline=deadline)
+            machine = self._furnish(plan.spec, start, rundir, Deadline(self._patience(plan.spec)))
             try:
-                ready = Deadline(self._patience(plan.spec))
-                channel = instance.channel(deadline=ready)
-                if start.saved is None:
-                    self._await_boot(instance, channel, plan.spec, ready)
                 if not plan.steps and plan.spec.network:
-                    self._equip(plan, channel)
+                    self._equip(plan, machine.instance.channel(deadline=deadline))
                 if plan.steps:
-                    machine = Machine(
-                        instance, plan.spec, id=rundir.name, backend=self._name, channel=channel, factor=self._settings.timeout_factor
-                    )
                     self._do(plan.steps[-1], machine)
-                return self._save(instance, plan, staged, deadline)
+                return self._save(machine.instance, plan, staged, deadline)
             finally:
-                instance.stop()
+                machine.close()
 
     def _save(self, instance: Instance, plan: _Plan, staged: Path, deadline: Deadline) -> PackKind:
         try:

@@ -29,7 +29,7 @@ Content = str | bytes | Path
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, memory='1G', disk=None, display=False, network=False, ports=(), "
-    "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', timeout=120, panic='fail')"
+    "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
 PREPARATION = frozenset({"packages", "files", "run"})
@@ -161,6 +161,14 @@ def _fresh(value: object) -> Literal["restore", "boot"]:
     if value == "boot":
         return "boot"
     raise _fail("fresh", value, "takes 'restore' (pour a pack) or 'boot' (boot cold)")
+
+
+def _reset(value: object) -> Literal["none", "test"]:
+    if value == "none":
+        return "none"
+    if value == "test":
+        return "test"
+    raise _fail("reset", value, "takes 'none', or 'test' (a shared machine is fresh again for each test)")
 
 
 def _panic(value: object) -> Literal["fail", "expected"]:
@@ -362,6 +370,7 @@ class MachineSpec:
     env: tuple[tuple[str, str], ...] = attrs.field(factory=dict, converter=_env)
     user: str = attrs.field(default="root", converter=_user)
     fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
+    reset: Literal["none", "test"] = attrs.field(default="none", converter=_reset)
     timeout: float = attrs.field(default=120.0, converter=_timeout)
     panic: Literal["fail", "expected"] = attrs.field(default="fail", converter=_panic)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start
-from pytest_vmbottle.console import kernel_trouble
+from pytest_vmbottle.backend import Capabilities, Channel, Command, Console, Finished, Instance, PackKind, Start, State
+from pytest_vmbottle.console import Cursor, kernel_trouble
 from pytest_vmbottle.errors import GuestPanic, LaunchError
 from pytest_vmbottle.spec import MachineSpec, digest
 
@@ -98,9 +98,14 @@ class FakeInstance:
         self._backend = backend
         self._strict = spec is None or spec.panic == "fail"
         self._log = rundir / "console.log"
+        self._cursor = Cursor(self._log)
+        self._cursor.read()  # what an earlier instance of the same machine has said
+        self._said = b""
         self.console = Console(self._log, ended=lambda: not self.running)
         self.pid = os.getpid()
         self.running = True
+        self._paused = False
+        self.forwards: dict[int, int] = {}
 
     @property
     def exitcode(self) -> int | None:
@@ -110,7 +115,8 @@ class FakeInstance:
     @property
     def panic(self) -> str | None:
         """The first line of its console that a kernel in trouble would write."""
-        return next(iter(kernel_trouble(self.console.text.encode())), None)
+        self._said += self._cursor.read()
+        return next(iter(kernel_trouble(self._said)), None)
 
     def alive(self) -> None:
         """Raises `GuestPanic` for such a line, unless the spec expects one."""
@@ -134,15 +140,42 @@ class FakeInstance:
 
     def pause(self) -> None:
         """Notes it."""
+        self._paused = True
         self._note("paused")
 
     def resume(self) -> None:
         """Notes it."""
+        self._paused = False
         self._note("resumed")
 
     def reset(self) -> None:
         """Notes it."""
         self._note("reset")
+
+    def state(self) -> State:
+        """What was done to it last."""
+        return State.OFF if not self.running else State.PAUSED if self._paused else State.RUNNING
+
+    def shut_down(self, *, deadline: Deadline) -> bool:  # noqa: ARG002
+        """Ends it."""
+        self._note("shut down")
+        self.stop()
+        return True
+
+    def reboot(self, *, deadline: Deadline) -> bool:  # noqa: ARG002
+        """Notes it; what the handler says to `cat /proc/sys/kernel/random/boot_id` has to change meanwhile."""
+        self._note("rebooted")
+        return True
+
+    def cut(self) -> None:
+        """Ends it."""
+        self._note("cut")
+        self.stop()
+
+    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:  # noqa: ARG002
+        """Writes files that have the right names and no meaning."""
+        for name in ("disk.qcow2", "empty.qcow2", "state.bin"):
+            (dest / name).write_text(secrets.token_hex(16))
 
     def stop(self) -> None:
         """Ends it; may be called again."""
@@ -190,5 +223,6 @@ class FakeBackend:
         if self.broken:
             raise LaunchError(self.broken, machine=spec.name)
         self.launched.append(source)
-        (rundir / "console.log").write_text(f"{spec.name} started\n")
+        with (rundir / "console.log").open("a") as console:
+            console.write(f"{spec.name} started\n")
         return FakeInstance(self, rundir, spec=spec)

@@ -138,3 +138,15 @@ def test_two_copies_take_turns(monitor: Monitor) -> None:
     place = port(monitor)
     with plug(place), pytest.raises(NotPlugged, match="another copy"), place.disk(8, serial="y", writable=False, deadline=Deadline(0.05)):
         pytest.fail("both have the port")
+
+
+def test_a_port_that_is_reserved_is_empty_and_no_copy_gets_it(monitor: Monitor) -> None:
+    place = port(monitor)
+    monitor.releases = False
+    with plug(place):
+        pass
+    monitor.releases = True
+    with place.reserved(Deadline(5)):
+        assert monitor.left == NOTHING
+        with pytest.raises(NotPlugged, match="another copy"), place.disk(8, serial="y", writable=False, deadline=Deadline(0.05)):
+            pytest.fail("it was plugged in")

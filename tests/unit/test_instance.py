@@ -68,3 +68,13 @@ def test_after_a_reset_only_what_is_said_then_counts(tmp_path: Path) -> None:
     with console.open("ab") as guest:
         guest.write(b"(initramfs)")
     assert watch.look().stuck == "its initial RAM disk gave up and waits at a prompt"
+
+
+def test_what_an_earlier_machine_said_on_the_same_console_does_not_count(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    console.write_bytes(b"[   2.0] Kernel panic - not syncing: x\nYou are in emergency mode.\n")
+    watch = _Watch(console)
+    assert (watch.look().trouble, watch.is_over, watch.stuck) == (None, False, None)
+    with console.open("ab") as guest:
+        guest.write(b"[   3.0] BUG: new\n")
+    assert watch.look().trouble == "BUG: new"

@@ -34,20 +34,30 @@ class DiskPort:
         self._files: int | None = None
 
     @contextmanager
-    def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> Iterator[Callable[[], int]]:
-        """Plugs a disk in, and out again at the end (see `Hotplug.disk`)."""
+    def reserved(self, deadline: Deadline) -> Iterator[None]:
+        """Waits until nobody uses the port, and keeps others from it for the length of a block, in which it is empty at first.
+
+        Raises:
+            NotPlugged: There is still a disk.
+        """
         if not self._lock.acquire(timeout=deadline.remaining):
             raise NotPlugged("another copy holds the machine's port for a disk")
         try:
             if not self.empty():
                 raise NotPlugged("the guest has not let go of the disk that was plugged in before")
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> Iterator[Callable[[], int]]:
+        """Plugs a disk in, and out again at the end (see `Hotplug.disk`)."""
+        with self.reserved(deadline):
             try:
                 self._plug(file, serial, writable=writable)
                 yield self._moved
             finally:
                 self.empty()
-        finally:
-            self._lock.release()
 
     def _plug(self, file: int, serial: str, *, writable: bool) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -18,9 +19,10 @@ import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Chord, Command, NotPlugged, PackKind, SshAccess, Start, Unwakeable
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Chord, Command, NotPlugged, PackKind, SshAccess, Start, State, Unwakeable
 from pytest_vmbottle.backends.qemu import controls
 from pytest_vmbottle.backends.qemu.command_line import NIC, Emulator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
@@ -40,6 +42,9 @@ _LATE = 60.0
 """Seconds that an agent which is installed may start later than the guest lets us in by SSH; else it is not going to be started."""
 _SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
 _CONSOLE = "console.log"
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_FULL = 1 << 20
+"""Bytes that a disk which has no room for a state may still have free."""
 
 
 @attrs.frozen(kw_only=True)
@@ -76,6 +81,7 @@ class Parts:
     qmp: Qmp
     lines: Lines
     recorder: Recorder
+    watch: _Watch
     ram: Ram
     rundir: Path
 
@@ -89,7 +95,7 @@ class QemuInstance:
         self._process, self._qmp, self._ram, self._rundir = parts.process, parts.qmp, parts.ram, parts.rundir
         self.console = Console(parts.rundir / _CONSOLE, ended=lambda: self._process.exitcode is not None)
         self._recorder = parts.recorder
-        self._watch = _Watch(parts.rundir / _CONSOLE)
+        self._watch = parts.watch
         self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
         self._waker = Waker(parts.lines.waker)
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
@@ -97,6 +103,7 @@ class QemuInstance:
         self._agent_due: Deadline | None = None
         self._ssh: SshChannel | None = None
         self._lock = threading.RLock()
+        self._forwards = Forwards(self._monitor)
 
     @property
     def pid(self) -> int:
@@ -200,21 +207,19 @@ class QemuInstance:
 
     def forward(self, port: int) -> tuple[str, int]:
         """The address on 127.0.0.1 that leads to a TCP port of the guest; the kernel chooses its number."""
-        with self._lock:
-            found = self._forwarded(port)
-            if found is None:
-                self._monitor(f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}")
-                found = self._forwarded(port)
+        found = self._forwards.find(port)
         if found is None:
             raise MachineError(f"QEMU did not forward the guest's port {port}", machine=self._spec.name)
         return "127.0.0.1", found
 
-    def _forwarded(self, port: int) -> int | None:
-        for line in self._monitor("info usernet").splitlines():
-            match = re.match(r"\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s", line)
-            if match and int(match[2]) == port:
-                return int(match[1])
-        return None
+    @property
+    def forwards(self) -> Mapping[int, int]:
+        """The host's ports that somebody was told of, by the guest's."""
+        return dict(self._forwards.told)
+
+    def keep_forwards(self) -> None:
+        """Has the same ports of the host lead to the guest as when the machine ran before."""
+        self._forwards.keep(self._source.forwards)
 
     def _monitor(self, line: str) -> str:
         with self._asked(f"to {line}"):
@@ -283,27 +288,104 @@ class QemuInstance:
         self._has_agent = None  # whoever built on this machine may have installed it, or taken it away
         channel = self.channel(deadline=deadline)
         channel.run(Command(argv=("sync",), env=(("PATH", GUEST_PATH),)), deadline=deadline)
-        if not self._disk_port.empty():
-            raise Unwakeable(
-                "the guest holds on to a disk that was plugged in for a copy, which no restored machine has", machine=self._spec.name
-            )
-        nonce = self._waker.freeze(channel, deadline=deadline)
-        self.pause()
-        with _open(dest / _STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL):
-            self._migrate("migrate", dest / _STATE, kind, deadline)
-        self._end()
+        with self._nothing_plugged(deadline):
+            nonce = self._waker.freeze(channel, deadline=deadline)
+            self.pause()
+            with _open(dest / _STATE, _NEW):
+                self._migrate("migrate", dest / _STATE, kind, deadline)
+            self._end()
         if kind is PackKind.TEMPLATE:
-            with _open(dest / _RAM, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            with _open(dest / _RAM, _NEW) as file:
                 copy_sparse(self._ram.fd, file)
         _Saved(kind=kind, nonce=nonce, agent=bool(self._has_agent)).write(dest)
 
-    def _shut_down(self, deadline: Deadline) -> None:
+    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
+        """Writes the machine into a folder, all of its RAM in its state; it goes on (see `Snapshots`)."""
+        with self._nothing_plugged(deadline):
+            nonce = self._waker.freeze(self.channel(deadline=deadline), deadline=deadline)
+            try:
+                self._write_down_paused(dest, deadline)
+            except QmpFailed as error:
+                self._process.wait(Deadline(0.5))
+                self.alive()
+                raise OSError(errno.ENOSPC if _is_full(dest) else errno.EIO, str(error)) from error
+            self._waker.wake(nonce, deadline=deadline)
+        _make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
+        _Saved(kind=PackKind.STREAM, nonce=nonce, agent=bool(self._has_agent)).write(dest)
+
+    @contextmanager
+    def _nothing_plugged(self, deadline: Deadline) -> Iterator[None]:
+        """No disk is plugged in for a copy meanwhile."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._disk_port.reserved(deadline))
+            except NotPlugged as error:
+                raise Unwakeable(f"{error}, which no restored machine has", machine=self._spec.name) from error
+            yield
+
+    def _write_down_paused(self, dest: Path, deadline: Deadline) -> None:
+        self.pause()
+        try:
+            self._write_down(dest, deadline)
+        finally:
+            self.resume()  # after a migration, this also gives QEMU its disks back
+
+    def _write_down(self, dest: Path, deadline: Deadline) -> None:
+        with _open(dest / _STATE, _NEW):
+            self._migrate("migrate", dest / _STATE, PackKind.STREAM, deadline)
+        with _open(self._rundir / "disk.qcow2", os.O_RDONLY) as disk, _open(dest / "disk.qcow2", _NEW) as copy:
+            copy_sparse(disk, copy)
+
+    def state(self) -> State:
+        """What the machine is doing: off if QEMU ended by itself without complaint."""
+        try:
+            self.alive()
+            paused = self._qmp.execute("query-status", deadline=Deadline(_GRACE))["status"] == "paused"
+        except MachineDied:
+            return State.OFF if self._process.exitcode == 0 else State.DIED
+        except QmpFailed:  # it is just ending
+            return State.OFF if self._process.wait(Deadline(_GRACE)) == 0 else State.DIED
+        return State.PAUSED if paused else State.RUNNING
+
+    def shut_down(self, *, deadline: Deadline) -> bool:
+        """Has the guest power itself off in order; whether it had by the deadline."""
+        self._ask_to("poweroff", deadline)
+        while self._process.wait(Deadline(min(0.5, deadline.remaining))) is None and not deadline.expired:
+            self._check_lost()
+        return self._process.exitcode is not None
+
+    def reboot(self, *, deadline: Deadline) -> bool:
+        """Has the guest reboot in order, and forgets the channels; whether it had begun anew by the deadline."""
+        before = self._qmp.resets
+        self._ask_to("reboot", deadline)
+        while self._qmp.resets == before:
+            if self._process.wait(Deadline(min(0.1, deadline.remaining))) is not None or deadline.expired:
+                return False
+            self._check_lost()
+        with self._lock:
+            self._has_agent = self._agent_due = None
+            self._log_out()
+        self._forget_trouble()
+        return True
+
+    def _ask_to(self, program: str, deadline: Deadline) -> None:
         channel = self.channel(deadline=deadline)
+        script = f"sync; (sleep 0.5; {program}) >/dev/null 2>&1 </dev/null &"
         with suppress(MachineError):  # the channel may be cut before it has answered
-            channel.run(Command(argv=("/bin/sh", "-c", "sync; (sleep 0.5; poweroff) >/dev/null 2>&1 </dev/null &")), deadline=deadline)
-        ended = self._process.wait(deadline)
+            channel.run(Command(argv=("/bin/sh", "-c", script), env=(("PATH", GUEST_PATH),)), deadline=deadline)
+
+    def _check_lost(self) -> None:
+        if self.state() is State.DIED:
+            self.alive()
+
+    def cut(self) -> None:
+        """Kills QEMU, which loses what it had not handed to the host's kernel yet, as a disk loses its cache."""
+        self._process.kill()
+
+    def _shut_down(self, deadline: Deadline) -> None:
+        ended = self.shut_down(deadline=deadline)
         self._end()
-        if ended is None:
+        if not ended:
             raise MachineTimeout("the guest did not shut down, so its disk cannot be packed", machine=self._spec.name)
 
     def pause(self) -> None:
@@ -316,9 +398,12 @@ class QemuInstance:
 
     def reset(self) -> None:
         """Presses the reset button; what the kernel said before is forgotten."""
+        self._forget_trouble()
+        self._qmp.execute("system_reset", deadline=Deadline(_GRACE))
+
+    def _forget_trouble(self) -> None:
         self._watch.forget()
         self._qmp.forget("GUEST_PANICKED")
-        self._qmp.execute("system_reset", deadline=Deadline(_GRACE))
 
     def stop(self) -> None:
         """Asks QEMU to end, kills it if it does not, and frees what it held; may be called again."""
@@ -390,6 +475,7 @@ def _file(path: Path, spec: MachineSpec) -> int:
     if free < spec.memory:
         reason = f"memory has no room for {size} of RAM now, and {path.parent} has only {format_size(free)} for a file"
         raise MachineError(f"{reason}: {hint}", machine=spec.name)
+    path.unlink(missing_ok=True)  # from when the same machine ran before
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, spec.memory)
@@ -410,6 +496,7 @@ class _Watch:
 
     def __init__(self, path: Path) -> None:
         self._cursor = Cursor(path)
+        self._cursor.read()  # what is there already was said by an earlier instance of the same machine
         self._rest = b""
         self._lock = threading.Lock()
         self._clear()
@@ -455,10 +542,8 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
         LaunchError: QEMU did not start.
         MachineError: The saved state could not be restored, or the guest did not wake up.
     """
-    if source.saved is None or source.building:
-        _make_overlay(rundir / "disk.qcow2", source.disk_size, programs.img)
-    else:
-        shutil.copyfile(source.saved / "empty.qcow2", rundir / "disk.qcow2")
+    _lay_disk(source, rundir, programs.img)
+    watch = _Watch(rundir / _CONSOLE)
     with ExitStack() as undo:
         ram = Ram(spec, source, rundir)
         undo.callback(ram.close)
@@ -471,9 +556,10 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
             qmp = Qmp(lines.qmp, deadline=Deadline(min(_GRACE, deadline.remaining)))
         except QmpFailed as error:
             raise _not_launched(process, spec) from error
-        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, ram=ram, rundir=rundir)
+        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, watch=watch, ram=ram, rundir=rundir)
         instance = QemuInstance(spec, source, programs=programs, parts=parts)
         undo.callback(instance.stop)
+        instance.keep_forwards()
         if source.saved is not None:
             try:
                 instance.restore(source.saved, deadline=deadline)
@@ -482,6 +568,15 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
                 raise MachineError(f"the saved state cannot be restored: {error}\n{process.output}", machine=spec.name) from error
         undo.pop_all()
     return instance
+
+
+def _lay_disk(source: Start, rundir: Path, img: Path) -> None:
+    if source.kept:
+        return
+    if source.saved is None or source.building:
+        _make_overlay(rundir / "disk.qcow2", source.disk_size, img)
+    else:
+        shutil.copyfile(source.saved / "empty.qcow2", rundir / "disk.qcow2")
 
 
 def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Lines]:
@@ -542,6 +637,10 @@ def _signal_hint(status: int) -> str:
 def _has_agent_installed(ssh: SshChannel) -> bool:
     script = "command -v qemu-ga >/dev/null"
     return ssh.run(Command(argv=("sh", "-c", script), env=(("PATH", GUEST_PATH),)), deadline=Deadline(_GRACE)).returncode == 0
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < _FULL
 
 
 def _make_overlay(path: Path, size: int, img: Path) -> None:

@@ -13,7 +13,7 @@ import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.errors import VMBottleError
@@ -60,6 +60,16 @@ def in_background(function: Callable[[], _T]) -> _T:
     return asyncio.run_coroutine_threadsafe(call(), _loop()).result()
 
 
+class _Counter(EventListener):
+    """Counts events and keeps none, since a guest can cause them without end."""
+
+    count = 0
+
+    async def put(self, event: Message) -> None:
+        if self.accept(event):
+            self.count += 1
+
+
 class Qmp:
     """A connection to the monitor of one QEMU process."""
 
@@ -72,6 +82,8 @@ class Qmp:
         self._events = EventListener(("MIGRATION", "GUEST_PANICKED", "BLOCK_IO_ERROR"))
         self._client.register_listener(self._events)
         self._forgotten: dict[str, int] = {}
+        self._resets = _Counter("RESET")
+        self._client.register_listener(self._resets)
         self._guard(self._client.connect(sock), deadline, "the greeting")
 
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
@@ -111,6 +123,7 @@ class Qmp:
         Raises:
             QmpFailed: It was not completed.
         """
+        self._events.clear()  # what came of an earlier one
         wanted = [{"capability": name, "state": state} for name, state in capabilities.items()]
         self.execute("migrate-set-capabilities", capabilities=wanted, deadline=deadline)
         self.execute("migrate-set-parameters", max_bandwidth=_PACE, deadline=deadline)
@@ -155,6 +168,11 @@ class Qmp:
     def forget(self, event: str) -> None:
         """What has come of this event so far is not `seen` any more."""
         self._forgotten[event] = len(self._events.history)
+
+    @property
+    def resets(self) -> int:
+        """How many times the machine was reset."""
+        return self._resets.count
 
     def close(self) -> None:
         """Ends the connection; QEMU runs on. May be called again."""
