@@ -79,7 +79,8 @@ def test_a_screenshot_is_a_png_of_what_the_screen_shows(vm: Machine, tmp_path: P
     assert 2 <= len(colours) < 20
     vm.exec(r"printf '\033[41m\033[2J' > /dev/tty1")
     vm.wait_until(lambda: pixels(vm.screenshot(after).read_bytes())[2] != colours)
-    assert b"\xaa\x00\x00" in pixels(after.read_bytes())[2]
+    # The card's colours have six bits, and QEMU may fill up the other two.
+    assert any(colour[0] & 0xFC == 0xA8 and colour[1:] == b"\0\0" for colour in pixels(after.read_bytes())[2])
 
 
 def test_a_paused_machine_shows_its_screen_and_takes_no_keys(vm: Machine, tmp_path: Path) -> None:
