@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_vmbottle import MachineSpec
 from pytest_vmbottle.backend import Disk
-from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, Emulator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, LAN_PORT, SCRATCH_PORT, Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.dialect import Dialect
 
 WIRING = Wiring(
@@ -202,3 +202,14 @@ def test_a_machine_has_what_a_clone_needs_to_be_itself() -> None:
     assert "vmgenid,guid=auto" in devices
     assert "name=org.qemu.guest_agent.0" in devices
     assert "pvpanic-pci" in devices
+
+
+@pytest.mark.parametrize("arch", sorted(BOARDS))
+def test_every_machine_has_two_empty_ports_that_the_guest_can_tell_apart(arch: str) -> None:
+    emulator = attrs.evolve(EMULATOR, board=BOARDS[arch])
+    argv = command_line(emulator, MachineSpec(source="x", arch=arch), WIRING)
+    ports = [dict(part.split("=") for part in value.split(",")[1:]) for value in values(argv, "-device") if "pcie-root-port" in value]
+
+    assert [port["id"] for port in ports] == [SCRATCH_PORT, LAN_PORT]
+    assert len({port["chassis"] for port in ports}) == len({port["slot"] for port in ports}) == 2
+    assert not [value for value in values(argv, "-device") if f"bus={SCRATCH_PORT}" in value or f"bus={LAN_PORT}" in value]

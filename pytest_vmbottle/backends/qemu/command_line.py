@@ -15,10 +15,26 @@ from pytest_vmbottle.backend import GUEST_MAC, Disk
 from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["BOARDS", "FORMAT", "HVF", "KVM", "Accelerator", "Board", "Emulator", "Wiring", "command_line", "sandbox"]
+__all__ = [
+    "BOARDS",
+    "FORMAT",
+    "HVF",
+    "KVM",
+    "LAN_PORT",
+    "SCRATCH_PORT",
+    "Accelerator",
+    "Board",
+    "Emulator",
+    "Wiring",
+    "command_line",
+    "sandbox",
+]
 
-FORMAT = 2
+FORMAT = 3
 """Part of every fingerprint: packs made with another set of devices are not restored."""
+
+SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
+"""The empty PCI Express ports, each for one device that is plugged in while the machine runs: a disk, a network card."""
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -154,6 +170,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[
         *("-device", "virtio-rng-pci,rng=rng0,id=rng"),
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
+        *_ports(),
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
     ]
@@ -223,6 +240,14 @@ def _network(spec: MachineSpec) -> list[str]:
     return [
         *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
         *("-device", f"virtio-net-pci,netdev=net0,id=nic,mac={GUEST_MAC},romfile="),
+    ]
+
+
+def _ports() -> list[str]:
+    # Nothing can be plugged into the root bus itself while the machine runs. A port is known to the guest by its chassis and slot.
+    return [
+        *("-device", f"pcie-root-port,id={SCRATCH_PORT},chassis=1,slot=1"),
+        *("-device", f"pcie-root-port,id={LAN_PORT},chassis=2,slot=2"),
     ]
 
 
