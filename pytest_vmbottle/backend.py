@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ __all__ = [
     "GUEST_PATH",
     "MAX_OUTPUT",
     "Backend",
+    "Cabling",
     "Capabilities",
     "Channel",
     "Command",
@@ -303,6 +305,27 @@ class Forwarding(Protocol):
 
     def forward(self, port: int) -> tuple[str, int]:
         """The host's address and port that lead to the guest's port."""
+
+
+@runtime_checkable
+class Cabling(Protocol):
+    """An instance that can be given one more network card while it runs, for a private LAN."""
+
+    def plug_card(self, wire: socket.socket, *, mac: str) -> None:
+        """Plugs in a card whose frames are the datagrams of a socket; from now on its cable is the one that is cut where links are cut.
+
+        The caller may close its socket afterwards. It takes a moment until the guest sees the card.
+
+        Raises:
+            MachineError: It cannot be plugged in.
+        """
+
+    def unplug_card(self, *, deadline: Deadline) -> None:
+        """Takes it out again.
+
+        Raises:
+            MachineError: The guest did not let go of it by the deadline.
+        """
 
 
 class Backend(Protocol):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
@@ -12,6 +13,7 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, Finished, Forwarding, Instance
 from pytest_vmbottle.errors import CommandFailed, CommandTimeout, MachineError, MachineTimeout
 from pytest_vmbottle.guestpath import BULK, GuestPath
+from pytest_vmbottle.lan import Body, Lan, Place
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import MachineSpec
 
@@ -62,6 +64,7 @@ class Machine:
         self._instance = instance
         self._channel = channel
         self._factor = factor
+        self._place: Place | None = None
 
     @property
     def pid(self) -> int:
@@ -286,6 +289,45 @@ class Machine:
         if not isinstance(self._instance, Forwarding):
             raise MachineError(f"the backend {self.backend} does not forward ports", machine=self.name)
         return self._instance.forward(port)
+
+    # -- the private LAN -------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def on(self, lan: Lan) -> Iterator[None]:
+        """Has the machine on a private LAN for the length of a block; the fixtures see to it where the spec says `network="name"`."""
+        body = Body(instance=lambda: self._instance, channel=lambda: self._channel, factor=self._factor)
+        with lan.joined(self.name, body) as self._place:
+            try:
+                yield
+            finally:
+                self._place = None
+
+    @property
+    def address(self) -> str | None:
+        """Its IPv4 address on its private LAN; None if it is on none.
+
+        Example:
+            `vms["web"].exec(["ping", "-c1", vms["db"].address])`
+        """
+        return None if self._place is None else self._place.address
+
+    def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
+        """Makes the machine's cable to its private LAN a bad one, from now on and in both directions; `impair()` makes it good again.
+
+        Args:
+            delay: Seconds that each frame takes, up to 60: a round trip takes two of them longer.
+            loss: The probability that a frame is lost, from 0 to 1.
+
+        Raises:
+            MachineError: It is on no LAN.
+            ValueError: A number makes no sense.
+
+        Example:
+            `vms["db"].impair(delay=0.1, loss=0.2)`
+        """
+        if self._place is None:
+            raise MachineError('it is on no private LAN: put network="lan" into its mark', machine=self.name)
+        self._place.impair(delay=delay, loss=loss)
 
 
 def _environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
+    from pytest_vmbottle.lan import Lans
     from pytest_vmbottle.machine import Machine
     from pytest_vmbottle.provision import Provisioner
 
@@ -537,7 +538,18 @@ def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[s
 
 
 @pytest.fixture
-def vms(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any]) -> Iterator[dict[str, Machine]]:
+def _vm_lans() -> Iterator[Lans]:
+    """The private LANs of a test, which outlast its machines."""
+    from pytest_vmbottle.lan import Lans
+
+    with closing(Lans()) as lans:
+        yield lans
+
+
+@pytest.fixture
+def vms(
+    request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any], _vm_lans: Lans
+) -> Iterator[dict[str, Machine]]:
     """The test's machines by name, each fresh: one for each `name=` among its vm marks."""
     with ExitStack() as stack:
         primary = "vm" if "vm" in _vm_plan.wishes else next(iter(_vm_plan.wishes))
@@ -545,7 +557,7 @@ def vms(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, v
             name: vm_spec if name == primary else _resolve(request.config, wish, vm_defaults, request.node)
             for name, wish in _vm_plan.wishes.items()
         }
-        yield {name: _enter(request, stack, spec) for name, spec in specs.items()}
+        yield {name: _enter(request, stack, spec, _vm_lans) for name, spec in specs.items()}
 
 
 @pytest.fixture
@@ -555,7 +567,7 @@ def vm(vms: dict[str, Machine]) -> Machine:
 
 
 @pytest.fixture
-def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Callable[..., Machine]]:
+def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[Callable[..., Machine]]:
     """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first."""
     with ExitStack() as stack:
 
@@ -564,7 +576,7 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
                 spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
             else:
                 spec = _resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
-            return _enter(request, stack, spec)
+            return _enter(request, stack, spec, _vm_lans)
 
         yield make
 
@@ -594,10 +606,10 @@ def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
     yield from _shared(request, vm_defaults)
 
 
-def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec) -> Machine:
+def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec, lans: Lans | None = None) -> Machine:
     session = request.config.stash[_SESSION]
     try:
-        return stack.enter_context(session.provisioner(spec.backend).machine(spec))
+        return stack.enter_context(session.provisioner(spec.backend).machine(spec, lans=lans))
     except BackendUnavailable as error:
         missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
         if missing == "fail":

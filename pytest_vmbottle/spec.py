@@ -37,6 +37,7 @@ PREPARATION = frozenset({"packages", "files", "run"})
 BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "user_data"})
 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+_HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -104,12 +105,11 @@ def _arch(value: object) -> str:
     return arch
 
 
-def _network(value: object) -> bool:
-    if isinstance(value, str):
-        raise _fail("network", value, "private networks cannot be made yet: use True (NAT) or False (forwarded ports only)")
-    if not isinstance(value, bool):
-        raise _fail("network", value, "takes True (NAT) or False (forwarded ports only)")
-    return value
+def _network(value: object) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and _NAME_PATTERN.fullmatch(value)):
+        return value
+    takes = "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _"
+    raise _fail("network", value, takes)
 
 
 def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
@@ -336,7 +336,7 @@ class MachineSpec:
     cpus: int = attrs.field(default=1, converter=_cpus)
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
-    network: bool = attrs.field(default=False, converter=_network)
+    network: bool | str = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
@@ -346,6 +346,23 @@ class MachineSpec:
     user: str = attrs.field(default="root", converter=_user)
     fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
     timeout: float = attrs.field(default=120.0, converter=_timeout)
+
+    def __attrs_post_init__(self) -> None:
+        """Checks what concerns several keywords."""
+        if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
+            raise _fail(
+                "name", self.name, f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes"
+            )
+
+    @property
+    def nat(self) -> bool:
+        """Whether the guest reaches the host's network."""
+        return self.network is True
+
+    @property
+    def lan(self) -> str | None:
+        """The private LAN that it is on, if any."""
+        return self.network if isinstance(self.network, str) else None
 
     @classmethod
     def resolve(cls, source: Source, keywords: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> MachineSpec:

@@ -20,6 +20,7 @@ from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start
 from pytest_vmbottle.backends.qemu.command_line import Emulator, Wiring, command_line
+from pytest_vmbottle.backends.qemu.lan_card import plug_card, unplugged
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
@@ -194,6 +195,19 @@ class QemuInstance:
 
     def _monitor(self, line: str) -> str:
         return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
+
+    def plug_card(self, wire: socket.socket, *, mac: str) -> None:
+        """Plugs a card for a private LAN into the port that is free for it (see `Cabling.plug_card`)."""
+        try:
+            plug_card(self._qmp, wire, mac=mac)
+        except QmpFailed as error:
+            self.alive()
+            raise MachineError(f"QEMU does not plug in a network card: {error}", machine=self._spec.name) from error
+
+    def unplug_card(self, *, deadline: Deadline) -> None:
+        """Takes it out again (see `Cabling.unplug_card`)."""
+        if not deadline.poll(lambda: unplugged(self._qmp), every=0.2, first=0.05):
+            raise MachineError("the guest does not let go of its second network card", machine=self._spec.name)
 
     def restore(self, folder: Path, *, deadline: Deadline) -> None:
         """Loads what `save` wrote, lets it run, and wakes the guest."""
