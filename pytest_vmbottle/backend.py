@@ -300,14 +300,6 @@ class Instance(Protocol):
 
 
 @runtime_checkable
-class Forwarding(Protocol):
-    """An instance that can make a guest's TCP port reachable from the host."""
-
-    def forward(self, port: int) -> tuple[str, int]:
-        """The host's address and port that lead to the guest's port."""
-
-
-@runtime_checkable
 class Cabling(Protocol):
     """An instance that can be given one more network card while it runs, for a private LAN."""
 
@@ -326,6 +318,14 @@ class Cabling(Protocol):
         Raises:
             MachineError: The guest did not let go of it by the deadline.
         """
+
+
+@runtime_checkable
+class Forwarding(Protocol):
+    """An instance that can make a guest's TCP port reachable from the host."""
+
+    def forward(self, port: int) -> tuple[str, int]:
+        """The host's address and port that lead to the guest's port."""
 
 
 class Backend(Protocol):

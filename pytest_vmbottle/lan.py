@@ -87,7 +87,7 @@ class Place:
         self.address = str(address.ip)
         self.mac = "52:54:" + address.ip.packed.hex(":")
         self._lan, self._interface, self._body = lan, str(address), body
-        self._plugged: Instance | None = None
+        self._plugged: Cabling | None = None
         self._port: Port | None = None
         self._impairment = Impairment()
 
@@ -97,8 +97,12 @@ class Place:
         Raises:
             MachineError: The backend has no LANs, or the guest cannot be on one.
         """
+        instance = self._body.instance()
+        if not isinstance(instance, Cabling):
+            raise MachineError(f"its backend has no private LANs: {self.name!r} cannot have network={self._lan.name!r}", machine=self.name)
         self._script(_SPARE, self.mac)
-        self._plug()
+        if instance is not self._plugged:
+            self._plug(instance)
         self._script(_SETTLE, self.mac, self._interface, self.name, self._lan.hosts)
 
     def tell(self) -> None:
@@ -125,8 +129,9 @@ class Place:
         Raises:
             MachineError: The guest does not let go of it.
         """
-        if isinstance(self._plugged, Cabling) and self._plugged is self._body.instance():
-            self._plugged.unplug_card(deadline=Deadline(_SECONDS * self._body.factor))
+        instance = self._body.instance()
+        if isinstance(instance, Cabling) and instance is self._plugged:
+            instance.unplug_card(deadline=Deadline(_SECONDS * self._body.factor))
         self.leave()
 
     def leave(self) -> None:
@@ -135,18 +140,14 @@ class Place:
             self._lan.switch.disconnect(self._port)
         self._plugged = self._port = None
 
-    def _plug(self) -> None:
-        instance = self._body.instance()
-        if instance is self._plugged:
-            return
-        if not isinstance(instance, Cabling):
-            raise MachineError(f"its backend has no private LANs: {self.name!r} cannot have network={self._lan.name!r}", machine=self.name)
+    def _plug(self, instance: Cabling) -> None:
         self.leave()
         port, wire = self._lan.switch.connect()
         port.impairment = self._impairment
+        self._port = port
         with wire:
-            self._plugged, self._port = instance, port
             instance.plug_card(wire, mac=self.mac)
+        self._plugged = instance
 
     def _script(self, text: str, *words: str) -> None:
         command = Command(argv=("/bin/sh", "-c", text, "sh", *words), env=(("PATH", GUEST_PATH),))

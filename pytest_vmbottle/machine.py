@@ -296,7 +296,8 @@ class Machine:
     def on(self, lan: Lan) -> Iterator[None]:
         """Has the machine on a private LAN for the length of a block; the fixtures see to it where the spec says `network="name"`."""
         body = Body(instance=lambda: self._instance, channel=lambda: self._channel, factor=self._factor)
-        with lan.joined(self.name, body) as self._place:
+        with lan.joined(self.name, body) as place:
+            self._place = place
             try:
                 yield
             finally:

@@ -317,7 +317,7 @@ class MachineSpec:
         cpus: Virtual processors.
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
-        network: Whether the guest reaches the network (NAT); its forwarded ports are reached either way.
+        network: True for NAT, False for forwarded ports only, or the name of a private LAN that the machines of one test share.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
         files: Files written beforehand: guest path and content.
@@ -350,9 +350,7 @@ class MachineSpec:
     def __attrs_post_init__(self) -> None:
         """Checks what concerns several keywords."""
         if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
-            raise _fail(
-                "name", self.name, f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes"
-            )
+            raise _fail("name", self.name, f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes")
 
     @property
     def nat(self) -> bool:

@@ -125,6 +125,19 @@ class QemuInstance:
         tail = self.console.tail(30)
         return MachineDied(message + detail, machine=self._spec.name, console_tail=tail, argv=self.argv, exitcode=self._process.exitcode)
 
+    def plug_card(self, wire: socket.socket, *, mac: str) -> None:
+        """Plugs a card for a private LAN into the port that is free for it (see `Cabling.plug_card`)."""
+        try:
+            plug_card(self._qmp, wire, mac=mac)
+        except QmpFailed as error:
+            self.alive()
+            raise MachineError(f"QEMU does not plug in a network card: {error}", machine=self._spec.name) from error
+
+    def unplug_card(self, *, deadline: Deadline) -> None:
+        """Takes it out again (see `Cabling.unplug_card`)."""
+        if not deadline.poll(lambda: unplugged(self._qmp), every=0.2, first=0.05):
+            raise MachineError("the guest does not let go of its second network card", machine=self._spec.name)
+
     def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:
         """The guest agent for short commands, SSH for much data or where there is no agent (see `Instance.channel`)."""
         with self._lock:
@@ -195,19 +208,6 @@ class QemuInstance:
 
     def _monitor(self, line: str) -> str:
         return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
-
-    def plug_card(self, wire: socket.socket, *, mac: str) -> None:
-        """Plugs a card for a private LAN into the port that is free for it (see `Cabling.plug_card`)."""
-        try:
-            plug_card(self._qmp, wire, mac=mac)
-        except QmpFailed as error:
-            self.alive()
-            raise MachineError(f"QEMU does not plug in a network card: {error}", machine=self._spec.name) from error
-
-    def unplug_card(self, *, deadline: Deadline) -> None:
-        """Takes it out again (see `Cabling.unplug_card`)."""
-        if not deadline.poll(lambda: unplugged(self._qmp), every=0.2, first=0.05):
-            raise MachineError("the guest does not let go of its second network card", machine=self._spec.name)
 
     def restore(self, folder: Path, *, deadline: Deadline) -> None:
         """Loads what `save` wrote, lets it run, and wakes the guest."""
