@@ -135,4 +135,4 @@ def test_a_guest_without_the_program_ip_is_told_what_it_lacks_and_stays_off_the_
             vm.impair(loss=0.5)
         vm.exec(["mv", "/root/ip", program])
         with vm.on(lans["lan"]):
-            assert vm.exec("getent hosts vm").stdout.split()[0] == vm.address
+            assert vm.exec("getent ahostsv4 vm").stdout.split()[0] == vm.address
