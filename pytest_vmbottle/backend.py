@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
@@ -21,6 +22,7 @@ __all__ = [
     "GUEST_PATH",
     "MAX_OUTPUT",
     "Backend",
+    "Cabling",
     "Capabilities",
     "Channel",
     "Chord",
@@ -305,6 +307,27 @@ class Instance(Protocol):
 
     def stop(self) -> None:
         """Ends it and frees what it held; may be called again."""
+
+
+@runtime_checkable
+class Cabling(Protocol):
+    """An instance that can be given one more network card while it runs, for a private LAN."""
+
+    def plug_card(self, wire: socket.socket, *, mac: str) -> None:
+        """Plugs in a card whose frames are the datagrams of a socket; from now on its cable is the one that is cut where links are cut.
+
+        The caller may close its socket afterwards. It takes a moment until the guest sees the card.
+
+        Raises:
+            MachineError: It cannot be plugged in.
+        """
+
+    def unplug_card(self, *, deadline: Deadline) -> None:
+        """Takes it out again.
+
+        Raises:
+            MachineError: The guest did not let go of it by the deadline.
+        """
 
 
 @runtime_checkable

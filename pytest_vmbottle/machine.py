@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, TextIO, TypeVar
@@ -28,6 +29,7 @@ from pytest_vmbottle.backend import (
 )
 from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError
 from pytest_vmbottle.guestpath import BULK, GuestPath, with_any_bytes
+from pytest_vmbottle.lan import Body, Lan, Place
 from pytest_vmbottle.metrics import Meter, Sample
 from pytest_vmbottle.power import Power, Supply
 from pytest_vmbottle.process import Process
@@ -107,6 +109,7 @@ class Machine:
         self.console: Console = instance.console.until(lambda: self._power.is_silent)
         self._factor = factor
         self._meter: Meter | None = None
+        self._place: Place | None = None
 
     @property
     def instance(self) -> Instance:
@@ -627,6 +630,7 @@ class Machine:
         """
         __tracebackhide__ = True
         self._power.reboot(self._deadline(timeout))
+        self._settle()
 
     def poweroff(self, *, timeout: float = 90) -> None:
         """Shuts the guest down in order; then the machine is off, and everything but `start`, `restore` and `state` says so.
@@ -659,6 +663,7 @@ class Machine:
         """
         __tracebackhide__ = True
         self._power.start(self._deadline(timeout))
+        self._settle()
 
     def power_cut(self) -> None:
         """Pulls the plug: the machine is off at once, and what the guest had not written out (`sync`) is lost, as on real hardware.
@@ -708,7 +713,14 @@ class Machine:
             ``before = vm.snapshot("before"); vm.exec("rm -rf /srv"); vm.restore(before)``
         """
         __tracebackhide__ = True
-        return self._power.snapshot(name)
+        if self._place is None:
+            return self._power.snapshot(name)
+        _ = self._channel  # where nothing answers, nothing can be unplugged either
+        self._place.unplug()
+        try:
+            return self._power.snapshot(name)
+        finally:
+            self._settle()
 
     def restore(self, pack: Pack | None = None) -> None:
         """Takes the machine back to a snapshot, as often as one likes: its memory, its disk and what ran. Its clock is right.
@@ -728,6 +740,7 @@ class Machine:
         """
         __tracebackhide__ = True
         self._power.restore(pack)
+        self._settle()
 
     def close(self) -> None:
         """Ends it for good; who made it calls this."""
@@ -759,6 +772,7 @@ class Machine:
     def link(self, up: bool) -> None:  # noqa: FBT001 - the only thing there is to say
         """Plugs in the network cable of the machine, or pulls it; the guest sees that its card has no carrier.
 
+        Of a machine on a private LAN it is the cable to that, and everything else goes on as before. Of any other one it is the only cable.
         Without it nothing from outside gets an answer: forwarded ports, `ssh_config`, `shell`, and large copies, which go over SSH.
         Commands still run where the guest has the QEMU guest agent, as `debian-12` does.
 
@@ -774,6 +788,51 @@ class Machine:
 
     def _lacking(self, what: str) -> MachineError:
         return MachineError(f"the backend {self.backend} {what}", machine=self.name)
+
+    # -- the private LAN -------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def on(self, lan: Lan) -> Iterator[None]:
+        """Has the machine on a private LAN for the length of a block; the fixtures see to it where the spec says `network="name"`."""
+        body = Body(instance=lambda: self._instance, channel=lambda: self._channel, factor=self._factor)
+        with lan.joined(self.name, body) as place:
+            self._place = place
+            try:
+                yield
+            finally:
+                self._place = None
+
+    def _settle(self) -> None:
+        """Has it on its LAN again, after a boot or as another instance."""
+        if self._place is not None:
+            self._place.settle()
+
+    @property
+    def address(self) -> str | None:
+        """Its IPv4 address on its private LAN; None if it is on none.
+
+        Example:
+            `vms["web"].exec(["ping", "-c1", vms["db"].address])`
+        """
+        return None if self._place is None else self._place.address
+
+    def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
+        """Makes the machine's cable to its private LAN a bad one, from now on and in both directions; `impair()` makes it good again.
+
+        Args:
+            delay: Seconds that each frame takes, up to 60: a round trip takes two of them longer.
+            loss: The probability that a frame is lost, from 0 to 1.
+
+        Raises:
+            MachineError: It is on no LAN.
+            ValueError: A number makes no sense.
+
+        Example:
+            `vms["db"].impair(delay=0.1, loss=0.2)`
+        """
+        if self._place is None:
+            raise MachineError('it is on no private LAN: put network="lan" into its mark', machine=self.name)
+        self._place.impair(delay=delay, loss=loss)
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend, Start
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
+    from pytest_vmbottle.lan import Lans
     from pytest_vmbottle.machine import Machine
     from pytest_vmbottle.packs import Snapshot
     from pytest_vmbottle.provision import Provisioner
@@ -577,7 +578,18 @@ def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[s
 
 
 @pytest.fixture
-def vms(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any]) -> Iterator[dict[str, Machine]]:
+def _vm_lans() -> Iterator[Lans]:
+    """The private LANs of a test, which outlast its machines."""
+    from pytest_vmbottle.lan import Lans
+
+    with closing(Lans()) as lans:
+        yield lans
+
+
+@pytest.fixture
+def vms(
+    request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any], _vm_lans: Lans
+) -> Iterator[dict[str, Machine]]:
     """The test's machines by name, each fresh: one for each `name=` among its vm marks."""
     with ExitStack() as stack:
         primary = "vm" if "vm" in _vm_plan.wishes else next(iter(_vm_plan.wishes))
@@ -585,7 +597,7 @@ def vms(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_spec: MachineSpec, v
             name: vm_spec if name == primary else _resolve(request.config, wish, vm_defaults, request.node)
             for name, wish in _vm_plan.wishes.items()
         }
-        yield {name: _enter(request, stack, spec) for name, spec in specs.items()}
+        yield {name: _enter(request, stack, spec, _vm_lans) for name, spec in specs.items()}
 
 
 @pytest.fixture
@@ -595,7 +607,7 @@ def vm(vms: dict[str, Machine]) -> Machine:
 
 
 @pytest.fixture
-def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Callable[..., Machine]]:
+def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[Callable[..., Machine]]:
     """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
     with ExitStack() as stack:
 
@@ -603,12 +615,12 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
             from pytest_vmbottle.packs import Snapshot
 
             if isinstance(source, Snapshot):
-                return _enter(request, stack, source.of(**keywords), source.start)
+                return _enter(request, stack, source.of(**keywords), _vm_lans, source.start)
             if isinstance(source, MachineSpec):
                 spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
             else:
                 spec = _resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
-            return _enter(request, stack, spec)
+            return _enter(request, stack, spec, _vm_lans)
 
         yield make
 
@@ -645,10 +657,12 @@ def _vm_reset(request: pytest.FixtureRequest) -> None:
             request.config.stash[_SESSION].freshen(request.getfixturevalue(name))
 
 
-def _enter(request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec, start: Start | None = None) -> Machine:
+def _enter(
+    request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec, lans: Lans | None = None, start: Start | None = None
+) -> Machine:
     session = request.config.stash[_SESSION]
     try:
-        machine = stack.enter_context(session.provisioner(spec.backend).machine(spec, start=start))
+        machine = stack.enter_context(session.provisioner(spec.backend).machine(spec, start=start, lans=lans))
     except BackendUnavailable as error:
         missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
         if missing == "fail":

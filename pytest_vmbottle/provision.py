@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
 from pytest_vmbottle.images import DeclaredImage, Image, ImageStore
+from pytest_vmbottle.lan import Lan, Lans
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.packs import Manifest, Pack
 from pytest_vmbottle.power import Supply
@@ -160,12 +161,13 @@ class Provisioner:
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def machine(self, spec: MachineSpec, *, start: Start | None = None) -> Iterator[Machine]:
+    def machine(self, spec: MachineSpec, *, start: Start | None = None, lans: Lans | None = None) -> Iterator[Machine]:
         """A running, ready machine for the length of a block.
 
         Args:
             spec: What it is.
             start: What it starts from, where that is no pack of the catalog.
+            lans: The private LANs of its test.
 
         Raises:
             SpecError: This host is too small for it.
@@ -175,8 +177,9 @@ class Provisioner:
         """
         began = time.monotonic()
         _check_fits(spec)
+        lan = _lan(spec, lans)
         started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
-        with started as machine:
+        with started as machine, machine.on(lan) if lan else nullcontext():
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
             try:
@@ -293,7 +296,7 @@ class Provisioner:
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
         image = self._image(spec)
         # An image that was not made for us gets what it lacks, if its machines reach the network anyway.
-        base = MachineSpec(source=spec.image, network=spec.network and not image.prepared, **_boots(spec))
+        base = MachineSpec(source=spec.image, network=spec.nat and not image.prepared, **_boots(spec))
         key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.key, base.network, spec.boot_digest(), self._backend.fingerprint(spec))
         plan = _Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
         for step in spec.steps:
@@ -440,7 +443,7 @@ class Provisioner:
         with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
             machine = self._furnish(plan.spec, start, rundir, Deadline(self._patience(plan.spec)))
             try:
-                if not plan.steps and plan.spec.network:
+                if not plan.steps and plan.spec.nat:
                     self._equip(plan, machine.instance.channel(deadline=deadline))
                 if plan.steps:
                     self._do(plan.steps[-1], machine)
@@ -559,6 +562,14 @@ def _check_fits(spec: MachineSpec) -> None:
         )
 
 
+def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:
+    if spec.lan is None:
+        return None
+    if lans is None:
+        raise SpecError(f"network={spec.lan!r}: a private LAN is of one test; use the fixtures vm, vms or vm_factory for {spec.name!r}")
+    return lans[spec.lan]
+
+
 def _disk_size(spec: MachineSpec, image: Image) -> int:
     if spec.disk is not None and spec.disk < image.virtual_size:
         raise SpecError(f"disk={format_size(spec.disk)} is less than the image {image.name} needs: {format_size(image.virtual_size)}")
@@ -577,7 +588,9 @@ def _build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
     launch = {key: getattr(inherited, key) for key in ("network", "user")} | {"env": dict(inherited.env), "ports": inherited.ports}
     if step.keywords.get("packages"):
         launch["network"] = True  # where packages come from
-    return MachineSpec(source=step.source, **{**launch, **own, **boots})
+    keywords = {**launch, **own, **boots}
+    keywords["network"] = keywords["network"] is True  # a LAN is what a machine joins when it is poured
+    return MachineSpec(source=step.source, **keywords)
 
 
 def _apply(step: Layer, machine: Machine) -> None:

@@ -37,6 +37,7 @@ PREPARATION = frozenset({"packages", "files", "run"})
 BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "display", "user_data"})
 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+_HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -104,12 +105,11 @@ def _arch(value: object) -> str:
     return arch
 
 
-def _network(value: object) -> bool:
-    if isinstance(value, str):
-        raise _fail("network", value, "private networks cannot be made yet: use True (NAT) or False (forwarded ports only)")
-    if not isinstance(value, bool):
-        raise _fail("network", value, "takes True (NAT) or False (forwarded ports only)")
-    return value
+def _network(value: object) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and _NAME_PATTERN.fullmatch(value)):
+        return value
+    takes = "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _"
+    raise _fail("network", value, takes)
 
 
 def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
@@ -340,7 +340,7 @@ class MachineSpec:
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
         display: Whether it has a screen and a keyboard.
-        network: Whether the guest reaches the network (NAT); its forwarded ports are reached either way.
+        network: True for NAT, False for forwarded ports only, or the name of a private LAN that the machines of one test share.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
         files: Files written beforehand: guest path and content.
@@ -361,7 +361,7 @@ class MachineSpec:
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
     display: bool = attrs.field(default=False, converter=_display)
-    network: bool = attrs.field(default=False, converter=_network)
+    network: bool | str = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
@@ -373,6 +373,21 @@ class MachineSpec:
     reset: Literal["none", "test"] = attrs.field(default="none", converter=_reset)
     timeout: float = attrs.field(default=120.0, converter=_timeout)
     panic: Literal["fail", "expected"] = attrs.field(default="fail", converter=_panic)
+
+    def __attrs_post_init__(self) -> None:
+        """Checks what concerns several keywords."""
+        if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
+            raise _fail("name", self.name, f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes")
+
+    @property
+    def nat(self) -> bool:
+        """Whether the guest reaches the host's network."""
+        return self.network is True
+
+    @property
+    def lan(self) -> str | None:
+        """The private LAN that it is on, if any."""
+        return self.network if isinstance(self.network, str) else None
 
     @classmethod
     def resolve(cls, source: Source, keywords: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> MachineSpec:

@@ -266,3 +266,21 @@ def test_it(vms):
 """,
         passed=1,
     )
+
+
+def test_a_private_lan_takes_a_backend_that_has_it_and_a_machine_of_one_test(run: Run) -> None:
+    result = run(
+        """
+pytestmark = pytest.mark.vm("debian-12", network="lan")
+
+def test_own(vm): pass
+def test_made(vm_factory): vm_factory("debian-12", network="lan")
+def test_shared(class_vm): pass
+""",
+        errors=2,
+        failed=1,
+        status=1,
+    )
+
+    assert said(result).count("MachineError: its backend has no private LANs: 'vm' cannot have network='lan'") >= 2
+    assert "SpecError: network='lan': a private LAN is of one test; use the fixtures vm, vms or vm_factory for 'vm'" in said(result)

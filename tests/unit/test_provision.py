@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start, Unwakeable
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.images import ImageStore, Traits
+from pytest_vmbottle.lan import Lans
 from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
 from pytest_vmbottle.testing import FakeBackend, FakeInstance
 
@@ -610,6 +612,35 @@ def test_packs_in_use_are_held_until_the_provisioner_is_closed(make: Make, catal
 
     assert len(list(Path("/proc/self/fd").iterdir())) < before
     assert catalog.discard(pack)
+
+
+def test_a_machine_on_a_private_lan_is_poured_from_the_pack_of_one_without_a_network(make: Make) -> None:
+    @layer(IMAGE, network="lan", run=["true"])
+    def member(vm: Machine) -> None:
+        assert vm.spec.network is False
+
+    @layer(IMAGE, run=["true"])
+    def plain(vm: Machine) -> None:
+        assert vm.spec.network is False
+
+    provisioner = make()
+    assert provisioner.pack(MachineSpec.resolve(IMAGE, {"network": "lan"})).key == provisioner.pack(MachineSpec.resolve(IMAGE, {})).key
+    assert provisioner.pack(MachineSpec.resolve(member, {})).manifest.name == "member"
+    assert MachineSpec.resolve(member, {}).lan == "lan"
+    assert provisioner.pack(MachineSpec.resolve(plain, {"network": "lan"})).key == provisioner.pack(MachineSpec.resolve(plain, {})).key
+
+
+def test_a_private_lan_is_refused_before_anything_starts_where_there_is_no_test_to_have_it(make: Make, backend: FakeBackend) -> None:
+    with pytest.raises(SpecError, match="network='lan': a private LAN is of one test; use the fixtures vm, vms or vm_factory for 'vm'"):
+        pour(make(), network="lan")
+    assert not backend.launched
+
+
+def test_a_backend_without_private_lans_says_so_and_the_machine_is_ended(make: Make, backend: FakeBackend) -> None:
+    spec = MachineSpec.resolve(IMAGE, {"network": "lan"})
+    with closing(Lans()) as lans, pytest.raises(MachineError, match="its backend has no private LANs"), make().machine(spec, lans=lans):
+        pass
+    assert backend.stopped == len(backend.launched) == 2  # one was to build the pack
 
 
 def test_packages_are_installed_with_the_network_on_and_the_machine_itself_keeps_it_off() -> None:

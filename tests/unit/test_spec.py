@@ -98,7 +98,8 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"memory": "8M"},
         {"disk": "-1G"},
         {"disk": True},
-        {"network": "lan0"},
+        {"network": "my lan"},
+        {"network": ""},
         {"network": 1},
         {"network": None},
         {"ports": 80},
@@ -171,9 +172,16 @@ def test_a_layer_refuses_a_wrong_keyword_where_it_is_defined() -> None:
         layer("debian-12", memmory="1G")
 
 
-def test_private_networks_are_not_there_yet() -> None:
-    with pytest.raises(SpecError, match="private networks cannot be made yet"):
-        MachineSpec(source="debian-12", network="lan")
+def test_a_machine_has_no_network_or_the_hosts_or_a_private_one() -> None:
+    closed, opened, private = (MachineSpec(source="debian-12", network=network) for network in (False, True, "office"))
+    assert [(spec.nat, spec.lan) for spec in (closed, opened, private)] == [(False, None), (True, None), (False, "office")]
+
+
+@pytest.mark.parametrize("name", ["data_base", "db-", "localhost", "LocalHost"])
+def test_a_machine_on_a_private_lan_is_called_what_a_host_can_be_called(name: str) -> None:
+    assert MachineSpec(source="debian-12", name=name).name == name
+    with pytest.raises(SpecError, match=f"name='{name}': is no host name, as a machine on the LAN 'lan' needs"):
+        MachineSpec(source="debian-12", name=name, network="lan")
 
 
 def test_a_machine_has_the_hosts_architecture_or_one_of_two_others_by_either_of_their_names() -> None:

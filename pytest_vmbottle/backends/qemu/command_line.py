@@ -247,7 +247,7 @@ def _channels(wiring: Wiring, board: Board) -> list[str]:
 def _network(spec: MachineSpec) -> list[str]:
     # Port 0: the kernel chooses a free port, which QEMU then tells. There is no moment in which another process could take it.
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in (22, *(port for port in spec.ports if port != 22)))  # noqa: PLR2004
-    restrict = "off" if spec.network else "on"
+    restrict = "off" if spec.nat else "on"
     return [
         *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
         *("-device", f"virtio-net-pci,netdev=net0,id={NIC},mac={GUEST_MAC},romfile="),

@@ -24,6 +24,7 @@ from pytest_vmbottle.backends.qemu import controls
 from pytest_vmbottle.backends.qemu.command_line import NIC, Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
+from pytest_vmbottle.backends.qemu.lan_card import LAN_CARD, plug_card, unplugged
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
@@ -99,6 +100,7 @@ class QemuInstance:
         self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
         self._waker = Waker(parts.lines.waker)
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
+        self._cable = NIC
         self._has_agent: bool | None = None
         self._agent_due: Deadline | None = None
         self._ssh: SshChannel | None = None
@@ -240,9 +242,9 @@ class QemuInstance:
             controls.press(self._qmp, chords)
 
     def link(self, *, up: bool) -> None:
-        """Plugs in the cable of the card that the host reaches the guest by, or pulls it."""
+        """Plugs in a cable or pulls it: that to the private LAN if there is one, else that of the card that the host reaches it by."""
         with self._asked("to plug or pull the network cable"):
-            controls.set_link(self._qmp, NIC, up=up)
+            controls.set_link(self._qmp, self._cable, up=up)
 
     @contextmanager
     def _asked(self, what: str) -> Iterator[None]:
@@ -258,6 +260,19 @@ class QemuInstance:
         if not self._programs.emulator.board.quick_hotplug:
             raise NotPlugged(f"guests for {self._spec.arch} take too long to let go of a disk")
         return self._disk_port.disk(file, serial=serial, writable=writable, deadline=deadline)
+
+    def plug_card(self, wire: socket.socket, *, mac: str) -> None:
+        """Plugs a card for a private LAN into the port that is free for it (see `Cabling.plug_card`)."""
+        with self._asked("to plug in a network card"):
+            plug_card(self._qmp, wire, mac=mac)
+        self._cable = LAN_CARD
+
+    def unplug_card(self, *, deadline: Deadline) -> None:
+        """Takes it out again (see `Cabling.unplug_card`)."""
+        with self._asked("to take a network card out"):
+            if not deadline.poll(lambda: unplugged(self._qmp), every=0.2, first=0.05):
+                raise MachineError("the guest does not let go of its second network card", machine=self._spec.name)
+        self._cable = NIC
 
     def restore(self, folder: Path, *, deadline: Deadline) -> None:
         """Loads what `save` wrote, lets it run, and wakes the guest."""

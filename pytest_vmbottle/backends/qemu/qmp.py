@@ -132,14 +132,18 @@ class Qmp:
             self.execute(verb, channels=[{"channel-type": "main", "addr": address}], deadline=deadline)
         else:
             with file.open("rb" if verb == "migrate-incoming" else "r+b") as opened:
-                self._guard(self._send_fd(opened.fileno()), deadline, "getfd")
+                self.lend(opened.fileno(), _STATE, deadline=deadline)
             self.execute(verb, uri=f"fd:{_STATE}", deadline=deadline)
         if self._guard(self._migrated(), deadline, f"with the end of {verb}") == "failed":
             raise QmpFailed(f"QEMU could not complete {verb}")
 
-    async def _send_fd(self, file: int) -> None:
+    def lend(self, file: int, name: str, *, deadline: Deadline) -> None:
+        """Hands over a descriptor, of which QEMU keeps a copy under a name until a command uses it."""
+        self._guard(self._send_fd(file, name), deadline, "getfd")
+
+    async def _send_fd(self, file: int, name: str) -> None:
         self._client.send_fd_scm(file)
-        await self._client.execute("getfd", {"fdname": _STATE})
+        await self._client.execute("getfd", {"fdname": name})
 
     def add_fd(self, file: int, *, deadline: Deadline) -> int:
         """Hands over an open file, which QEMU then opens as `/dev/fdset/N`, in the mode it was opened in; returns N."""
