@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from pytest_vmbottle._os import Deadline
@@ -14,10 +14,12 @@ from pytest_vmbottle.backends.qemu.qmp import in_background
 __all__ = ["QemuProcess"]
 
 
-@cache
 def _leash() -> tuple[str, ...]:
-    """A prefix that has the kernel kill the process when the thread that started it ends; it survives the exec that follows."""
-    setpriv = shutil.which("setpriv")
+    """A prefix that has the kernel kill the process when the thread that started it ends; it survives the exec that follows.
+
+    It is looked for each time, and where systems have it too: a search path may lack it only for now.
+    """
+    setpriv = shutil.which("setpriv") or shutil.which("setpriv", path=os.defpath)
     return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
 

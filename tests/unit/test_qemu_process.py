@@ -1,0 +1,34 @@
+"""A process that ends with the one that started it, whatever is done to the search path."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from pytest_vmbottle._os import Deadline
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from pytest_vmbottle.backends.qemu.process import QemuProcess
+
+usual, os.environ["PATH"] = os.environ["PATH"], sys.argv[1]
+QemuProcess(["/bin/true"], log=Path(sys.argv[1], "first"))
+os.environ["PATH"] = usual
+print(QemuProcess(["/bin/sleep", "60"], log=Path(sys.argv[1], "second")).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_search_path_that_lacked_the_leash_once_does_not_lack_it_for_ever(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout
+        process = psutil.Process(int(owner.stdout.readline()))
+        asleep = Deadline(10).poll(lambda: process.name() == "sleep")
+        owner.kill()
+
+    assert asleep
+    assert Deadline(10).poll(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
