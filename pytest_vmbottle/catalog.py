@@ -5,7 +5,7 @@
     images/      the image store                 packs/KEY/   published packs, never changed
     run/OWNER/   machines of one process         staging/     packs being built
     locks/       one file per lock, never deleted  quarantine/  what was found damaged
-    proofs/      what was proved about this host
+    proofs/      what was proved about this host  machines/NAME/  machines that run without pytest
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ class Catalog:
     def proofs(self) -> Path:
         """The folder of what was proved about this host."""
         return self.root / "proofs"
+
+    @property
+    def machines(self) -> Path:
+        """The folder of machines that run without pytest."""
+        return self.root / "machines"
 
     @contextmanager
     def lock(self, name: str, *, deadline: Deadline, waiting: Callable[[str], None], label: str = "") -> Iterator[None]:

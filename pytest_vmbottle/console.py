@@ -131,6 +131,11 @@ class Console:
         return Console(self._path, ended=ended)
 
     @property
+    def path(self) -> Path:
+        """The file that it is recorded in, raw; what came before that is in another beside it, with `.1` at its end."""
+        return self._path
+
+    @property
     def text(self) -> str:
         """What the console has said so far; of a very talkative one the last 4 MiB."""
         return printable(Cursor(self._path).read()[-_PIECE:].decode("utf-8", "replace"))

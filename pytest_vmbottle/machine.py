@@ -59,6 +59,7 @@ _ANSWER = 5.0
 """Seconds that a guest has to tell its figures."""
 _LOGIN_TIME = 60.0
 _MAX_PORT = 65535
+_KILL_TIME = 10.0
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = r"""
 user=$1; shift
@@ -313,6 +314,29 @@ class Machine:
         if finished.timed_out:
             raise CommandTimeout(result, _OWN_TIME * self._factor)
         return result
+
+    # -- for who keeps it ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def instance(self) -> Instance:
+        """The VM as its backend sees it."""
+        return self._instance
+
+    def command(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str | None, user: str | None) -> Command:
+        """A command as `exec` would run it, for a channel.
+
+        Raises:
+            ValueError: It cannot be given to Linux.
+        """
+        return self._command(tuple(argv), env=env, cwd=cwd, user=user, content=b"")
+
+    def kill(self, command: Command) -> None:
+        """Ends a command, with all it has started."""
+        self._channel.run(command.killer(), deadline=Deadline(_KILL_TIME))
+
+    def bulk(self, deadline: Deadline) -> Channel:
+        """The channel that carries the most, and commands beside each other."""
+        return self._instance.channel(deadline=deadline, bulk=True)
 
     # -- files -----------------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The `vmbottle` command: what this host can do, images, and packs.
+"""The `vmbottle` command: what this host can do, images, packs, and machines.
 
 Data goes to stdout and words to stderr. The exit status is 0 for done, 1 for failed, 2 for called wrongly, 3 for what this host cannot do.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pytest_vmbottle.cli import images, packs
+from pytest_vmbottle.cli import images, machines, packs
 from pytest_vmbottle.cli.command import CANNOT, Commands, catalog_root, emit, examples, json_option, one_line, say
 
 __all__ = ["main"]
@@ -30,7 +30,7 @@ __all__ = ["main"]
 @click.version_option(package_name="pytest-vmbottle")
 @click.pass_context
 def main(ctx: click.Context, catalog: Path | None) -> None:
-    """Real machines for pytest: what this computer can do, base images, and packs.
+    """Real machines for pytest: what this computer can do, base images, packs, and machines without pytest.
 
     Images and packs lie in a folder that all test runs share, the catalog. pytest fills it by itself when tests need it; these commands
     prepare it, show it and tidy it up.
@@ -82,3 +82,4 @@ def doctor(*, accel: str, as_json: bool) -> None:
 
 main.add_command(images.image)
 main.add_command(packs.pack)
+main.add_command(machines.machine)

@@ -1,0 +1,376 @@
+"""`vmbottle machine`: machines without pytest, which run until they are stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pytest_vmbottle._os import Deadline, format_size
+from pytest_vmbottle.cli.command import (
+    Failure,
+    catalog_root,
+    emit,
+    examples,
+    format_age,
+    json_option,
+    open_catalog,
+    say,
+    show_table,
+)
+from pytest_vmbottle.errors import CommandTimeout, MachineError, SpecError
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.kept import Kept, Record
+
+__all__ = ["machine"]
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+_GUEST_SIDE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,40}):(.*)", re.DOTALL)
+_TIMED_OUT = 124
+"""The exit status of a command that was killed at its --timeout, as that of timeout(1)."""
+_ENDING = 150.0
+"""Seconds in which a keeper has ended that was asked to: the guest's shutdown has its own limit."""
+
+
+@click.group(
+    epilog=examples(
+        "vmbottle machine start debian-12 --name web --port 80",
+        "vmbottle machine exec web -- apt-get install -y nginx",
+        "vmbottle machine cp site/ web:/var/www/html",
+        "vmbottle machine shell web",
+        "vmbottle machine stop web",
+    )
+)
+def machine() -> None:
+    """Machines without pytest, for trying things out by hand.
+
+    They are poured from the same packs as those of tests, so most start at once. A machine runs until it is stopped, also when the
+    terminal is closed; all commands of the same user and catalog see it. What it wrote is lost when it ends.
+    """
+
+
+# -- its beginning and its end ---------------------------------------------------------------------------------------------------------
+
+
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not of the form NAME=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
+_env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, callback=_pairs, help="A variable of the environment.")
+
+
+@machine.command(
+    epilog=examples(
+        "vmbottle machine start debian-12",
+        "vmbottle machine start debian-12 --name db --memory 2G --cpus 2 --port 5432",
+        "vmbottle machine start fedora-44 --network --package nginx",
+        "vmbottle machine start ./disk.qcow2 --json | jq -r .name",
+    )
+)
+@click.argument("source")
+@click.option("--name", help="What to call it; by default like its source.")
+@click.option("--cpus", type=int, help="Virtual processors; 1 by default.")
+@click.option("--memory", metavar="SIZE", help="RAM, such as 512M or 2G; 1G by default.")
+@click.option("--disk", metavar="SIZE", help="Size of its disk; by default the image's own.")
+@click.option("--network", is_flag=True, help="Let it reach the network; without, it reaches nothing.")
+@click.option("-p", "--port", "ports", type=int, multiple=True, metavar="PORT", help="A TCP port of it to be reached from this computer.")
+@click.option("--package", "packages", multiple=True, metavar="PKG", help="A package to have in it; bottled, so that it is installed once.")
+@click.option("--user", help="Who runs commands in it; root by default.")
+@_env_option
+@click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Its architecture; by default this computer's.")
+@click.option("--boot", is_flag=True, help="Boot it, rather than pour it from a pack.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="When it has to be ready; 120 by default, more if emulated.")
+@click.option("--timeout-factor", type=float, default=1.0, envvar="VMBOTTLE_TIMEOUT_FACTOR", help="Multiply all time-outs with it.")
+@click.option("--backend", default="auto", envvar="VMBOTTLE_BACKEND", help="What runs it: auto or qemu.")
+@click.option(
+    "--accel", type=click.Choice(["auto", "kvm", "hvf", "tcg"]), default="auto", envvar="VMBOTTLE_ACCEL", help="How QEMU runs guest code."
+)
+@json_option
+def start(  # noqa: PLR0913 - the others are all keywords of a spec
+    *, source: str, name: str | None, as_json: bool, accel: str, timeout_factor: float, boot: bool, **given: Any
+) -> None:
+    """Start a machine from SOURCE: the name of an image, or the path of a disk image.
+
+    Images are made as tests make them: one that is not there is built if a recipe is known for it, and those that the project around this
+    folder declares are there too. When the command returns, the machine is ready for the others. Ctrl-C before that leaves nothing.
+
+    The name of the machine is written to stdout.
+    """
+    keywords = {key: value for key, value in given.items() if value is not False and value not in (None, (), {})}
+    keywords |= {"fresh": "boot"} if boot else {}
+    _check(source, name, keywords)
+    from pytest_vmbottle.kept import Kept
+
+    catalog = open_catalog()
+    place = Kept(catalog.machines / (name or _free_name(catalog.machines, source)))
+    order = {
+        "catalog": str(catalog.root),
+        "folder": str(Path.cwd()),
+        "accel": accel,
+        "timeout_factor": _positive(timeout_factor),
+        "keywords": keywords | {"source": str(Path(source).absolute()) if "/" in source else source, "name": place.name},
+    }
+    record = place.start(order, say)
+    if as_json:
+        emit(_as_record(record))
+        return
+    click.echo(record.name)
+    for port, here in record.ports.items():
+        say(f"127.0.0.1:{here} leads to port {port} of {record.name}")
+
+
+def _positive(factor: float) -> float:
+    if not 0 < factor < float("inf"):
+        raise click.BadParameter(f"{factor} is not a number above 0", param_hint="--timeout-factor")
+    return factor
+
+
+def _check(source: str, name: str | None, keywords: Mapping[str, Any]) -> None:
+    """Refuses here already what makes no spec: it is a wrong call."""
+    from pytest_vmbottle.spec import MachineSpec
+
+    if name is not None and not _NAME.fullmatch(name):
+        raise click.BadParameter(f"{name!r}: takes a letter, then letters, digits, - or _, at most 41 in all", param_hint="--name")
+    if "/" in source and not Path(source).exists():
+        raise click.BadParameter(f"there is no file {source}", param_hint="SOURCE")
+    try:
+        MachineSpec(source=source, **{**keywords, "name": name or "vm"})
+    except SpecError as error:
+        keyword, assigned, _ = str(error).partition("=")
+        option = {"ports": "port", "packages": "package"}.get(keyword, keyword)
+        raise click.BadParameter(str(error), param_hint=f"--{option}" if assigned else "SOURCE") from None
+
+
+def _free_name(machines: Path, source: str) -> str:
+    """The first of web, web-2, web-3 and so on that nobody uses."""
+    from pytest_vmbottle.kept import Kept
+
+    stem = re.sub(r"[^A-Za-z0-9_-]", "-", Path(source).name.partition(".qcow2")[0])[:30].strip("-")
+    stem = stem if _NAME.fullmatch(stem) else f"vm-{stem}".strip("-")
+    number = 1
+    while Kept(machines / (name := stem if number == 1 else f"{stem}-{number}")).is_held:
+        number += 1
+    return name
+
+
+def _names(command: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("names", metavar="NAME...", nargs=-1, required=True)(command)
+
+
+def _name(command: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("name")(command)
+
+
+def _find(name: str) -> Kept:
+    from pytest_vmbottle.kept import find
+
+    return find(catalog_root() / "machines", name)
+
+
+@machine.command(epilog=examples("vmbottle machine stop web", "vmbottle machine stop --now web db"))
+@_names
+@click.option("--now", is_flag=True, help="End it at once, as if its plug was pulled.")
+def stop(*, names: tuple[str, ...], now: bool) -> None:
+    """Have machines shut down, and wait until they have.
+
+    One that has not after a minute and a half is ended all the same. A second `stop --now` ends the wait. What a machine said on its
+    console can still be read, until it is removed or another one takes its name.
+    """
+    for place in [_find(name) for name in dict.fromkeys(names)]:
+        _end(place, now=now)
+        say(f"{place.name}: {place.record().reason or 'it is not running'}")
+
+
+def _end(place: Kept, *, now: bool) -> None:
+    if not place.is_held:
+        return
+    try:
+        place.ask({"verb": "stop", "now": now})
+    except MachineError:
+        if place.record().state == "starting":
+            raise Failure(f"the machine {place.name!r} is still starting: interrupt the command that starts it, or try again") from None
+    if not place.wait(Deadline(_ENDING)):
+        place.kill()
+        place.wait(Deadline(_ENDING))
+
+
+@machine.command("rm", epilog=examples("vmbottle machine rm web", "vmbottle machine rm --force web db"))
+@_names
+@click.option("-f", "--force", is_flag=True, help="End one that runs, without a shutdown.")
+def remove(*, names: tuple[str, ...], force: bool) -> None:
+    """Remove what is left of machines that were stopped: their records and what they said on their consoles."""
+    places = [_find(name) for name in dict.fromkeys(names)]
+    for place in places:
+        if place.is_held and not force:
+            raise Failure(f"the machine {place.name!r} runs: stop it with `vmbottle machine stop {place.name}`, or remove it with --force")
+    for place in places:
+        _end(place, now=True)
+        if not place.discard():
+            raise Failure(f"the machine {place.name!r} was just started again: nothing of it was removed")
+        click.echo(place.name)
+    open_catalog().sweep()
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------------------------
+
+
+@machine.command("ls", epilog=examples("vmbottle machine ls", "vmbottle machine ls --json | jq -r '.[] | select(.pid).name'"))
+@json_option
+def list_machines(*, as_json: bool) -> None:
+    """List the machines, with what became of those that do not run any more."""
+    from pytest_vmbottle.kept import all_kept
+
+    records = []
+    for place in all_kept(catalog_root() / "machines"):
+        try:
+            records.append(place.record())
+        except FileNotFoundError:  # it was just removed
+            continue
+    if as_json:
+        emit([_as_record(record) for record in records])
+    elif records:
+        show_table(("NAME", "STATE", "SOURCE", "CPUS", "MEMORY", "PORTS", "PID", "SINCE", "REASON"), map(_row, records))
+    else:
+        say("There are no machines: start one with `vmbottle machine start debian-12`.")
+
+
+def _as_record(record: Record) -> dict[str, Any]:
+    import attrs
+
+    facts = attrs.asdict(record)
+    facts["since"] = datetime.fromtimestamp(record.since, UTC).isoformat(timespec="seconds")
+    facts["keeper"] = record.keeper.pid if record.keeper is not None else None
+    facts["ports"] = {port: f"127.0.0.1:{here}" for port, here in record.ports.items()}
+    return facts
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    memory = record.spec.get("memory")
+    ports = ",".join(f"{here}->{port}" for port, here in record.ports.items())
+    return (
+        record.name,
+        record.state,
+        Path(record.source).name or "-",
+        str(record.spec.get("cpus", "-")),
+        format_size(memory) if memory else "-",
+        ports or "-",
+        str(record.pid or "-"),
+        f"{format_age(time.time() - record.since)} ago",
+        record.reason,
+    )
+
+
+@machine.command(epilog=examples("vmbottle machine argv web", "vmbottle machine argv web --json | jq -r .[0]"))
+@_name
+@json_option
+def argv(*, name: str, as_json: bool) -> None:
+    """Show the command line of the hypervisor that runs a machine."""
+    record = _find(name).record()
+    if not record.argv:
+        raise Failure(f"nothing is known of the hypervisor of {name!r}, which is {record.state}: {record.reason or 'it has not begun'}")
+    if as_json:
+        emit(list(record.argv))
+    else:
+        click.echo(shlex.join(record.argv))
+
+
+@machine.command(epilog=examples("vmbottle machine console web", "vmbottle machine console web -f", "vmbottle machine console web -n 20"))
+@_name
+@click.option("-f", "--follow", is_flag=True, help="Go on with what it says, until it ends or Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(0), help="Only the last lines.")
+def console(*, name: str, follow: bool, lines: int | None) -> None:
+    """Show what a machine said on its serial console, also when it has ended. Control characters are made visible."""
+    from pytest_vmbottle.console import Console
+
+    place = _find(name)
+    if place.record().state == "starting":
+        raise Failure(f"the machine {name!r} is still starting, and its console cannot be seen yet")
+    if not place.console.exists():
+        raise Failure(f"the console of {name!r} is gone: {place.record().reason or 'it was never recorded'}")
+    seen = Console(place.console, ended=lambda: not place.is_held)
+    if not follow:
+        click.echo(seen.text if lines is None else seen.tail(lines) if lines else "", nl=lines is not None)
+        return
+    skip = 0 if lines is None else max(0, len(seen.text.splitlines()) - lines)
+    for number, line in enumerate(seen.follow()):
+        if number >= skip:
+            click.echo(line)
+
+
+# -- what is done to them --------------------------------------------------------------------------------------------------------------
+
+
+@machine.command(
+    "exec",
+    epilog=examples(
+        "vmbottle machine exec web -- systemctl status nginx",
+        "vmbottle machine exec web -u nobody -w /tmp -e LANG=C -- sh -c 'id; env'",
+        "tar c site | vmbottle machine exec web -- tar x -C /srv",
+    ),
+)
+@_name
+@click.argument("words", metavar="-- COMMAND...", nargs=-1, required=True)
+@click.option("-u", "--user", help="Who runs it; by default whom the machine was started with.")
+@click.option("-w", "--workdir", "cwd", metavar="DIR", help="Where it runs; / by default.")
+@_env_option
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Kill it then, and end with status 124.")
+def execute(*, name: str, words: tuple[str, ...], **how: Any) -> None:
+    """Run a command in a machine.
+
+    The exit status is the command's; 128 + N if signal N ended it. Its output comes as it is made, byte for byte. Standard input is passed
+    on unless it is a terminal. The words run as they are: for a pipe or a variable say `sh -c '...'`. Ctrl-C ends the command in the guest
+    too.
+    """
+    place = _find(name)
+    try:
+        with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
+            source = nothing.fileno() if _is_terminal(0) else 0
+            status = place.ask({"verb": "exec", "argv": words, **how}, (source, 1, 2))
+    except CommandTimeout as error:
+        say(f"the command did not end within {error.timeout:g} s and was killed")
+        status = _TIMED_OUT
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+def _is_terminal(fd: int) -> bool:
+    """Also where there is nothing at all, which is passed on no more than a terminal."""
+    try:
+        os.fstat(fd)
+        return os.isatty(fd)
+    except OSError:
+        return True
+
+
+@machine.command(
+    epilog=examples(
+        "vmbottle machine cp site/ web:/var/www/html", "vmbottle machine cp web:/var/log/syslog .", "vmbottle machine cp ./a:b web:/"
+    )
+)
+@click.argument("src")
+@click.argument("dst")
+def cp(*, src: str, dst: str) -> None:
+    """Copy a file or a tree to a machine, or from it; NAME:/PATH is the machine's side.
+
+    Modes and symbolic links are kept. A destination that is a folder means a place in it, as with `cp -r`. A file of this computer with a
+    colon in its name is written with a slash before that, such as ./a:b.
+    """
+    there, here = _GUEST_SIDE.fullmatch(src), _GUEST_SIDE.fullmatch(dst)
+    guest = there or here
+    if guest is None or (there and here):
+        raise click.UsageError("one side, and only one, is in a machine: write it as NAME:/PATH")
+    if not guest[2].startswith("/"):
+        raise click.UsageError(f"{guest[0]!r}: the path in the machine begins with a slash, such as {guest[1]}:/tmp")
+    paths = {"src": guest[2], "dst": os.path.abspath(dst)} if there else {"src": os.path.abspath(src), "dst": guest[2]}  # noqa: PTH100 - resolve() follows links
+    _find(guest[1]).ask({"verb": "cp", "to_guest": not there, **paths})

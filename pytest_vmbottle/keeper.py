@@ -1,0 +1,335 @@
+"""Keeps one machine without pytest: the process behind `vmbottle machine start`.
+
+A machine ends with the process that started it, and only that process holds its monitor and its agent. So this one stays, detached from
+the terminal, and does for other processes what they ask by its socket, to which nobody but this user can connect.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import attrs
+
+from pytest_vmbottle import images, kept
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import Backend, Watching
+from pytest_vmbottle.backends.qemu import QemuBackend
+from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, VMBottleError
+from pytest_vmbottle.kept import Identity, Kept, Line, Record
+from pytest_vmbottle.machine import Machine
+from pytest_vmbottle.pipes import connect
+from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.spec import MachineSpec
+
+__all__ = ["Keeper", "keep", "main"]
+
+MakeBackend = Callable[[str, str, Catalog], Backend]
+_PACE = 0.5
+"""Seconds after which the end of a machine is noticed."""
+_PATIENCE = 10.0
+_SHUTDOWN = 90.0
+"""Seconds that a guest may take to power off."""
+_LAST_WORDS = 3.0
+"""Seconds in which those who asked for something get their answers when the machine has ended."""
+_POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
+
+
+def _qemu(name: str, accelerator: str, catalog: Catalog) -> Backend:
+    if name != "qemu":
+        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or say qemu")
+    return QemuBackend(accelerator=accelerator, proofs=catalog.proofs)
+
+
+class Keeper:
+    """A running machine, and what other processes may have done to it."""
+
+    def __init__(self, machine: Machine) -> None:
+        """Takes a machine that is ready."""
+        self._machine = machine
+        self._wish = ""
+        self._woken = threading.Event()
+        self._busy: set[threading.Thread] = set()
+        self._verbs: dict[str, Callable[[Line, Mapping[str, Any]], Any]] = {
+            "exec": self._exec,
+            "cp": self._cp,
+            "stop": self._stop,
+        }
+
+    # -- its end ---------------------------------------------------------------------------------------------------------------------
+
+    def watch(self, note: Callable[[str], object]) -> tuple[str, str]:
+        """Waits until the machine ends, or somebody wants it to; returns in which state, and why.
+
+        Args:
+            note: Told once what is wrong with a machine that still runs.
+        """
+        told = False
+        while not self._woken.wait(_PACE):
+            trouble = self._trouble()
+            if trouble is None:
+                continue
+            if trouble.exitcode is not None:
+                return _ending(trouble)
+            if not told:
+                note(_first_line(trouble))
+                told = True
+        return "stopped", self._power_off()
+
+    def _trouble(self) -> MachineDied | None:
+        instance = self._machine.instance
+        if isinstance(instance, Watching):
+            try:
+                instance.alive()
+            except MachineDied as error:
+                return error
+        return None
+
+    def _power_off(self) -> str:
+        """Has the guest power itself off, unless it is to be ended at once; returns how the machine ended."""
+        if self._wish == "cut":
+            return "it was ended as asked, without a shutdown"
+        with suppress(VMBottleError):  # the channel may be cut before it has answered
+            self._machine.exec(["sh", "-c", _POWER_OFF], user="root", timeout=_PATIENCE)
+        deadline = Deadline(_SHUTDOWN)
+        ended = deadline.poll(lambda: self._wish == "cut" or self._is_off(), every=0.2)
+        if self._is_off():
+            return "it was shut down as asked"
+        return "it was ended before its shutdown was complete" if ended else f"it did not shut down within {_SHUTDOWN:.0f} s and was ended"
+
+    def _is_off(self) -> bool:
+        instance = self._machine.instance
+        return not isinstance(instance, Watching) or instance.exitcode is not None
+
+    def _stop(self, _: Line, request: Mapping[str, Any]) -> None:
+        self._wish = "cut" if request["now"] else self._wish or "off"
+        self._woken.set()
+
+    # -- what is asked ---------------------------------------------------------------------------------------------------------------
+
+    def listen(self, server: socket.socket) -> None:
+        """Takes requests, each in a thread of its own, until the socket is closed."""
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    sock, _ = server.accept()
+                    thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+                    self._busy.add(thread)
+                    thread.start()
+
+        threading.Thread(target=accept, daemon=True).start()
+
+    def finish(self) -> None:
+        """Gives those who still wait for an answer a moment to get it."""
+        deadline = Deadline(_LAST_WORDS)
+        for thread in list(self._busy):
+            thread.join(deadline.remaining)
+
+    def _serve(self, sock: socket.socket) -> None:
+        sock.settimeout(_PATIENCE)
+        line = Line(sock)
+        try:
+            if kept.peer_is_us(sock):
+                request = line.receive()
+                sock.settimeout(None)
+                if request is not None:
+                    line.send(self._answer(line, request))
+        except (OSError, ValueError) as error:  # whoever asked is gone, or is none of ours
+            print(f"a request came to nothing: {error}", file=sys.stderr, flush=True)  # noqa: T201 - this is the keeper's log
+        finally:
+            line.close()
+            self._busy.discard(threading.current_thread())
+
+    def _answer(self, line: Line, request: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return {"answer": self._verbs[request["verb"]](line, request)}
+        except Exception as error:
+            return _told(error)
+
+    def _exec(self, line: Line, request: Mapping[str, Any]) -> int:
+        """Runs a command with the three descriptors that came with the request; returns its status."""
+        words, timeout = tuple(request["argv"]), request["timeout"]
+        with connect(self._machine, words, line.descriptors, env=request["env"], cwd=request["cwd"], user=request["user"]) as piped:
+            deadline = None if timeout is None else Deadline(timeout)
+            return piped.wait(cancelled=lambda: line.is_cut, deadline=deadline)
+
+    def _cp(self, _: Line, request: Mapping[str, Any]) -> None:
+        source, target = request["src"], request["dst"]
+        if request["to_guest"]:
+            self._machine.cp(Path(source), self._machine.path(target))
+        else:
+            self._machine.cp(self._machine.path(source), Path(target))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _ending(error: MachineDied) -> tuple[str, str]:
+    return ("stopped", "the guest powered off") if error.exitcode == 0 else ("error", _first_line(error))
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """An error as another process is told of it."""
+    message: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, CommandTimeout):
+        return message | {"argv": error.result.argv, "seconds": error.timeout}
+    if isinstance(error, VMBottleError):
+        return message
+    if isinstance(error, OSError):
+        parts = (error.filename, error.strerror or error)
+        return message | {"message": ": ".join(str(part) for part in parts if part)}
+    if not isinstance(error, ValueError):
+        traceback.print_exception(error)
+        message["message"] = f"{type(error).__name__}: {error} (see the keeper's log)"
+    return message
+
+
+# -- the process -----------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Keeps the machine that `Kept.start` asks for, in the folder, and by the lock and the line, that are given as arguments."""
+    folder, hold, line = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    os.chdir("/")
+    os.umask(0o077)
+    os.set_inheritable(hold, False)  # noqa: FBT003 - it has no keyword
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _leave)
+    sys.exit(keep(Kept(folder), hold, Line(socket.socket(fileno=line)), make_backend=_qemu))
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def keep(place: Kept, hold: int, line: Line, *, make_backend: MakeBackend) -> int:
+    """Starts a machine, keeps it to its end, and returns the exit status of this process.
+
+    Args:
+        place: Its folder.
+        hold: That folder, open and locked.
+        line: To who wants it: the order comes from there, and it is to stay open until the machine is ready.
+        make_backend: Makes the backend of a name.
+    """
+    order = line.receive()
+    if order is None:
+        return 1
+    with ExitStack() as stack:
+        try:
+            with _wanted(line) as confirmed:
+                machine, record = stack.enter_context(_provided(place, order, lambda words: line.send({"say": words}), make_backend))
+                keeper = Keeper(machine)
+                server = stack.enter_context(kept.listen(hold))
+                keeper.listen(server)
+                place.note(record)
+                line.send({"answer": None})
+                confirmed.wait()
+        except (VMBottleError, OSError) as error:
+            stack.close()
+            with suppress(OSError):
+                line.send(_told(error))
+            return 1
+        state, reason = _watched(keeper, place, record)
+        keeper.finish()
+        _save_console(place)
+    place.note(attrs.evolve(record, state=state, reason=reason, since=time.time(), ports={}, pid=None))
+    return 0
+
+
+def _watched(keeper: Keeper, place: Kept, record: Record) -> tuple[str, str]:
+    try:
+        return keeper.watch(lambda reason: place.note(attrs.evolve(record, state="error", reason=reason, since=time.time())))
+    except SystemExit as error:
+        number = int(error.code or 0) - 128
+        return "stopped", f"its keeper was ended by {signal.Signals(number).name}, and the machine with it"
+
+
+@contextmanager
+def _wanted(line: Line) -> Iterator[threading.Event]:
+    """Ends what is done in the block, by a signal, if the other side hangs up; its next word is that it took what was made."""
+    confirmed = threading.Event()
+
+    def listen() -> None:
+        with suppress(OSError, ValueError):
+            if line.receive() is not None:
+                confirmed.set()
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield confirmed
+
+
+@contextmanager
+def _provided(
+    place: Kept, order: Mapping[str, Any], say: Callable[[str], None], make_backend: MakeBackend
+) -> Iterator[tuple[Machine, Record]]:
+    """The machine, running and ready, and its record."""
+    keywords = dict(order["keywords"])
+    spec = MachineSpec.resolve(_source(keywords.pop("source")), keywords)
+    catalog = Catalog(Path(order["catalog"]))
+    name = "qemu" if spec.backend == "auto" else spec.backend
+    backend = make_backend(name, order["accel"], catalog)
+    settings = Settings(
+        timeout_factor=order["timeout_factor"], report=say, warn=say, declared=images.find_declared_images(Path(order["folder"]))
+    )
+    provisioner = Provisioner(catalog, backend, name=name, settings=settings)
+    try:
+        with provisioner.machine(spec) as machine, _shown_console(place, machine):
+            yield machine, _record(place, machine)
+    finally:
+        provisioner.close()
+        catalog.close()
+
+
+def _source(text: str) -> str | Path:
+    return Path(text) if "/" in text else text
+
+
+def _record(place: Kept, machine: Machine) -> Record:
+    spec = machine.spec
+    return Record(
+        name=place.name,
+        source=str(spec.image),
+        state="running",
+        keeper=Identity.of(os.getpid()),
+        spec={name: getattr(spec, name) for name in ("arch", "cpus", "memory", "disk", "network", "user")},
+        backend=machine.backend,
+        id=machine.id,
+        pid=machine.pid,
+        ports={str(port): machine.forward(port)[1] for port in spec.ports},
+        argv=tuple(getattr(machine.instance, "argv", ())),
+    )
+
+
+@contextmanager
+def _shown_console(place: Kept, machine: Machine) -> Iterator[None]:
+    """Has the console be found in the machine's folder: by symbolic links, which its last state replaces."""
+    for suffix in ("", ".1"):  # a long one is in two files
+        path = machine.console.path
+        place.console.with_name(place.console.name + suffix).symlink_to(path.with_name(path.name + suffix))
+    yield
+
+
+def _save_console(place: Kept) -> None:
+    for link in (place.console, place.console.with_name(f"{place.console.name}.1")):
+        try:
+            link.readlink().replace(link)
+        except OSError:  # there is no second one, or no room
+            link.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
