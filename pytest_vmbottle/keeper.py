@@ -22,10 +22,10 @@ import attrs
 
 from pytest_vmbottle import images, kept
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Backend, Watching
+from pytest_vmbottle.backend import Backend, SecureShell, Watching
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
-from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, VMBottleError
+from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError, VMBottleError
 from pytest_vmbottle.kept import Identity, Kept, Line, Record
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.pipes import connect
@@ -63,6 +63,9 @@ class Keeper:
         self._verbs: dict[str, Callable[[Line, Mapping[str, Any]], Any]] = {
             "exec": self._exec,
             "cp": self._cp,
+            "metrics": self._metrics,
+            "ssh": self._ssh,
+            "ssh-config": lambda *_: str(machine.ssh_config()),
             "stop": self._stop,
         }
 
@@ -170,6 +173,20 @@ class Keeper:
             self._machine.cp(Path(source), self._machine.path(target))
         else:
             self._machine.cp(self._machine.path(source), Path(target))
+
+    def _metrics(self, line: Line, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Its figures, those of processors over the last moment."""
+        self._machine.metrics()
+        Deadline(request["seconds"]).poll(lambda: line.is_cut)
+        return self._machine.metrics().figures
+
+    def _ssh(self, _: Line, __: Mapping[str, Any]) -> dict[str, Any]:
+        """What it takes to log in."""
+        instance = self._machine.instance
+        if not isinstance(instance, SecureShell):
+            raise MachineError(f"the backend {self._machine.backend} offers no SSH", machine=self._machine.name)
+        access = instance.ssh_access()
+        return {"address": access.address, "keys": attrs.asdict(access.keys), "user": self._machine.spec.user}
 
 
 def _first_line(error: BaseException) -> str:

@@ -145,6 +145,7 @@ class Provisioner:
         self._counted: set[str] = set()
         self._fallback: PackKind | None = None
         self._leases: list[int] = []
+        self._held: set[Path] = set()
         self.tally = Tally()
         catalog.sweep()
 
@@ -155,6 +156,7 @@ class Provisioner:
 
     def close(self) -> None:
         """Gives up the holds on packs; may be called again."""
+        self._held.clear()
         while self._leases:
             os.close(self._leases.pop())
 
@@ -523,12 +525,21 @@ class Provisioner:
             return self._images.import_path(Path(source), arch=spec.arch)
         declared = self._settings.declared.get(source)
         found = self._named_image(source, spec.arch) if declared is None else declared.get(self._images) or self._make_declared(declared)
+        self._hold(found)
         if found.arch != spec.arch:
             raise SpecError(
                 f"the image {found.name!r} is for {found.arch}, and the machine {spec.name!r} was to be {spec.arch}: "
                 f"say arch={found.arch!r} in the mark, or get the image for {spec.arch} as {source}-{spec.arch}"
             )
         return found
+
+    def _hold(self, image: Image) -> None:
+        """Keeps a stored image from being removed for as long as it may be needed."""
+        folder = image.disk.parent
+        if folder not in self._held:
+            with suppress(FileNotFoundError):
+                self._leases.append(self._catalog.lease(folder))
+                self._held.add(folder)
 
     def _named_image(self, name: str, arch: str) -> Image:
         names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)

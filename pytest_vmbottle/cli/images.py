@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from pytest_vmbottle._os import Deadline, format_size, size_on_disk
 from pytest_vmbottle.cli.command import (
     SHORT,
+    Failure,
     as_packages,
     check_each,
     emit,
@@ -361,8 +362,16 @@ def add(  # noqa: PLR0913 - an image has many parts
 @image.command("rm", epilog=examples("vmbottle image rm debian-web"))
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def remove_images(*, names: tuple[str, ...]) -> None:
-    """Remove images. Packs that were made of them stay until they are pruned, but are of no use."""
-    store = _images(open_catalog())
+    """Remove images. Packs that were made of them stay until they are pruned, but are of no use.
+
+    One that a test run or a machine uses is not removed.
+    """
+    catalog = open_catalog()
+    store = _images(catalog)
+    for name in names:
+        found = _stored(store, name)
+        if found is not None and catalog.in_use(found.disk.parent):
+            raise Failure(f"the image {name} is in use: try again when the test run, or the machine (vmbottle machine ls), has ended")
     for name in dict.fromkeys(names):
         store.remove(name)
         say(f"removed the image {name}")

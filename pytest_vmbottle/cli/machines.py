@@ -37,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _GUEST_SIDE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,40}):(.*)", re.DOTALL)
 _TIMED_OUT = 124
 """The exit status of a command that was killed at its --timeout, as that of timeout(1)."""
+_LOGIN = 60.0
 _ENDING = 150.0
 """Seconds in which a keeper has ended that was asked to: the guest's shutdown has its own limit."""
 
@@ -341,7 +342,12 @@ def execute(*, name: str, words: tuple[str, ...], **how: Any) -> None:
     except CommandTimeout as error:
         say(f"the command did not end within {error.timeout:g} s and was killed")
         status = _TIMED_OUT
-    sys.exit(status if status >= 0 else 128 - status)
+    sys.exit(_exit_status(status))
+
+
+def _exit_status(status: int) -> int:
+    """A status as shells tell it: that of a command ended by signal N is 128 + N."""
+    return status if status >= 0 else 128 - status
 
 
 def _is_terminal(fd: int) -> bool:
@@ -374,3 +380,72 @@ def cp(*, src: str, dst: str) -> None:
         raise click.UsageError(f"{guest[0]!r}: the path in the machine begins with a slash, such as {guest[1]}:/tmp")
     paths = {"src": guest[2], "dst": os.path.abspath(dst)} if there else {"src": os.path.abspath(src), "dst": guest[2]}  # noqa: PTH100 - resolve() follows links
     _find(guest[1]).ask({"verb": "cp", "to_guest": not there, **paths})
+
+
+@machine.command(epilog=examples("vmbottle machine shell web", "vmbottle machine shell web -u nobody"))
+@_name
+@click.option("-u", "--user", help="Whose login shell; by default who the machine was started with.")
+def shell(*, name: str, user: str | None) -> None:
+    """Look around in a machine by hand: this terminal becomes one of the machine's.
+
+    What is typed goes to the machine, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves, whatever the machine does.
+    The exit status is that of the shell.
+    """
+    from pytest_vmbottle.backend import Keys
+    from pytest_vmbottle.channels.ssh import SshChannel
+    from pytest_vmbottle.terminal import attach
+
+    place = _find(name)
+    access = place.ask({"verb": "ssh"})
+    host, port = access["address"]
+
+    def alive() -> None:
+        if not place.is_held:
+            raise MachineError(f"the machine {name!r} has ended: {place.record().reason}", machine=name)
+
+    channel = SshChannel.connect((host, port), Keys(**access["keys"]), deadline=Deadline(_LOGIN), alive=alive)
+    try:
+        status = attach(channel, user=user or access["user"])
+    finally:
+        channel.close()
+    sys.exit(_exit_status(status or 0))
+
+
+@machine.command(
+    "ssh-config",
+    epilog=examples(
+        "ssh -F $(vmbottle machine ssh-config web) web",
+        'rsync -a -e "ssh -F $(vmbottle machine ssh-config web)" site/ web:/srv/',
+    ),
+)
+@_name
+@json_option
+def ssh_config(*, name: str, as_json: bool) -> None:
+    """Write an OpenSSH configuration for a machine, and show where: with it ssh, scp, rsync and Ansible reach the machine by its name.
+
+    They log in as root, with a key of the machine's own, and only if it shows its own host key. The files go with the machine.
+    """
+    path = _find(name).ask({"verb": "ssh-config"})
+    if as_json:
+        emit({"host": name, "path": path})
+    else:
+        click.echo(path)
+
+
+@machine.command(epilog=examples("vmbottle machine metrics web", "vmbottle machine metrics web --json | jq .guest_load"))
+@_name
+@click.option("--seconds", type=click.FloatRange(0.05, 3600), default=0.5, show_default=True, help="How long to look at the processors.")
+@json_option
+def metrics(*, name: str, seconds: float, as_json: bool) -> None:
+    """Show what a machine takes of this computer and, as `guest_`, what it says of itself.
+
+    Processors are in percent of one, memory and counts in bytes. Counts run since the machine was started, or its guest booted.
+    """
+    figures = _find(name).ask({"verb": "metrics", "seconds": seconds})
+    if as_json:
+        emit(figures)
+        return
+    for figure, value in figures.items():
+        if figure.endswith("_bytes") and value is not None:
+            value = format_size(int(value))  # noqa: PLW2901 - the same for people
+        click.echo(f"{figure:30} {'-' if value is None else f'{value:.1f}' if isinstance(value, float) else value}")
