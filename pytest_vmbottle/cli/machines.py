@@ -414,6 +414,7 @@ def shell(*, name: str, user: str | None) -> None:
 @machine.command(
     "ssh-config",
     epilog=examples(
+        "vmbottle machine ssh-config web",
         "ssh -F $(vmbottle machine ssh-config web) web",
         'rsync -a -e "ssh -F $(vmbottle machine ssh-config web)" site/ web:/srv/',
     ),

@@ -29,6 +29,7 @@ from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.testing import FakeBackend
 
+MACHINE_VERBS = ("start", "ls", "exec", "cp", "shell", "console", "metrics", "argv", "ssh-config", "stop", "rm")
 DAY = 86400.0
 # As a shell starts it, whatever the process that runs these tests does with the signal.
 COMMAND = """
@@ -139,7 +140,8 @@ def test_importing_the_command_imports_nothing_that_machines_need() -> None:
 @pytest.mark.parametrize(
     "words",
     [(), ("doctor",), ("image",), ("pack",), *(("image", verb) for verb in ("build", "pull", "ls", "add", "rm", "verify"))]
-    + [("pack", verb) for verb in ("ls", "show", "verify", "rm", "prune")],
+    + [("pack", verb) for verb in ("ls", "show", "verify", "rm", "prune")]
+    + [("machine",), *(("machine", verb) for verb in MACHINE_VERBS)],
     ids="-".join,
 )
 def test_every_command_explains_itself_with_examples_and_makes_no_folder(words: tuple[str, ...], root: Path) -> None:
