@@ -211,19 +211,6 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def in_use(folder: Path) -> bool:
-    """Whether somebody holds a folder at this moment."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)
-
-
 def abandoned(folder: Path) -> bool:
     """Whether a folder is ours and whoever worked in it is gone, killed in the middle."""
     try:
@@ -482,7 +469,7 @@ class ImageStore:
         return stored
 
     def _sweep(self) -> None:
-        """Deletes what no name stands for, and what was never finished; folders that are being filled, or used, are left alone."""
+        """Deletes what no name stands for, and what was never finished; folders that are being filled are left alone."""
         for folder in self._blobs.glob(".new-*"):
             if abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -492,7 +479,7 @@ class ImageStore:
         if None in named:  # a damaged record may stand for any of them
             return
         for folder in self._blobs.iterdir():
-            if _SHA256.fullmatch(folder.name) and folder.name not in named and not in_use(folder):
+            if _SHA256.fullmatch(folder.name) and folder.name not in named:
                 # Under its name it is whole or not there.
                 shutil.rmtree(folder.rename(self._blobs / f".old-{secrets.token_hex(8)}"), ignore_errors=True)
 

@@ -653,3 +653,14 @@ def test_packs_that_were_put_aside_are_mentioned_with_the_command_that_removes_t
     assert stock.catalog.set_aside()
     run("pack", "prune")
     assert not stock.catalog.set_aside()
+
+
+def test_an_image_that_a_run_uses_is_not_removed(root: Path, disk: Path) -> None:
+    done("--catalog", root, "image", "add", disk, "--name", "mine")
+    user = Provisioner(Catalog(root), FakeBackend(), name="fake", settings=Settings())
+    user.pack(MachineSpec.resolve("mine", {}))
+
+    assert "the image mine is in use" in failed(1, "--catalog", root, "image", "rm", "mine")
+    user.close()
+    done("--catalog", root, "image", "rm", "mine")
+    assert list((root / "images" / "sha256").iterdir()) == []
