@@ -133,33 +133,31 @@ def test_a_command_gets_its_input_user_folder_and_environment(commands: Commands
 
 
 def test_output_comes_as_it_is_made_and_goes_on_until_its_reader_has_enough(commands: Commands, web: str) -> None:
-    running = commands.begin("exec", web, "--", "sh", "-c", "echo begun; cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert running.stdin is not None
-    assert running.stdout is not None
-    assert running.stdout.readline() == b"begun\n"
-    running.stdin.write(b"more\n")
-    running.stdin.flush()
-    assert running.stdout.readline() == b"more\n"
-    running.stdin.close()
-    assert running.wait(60) == 0
+    with commands.begin("exec", web, "--", "sh", "-c", "echo begun; cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"begun\n"
+        running.stdin.write(b"more\n")
+        running.stdin.flush()
+        assert running.stdout.readline() == b"more\n"
+    assert running.returncode == 0
 
-    endless = commands.begin("exec", web, "--", "yes", "endless", stdout=subprocess.PIPE)
-    assert endless.stdout is not None
-    assert endless.stdout.readline() == b"endless\n"
-    endless.stdout.close()
-    assert endless.wait(60) != 0
-    assert commands.run("exec", web, "--", "pgrep", "-f", "yes endless", status=1).stdout == b""
+    with commands.begin("exec", web, "--", "yes", "endless", stdout=subprocess.PIPE) as endless:
+        assert endless.stdout is not None
+        assert endless.stdout.readline() == b"endless\n"
+    assert endless.returncode != 0
+    assert commands.run("exec", web, "--", "pgrep", "-f", "^yes endless", status=1).stdout == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_ends_in_the_guest_when_whoever_asked_for_it_is_gone(commands: Commands, web: str, number: int) -> None:
-    running = commands.begin("exec", web, "--", "sh", "-c", f"echo begun; exec sleep 1000{number}", stdout=subprocess.PIPE)
-    assert running.stdout is not None
-    assert running.stdout.readline() == b"begun\n"
-    running.send_signal(number)
+    with commands.begin("exec", web, "--", "sh", "-c", f"echo begun; exec sleep 1000{number}", stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"begun\n"
+        running.send_signal(number)
 
-    assert running.wait(60) != 0
-    commands.exec(web, "timeout", "30", "sh", "-c", f"while pgrep -f 'sleep 1000{number}$'; do sleep 0.2; done")
+    assert running.returncode != 0
+    commands.exec(web, "timeout", "30", "sh", "-c", f"while pgrep -f '^sleep 1000{number}$'; do sleep 0.2; done")
 
 
 def test_a_command_is_killed_at_its_time_out(commands: Commands, web: str) -> None:
@@ -167,7 +165,7 @@ def test_a_command_is_killed_at_its_time_out(commands: Commands, web: str) -> No
 
     assert ended.stdout == b"begun\n"
     assert b"did not end within 2 s" in ended.stderr
-    assert commands.run("exec", web, "--", "pgrep", "-f", "sleep 2000", status=1).stdout == b""
+    assert commands.run("exec", web, "--", "pgrep", "-f", "^sleep 2000", status=1).stdout == b""
 
 
 def test_files_and_trees_are_copied_both_ways(commands: Commands, web: str, tmp_path: Path) -> None:
@@ -187,13 +185,12 @@ def test_files_and_trees_are_copied_both_ways(commands: Commands, web: str, tmp_
 
 
 def test_the_console_is_shown_and_followed(commands: Commands, web: str) -> None:
-    following = commands.begin("console", web, "-f", stdout=subprocess.PIPE)
-    assert following.stdout is not None
-    commands.exec(web, "sh", "-c", r"printf 'a \033[31mline\n' > /dev/console")
-    assert any(rb"a \x1b[31mline" in line for line in following.stdout)
-    following.send_signal(signal.SIGINT)
-    assert following.wait(60) == 130
-    following.stdout.close()
+    with commands.begin("console", web, "-f", stdout=subprocess.PIPE) as following:
+        assert following.stdout is not None
+        commands.exec(web, "sh", "-c", r"printf 'a \033[31mline\n' > /dev/console")
+        assert any(rb"a \x1b[31mline" in line for line in following.stdout)
+        following.send_signal(signal.SIGINT)
+    assert following.returncode == 130
     assert rb"a \x1b[31mline" in commands.run("console", web).stdout
 
 
