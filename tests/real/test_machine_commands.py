@@ -249,6 +249,14 @@ class Screen:
             self.seen += os.read(self.end, 4096).decode(errors="replace")
         self.seen = self.seen[match.end() :]
 
+    def shows_all_of(self, process: subprocess.Popen[bytes]) -> int | None:
+        """Reads on, as terminals do, until a process has ended; returns its status."""
+        deadline = Deadline(60)
+        while process.poll() is None and not deadline.expired:
+            if select.select([self.end], [], [], 0.1)[0]:
+                os.read(self.end, 4096)
+        return process.returncode
+
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
@@ -268,7 +276,7 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
     screen.sees("43 132")
     screen.type("(exit 7)\r\x04")
 
-    assert shell.wait(60) == 7
+    assert screen.shows_all_of(shell) == 7
     assert termios.tcgetattr(screen.terminal) == before
     os.close(screen.end)
     os.close(screen.terminal)
