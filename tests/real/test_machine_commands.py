@@ -270,10 +270,11 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
     screen.sees("/dev/pts/")
     screen.sees("30 100")
     screen.type("\x03")
-    screen.resize(132, 43)
-    screen.type("echo status $?; sleep 1; stty size\r")
+    screen.type("echo status $?\r")
     screen.sees("status 130")
-    screen.sees("43 132")
+    screen.resize(132, 43)
+    screen.type("until stty size | grep '^43 132'; do sleep 0.1; done\r")
+    screen.sees(r"\n43 132")
     screen.type("(exit 7)\r\x04")
 
     assert screen.shows_all_of(shell) == 7
@@ -308,7 +309,7 @@ def test_a_machine_is_shut_down_remembered_and_removed(commands: Commands, name:
 
 def test_a_machine_that_powers_itself_off_is_stopped_and_one_that_is_killed_an_error(commands: Commands, name: str) -> None:
     started = commands.start(name)
-    commands.exec(name, "systemd-run", "--on-active=1", "poweroff")
+    commands.exec(name, "systemd-run", "sh", "-c", "sleep 1; poweroff")
     assert Deadline(120).poll(lambda: is_gone(started["keeper"]), every=0.2)
     off = commands.about(name)
     pid = commands.start(name)["pid"]
