@@ -274,7 +274,7 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
     screen.sees("status 130")
     screen.resize(132, 43)
     screen.type("until stty size | grep '^43 132'; do sleep 0.1; done\r")
-    screen.sees(r"\n43 132")
+    screen.sees(r"\r43 132")
     screen.type("(exit 7)\r\x04")
 
     assert screen.shows_all_of(shell) == 7
