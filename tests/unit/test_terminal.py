@@ -50,7 +50,7 @@ class Stage:
         self.before = termios.tcgetattr(self.terminal)
         program = textwrap.dedent(_PROGRAM).format(fd=far.fileno(), receive=receive, status=status)
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), self.terminal)
-        env = {**os.environ, "TERM": "vt100", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "TERM": "vt100", "PYTHONPATH": str(ROOT), "PYTHON_COLORS": "0"}
         self.process = subprocess.Popen(  # type: ignore[call-overload]
             [sys.executable, "-c", program], env=env, pass_fds=[far.fileno()], start_new_session=True, **streams
         )
