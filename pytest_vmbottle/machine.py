@@ -317,11 +317,6 @@ class Machine:
 
     # -- for who keeps it ------------------------------------------------------------------------------------------------------------
 
-    @property
-    def instance(self) -> Instance:
-        """The VM as its backend sees it."""
-        return self._instance
-
     def command(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str | None, user: str | None) -> Command:
         """A command as `exec` would run it, for a channel.
 
@@ -336,7 +331,7 @@ class Machine:
 
     def bulk(self, deadline: Deadline) -> Channel:
         """The channel that carries the most, and commands beside each other."""
-        return self._instance.channel(deadline=deadline, bulk=True)
+        return self._power.bulk_channel(deadline)
 
     # -- files -----------------------------------------------------------------------------------------------------------------------
 
