@@ -1,0 +1,376 @@
+"""`vmbottle image`: base images, from which machines start."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from pytest_vmbottle._os import Deadline, format_size, size_on_disk
+from pytest_vmbottle.cli.command import (
+    SHORT,
+    as_packages,
+    check_each,
+    emit,
+    examples,
+    json_option,
+    open_catalog,
+    say,
+    show_table,
+)
+from pytest_vmbottle.errors import CatalogError, SpecError
+from pytest_vmbottle.result import printable
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.images import DeclaredImage, Image, ImageStore, Traits
+
+__all__ = ["image"]
+
+_BUILD_SECONDS = 3600.0
+
+
+@click.group(
+    epilog=examples("vmbottle image build debian-12", "vmbottle image pull fedora-44", "vmbottle image add disk.qcow2 --name mine")
+)
+def image() -> None:
+    """Base images, from which machines start."""
+
+
+def _traits(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that say what a disk does not tell; the command gets them as `arch` and `traits`."""
+
+    @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="What it runs on; by default what this computer is.")
+    @click.option("--firmware", type=click.Choice(["bios", "uefi"]), help="What boots it; by default uefi for aarch64, else bios.")
+    @click.option("--user", default="", metavar="NAME", help="The user that its cloud-init gives our SSH key.")
+    @click.option(
+        "--ready-when",
+        "readiness",
+        type=click.Choice(["cloud-init", "channel"]),
+        default="cloud-init",
+        show_default=True,
+        help="A booted machine is ready when cloud-init has ended, or as soon as a command can be run in it.",
+    )
+    @wraps(command)
+    def with_traits(*, arch: str | None, firmware: str | None, user: str, readiness: str, **rest: Any) -> None:
+        from pytest_vmbottle.images import Traits, default_firmware
+        from pytest_vmbottle.spec import host_arch
+
+        arch = arch or host_arch()
+        try:
+            traits = Traits(firmware=firmware or default_firmware(arch), user=user, readiness=readiness)  # type: ignore[arg-type]
+        except ValueError:
+            raise click.BadParameter(f"{user!r} is not the name of a user", param_hint="--user") from None
+        command(arch=arch, traits=traits, **rest)
+
+    return with_traits
+
+
+def _images(catalog: Catalog) -> ImageStore:
+    from pytest_vmbottle.images import ImageStore
+
+    return ImageStore(catalog.images)
+
+
+@image.command(
+    epilog=examples(
+        "vmbottle image build debian-12",
+        "vmbottle image build debian-12 --include nginx,curl --name debian-web",
+    )
+)
+@click.argument("recipe")
+@click.option("--include", metavar="PKG,PKG", multiple=True, callback=as_packages, help="More packages to have in it.")
+@click.option("--name", help="What to call it, if not like the recipe.")
+def build(*, recipe: str, include: list[str], name: str | None) -> None:
+    """Build a base image from a RECIPE, such as debian-12; one of that name that is there is replaced.
+
+    RECIPE may also be the name of an image that the project around the current folder declares, in its pyproject.toml or vmbottle.toml;
+    if it is to be downloaded, that is done.
+
+    This takes a minute or two, as root or not. Packages come from this computer's own sources. Two builds of the same image at once do
+    the work once. The image's name and sha256 are written to stdout.
+    """
+    from pytest_vmbottle import images
+
+    declared = _declared().get(recipe)
+    if declared is not None:
+        if include or name:
+            raise click.UsageError(f"{recipe} is declared in {declared.origin}: its name and packages stand there")
+        _make_declared(declared)
+        return
+    catalog = open_catalog()
+    store, name = _images(catalog), name or recipe
+    images.store.check_name(name)
+    before = _stored(store, name)
+    with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=say, label=f"the image {name}"):
+        built = _stored(store, name)
+        if built is None or built == before or not _is_of(built, recipe, include):
+            built = images.build(store, recipe, name=name, include=include, progress=say)
+    click.echo(f"{built.name} {built.sha256}")
+
+
+def _declared() -> dict[str, DeclaredImage]:
+    """The images that the project around this folder declares."""
+    from pytest_vmbottle.images import find_declared_images
+
+    try:
+        return find_declared_images(Path.cwd())
+    except SpecError as error:
+        raise click.UsageError(printable(str(error))) from None
+
+
+def _make_declared(declared: DeclaredImage) -> None:
+    from pytest_vmbottle.images import PULL_SECONDS
+
+    catalog = open_catalog()
+    store, name = _images(catalog), declared.stored_name
+    before = _stored(store, name)
+    deadline = Deadline(PULL_SECONDS if declared.kind == "url" else _BUILD_SECONDS)
+    with catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {declared.name}"):
+        made = _stored(store, name)
+        if made is None or made == before:
+            made = declared.make(store, progress=say)
+    click.echo(f"{declared.name} {made.sha256}")
+
+
+def _stored(store: ImageStore, name: str) -> Image | None:
+    with suppress(CatalogError):  # a damaged one is built again
+        return store.get(name)
+    return None
+
+
+def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
+    """Whether somebody else, for whom we have waited, built just this."""
+    from pytest_vmbottle.images import RECIPES
+
+    described, _, extras = found.description.partition(", with ")
+    return recipe in RECIPES and described == RECIPES[recipe].description and extras == ", ".join(include)
+
+
+@image.command(
+    epilog=examples(
+        "vmbottle image pull fedora-44",
+        "vmbottle image pull debian-13 --name debian-13-cloud",
+        "vmbottle image pull ubuntu-24.04 --update",
+        "vmbottle image pull https://example.org/disk.qcow2 --sha256 1f3a... --name mine",
+    )
+)
+@click.argument("source", metavar="NAME|URL")
+@click.option("--name", help="What to call it, if not like the official image; needed with a URL.")
+@click.option("--sha256", help="With a URL: the digest that the file must have.")
+@click.option("--update", is_flag=True, help="Replace an image of this name that has another content.")
+@click.option("--offline", is_flag=True, help="Download nothing: fail if it is not there.")
+@_traits
+def pull(  # noqa: PLR0913 - one for each option
+    *, source: str, name: str | None, sha256: str | None, update: bool, offline: bool, arch: str, traits: Traits
+) -> None:
+    """Download the official cloud image NAME of a distribution, or a disk image from a URL.
+
+    `vmbottle image ls --available` lists the official ones. What was downloaded must have the checksum that the distribution publishes
+    beside it, or the --sha256 that is given here. If the image is there already and still the published one, nothing is downloaded; if
+    another one is published by now, --update takes it. A download that was interrupted goes on when the command is run again.
+
+    Only https is used, through the proxy that HTTPS_PROXY names. An image for another architecture than this computer's is called
+    NAME-ARCH. The image's name and sha256 are written to stdout.
+    """
+    from pytest_vmbottle import images
+
+    by_url = "://" in source
+    _check_pull(by_url=by_url, name=name, sha256=sha256)
+    name = name or images.pulled_name(source, arch)
+    images.store.check_name(name)
+    catalog = open_catalog()
+    deadline = Deadline(images.PULL_SECONDS)
+    with (
+        catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {name}"),
+        _meter() as (progress, meter, every),
+    ):
+        options = images.PullOptions(update=update, offline=offline, progress=progress, meter=meter, every=every)
+        if by_url:
+            pulled = images.pull_url(_images(catalog), source, sha256=str(sha256), name=name, arch=arch, traits=traits, options=options)
+        else:
+            pulled = images.pull(_images(catalog), source, name=name, arch=arch, options=options)
+    click.echo(f"{pulled.name} {pulled.sha256}")
+
+
+def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
+    if by_url and not (name and sha256):
+        raise click.UsageError("a URL needs --name, and --sha256 with the digest that whoever made the image publishes")
+    if not by_url:
+        context = click.get_current_context()
+        given = [
+            option
+            for option, parameter in (("--sha256", "sha256"), ("--firmware", "firmware"), ("--user", "user"), ("--ready-when", "readiness"))
+            if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+        ]
+        if given:
+            raise click.UsageError(f"{', '.join(given)} goes with a URL: of an official image this is known")
+
+
+@contextmanager
+def _meter() -> Iterator[tuple[Callable[[str], None], Callable[[str], None], float]]:
+    """Where steps are told, where a download's progress is, and how often: on a terminal that is one line, written again and again."""
+    if not sys.stderr.isatty():
+        yield say, say, 5.0
+        return
+    begin = "\r\x1b[K"
+
+    def over(words: str) -> None:
+        click.echo(begin + printable(words)[: shutil.get_terminal_size().columns - 1], err=True, nl=False)
+
+    try:
+        yield (lambda words: click.echo(begin + printable(words), err=True)), over, 0.2
+    finally:
+        click.echo(begin, err=True, nl=False)
+
+
+def _list_available(*, as_json: bool) -> None:
+    from pytest_vmbottle.images import CLOUD_IMAGES, RECIPES
+
+    records = [
+        {
+            "name": name,
+            "build": RECIPES[name].description if name in RECIPES else None,
+            "pull": CLOUD_IMAGES[name].description if name in CLOUD_IMAGES else None,
+        }
+        for name in sorted({*RECIPES, *CLOUD_IMAGES})
+    ]
+    if as_json:
+        emit(records)
+    else:
+        rows = [(str(record["name"]), verb, str(record[verb])) for record in records for verb in ("build", "pull") if record[verb]]
+        show_table(("NAME", "BY", "DESCRIPTION"), rows)
+
+
+@image.command("ls", epilog=examples("vmbottle image ls", "vmbottle image ls --available", "vmbottle image ls --json | jq -r '.[].name'"))
+@click.option("--available", is_flag=True, help="List what can be built and pulled instead.")
+@json_option
+def list_images(*, available: bool, as_json: bool) -> None:
+    """List the images; SIZE is what they take on disk.
+
+    Those that the project around the current folder declares come last.
+    """
+    if available:
+        _list_available(as_json=as_json)
+        return
+    declared, store = _declared(), _images(open_catalog())
+    records = []
+    for name in store.names():
+        try:
+            found = store.get(name)
+        except CatalogError as error:
+            records.append({"name": name, "damaged": str(error)})
+            say(str(error))
+        else:
+            records += [_image_record(found)] if found else []
+    records += [_declared_record(each, store.names()) for each in declared.values()]
+    if as_json:
+        emit(records)
+    elif records:
+        show_table(("NAME", "SHA256", "SIZE", "DISK", "CREATED", "DESCRIPTION"), (_image_row(record) for record in records))
+    else:
+        say("There are no images yet: `vmbottle image build debian-12` makes one, `vmbottle image pull debian-12` downloads one.")
+
+
+def _declared_record(declared: DeclaredImage, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": declared.name,
+        "declared": declared.origin,
+        "kind": declared.kind,
+        "source": declared.source,
+        "stored": declared.stored_name if declared.stored_name in names else None,
+        "damaged": None,
+    }
+
+
+def _image_record(found: Image) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "sha256": found.sha256,
+        "size": size_on_disk(found.disk.parent),
+        "virtual_size": found.virtual_size,
+        "format": found.format,
+        "arch": found.arch,
+        "created": found.created,
+        "description": found.description,
+        "disk": str(found.disk),
+        "kernel": str(found.kernel) if found.kernel else None,
+        "cmdline": found.cmdline,
+        "firmware": found.firmware,
+        "user": found.user,
+        "readiness": found.readiness,
+        "prepared": found.prepared,
+        "damaged": None,
+    }
+
+
+def _image_row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    if record["damaged"]:
+        return (record["name"], "damaged", "-", "-", "-", "-")
+    if "declared" in record:
+        where = {"path": f"{record['source']}, where it lies"}.get(record["kind"], record["stored"] or "made when it is needed")
+        return (record["name"], "declared", "-", "-", "-", f"{where} ({record['declared']})")
+    sizes = (format_size(record["size"]), format_size(record["virtual_size"]))
+    return (record["name"], record["sha256"][:SHORT], *sizes, record["created"], record["description"])
+
+
+@image.command(
+    epilog=examples(
+        "vmbottle image add disk.qcow2 --name mine",
+        "vmbottle image add disk.raw --name mine --sha256 1f3a...",
+        "vmbottle image add arm.qcow2 --name mine-arm --arch aarch64 --user admin",
+        "vmbottle image add root.raw --name mine --kernel vmlinuz --initrd initrd.img --cmdline 'root=/dev/vda rw console=ttyS0'",
+    )
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What to call it.")
+@click.option("--sha256", help="The digest that the file must have.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="A kernel to boot directly, instead of by firmware; copied too.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="Its initial RAM disk.")
+@click.option("--cmdline", default="", help="Its command line, such as 'root=/dev/vda rw console=ttyS0'.")
+@_traits
+def add(  # noqa: PLR0913 - an image has many parts
+    *,
+    file: Path,
+    name: str,
+    sha256: str | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    cmdline: str,
+    arch: str,
+    traits: Traits,
+) -> None:
+    """Copy a disk image FILE, qcow2 or raw, into the catalog.
+
+    It must boot by its firmware, or by the --kernel that is given, and have the QEMU guest agent or cloud-init and SSH. The image's name
+    and sha256 are written to stdout.
+    """
+    added = _images(open_catalog()).add(
+        file, name=name, sha256=sha256, kernel=kernel, initrd=initrd, cmdline=cmdline, arch=arch, traits=traits
+    )
+    click.echo(f"{added.name} {added.sha256}")
+
+
+@image.command("rm", epilog=examples("vmbottle image rm debian-web"))
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def remove_images(*, names: tuple[str, ...]) -> None:
+    """Remove images. Packs that were made of them stay until they are pruned, but are of no use."""
+    store = _images(open_catalog())
+    for name in dict.fromkeys(names):
+        store.remove(name)
+        say(f"removed the image {name}")
+
+
+@image.command("verify", epilog=examples("vmbottle image verify", "vmbottle image verify debian-12"))
+@click.argument("names", metavar="[NAME...]", nargs=-1)
+def verify_images(*, names: tuple[str, ...]) -> None:
+    """Read images, by default all, and compare them with the digests they were stored with. The exit status is 1 if one differs."""
+    store = _images(open_catalog())
+    check_each({name: (name, partial(store.verify, name)) for name in names or store.names()})

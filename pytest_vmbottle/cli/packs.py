@@ -1,0 +1,257 @@
+"""`vmbottle pack`: the bottled machines in the catalog."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pytest_vmbottle._os import format_size, size_on_disk
+from pytest_vmbottle.cli.command import (
+    SHORT,
+    Failure,
+    as_duration,
+    as_size,
+    check_each,
+    emit,
+    examples,
+    format_age,
+    json_option,
+    one_line,
+    open_catalog,
+    say,
+    show_table,
+    undisturbed,
+)
+from pytest_vmbottle.errors import PackCorrupt
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.packs import Pack
+
+__all__ = ["pack"]
+
+
+@click.group(epilog=examples("vmbottle pack ls", "vmbottle pack show 140eda", "vmbottle pack prune --older-than 7d --dry-run"))
+def pack() -> None:
+    """Packs: prepared machines, of which tests get clones.
+
+    A pack has a machine's disk and, where this computer can restore it, its RAM: then its clones are running when a test gets them.
+
+    pytest makes them when it needs them, and again if they are gone. KEY is the beginning of a pack's key, as long as no other begins so.
+    """
+
+
+@pack.command("ls", epilog=examples("vmbottle pack ls", "vmbottle pack ls --json | jq 'map(.size) | add'"))
+@json_option
+def list_packs(*, as_json: bool) -> None:
+    """List the packs, oldest first; SIZE is what they take on disk."""
+    from pytest_vmbottle import packs
+
+    catalog = open_catalog()
+    found, damaged = packs.scan(catalog.packs)
+    taken = packs.sizes(found)
+    records = [_pack_record(catalog, each, taken[each.key]) for each in found if each.key in taken]
+    for key, error in damaged.items():
+        say(f"{error}; remove it with `vmbottle pack rm {key[:SHORT]}`")
+    if as_json:
+        emit(records + [{"key": key, "damaged": str(error)} for key, error in damaged.items()])
+    elif records:
+        show_table(("KEY", "KIND", "NAME", "AGE", "SIZE", "MEMORY", "IN USE", "BACKEND"), map(_pack_row, records))
+    elif not damaged:
+        say("There are no packs yet: pytest makes them when tests need machines.")
+    _mention_quarantine(catalog)
+
+
+def _mention_quarantine(catalog: Catalog) -> None:
+    with suppress(OSError):  # what is just being removed
+        aside = catalog.set_aside()
+        if aside:
+            size = format_size(sum(size_on_disk(each) for each in aside))
+            say(f"Damaged packs that were put aside take {size}; remove them with: vmbottle pack prune")
+
+
+def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
+    about = found.manifest
+    return {
+        "key": found.key,
+        "kind": about.kind,
+        "name": about.name,
+        "created": datetime.fromtimestamp(about.created, UTC).isoformat(timespec="seconds"),
+        "age": max(0.0, time.time() - about.created),
+        "size": size,
+        "memory": about.memory,
+        "disk_size": about.disk_size,
+        "backend": about.backend,
+        "image": about.image,
+        "parent": about.parent,
+        "in_use": catalog.in_use(found.path),
+        "path": str(found.path),
+        "damaged": None,
+    }
+
+
+def _pack_row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    sizes = (format_size(record["size"]), format_size(record["memory"]))
+    use = "yes" if record["in_use"] else "no"
+    return (record["key"][:SHORT], record["kind"], record["name"], format_age(record["age"]), *sizes, use, record["backend"])
+
+
+@pack.command(epilog=examples("vmbottle pack show 140eda", "vmbottle pack show 140eda --json"))
+@click.argument("key")
+@json_option
+def show(*, key: str, as_json: bool) -> None:
+    """Show a pack, its files, and the packs it stands on."""
+    from pytest_vmbottle import packs
+
+    catalog = open_catalog()
+    found = packs.read(packs.find(catalog.packs, key))
+    record = _pack_record(catalog, found, found.size) | {"files": _files(found), "parents": _parents(catalog, found)}
+    if as_json:
+        emit(record)
+    else:
+        for name, value in _described(record):
+            click.echo(f"{name:10} {one_line(value)}")
+
+
+def _files(found: Pack) -> dict[str, dict[str, Any]]:
+    sizes = {path.name: path.stat().st_size for path in found.path.iterdir()}
+    return {name: {"digest": value, "size": sizes.get(name)} for name, value in found.manifest.files.items()}
+
+
+def _described(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A pack's record for people: names and values."""
+    yield from ((name, record[name]) for name in ("key", "kind", "name"))
+    yield "created", f"{record['created']} ({format_age(record['age'])} ago)"
+    yield from ((name.replace("_", " "), format_size(record[name])) for name in ("size", "memory", "disk_size"))
+    yield "in use", "yes" if record["in_use"] else "no"
+    yield from ((name, record[name]) for name in ("backend", "image", "path"))
+    for parent in record["parents"]:
+        yield "on", f"{parent['key'][:SHORT]} {parent['name'] or 'which is gone or damaged'}"
+    for name, file in record["files"].items():
+        yield "file", f"{name} ({'missing' if file['size'] is None else format_size(file['size'])}, {file['digest']})"
+
+
+def _parents(catalog: Catalog, found: Pack) -> list[dict[str, Any]]:
+    """The packs beneath one, uppermost first."""
+    from pytest_vmbottle import packs
+
+    parents: list[dict[str, Any]] = []
+    key = found.manifest.parent
+    while key is not None and key not in {parent["key"] for parent in parents}:
+        try:
+            below = packs.read(catalog.packs / key).manifest
+        except (PackCorrupt, FileNotFoundError):
+            return [*parents, {"key": key, "name": None, "kind": None}]
+        parents.append({"key": key, "name": below.name, "kind": below.kind})
+        key = below.parent
+    return parents
+
+
+@pack.command("verify", epilog=examples("vmbottle pack verify", "vmbottle pack verify 140eda"))
+@click.argument("keys", metavar="[KEY...]", nargs=-1)
+def verify_packs(*, keys: tuple[str, ...]) -> None:
+    """Read packs, by default all, and compare them with what was published. The exit status is 1 if one differs.
+
+    A bad pack stays where it is; the next pytest that needs it puts it aside and makes it again.
+    """
+    from pytest_vmbottle import packs
+
+    catalog = open_catalog()
+    if keys:
+        paths = [packs.find(catalog.packs, key) for key in keys]
+    else:
+        found, damaged = packs.scan(catalog.packs)
+        paths = [*(each.path for each in found), *(catalog.packs / key for key in damaged)]
+    check_each({path.name: (f"pack {path.name[:SHORT]}", partial(_verify, catalog, path)) for path in paths})
+
+
+def _verify(catalog: Catalog, path: Path) -> None:
+    from pytest_vmbottle import packs
+
+    hold = catalog.lease(path)
+    try:
+        found = packs.read(path)
+        found.verify()
+        packs.check_parent(found)
+    finally:
+        os.close(hold)
+
+
+@pack.command("rm", epilog=examples("vmbottle pack rm 140eda", "vmbottle pack rm 140eda 573fc2"))
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+def remove_packs(*, keys: tuple[str, ...]) -> None:
+    """Remove packs. One that a test run uses, or that another one stands on, is not removed."""
+    from pytest_vmbottle import packs
+
+    catalog = open_catalog()
+    paths = dict.fromkeys(packs.find(catalog.packs, key) for key in keys)
+    found, _ = packs.scan(catalog.packs)
+    _check_removable(catalog, paths, found)
+    ordered = [each.path for each in packs.children_first(each for each in found if each.path in paths)]
+    for path in (*(path for path in paths if path not in ordered), *ordered):
+        if not _discard(catalog, path):
+            raise Failure(f"the pack {path.name[:SHORT]} is in use by now: try again when the test run that uses it has ended")
+        click.echo(path.name)
+
+
+def _check_removable(catalog: Catalog, paths: Iterable[Path], found: Sequence[Pack]) -> None:
+    """Refuses the whole if one cannot go: nothing half done."""
+    names = {path.name for path in paths}
+    above = [each for each in found if each.manifest.parent in names and each.key not in names]
+    if above:
+        those = ", ".join(f"{each.key[:SHORT]} ({each.manifest.name})" for each in above)
+        command = " ".join(("vmbottle pack rm", *(each.key[:SHORT] for each in above), *(name[:SHORT] for name in sorted(names))))
+        raise Failure(f"{those} would stand on nothing: remove all of them with `{command}`")
+    for path in paths:
+        if catalog.in_use(path):
+            raise Failure(f"the pack {path.name[:SHORT]} is in use: try again when the test run that uses it has ended")
+
+
+def _discard(catalog: Catalog, path: Path) -> bool:
+    with undisturbed():
+        return catalog.discard(path)
+
+
+@pack.command(
+    epilog=examples("vmbottle pack prune --dry-run", "vmbottle pack prune --older-than 7d", "vmbottle pack prune --keep-size 10G")
+)
+@click.option("--older-than", callback=as_duration, metavar="AGE", help="Remove packs that were made longer ago, such as 12h or 7d.")
+@click.option(
+    "--keep-size", callback=as_size, metavar="SIZE", help="Remove the oldest packs until the others take no more than this, such as 10G."
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+def prune(*, older_than: float | None, keep_size: int | None, dry_run: bool) -> None:
+    """Remove packs that no test run uses, the oldest first, and whatever was found damaged and put aside.
+
+    Without options these are all of them: pytest makes them again when it needs them. A pack that one which is kept stands on is kept.
+    With both options each removes its share. The keys of what was removed are written to stdout.
+    """
+    from pytest_vmbottle import packs
+
+    catalog = open_catalog()
+    found, damaged = packs.scan(catalog.packs)
+    made_before = None if older_than is None else time.time() - older_than
+    chosen = packs.prunable(found, held=lambda each: catalog.in_use(each.path), made_before=made_before, keep_size=keep_size)
+    taken = packs.sizes(chosen)
+    gone = [key for key in damaged if dry_run or _discard(catalog, catalog.packs / key)]
+    stays: set[str | None] = set()
+    for each in chosen:
+        if each.key not in stays and (dry_run or _discard(catalog, each.path)):
+            gone.append(each.key)
+        else:  # somebody has begun to use it
+            stays.add(each.manifest.parent)
+    for aside in () if dry_run else catalog.set_aside():
+        shutil.rmtree(aside, ignore_errors=True)
+    for key in gone:
+        click.echo(key)
+    freed = format_size(sum(taken.get(key, 0) for key in gone))
+    say(f"{'would remove' if dry_run else 'removed'} {len(gone)} of {len(found) + len(damaged)} packs, {freed}")
