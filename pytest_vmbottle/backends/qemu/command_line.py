@@ -13,9 +13,22 @@ import attrs
 
 from pytest_vmbottle.backend import GUEST_MAC, Disk
 from pytest_vmbottle.backends.qemu.dialect import Dialect
+from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["BOARDS", "FORMAT", "HVF", "KVM", "Accelerator", "Board", "Emulator", "Wiring", "command_line", "sandbox"]
+__all__ = [
+    "BOARDS",
+    "FORMAT",
+    "HVF",
+    "KVM",
+    "Accelerator",
+    "Board",
+    "Emulator",
+    "Wiring",
+    "board_of",
+    "command_line",
+    "sandbox",
+]
 
 FORMAT = 2
 """Part of every fingerprint: packs made with another set of devices are not restored."""
@@ -53,12 +66,14 @@ class Board:
 
     Attributes:
         arch: The guest's architecture, as `uname -m` names it.
+        package: What Debian and Ubuntu call the package with the QEMU for it.
         machine: The argument of `-machine`, but for what all have.
         tcg: How it is emulated.
         serial: What connects the chardev `console` to the first serial port.
     """
 
     arch: str
+    package: str
     machine: str
     tcg: Accelerator
     serial: tuple[str, ...]
@@ -67,6 +82,7 @@ class Board:
 _BOARDS = (
     Board(
         arch="x86_64",
+        package="qemu-system-x86",
         machine="q35,vmport=off,smbus=off,sata=off,usb=off,graphics=off",
         # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
         tcg=_tcg("max,la57=off"),
@@ -74,6 +90,7 @@ _BOARDS = (
     ),
     Board(
         arch="aarch64",
+        package="qemu-system-arm",
         machine="virt,gic-version=max",
         # By its own algorithm, pointer authentication takes half of the time of an emulated guest.
         tcg=_tcg("max,pauth-impdef=on"),
@@ -81,6 +98,19 @@ _BOARDS = (
     ),
 )
 BOARDS = {board.arch: board for board in _BOARDS}
+
+
+def board_of(arch: str) -> Board:
+    """The board for an architecture.
+
+    Raises:
+        BackendUnavailable: There is none.
+    """
+    try:
+        return BOARDS[arch]
+    except KeyError:
+        known = " and ".join(BOARDS)
+        raise BackendUnavailable(f"no machine is known for {arch}: there are {known}", f"Use a host of {known}") from None
 
 
 @attrs.frozen(kw_only=True)
