@@ -10,7 +10,10 @@ from sybil.parsers.rest import DocTestParser
 
 pytest_plugins = ["pytester"]
 
-_docstrings = Sybil(parsers=[DocTestParser(ELLIPSIS | NORMALIZE_WHITESPACE)], patterns=["pytest_vmbottle/*.py", "pytest_vmbottle/cli/*.py"])
+_docstrings = Sybil(
+    parsers=[DocTestParser(ELLIPSIS | NORMALIZE_WHITESPACE)],
+    patterns=[f"pytest_vmbottle/{folders}*.py" for folders in ("", "*/", "*/*/", "*/*/*/")],
+)
 _pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"])
 
 pytest_collect_file = (_docstrings + _pages).pytest()

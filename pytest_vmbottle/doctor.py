@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from pytest_vmbottle import host
 from pytest_vmbottle._os import format_size, private_dir, run_tool
 from pytest_vmbottle.backends.qemu import QemuBackend, proof
 from pytest_vmbottle.backends.qemu.backend import Proof
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, Board, Emulator, Wiring, board_of, command_line
+from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images import RECIPES
 from pytest_vmbottle.images.apt import apt_sources
 from pytest_vmbottle.images.builder import without_ids
-from pytest_vmbottle.spec import host_arch
+from pytest_vmbottle.spec import MachineSpec, host_arch
 
 __all__ = ["Finding", "State", "can_run", "examine"]
 
@@ -33,18 +36,6 @@ _LITTLE_SPACE, _NO_SPACE = 10 << 30, 3 << 30
 _LITTLE_MEMORY = 1 << 30
 _FEW_FILES, _MANY_FILES = 1024, 4096
 _TOOL_SECONDS = 10.0
-_INSTALL_QEMU = "sudo apt-get install qemu-system-x86 qemu-utils"
-# What every machine's command line asks of QEMU.
-_DEVICES = (
-    "isa-serial",
-    "pvpanic-pci",
-    "virtio-blk-pci",
-    "virtio-net-pci",
-    "virtio-rng-pci",
-    "virtio-serial-pci",
-    "virtserialport",
-    "vmgenid",
-)
 
 
 class State(StrEnum):
@@ -163,29 +154,49 @@ def _system() -> _Answer:
 # -- QEMU ------------------------------------------------------------------------------------------------------------------------------
 
 
+def _install_qemu() -> str:
+    return f"sudo apt-get install {board_of(host_arch()).package} qemu-utils"
+
+
+def _devices(board: Board) -> list[str]:
+    """What every machine's command line asks of QEMU, whatever else it may use where it is there."""
+    least = Dialect(sandbox=False, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=False)
+    emulator = Emulator(binary=Path(), board=board, accelerator=board.tcg, dialect=least)
+    files = dict.fromkeys(("ram", "overlay", "seed", "console"), Path())
+    lines = dict.fromkeys(("qmp", "agent", "waker"), 0)
+    boot = {"disks": (), "kernel": None, "initrd": None, "cmdline": "", "share": True, "incoming": False}
+    argv = command_line(emulator, MachineSpec(source="any", arch=board.arch), Wiring(name="any", **files, **lines, **boot))  # type: ignore[arg-type]
+    return sorted({value.partition(",")[0] for option, value in pairwise(argv) if option == "-device"})
+
+
 def _qemu() -> _Answer:
-    name = f"qemu-system-{host_arch()}"
+    try:
+        board = board_of(host_arch())
+    except BackendUnavailable as error:
+        return _missing(error.reason, error.remedy)
+    name = f"qemu-system-{board.arch}"
     others = sorted({path.name for folder in os.get_exec_path() for path in Path(folder).glob("qemu-system-*")} - {name})
     found = shutil.which(name)
     if found is None:
         there = f"; {', '.join(others)} cannot run machines of this host's kind" if others else ""
-        return _missing(f"{name} is not in the search path{there}", _INSTALL_QEMU, others=others)
+        return _missing(f"{name} is not in the search path{there}", _install_qemu(), others=others)
     try:
         version = proof.version(Path(found))
     except BackendUnavailable as error:
-        return _missing(error.reason, _INSTALL_QEMU, path=found, others=others)
+        return _missing(error.reason, _install_qemu(), path=found, others=others)
     accelerators, devices, networks = (_offered(found, what) for what in ("accel", "device", "netdev"))
-    has = {name: f'"{name}"' in devices for name in _DEVICES} | {"user network": "user" in networks}
+    has = {name: f'"{name}"' in devices for name in _devices(board)} | {"user network": "user" in networks}
     lacking = [name for name, there in has.items() if not there]
     details = {"path": found, "version": version, "accelerators": sorted(accelerators), "has": has, "others": others}
     if lacking:
-        return _missing(f"{found} was built without what every machine has: {', '.join(lacking)}", _INSTALL_QEMU, **details)
+        return _missing(f"{found} was built without what every machine has: {', '.join(lacking)}", _install_qemu(), **details)
     return _ok(f"{version}, {found}", **details)
 
 
 def _offered(qemu: str, what: str) -> set[str]:
     """The words with which QEMU answers what it has of something, without its headings."""
-    ended = run_tool([qemu, f"-{what}", "help"], timeout=_TOOL_SECONDS)
+    # Without a machine, since only x86 has one by default.
+    ended = run_tool([qemu, f"-{what}", "help", "-machine", "none"], timeout=_TOOL_SECONDS)
     return {word.strip(",") for line in ended.output.splitlines() if not line.endswith(":") for word in line.split()}
 
 
@@ -213,7 +224,7 @@ class _Qemu:
             proved = self._backend.prove_again()
         except BackendUnavailable as error:
             self._failure = error
-            return _missing(error.reason, self._remedy(), wanted=self._wanted)
+            return _missing(error.reason, self._remedy() if host_arch() in BOARDS else error.remedy, wanted=self._wanted)
         chosen = proved.accelerator.name
         details = {"name": chosen, "wanted": self._wanted, "verdicts": [attrs.asdict(verdict) for verdict in proved.verdicts]}
         if chosen == "tcg" != self._wanted:
@@ -224,7 +235,7 @@ class _Qemu:
 
     def _remedy(self) -> str:
         if not shutil.which(f"qemu-system-{host_arch()}") or not shutil.which("qemu-img") or self._wanted == "auto":
-            return _INSTALL_QEMU
+            return _install_qemu()
         if self._wanted == "kvm" and proof.kvm_refusal(Path("/dev/kvm")):
             return _kvm_remedy(Path("/dev/kvm"))
         return "vmbottle doctor --accel auto"
@@ -246,7 +257,7 @@ def _why_emulated(proved: Proof, device: Path) -> tuple[str, str]:
     tried = [verdict for verdict in proved.verdicts if not verdict.works]
     name = tried[0].accelerator.name.upper()
     if any("was built without" in verdict.evidence for verdict in tried):
-        return f"this QEMU was built without {name}: using TCG, which is many times slower", _INSTALL_QEMU
+        return f"this QEMU was built without {name}: using TCG, which is many times slower", _install_qemu()
     refusal = proof.kvm_refusal(device) if name == "KVM" else None
     if refusal is not None:
         return f"{refusal.partition(';')[0]}: using TCG, which is many times slower", _kvm_remedy(device)

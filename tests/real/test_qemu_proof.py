@@ -29,7 +29,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def choose(emulator: Emulator, wanted: str, workdir: Path) -> tuple[proof.Verdict, ...]:
-    return proof.choose(emulator.binary, emulator.dialect, "x86_64", wanted, workdir=workdir)
+    return proof.choose(emulator.binary, emulator.dialect, emulator.board, wanted, workdir=workdir)
 
 
 @pytest.fixture(autouse=True)

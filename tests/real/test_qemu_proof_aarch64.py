@@ -61,7 +61,7 @@ def test_the_working_guest_needs_nothing_of_the_newest_processors(emulator: Emul
 
 
 def test_emulation_alone_is_tried_for_another_architecture(emulator: Emulator, tmp_path: Path) -> None:
-    (verdict,) = proof.choose(emulator.binary, emulator.dialect, "aarch64", "tcg", workdir=tmp_path)
+    (verdict,) = proof.choose(emulator.binary, emulator.dialect, emulator.board, "tcg", workdir=tmp_path)
 
     assert verdict.works, verdict.evidence
     assert verdict.accelerator == BOARD.tcg

@@ -13,6 +13,7 @@ import attrs
 import pytest
 
 from pytest_vmbottle import doctor, host
+from pytest_vmbottle.backends.qemu import backend
 from pytest_vmbottle.doctor import Finding, State, can_run, examine
 from pytest_vmbottle.spec import host_arch
 
@@ -57,6 +58,32 @@ def test_a_host_without_any_program_is_told_what_to_install(tmp_path: Path) -> N
     assert found["packs"].state is State.UNKNOWN
     assert found["setpriv"].state is State.DEGRADED
     assert found["setpriv"].remedy == "sudo apt-get install util-linux"
+    assert not can_run(found.values())
+
+
+@pytest.mark.parametrize(("arch", "package"), [("x86_64", "qemu-system-x86"), ("aarch64", "qemu-system-arm")])
+def test_each_architecture_is_asked_for_the_devices_of_its_own_machines(
+    arch: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "host_arch", lambda: arch)
+    there = doctor._qemu()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gone = doctor._qemu()
+
+    assert there.state is State.OK, there.text
+    assert "virtio-blk-pci" in there.details["has"]
+    assert ("isa-serial" in there.details["has"]) == (arch == "x86_64")
+    assert (gone.state, gone.remedy) == (State.MISSING, f"sudo apt-get install {package} qemu-utils")
+
+
+def test_an_architecture_without_machines_is_told_and_breaks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "host_arch", lambda: "riscv64")
+    monkeypatch.setattr(backend, "host_arch", lambda: "riscv64")
+    found = findings(tmp_path / "catalog")
+
+    for topic in ("qemu", "accelerator"):
+        assert found[topic].state is State.MISSING
+        assert found[topic].text == "no machine is known for riscv64: there are x86_64 and aarch64"
     assert not can_run(found.values())
 
 
@@ -107,7 +134,7 @@ def test_what_qemu_was_built_without_is_found_by_asking_it(programs: Path, tmp_p
     found = findings(tmp_path / "catalog")["qemu"]
 
     assert found.state is State.MISSING
-    assert "vmgenid" in found.text
+    assert "virtio-blk-pci" in found.text
     assert "pvpanic" not in found.text
     assert found.details["accelerators"] == ["kvm", "tcg"]
     assert found.details["has"]["virtio-rng-pci"]

@@ -32,6 +32,7 @@ from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.images import ImageStore, Traits
 from pytest_vmbottle.lan import Lans
 from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
+from pytest_vmbottle.spec import host_arch
 from pytest_vmbottle.testing import FakeBackend, FakeInstance
 
 IMAGE = "debian-12"
@@ -100,6 +101,34 @@ def shop(vm: Machine) -> None:
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     ran.clear()
+
+
+# -- architectures ---------------------------------------------------------------------------------------------------------------------
+
+OTHER = next(arch for arch in ("x86_64", "aarch64") if arch != host_arch())
+
+
+def test_a_machine_of_another_architecture_starts_from_the_image_of_that_name_for_it(
+    make: Make, backend: FakeBackend, catalog: Catalog, tmp_path: Path
+) -> None:
+    images = ImageStore(catalog.images)
+    foreign = images.add(disk(tmp_path / "foreign.raw", mark=7), name=f"{IMAGE}-{OTHER}", arch=OTHER, traits=Traits(firmware="uefi"))
+
+    pour(make(), arch=OTHER)
+    pour(make())
+
+    bottoms = [start.disks[0].path for start in backend.launched]
+    assert bottoms[0] == foreign.disk
+    assert bottoms[-1] != foreign.disk
+    assert backend.launched[0].firmware == "uefi"
+
+
+def test_an_image_for_another_architecture_than_the_machines_is_refused_with_what_to_say(make: Make, backend: FakeBackend) -> None:
+    with pytest.raises(SpecError, match=f"the image '{IMAGE}' is for {host_arch()}, and the machine 'vm' was to be {OTHER}") as caught:
+        pour(make(), arch=OTHER)
+    assert f"arch='{host_arch()}'" in str(caught.value)
+    assert f"{IMAGE}-{OTHER}" in str(caught.value)
+    assert backend.launched == []
 
 
 # -- images that were not made for us --------------------------------------------------------------------------------------------------

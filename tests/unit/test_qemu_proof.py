@@ -20,6 +20,9 @@ from pytest_vmbottle.errors import BackendUnavailable, SpecError
 PLAIN = Dialect(sandbox=True, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=True)
 
 
+BOARD = BOARDS["x86_64"]
+
+
 def program(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o700)
@@ -79,7 +82,7 @@ def test_how_far_a_guest_came_is_read_off_its_report() -> None:
 
 def test_an_accelerator_that_does_not_exist_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="'xen' is not an accelerator: write auto, kvm, hvf or tcg"):
-        proof.choose(Path("/usr/bin/true"), PLAIN, "x86_64", "xen", workdir=tmp_path)
+        proof.choose(Path("/usr/bin/true"), PLAIN, BOARD, "xen", workdir=tmp_path)
 
 
 def test_a_missing_kvm_device_is_told_with_the_command_that_brings_it(tmp_path: Path) -> None:
@@ -133,12 +136,12 @@ def test_a_program_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("wanted", ["auto", "kvm", "tcg"])
 def test_choosing_an_accelerator_of_a_program_that_is_not_qemu_is_refused(wanted: str, tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="is not QEMU: asked for its accelerators, it printed 'hello'"):
-        proof.choose(program(tmp_path / "qemu", "echo hello"), PLAIN, "x86_64", wanted, workdir=tmp_path)
+        proof.choose(program(tmp_path / "qemu", "echo hello"), PLAIN, BOARD, wanted, workdir=tmp_path)
 
 
 def test_an_accelerator_that_qemu_was_built_without_is_told(tmp_path: Path) -> None:
     qemu = program(tmp_path / "qemu", "printf 'Accelerators supported in QEMU binary:\\nqtest\\n'")
-    verdicts = proof.choose(qemu, PLAIN, "x86_64", "auto", workdir=tmp_path)
+    verdicts = proof.choose(qemu, PLAIN, BOARD, "auto", workdir=tmp_path)
 
     assert [verdict.accelerator.name for verdict in verdicts][-1] == "tcg"
     assert len(verdicts) == 2

@@ -19,7 +19,7 @@ from cattrs.preconf.json import make_converter
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir
 from pytest_vmbottle.backend import Capabilities, Instance, PackKind, Start
 from pytest_vmbottle.backends.qemu import proof
-from pytest_vmbottle.backends.qemu.command_line import BOARDS, FORMAT, Accelerator, Emulator
+from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
 from pytest_vmbottle.backends.qemu.dialect import Dialect, ask
 from pytest_vmbottle.backends.qemu.instance import Programs, start
 from pytest_vmbottle.errors import BackendUnavailable
@@ -29,7 +29,6 @@ __all__ = ["Proof", "QemuBackend", "find_program"]
 
 _converter = make_converter()
 _IMG = ("qemu-img", "qemu-utils")
-_PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
 
 
 def find_program(name: str, package: str) -> Path:
@@ -82,12 +81,12 @@ class _Prover:
 
     def __init__(self, arch: str, wanted: str, memory: Path) -> None:
         """Tries nothing yet; takes the wanted accelerator, and a folder to remember in."""
-        self._arch, self._wanted, self._folder = arch, wanted, memory
+        self._board, self._wanted, self._folder = board_of(arch), wanted, memory
         self._refused: BackendUnavailable | None = None
 
     @cached_property
     def binary(self) -> Path:
-        return find_program(f"qemu-system-{self._arch}", _PACKAGES.get(self._arch, "qemu-system"))
+        return find_program(f"qemu-system-{self._board.arch}", self._board.package)
 
     @cached_property
     def proof(self) -> Proof:
@@ -96,7 +95,7 @@ class _Prover:
 
     @property
     def emulator(self) -> Emulator:
-        return Emulator(binary=self.binary, board=BOARDS[self._arch], accelerator=self.proof.accelerator, dialect=self.proof.dialect)
+        return Emulator(binary=self.binary, board=self._board, accelerator=self.proof.accelerator, dialect=self.proof.dialect)
 
     def prove_again(self) -> Proof:
         if self._refused is not None:
@@ -120,12 +119,12 @@ class _Prover:
             workdir = Path(name)
             version = proof.version(self.binary)
             dialect = ask(self.binary, workdir=workdir)
-            verdicts = proof.choose(self.binary, dialect, self._arch, self._wanted, workdir=workdir)
+            verdicts = proof.choose(self.binary, dialect, self._board, self._wanted, workdir=workdir)
             accelerator = next((verdict.accelerator for verdict in verdicts if verdict.works), None)
             if accelerator is None:
                 tried = "; ".join(f"{verdict.accelerator.name}: {verdict.evidence}" for verdict in verdicts)
                 raise BackendUnavailable(f"QEMU runs no guest here: {tried}", "See vmbottle doctor, or allow another one: --vm-accel auto")
-            emulator = Emulator(binary=self.binary, board=BOARDS[self._arch], accelerator=accelerator, dialect=dialect)
+            emulator = Emulator(binary=self.binary, board=self._board, accelerator=accelerator, dialect=dialect)
             failures = {kind: proof.prove_restore(emulator, kind, workdir=workdir) for kind in (PackKind.TEMPLATE, PackKind.STREAM)}
             broken = {kind: failure for kind, failure in failures.items() if failure is not None}
             return Proof(version=version, dialect=dialect, accelerator=accelerator, verdicts=verdicts, broken=broken)

@@ -13,6 +13,7 @@ import attrs
 
 from pytest_vmbottle.backend import GUEST_MAC, Disk
 from pytest_vmbottle.backends.qemu.dialect import Dialect
+from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Board",
     "Emulator",
     "Wiring",
+    "board_of",
     "command_line",
     "sandbox",
 ]
@@ -73,6 +75,7 @@ class Board:
 
     Attributes:
         arch: The guest's architecture, as `uname -m` names it.
+        package: What Debian and Ubuntu call the package with the QEMU for it.
         machine: The argument of `-machine`, but for what all have.
         tcg: How it is emulated.
         serial: What connects the chardev `console` to the first serial port.
@@ -81,6 +84,7 @@ class Board:
     """
 
     arch: str
+    package: str
     machine: str
     tcg: Accelerator
     serial: tuple[str, ...]
@@ -91,6 +95,7 @@ class Board:
 _BOARDS = (
     Board(
         arch="x86_64",
+        package="qemu-system-x86",
         machine="q35,vmport=off,smbus=off,sata=off,usb=off,graphics=off",
         # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
         tcg=_tcg("max,la57=off"),
@@ -100,6 +105,7 @@ _BOARDS = (
     ),
     Board(
         arch="aarch64",
+        package="qemu-system-arm",
         machine="virt,gic-version=max",
         # By its own algorithm, pointer authentication takes half of the time of an emulated guest.
         tcg=_tcg("max,pauth-impdef=on"),
@@ -109,6 +115,19 @@ _BOARDS = (
     ),
 )
 BOARDS = {board.arch: board for board in _BOARDS}
+
+
+def board_of(arch: str) -> Board:
+    """The board for an architecture.
+
+    Raises:
+        BackendUnavailable: There is none.
+    """
+    try:
+        return BOARDS[arch]
+    except KeyError:
+        known = " and ".join(BOARDS)
+        raise BackendUnavailable(f"no machine is known for {arch}: there are {known}", f"Use a host of {known}") from None
 
 
 @attrs.frozen(kw_only=True)

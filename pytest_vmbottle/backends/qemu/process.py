@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ __all__ = ["QemuProcess"]
 def _leash() -> tuple[str, ...]:
     """A prefix that has the kernel kill the process when the thread that started it ends; it survives the exec that follows.
 
-    It is looked for each time, and where systems have it too: a search path may lack it only for now.
+    It is looked for each time: a search path may lack it only for now.
     """
-    setpriv = shutil.which("setpriv") or shutil.which("setpriv", path=os.defpath)
+    setpriv = shutil.which("setpriv")
     return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
 

@@ -25,7 +25,7 @@ import attrs
 
 from pytest_vmbottle._os import Deadline, run_tool
 from pytest_vmbottle.backend import PackKind
-from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, Accelerator, Emulator, sandbox
+from pytest_vmbottle.backends.qemu.command_line import HVF, KVM, Accelerator, Board, Emulator, sandbox
 from pytest_vmbottle.backends.qemu.firmware import RAM_BYTES, RESULTS, WORK_DONE, Guests, aarch64, x86_64
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
@@ -82,13 +82,13 @@ def version(binary: Path) -> str:
     return output.splitlines()[0]
 
 
-def choose(binary: Path, dialect: Dialect, arch: str, wanted: str, *, workdir: Path) -> tuple[Verdict, ...]:
+def choose(binary: Path, dialect: Dialect, board: Board, wanted: str, *, workdir: Path) -> tuple[Verdict, ...]:
     """Tries accelerators, best first; the first that works is the one to use.
 
     Args:
         binary: QEMU, by its absolute path.
         dialect: What it offers.
-        arch: The guests' architecture.
+        board: What the guests run on.
         wanted: `kvm`, `hvf` or `tcg`, or `auto` for the host's own one and then TCG.
         workdir: An existing folder for scratch files, which are removed.
 
@@ -102,12 +102,12 @@ def choose(binary: Path, dialect: Dialect, arch: str, wanted: str, *, workdir: P
     if wanted not in ("auto", "kvm", "hvf", "tcg"):
         raise SpecError(f"{wanted!r} is not an accelerator: write auto, kvm, hvf or tcg")
     offered = _offered(binary)
-    emulator = Emulator(binary=binary, board=BOARDS[arch], accelerator=BOARDS[arch].tcg, dialect=dialect)
+    emulator = Emulator(binary=binary, board=board, accelerator=board.tcg, dialect=dialect)
     emulated = _tried(emulator, offered, workdir=workdir, seconds=_EMULATED_SECONDS)
     if wanted == "tcg":
         return (emulated,)
     native = sys.platform == "darwin" and wanted == "auto"
-    candidates = _HVF if native or wanted == "hvf" else _kvm(arch)
+    candidates = _HVF if native or wanted == "hvf" else _kvm(board)
     verdicts = _hardware(emulator, candidates, offered, workdir=workdir, emulated=emulated)
     return (*verdicts, emulated) if wanted == "auto" else verdicts
 
@@ -170,11 +170,13 @@ _GUESTS = {"x86_64": x86_64.guests, "aarch64": aarch64.guests}
 _WITHOUT = attrs.evolve(KVM, cpu="host,arch-capabilities=off")
 _HVF = (HVF,)
 
-_INSTALL = "Install it: sudo apt install qemu-system-x86, sudo dnf install qemu-kvm, or brew install qemu"
+_INSTALL = (
+    "Install it: sudo apt install qemu-system-x86 (for aarch64 guests qemu-system-arm), sudo dnf install qemu-kvm, or brew install qemu"
+)
 
 
-def _kvm(arch: str) -> tuple[Accelerator, ...]:
-    return (KVM, _WITHOUT) if arch == "x86_64" else (KVM,)
+def _kvm(board: Board) -> tuple[Accelerator, ...]:
+    return (KVM, _WITHOUT) if board.arch == "x86_64" else (KVM,)
 
 
 def _hardware(
