@@ -17,6 +17,7 @@ import attrs
 import pytest
 
 from pytest_vmbottle import hookspec
+from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
 from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_keywords, digest
 
@@ -53,7 +54,7 @@ class _Option:
         return f"VMBOTTLE_{self.name.replace('-', '_').upper()}"
 
 
-_KINDS = ("template", "stream", "disk")
+_PACK_KINDS = ("auto", *map(str, PackKind))
 
 _OPTIONS = (
     _Option("backend", "auto", "What runs machines: auto, qemu, or a name that a plugin knows"),
@@ -62,7 +63,7 @@ _OPTIONS = (
     _Option(
         "missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")
     ),
-    _Option("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", ("auto", *_KINDS)),
+    _Option("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", _PACK_KINDS),
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
 )
@@ -426,7 +427,6 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
     """Makes QEMU's backend."""
     if name != "qemu":
         return None
-    from pytest_vmbottle.backend import PackKind
     from pytest_vmbottle.backends.qemu import QemuBackend
 
     kind = _option(config, "pack")

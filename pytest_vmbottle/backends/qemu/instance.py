@@ -459,17 +459,17 @@ class Ram:
 
     def __init__(self, spec: MachineSpec, source: Start, rundir: Path) -> None:
         """Opens it, and copies into it what it is to begin with."""
-        template = source.saved is not None and (source.saved / _RAM).exists()
-        self.private = template and not source.building
+        bottled = source.saved / _RAM if source.saved is not None and (source.saved / _RAM).exists() else None
+        self.private = bottled is not None and not source.building
         self.fd = -1
-        if self.private and source.saved is not None:
-            self.path = source.saved / _RAM
+        if bottled is not None and self.private:
+            self.path = bottled
             return
         self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / _RAM, spec)
         self.path = Path(f"/proc/self/fd/{self.fd}")
         os.ftruncate(self.fd, spec.memory)
-        if template and source.saved is not None:
-            with _open(source.saved / _RAM, os.O_RDONLY) as saved:
+        if bottled is not None:
+            with _open(bottled, os.O_RDONLY) as saved:
                 copy_sparse(saved, self.fd)
 
     def close(self) -> None:
