@@ -28,6 +28,7 @@ __all__ = [
     "Chord",
     "Command",
     "Console",
+    "Detached",
     "Disk",
     "Display",
     "Finished",
@@ -570,4 +571,15 @@ class Backend(Protocol):
 
         Raises:
             LaunchError: The hypervisor did not start.
+        """
+
+
+@runtime_checkable
+class Detached(Protocol):
+    """A backend whose machines go on when whoever started them is gone."""
+
+    def ending(self, rundir: Path) -> tuple[str, ...]:
+        """The command that ends the machine with this folder for good, whatever it is doing, and frees what it holds; 0 if there is none.
+
+        It is written down before the machine is launched, and run without a shell by whoever cleans up when its owner has died.
         """

@@ -19,16 +19,18 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 import platformdirs
 
-from pytest_vmbottle import host
+from pytest_vmbottle import host, supervisor
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.supervisor import Identity, Reaped, Record, Supervisor
 
 __all__ = ["Catalog", "default_reason", "default_root"]
 
@@ -139,20 +141,37 @@ class Catalog:
             lock.release()
 
     @contextmanager
-    def rundir(self, machine_id: str) -> Iterator[Path]:
-        """A private folder for one machine, gone at the end of the block; its parent says which process it belongs to."""
+    def rundir(self, machine_id: str, *, ending: Callable[[Path], Sequence[str]] = lambda _: ()) -> Iterator[Path]:
+        """A private folder for one machine, gone at the end of the block; its parent says which process it belongs to.
+
+        Before there is anything to be ended, it is written down that this process has such a machine. That is deleted last.
+
+        Args:
+            machine_id: What nothing else in the catalog is called.
+            ending: Gives, for the folder, the command that ends the machine where it outlives who started it.
+        """
+        owner = self._living_owner()
+        folder = owner.folder / machine_id
+        owner.write(folder, Record(owner=owner.identity, ending=tuple(ending(folder))))
+        with owner.holding(folder):
+            yield folder
+
+    def note_process(self, folder: Path, pid: int) -> None:
+        """Writes down which process runs the machine with this folder: who cleans up after us then knows it."""
+        with suppress(OSError, ValueError):  # without it, the process is still found by its mark
+            record = Record.read(folder.with_name(f"{folder.name}.json"))
+            self._living_owner().write(folder, record._replace(process=Identity.of(pid)))
+
+    def _living_owner(self) -> _Owner:
+        """This process in the catalog, with a supervisor that lives."""
         with self._owning:
-            if self._owner is not None and self._owner.pid != os.getpid():
+            if self._owner is not None and not self._owner.is_us:
                 self._owner.close()
                 self._owner = None
             if self._owner is None:
                 self._owner = _Owner(private_dir(self.root / "run"))
-            folder = self._owner.folder / machine_id
-        private_dir(folder)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._owner.supervise()
+            return self._owner
 
     def close(self) -> None:
         """Removes this process's folder of machines, which must have ended; may be called again, and the catalog can still be used."""
@@ -164,7 +183,8 @@ class Catalog:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A private folder to build something in; what is still there at the end of the block is removed."""
-        with self.rundir(f"staging-{secrets.token_hex(6)}") as folder:
+        owner = self._living_owner()
+        with owner.holding(owner.folder / f"staging-{secrets.token_hex(6)}") as folder:
             yield folder
 
     def publish(self, built: Path, key: str) -> Path:
@@ -250,36 +270,95 @@ class Catalog:
             os.close(fd)
         return True
 
-    def sweep(self) -> int:
-        """Removes the folders of machines whose process is dead, which its lock proves; returns how many processes that were."""
-        swept = 0
-        run = self.root / "run"
-        for lock in run.glob("*.lock") if run.is_dir() else ():
-            with suppress(OSError), lock.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-                swept += 1
-        return swept
+    def gc(self, *, dry_run: bool = False) -> tuple[Reaped, ...]:
+        """Ends and removes what processes left that are dead, which their locks prove; returns what that was, and what had to be kept.
+
+        Args:
+            dry_run: Whether to tell only what would be done.
+        """
+        found = []
+        for lock in sorted((self.root / "run").glob("*.lock")):
+            with suppress(OSError), _held_at_once(lock) as is_ours:
+                if is_ours:
+                    reaped = supervisor.reap(lock.with_suffix(""), aside=self.root / "quarantine", dry_run=dry_run)
+                    if not dry_run and not reaped.kept:
+                        lock.unlink()
+                    found.append(reaped)
+        return tuple(found)
+
+
+@contextmanager
+def _held_at_once(lock: Path) -> Iterator[bool]:
+    """Holds the lock of an owner, unless somebody has it: that one lives, or its supervisor does."""
+    fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
 
 
 class _Owner:
-    """This process in the catalog: a folder for its machines, and a lock on a file beside it that the kernel frees when it dies."""
+    """This process in the catalog: a folder for its machines, a lock beside it that the kernel frees when it dies, and a supervisor."""
 
     def __init__(self, run: Path) -> None:
-        self.pid = os.getpid()
-        self.folder = run / f"{self.pid}-{secrets.token_hex(6)}"
-        self._lock = self.folder.with_suffix(".lock")
+        identity = Identity.of(os.getpid())
+        if identity is None:
+            raise CatalogError("this process is not to be found in /proc, without which nobody could tell whose machines are whose")
+        self.identity = identity
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
-        self._fd = os.open(self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        private_dir(self.folder)
+        self._lock, self._fd = self._claim(run)
+        self.folder = private_dir(self._lock.with_suffix(""))
+        self._supervisor: Supervisor | None = None
+
+    def _claim(self, run: Path) -> tuple[Path, int]:
+        while True:
+            lock = run / f"{self.identity.pid}-{secrets.token_hex(6)}.lock"
+            fd = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if lock.exists():
+                return lock, fd
+            os.close(fd)  # before we had it, somebody took it for a dead process's and removed it
+
+    @property
+    def is_us(self) -> bool:
+        """Whether it is this process: not in a forked child."""
+        return self.identity.pid == os.getpid()
+
+    def supervise(self) -> None:
+        """Sees to it that the supervisor lives."""
+        if self._supervisor is not None and not self._supervisor.is_running:
+            self._supervisor.close()
+            self._supervisor = None
+        if self._supervisor is None:
+            self._supervisor = Supervisor(self.folder, self._fd)
+            weakref.finalize(self, self._supervisor.close).atexit = False  # at our end it is what stays
+
+    def write(self, folder: Path, record: Record) -> None:
+        """Writes a machine's record, beside its folder."""
+        with atomic_file(folder.with_name(f"{folder.name}.json")) as file:
+            file.write(record.dump())
+
+    @contextmanager
+    def holding(self, folder: Path) -> Iterator[Path]:
+        """Makes a folder, and removes it at the end of the block, before its record; in a forked child it is left alone."""
+        private_dir(folder)
+        try:
+            yield folder
+        finally:
+            if self.is_us:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Removes folder and lock; in a forked child only gives up its copy of the hold on them."""
-        if self.pid == os.getpid():
+        if self.is_us:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.unlink(missing_ok=True)
+        if self._supervisor is not None:
+            self._supervisor.close()
         os.close(self._fd)
 
 

@@ -26,11 +26,12 @@ from pytest_vmbottle.backend import Backend, SecureShell, Watching
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError, VMBottleError
-from pytest_vmbottle.kept import Identity, Kept, Line, Record
+from pytest_vmbottle.kept import Kept, Line, Record
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.pipes import connect
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.supervisor import Identity
 
 __all__ = ["Keeper", "keep", "main"]
 

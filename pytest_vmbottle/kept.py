@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -28,8 +27,9 @@ import attrs
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, CommandTimeout, MachineError, SpecError, VMBottleError
 from pytest_vmbottle.result import Result, printable
+from pytest_vmbottle.supervisor import Identity
 
-__all__ = ["Identity", "Kept", "Line", "Record", "all_kept", "find", "listen", "peer_is_us"]
+__all__ = ["Kept", "Line", "Record", "all_kept", "find", "listen", "peer_is_us"]
 
 _STARTING, _RUNNING, _STOPPED, _ERROR = "starting", "running", "stopped", "error"
 _RECORD, _SOCKET, _LOG, _CONSOLE = "record.json", "socket", "keeper.log", "console.log"
@@ -39,39 +39,6 @@ _UNWIND = 30.0
 """Seconds that a keeper may take to end a machine that was not wanted after all."""
 _MAX_MESSAGE = 8 << 20
 _KINDS: dict[str, type[VMBottleError]] = {kind.__name__: kind for kind in (BackendUnavailable, CatalogError, MachineError, SpecError)}
-
-
-@attrs.frozen(kw_only=True)
-class Identity:
-    """A process that cannot be mistaken for another one with the same number: when it began, in which boot of this computer."""
-
-    pid: int
-    ticks: int
-    boot: str
-
-    @classmethod
-    def of(cls, pid: int) -> Identity | None:
-        """The process that has this number now, if any."""
-        try:
-            words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            return None
-        return None if words[0] in "ZX" else cls(pid=pid, ticks=int(words[19]), boot=boot)
-
-    def kill(self) -> None:
-        """Kills the process if it is still this one."""
-        try:
-            fd = os.pidfd_open(self.pid)
-        except OSError:
-            return
-        try:
-            if Identity.of(self.pid) == self:
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(fd)
 
 
 @attrs.frozen(kw_only=True)
@@ -129,7 +96,8 @@ class Record:
     def write(self, path: Path) -> None:
         """Writes it, all at once."""
         with atomic_file(path) as file:
-            file.write(json.dumps(attrs.asdict(self)).encode())
+            keeper = None if self.keeper is None else self.keeper._asdict()
+            file.write(json.dumps(attrs.asdict(self) | {"keeper": keeper}).encode())
 
 
 class Line:

@@ -5,6 +5,7 @@ A machine's name, folder and console stay; behind them one instance follows anot
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -66,6 +67,7 @@ class Power:
         self._last_panic: str | None = None
         self._adopt(instance, channel)
         self._spec = spec
+        self._owner = os.getpid()
         self._supply = supply
         self._current = None if supply is None else supply.start
         self._forwards: dict[int, int] = {}
@@ -213,8 +215,9 @@ class Power:
         return self._current or self._supplied().start
 
     def stop(self) -> None:
-        """Ends it for good; may be called again."""
-        self._retire()
+        """Ends it for good; may be called again. A forked child, whose it is not, leaves it alone."""
+        if self._owner == os.getpid():
+            self._retire()
 
     def _retire(self) -> None:
         """Frees what the instance held; whoever knows a forwarded port is to find the next one there."""

@@ -26,6 +26,7 @@ from pytest_vmbottle.backend import (
     Capabilities,
     Channel,
     Command,
+    Detached,
     Disk,
     Instance,
     Keys,
@@ -147,7 +148,13 @@ class Provisioner:
         self._leases: list[int] = []
         self._held: set[Path] = set()
         self.tally = Tally()
-        catalog.sweep()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Sees to what dead processes left, and says what of that has to be looked at by somebody."""
+        for reaped in self._catalog.gc():
+            for sentence in (*reaped.kept, *reaped.damaged):
+                self._settings.warn(f"of a process that is dead there is still {sentence}")
 
     @property
     def capabilities(self) -> Capabilities:
@@ -236,12 +243,19 @@ class Provisioner:
     @contextmanager
     def _launched(self, spec: MachineSpec, start: Start) -> Iterator[Machine]:
         machine_id = f"{spec.name}-{secrets.token_hex(4)}"
-        with self._catalog.rundir(machine_id) as rundir:
+        with self._rundir(machine_id) as rundir:
             machine = self._furnish(spec, start, rundir, Deadline(self._patience(spec)))
             try:
                 yield machine
             finally:
                 machine.close()
+
+    def _rundir(self, machine_id: str) -> AbstractContextManager[Path]:
+        """A machine's folder; what ends the machine if we do not is written down before there is one."""
+        backend = self._backend
+        return (
+            self._catalog.rundir(machine_id, ending=backend.ending) if isinstance(backend, Detached) else self._catalog.rundir(machine_id)
+        )
 
     def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> Machine:
         """Starts a machine in a folder and gives it what it can be started again with."""
@@ -262,6 +276,7 @@ class Provisioner:
         with self._explained():
             instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
         try:
+            self._catalog.note_process(rundir, instance.pid)
             channel = instance.channel(deadline=deadline)
             if start.saved is None:
                 self._await_boot(instance, channel, spec, deadline)
@@ -442,7 +457,7 @@ class Provisioner:
     def _prepare(self, plan: _Plan, start: Start, staged: Path) -> PackKind:
         """Runs a machine, has the step done to it, and saves it; as what kind of pack."""
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
+        with self._rundir(f"build-{secrets.token_hex(4)}") as rundir:
             machine = self._furnish(plan.spec, start, rundir, Deadline(self._patience(plan.spec)))
             try:
                 if not plan.steps and plan.spec.nat:

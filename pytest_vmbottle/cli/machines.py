@@ -221,7 +221,7 @@ def remove(*, names: tuple[str, ...], force: bool) -> None:
         if not place.discard():
             raise Failure(f"the machine {place.name!r} was just started again: nothing of it was removed")
         click.echo(place.name)
-    open_catalog().sweep()
+    open_catalog().gc()
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------------------------

@@ -83,8 +83,7 @@ def test_killing_pytest_in_the_middle_of_a_test_leaves_no_machine(
     assert _gone(machine, 1.0)
     run.wait()
     assert len(folders) == 2, "a folder and its lock"
-    vm_catalog.sweep()
-    assert not any(folder.exists() for folder in folders)
+    assert Deadline(5).poll(lambda: not any(folder.exists() for folder in folders))
 
 
 def test_ctrl_c_in_the_middle_of_a_test_leaves_nothing(sleeping: tuple[subprocess.Popen[bytes], int], vm_catalog: Catalog) -> None:

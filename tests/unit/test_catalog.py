@@ -19,6 +19,7 @@ from pytest_vmbottle import CatalogError
 from pytest_vmbottle import catalog as catalog_module
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.catalog import Catalog, default_reason, default_root
+from pytest_vmbottle.supervisor import Identity, Record
 
 PRELUDE = """
 import sys, time, os
@@ -59,8 +60,10 @@ for _ in range(40):
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(tmp_path / "catalog")
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    catalog = Catalog(tmp_path / "catalog")
+    yield catalog
+    catalog.close()
 
 
 @contextlib.contextmanager
@@ -258,19 +261,67 @@ def test_a_machines_folder_is_private_and_gone_at_the_end_even_after_a_failure(c
     assert not folder.exists()
 
 
-def test_sweeping_removes_what_a_killed_process_left_and_nothing_of_a_living_one(catalog: Catalog) -> None:
+def supervisor_of(owner: Path) -> psutil.Process:
+    words = {each: " ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])}
+    return next(each for each, line in words.items() if "supervisor.py" in line and str(owner) in line)
+
+
+def test_what_a_killed_process_left_is_removed_by_its_supervisor_and_nothing_of_a_living_one(catalog: Catalog) -> None:
     with process(LIVE, catalog) as living, process(LIVE, catalog) as dead, catalog.rundir("ours") as ours:
         theirs, left = Path(line(living)), Path(line(dead))
-        assert catalog.sweep() == 0
         dead.send_signal(signal.SIGKILL)
         dead.wait()
 
-        assert catalog.sweep() == 1
+        assert Deadline(10).poll(lambda: not left.parent.with_suffix(".lock").exists())
+        assert not left.parent.exists()
+        assert (theirs / "overlay").read_text() == "x"
+        assert ours.is_dir()
+
+
+def test_gc_removes_what_is_left_when_process_and_supervisor_were_killed_and_nothing_of_a_living_one(catalog: Catalog) -> None:
+    with process(LIVE, catalog) as living, process(LIVE, catalog) as dead, catalog.rundir("ours") as ours:
+        theirs, left = Path(line(living)), Path(line(dead))
+        assert catalog.gc() == ()
+        supervisor_of(left.parent).kill()
+        dead.send_signal(signal.SIGKILL)
+        dead.wait()
+        assert Deadline(10).poll(lambda: catalog.gc(dry_run=True))
+        assert left.is_dir()
+
+        reaped = catalog.gc()
+        assert [(each.owner, each.machines, each.kept) for each in reaped] == [(left.parent.name, ("vm-1",), ())]
         assert not left.parent.exists()
         assert not left.parent.with_suffix(".lock").exists()
         assert (theirs / "overlay").read_text() == "x"
         assert ours.is_dir()
-        assert catalog.sweep() == 0
+        assert catalog.gc() == ()
+
+
+def test_a_supervisor_that_was_killed_is_replaced_with_the_next_machine(catalog: Catalog) -> None:
+    with catalog.rundir("first") as folder:
+        first = supervisor_of(folder.parent)
+        first.kill()
+        assert Deadline(10).poll(lambda: first.status() == psutil.STATUS_ZOMBIE)
+        with catalog.rundir("second") as second:
+            assert second.parent == folder.parent
+            assert supervisor_of(folder.parent).pid != first.pid
+
+
+def test_a_machine_is_written_down_before_its_folder_is_there_and_forgotten_after_it_is_gone(catalog: Catalog) -> None:
+    asked = []
+
+    def ending(folder: Path) -> tuple[str, ...]:
+        asked.append(folder.exists())
+        return ("end", str(folder))
+
+    with catalog.rundir("vm-1", ending=ending) as folder:
+        record = Record.read(folder.with_name("vm-1.json"))
+        assert (record.owner, record.process, record.ending) == (Identity.of(os.getpid()), None, ("end", str(folder)))
+        catalog.note_process(folder, os.getpid())
+        assert Record.read(folder.with_name("vm-1.json")).process == Identity.of(os.getpid())
+
+    assert asked == [False]
+    assert list((catalog.root / "run").glob("*/*")) == []
 
 
 def test_a_forked_child_has_a_folder_of_its_own(catalog: Catalog) -> None:

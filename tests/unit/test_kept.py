@@ -17,7 +17,8 @@ import pytest
 from pytest_vmbottle import kept
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, CommandTimeout, MachineError
-from pytest_vmbottle.kept import Identity, Kept, Line, Record
+from pytest_vmbottle.kept import Kept, Line, Record
+from pytest_vmbottle.supervisor import Identity
 
 
 @pytest.fixture
@@ -185,8 +186,8 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     known = Identity.of(child.pid)
     assert known is not None
-    attrs.evolve(known, ticks=known.ticks + 1).kill()
-    attrs.evolve(known, boot="another").kill()
+    known._replace(ticks=known.ticks + 1).kill()
+    known._replace(boot="another").kill()
     assert child.poll() is None
     known.kill()
 

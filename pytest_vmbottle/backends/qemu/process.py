@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytest_vmbottle import supervisor
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backends.qemu.qmp import in_background
 
@@ -30,7 +31,7 @@ class QemuProcess:
 
         Args:
             argv: Its command line.
-            log: The file for what it prints.
+            log: The file for what it prints, in the folder of its machine.
             fds: The descriptors that the command line refers to.
             leash: Whether the kernel is to end it with us; not where it sees to that itself.
         """
@@ -45,6 +46,7 @@ class QemuProcess:
                     stdout=output,
                     stderr=output,
                     pass_fds=fds,
+                    env=supervisor.environment(log.parent),
                     start_new_session=True,
                     cwd="/",
                 )
