@@ -19,6 +19,7 @@ import pytest
 from pytest_vmbottle import hookspec
 from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
+from pytest_vmbottle.interruption import Interruption
 from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_keywords, digest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _SHARED = ("session_vm", "module_vm", "class_vm")
 _RESET = "_vm_reset"
+_CUT_SECONDS = 2.0
 _FIXTURES = (*_SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
 
 # -- options ---------------------------------------------------------------------------------------------------------------------------
@@ -134,6 +136,14 @@ def pytest_configure(config: pytest.Config) -> None:
     _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
+    config.pluginmanager.register(_Interrupted(), "vmbottle-interrupted")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leaves the process as it was."""
+    session = config.stash.get(_SESSION, None)
+    if session is not None:
+        session.interruption.restore()
 
 
 # -- marks -----------------------------------------------------------------------------------------------------------------------------
@@ -285,6 +295,8 @@ class _Sorting:
         session.has_machines = any(_uses_machine(item) for item in items)
         if session.has_machines and not _is_only_asked(config):
             _check_declared_images(config, items)
+            session.interruption.install()
+            _tell_controller(config)
 
 
 def _check_declared_images(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -311,6 +323,16 @@ def _given(node: object, name: str) -> object:
     return None if callspec is None else callspec.params.get(name)
 
 
+class _Interrupted:
+    """Ends the machines of a run that was interrupted before anything else is torn down: there may be little time for that."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Ends them; a teardown that still uses one is told that it is off."""
+        if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+            session.config.stash[_SESSION].cut()
+
+
 # -- the run ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +346,8 @@ class _Session:
         self._began = time.time()
         self.plans: dict[str, _Plan] = {}
         self.has_machines = False
+        self.interruption = Interruption()
+        self._flag = -1
         self.problems: dict[str, None] = {}
         self.told: dict[str, None] = {}
         self.tallies: list[dict[str, float]] = []
@@ -340,6 +364,38 @@ class _Session:
             given = _option(self._config, "catalog")
             self._catalog = Catalog(Path(given).expanduser() if given else default_root())
         return self._catalog
+
+    def flag(self) -> str:
+        """The path of a file without a name; workers write to it if they have tests with machines, since their controller collects none."""
+        if self._flag < 0:
+            self._flag = os.memfd_create("vmbottle", os.MFD_CLOEXEC)
+        return f"/proc/{os.getpid()}/fd/{self._flag}"
+
+    @property
+    def is_flagged(self) -> bool:
+        """Whether a worker has tests with machines."""
+        return self._flag >= 0 and os.fstat(self._flag).st_size > 0
+
+    def clean_up(self) -> None:
+        """Sees to what processes left that are dead, workers and their supervisors among them."""
+        with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
+            for reaped in self.catalog.gc():
+                for sentence in (*reaped.kept, *reaped.damaged):
+                    self.say(f"of a process that is dead there is still {sentence}")
+
+    def cut(self) -> None:
+        """Ends all machines at once, beside each other."""
+        import threading
+
+        def end(machine: Machine) -> None:
+            with suppress(VMBottleError):
+                machine.power_cut()
+
+        threads = [threading.Thread(target=end, args=(machine,), daemon=True) for machine in self.machines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(_CUT_SECONDS)
 
     @cached_property
     def declared(self) -> dict[str, DeclaredImage]:
@@ -456,6 +512,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ours = session.config.stash[_SESSION]
     ours.collect()
     output = getattr(session.config, "workeroutput", None)
+    if output is None and (ours.has_machines or ours.is_flagged):
+        ours.clean_up()
     if output is not None:
         output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told), "problems": list(ours.problems)}
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -468,13 +526,32 @@ def pytest_configure_node(node: Any) -> None:
     capture = node.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
         node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
+    node.workerinput["vmbottle_flag"] = node.config.stash[_SESSION].flag()
+
+
+def _tell_controller(config: pytest.Config) -> None:
+    """Has the controller know that there are tests with machines."""
+    flag = getattr(config, "workerinput", {}).get("vmbottle_flag")
+    if flag is not None:
+        with suppress(OSError):
+            Path(flag).write_text("machines")
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Takes what a worker knows."""
+def pytest_xdist_node_collection_finished(node: Any) -> None:
+    """Makes the controller end in order too, if its workers have machines."""
+    ours = node.config.stash[_SESSION]
+    if ours.is_flagged:
+        ours.interruption.install()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Takes what a worker knows, and sees to what it left if it crashed."""
     output = getattr(node, "workeroutput", {}).get("vmbottle", {})
     ours = node.config.stash[_SESSION]
+    if error and ours.is_flagged:
+        ours.clean_up()
     ours.tallies.extend(output.get("tallies", ()))
     ours.told.update(dict.fromkeys(output.get("told", ())))
     ours.problems.update(dict.fromkeys(output.get("problems", ())))
