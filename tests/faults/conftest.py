@@ -7,12 +7,14 @@ single experiments; both can be said together: `SOAK=10,A1=1000`. `tox -e soak` 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import attrs
 import psutil
@@ -20,6 +22,7 @@ import pytest
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.images import ImageStore
 
 HERE = Path(__file__).parent
 SECONDS = 5.0
@@ -94,11 +97,19 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Shows what was measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {name}: {value}")
+
+
 def carriers(root: Path) -> list[psutil.Process]:
     """The processes, but for this one, that carry a folder's name, which no other test uses, in their command line or environment."""
     found = []
     for process in psutil.process_iter():
-        if process.pid == os.getpid() or str(root) not in " ".join(_words(process)) + _environment(process):
+        environment = _environment(process)
+        if process.pid == os.getpid() or "CANARY=1" in environment or str(root) not in " ".join(_words(process)) + environment:
             continue
         with suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
@@ -142,6 +153,77 @@ def _nothing_is_left(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     assert not left, "something outlived its owner"
 
 
+@pytest.fixture
+def image(root: Path, tmp_path: Path) -> None:
+    """The image "debian-12" in the test's catalog: the smallest file that passes for a disk."""
+    content = bytearray(1 << 20)
+    content[510:512] = b"\x55\xaa"
+    (tmp_path / "disk.raw").write_bytes(content)
+    ImageStore(Catalog(root).images).add(tmp_path / "disk.raw", name="debian-12")
+
+
+class Zygote:
+    """Forks processes that have imported everything already (see `zygote.py`)."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, HERE / "zygote.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._ended: dict[int, int] = {}
+
+    def _next(self) -> dict[str, int]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the zygote ended"
+        message: dict[str, int] = json.loads(line)
+        if "ended" in message:
+            self._ended[message["ended"]] = message["status"]
+        return message
+
+    def fork(self, **order: Any) -> int:
+        """Has a process do something, and returns its number."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        while "began" not in (message := self._next()):
+            pass
+        return message["began"]
+
+    def wait(self, pid: int) -> int:
+        """Its status, negative for a signal."""
+        while pid not in self._ended:
+            self._next()
+        return self._ended.pop(pid)
+
+    def close(self) -> None:
+        """Ends it; its children go on."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """What forks processes that have imported everything already."""
+    kept = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith(("PYTEST_", "VMBOTTLE_"))}
+    paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    zygote = Zygote({**kept, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    yield zygote
+    zygote.close()
+
+
+def percentiles(seconds: Iterable[float]) -> str:
+    """What is told of many durations."""
+    ordered = sorted(seconds)
+    p50, p95 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.95))
+    return f"p50 {p50 * 1000:.1f} ms, p95 {p95 * 1000:.1f} ms, at most {ordered[-1] * 1000:.1f} ms, of {len(ordered)}"
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str, Iterable[float]], None]:
+    """Takes durations that the end of the run tells of."""
+    return lambda name, seconds: record_property(name, percentiles(seconds))
+
+
 @pytest.fixture(scope="session")
 def rounds() -> Rounds:
     """How often an experiment is done: `rounds("A1", 20)` is 20 times, unless `SOAK` says otherwise."""
@@ -152,13 +234,17 @@ def rounds() -> Rounds:
 
 
 @pytest.fixture
-def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process that looks much like a machine to who does not look closely; it has to survive the test."""
-    innocent = subprocess.Popen(["sleep", "86400"], cwd=tmp_path_factory.getbasetemp(), start_new_session=True)
-    began = time.monotonic()
+def canary(root: Path) -> Iterator[None]:
+    """Processes that look like machines of this catalog to who does not look closely; they have to survive the test."""
+    argv = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(86400)", "qemu-system-x86_64", f"{root}/run/disk.qcow2"]
+    marks = ("", f"{root}/run", f"{root}/run/")
+    innocent = [
+        subprocess.Popen(argv, env={**os.environ, "CANARY": "1", "VMBOTTLE_MACHINE": mark}, start_new_session=True) for mark in marks
+    ]
     try:
         yield
-        assert innocent.poll() is None, f"a process that is no machine was ended within {time.monotonic() - began:.0f} s"
+        assert [each.poll() for each in innocent] == [None] * len(innocent), "a process that is no machine was ended"
     finally:
-        innocent.kill()
-        innocent.wait()
+        for each in innocent:
+            each.kill()
+            each.wait()
