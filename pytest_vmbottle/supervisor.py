@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,7 +187,7 @@ def _proven(folder: Path, records: dict[str, Record]) -> tuple[dict[Identity, st
             continue
         if process.names(folder / name):
             found[process] = name
-        else:
+        elif not record.ending:  # else it is left to that
             doubts[name] = f"process {process.pid} was its hypervisor, and does not name its folder any more"
     return found, doubts
 
@@ -219,7 +219,7 @@ def reap(folder: Path, *, aside: Path, dry_run: bool = False) -> Reaped:
     machines = sorted({path.name.removesuffix(".json") for path in _listed(folder) if not path.name.startswith(".")})
     if not dry_run:
         kept |= {found[process]: f"process {process.pid} does not end" for process in kill(found)}
-        kept |= _run_endings({name: record.ending for name, record in records.items() if record.ending and name not in kept})
+        kept |= _run_endings({name: record for name, record in records.items() if record.ending and name not in kept})
         for name in damaged:
             _move_aside(folder / f"{name}.json", aside)
         kept |= _remove([folder / name for name in machines if name not in kept])
@@ -268,27 +268,37 @@ def _remove(folders: list[Path]) -> dict[str, str]:
     return {folder.name: "its folder cannot be removed" for folder in folders if os.path.lexists(folder)}
 
 
-def _run_endings(endings: dict[str, Sequence[str]]) -> dict[str, str]:
-    """Runs the commands that end machines, all at once; returns which failed and why."""
+def _run_endings(records: dict[str, Record]) -> dict[str, str]:
+    """Runs the commands that end machines, all at once; returns which did not, and why."""
     failed, running = {}, {}
-    for name, argv in endings.items():
+    for name, record in records.items():
         try:
             running[name] = subprocess.Popen(  # noqa: S603 - argv list, no shell
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/"
+                record.ending, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
             )
         except OSError as error:
-            failed[name] = f"`{' '.join(argv)}` cannot be run: {error.strerror}"
+            failed[name] = f"`{' '.join(record.ending)}` cannot be run: {error.strerror}"
     until = time.monotonic() + _ENDING
-    for name, process in running.items():
-        try:
-            status: int | str = process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = "nothing for too long"
-        if status:
-            failed[name] = f"`{' '.join(endings[name])}` came to {status}"
+    for name, command in running.items():
+        problem = _outcome(command, records[name].process, until)
+        if problem:
+            failed[name] = f"`{' '.join(records[name].ending)}` {problem}"
     return failed
+
+
+def _outcome(command: subprocess.Popen[bytes], process: Identity | None, until: float) -> str:
+    """What went wrong with a command that was to end a process, if anything."""
+    try:
+        status = command.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        command.kill()
+        command.wait()
+        return f"took longer than {_ENDING:.0f} s"
+    while process is not None and process.is_running and time.monotonic() < until:
+        time.sleep(0.01)
+    if status:
+        return f"ended with status {status}"
+    return f"ended, and process {process.pid} still runs" if process is not None and process.is_running else ""
 
 
 def _end_late(folder: Path, intents: list[Path]) -> None:

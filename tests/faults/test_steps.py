@@ -1,0 +1,67 @@
+"""A process is killed before each step of a machine's life in turn: the next one finds nothing half done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_vmbottle import packs
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.catalog import Catalog
+
+pytestmark = pytest.mark.usefixtures("image", "canary")
+
+SOAK = "SOAK" in os.environ
+
+
+@pytest.fixture
+def die_before(zygote: Any, root: Path, tmp_path: Path) -> Callable[[int, str], int]:
+    """Has a process provide a machine and end it, and killed before a step; returns its status."""
+
+    def die_before(step: int, phase: str) -> int:
+        status: int = zygote.wait(zygote.fork(steps=step, phase=phase, root=str(root), count=str(tmp_path / "count")))
+        return status
+
+    return die_before
+
+
+def every(steps: range) -> range:
+    """All of them, or where there is little time every fifth, others each time."""
+    return steps if SOAK else steps[os.getpid() % 5 :: 5]
+
+
+@pytest.mark.parametrize("phase", ["create", "end"])
+def test_a_process_killed_at_any_step_of_starting_or_ending_a_machine_leaves_nothing(
+    die_before: Callable[[int, str], int], tmp_path: Path, left: Callable[[], object], phase: str
+) -> None:
+    assert die_before(0, phase) == 0, "and the pack is there"
+    assert die_before(0, phase) == 0
+    steps = int((tmp_path / "count").read_text())
+    assert steps >= 4
+    for step in every(range(1, steps + 1)):
+        assert die_before(step, phase) == -signal.SIGKILL
+        Deadline(5).poll(lambda: not left(), every=0.02)
+        assert not left(), f"after it was killed before step {step} of {steps}"
+
+
+def test_a_process_killed_at_any_step_of_building_a_pack_leaves_a_whole_one_or_none(
+    die_before: Callable[[int, str], int], root: Path, tmp_path: Path, left: Callable[[], object]
+) -> None:
+    assert die_before(0, "all") == 0
+    steps = int((tmp_path / "count").read_text())
+    for step in every(range(1, steps + 1)):
+        shutil.rmtree(root / "packs")
+        assert die_before(step, "all") == -signal.SIGKILL
+        Deadline(5).poll(lambda: not left(), every=0.02)
+        assert not left(), f"after it was killed before step {step} of {steps}"
+        found, damaged = packs.scan(Catalog(root).packs)
+        assert not damaged
+        for pack in found:
+            pack.verify()
+        assert die_before(0, "all") == 0, "the next one goes on from there"
