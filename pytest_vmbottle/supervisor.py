@@ -378,7 +378,7 @@ def _supervise(folder: Path, owner: int) -> None:
         if fd >= 0:
             end.register(fd, select.POLLIN)
     end.poll()
-    if folder.is_dir() and not reap(folder, aside=folder.parent.parent / "quarantine").kept:
+    if not reap(folder, aside=folder.parent.parent / "quarantine").kept:
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 
 
