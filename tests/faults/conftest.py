@@ -41,7 +41,7 @@ class Left:
         records: Of machines.
         folders: Of machines, and of what was being built.
         locks: That somebody holds, and those of processes that have, or had, machines.
-        temporary: Files that were to be renamed.
+        temporary: Files in packs that were to be renamed; `gc` sweeps up those of records when they are old.
     """
 
     processes: tuple[str, ...] = ()
@@ -55,15 +55,16 @@ class Left:
     def of(cls, root: Path) -> Left:
         """Counts."""
         processes = carriers(root)
-        run = root / "run"
-        locks = [*(path for path in root.glob("locks/*.lock") if _is_held(path)), *run.glob("*.lock")]
+        run = str(root / "run")
+        files, folders = _walk(root)
+        locks = [path for path in files if path.endswith(".lock") and (path.startswith(run) or _is_held(path))]
         return cls(
             processes=tuple(f"{each.pid}: {' '.join(_words(each))[:200]}" for each in processes),
             ports=tuple(f"{each.pid}: {port}" for each in processes for port in _ports(each)),
-            records=tuple(str(path) for path in run.glob("*/*.json")),
-            folders=tuple(str(path) for path in [*run.glob("*"), *run.glob("*/*")] if path.is_dir()),
-            locks=tuple(map(str, locks)),
-            temporary=tuple(str(path) for path in root.rglob(".*") if path.is_file()),
+            records=tuple(path for path in files if path.startswith(run) and path.endswith(".json")),
+            folders=tuple(path for path in folders if path.startswith(run + os.sep)),
+            locks=tuple(locks),
+            temporary=tuple(path for path in files if path.startswith(f"{root}/packs/") and os.path.basename(path).startswith(".")),  # noqa: PTH119
         )
 
     def __bool__(self) -> bool:
@@ -88,8 +89,17 @@ def _ports(process: psutil.Process) -> list[int]:
     return []
 
 
-def _is_held(lock: Path) -> bool:
-    with lock.open("rb") as file:
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    """The files and the folders below a folder, whatever vanishes meanwhile."""
+    files, folders = [], []
+    for place, inner, names in os.walk(root):
+        folders += [os.path.join(place, name) for name in inner]  # noqa: PTH118 - there are many
+        files += [os.path.join(place, name) for name in names]  # noqa: PTH118
+    return files, folders
+
+
+def _is_held(lock: str) -> bool:
+    with open(lock, "rb") as file:  # noqa: PTH123
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
