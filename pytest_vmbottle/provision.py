@@ -18,7 +18,7 @@ from typing import Any
 
 import attrs
 
-from pytest_vmbottle import host, images, packs
+from pytest_vmbottle import images, packs
 from pytest_vmbottle._os import Deadline, atomic_file, format_size
 from pytest_vmbottle.backend import (
     GUEST_PATH,
@@ -34,6 +34,7 @@ from pytest_vmbottle.backend import (
     Start,
     Unwakeable,
 )
+from pytest_vmbottle.budget import Budget
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
@@ -96,6 +97,7 @@ class Settings:
         ready: Called with a machine before anybody gets it.
         stopping: Called with a machine before it is ended.
         declared: The images that the project declares, by name; they go before those of the catalog.
+        memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a share of what this host can spare.
     """
 
     timeout_factor: float = 1.0
@@ -105,17 +107,19 @@ class Settings:
     ready: Callable[[Machine], None] = lambda _: None
     stopping: Callable[[Machine], None] = lambda _: None
     declared: Mapping[str, DeclaredImage] = attrs.field(factory=dict)
+    memory_budget: int | None = None
 
 
 @attrs.define
 class Tally:
-    """What was done: counts, and seconds spent waiting for machines."""
+    """What was done: counts, and seconds spent waiting for machines, and those of them in which they waited for memory."""
 
     poured: int = 0
     booted: int = 0
     built: int = 0
     reused: int = 0
     waited: float = 0.0
+    queued: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -141,6 +145,7 @@ class Provisioner:
         """Sweeps up after dead processes and starts nothing."""
         self._catalog, self._backend, self._name, self._settings = catalog, backend, name, settings
         self._images = ImageStore(catalog.images)
+        self._budget = Budget(catalog.budget, limit=settings.memory_budget)
         self._usable: dict[str, tuple[object, Pack]] = {}
         self._failed: dict[str, VMBottleError] = {}
         self._counted: set[str] = set()
@@ -179,22 +184,32 @@ class Provisioner:
             lans: The private LANs of its test.
 
         Raises:
-            SpecError: This host is too small for it.
+            SpecError: This host, or the memory budget, is too small for it.
             MachineError: It could not be provided.
             BackendUnavailable: The backend does not work here.
             CatalogError: There is no such image, or the catalog cannot be used.
         """
         began = time.monotonic()
-        _check_fits(spec)
         lan = _lan(spec, lans)
         started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
-        with started as machine, machine.on(lan) if lan else nullcontext():
+        # The share is for the machine that builds its pack too: that one has ended before this one begins.
+        with self._share(spec), started as machine, machine.on(lan) if lan else nullcontext():
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
             try:
                 yield machine
             finally:
                 self._stopping(machine)
+
+    @contextmanager
+    def _share(self, spec: MachineSpec) -> Iterator[None]:
+        """Holds a share of the memory budget, and counts how long it was waited for."""
+        began, deadline = time.monotonic(), Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+        with ExitStack() as stack:
+            with self._explained():
+                stack.enter_context(self._budget.share(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report))
+            self.tally.queued += time.monotonic() - began
+            yield
 
     def _stopping(self, machine: Machine) -> None:
         try:
@@ -308,7 +323,8 @@ class Provisioner:
 
     def pack(self, spec: MachineSpec) -> Pack:
         """The pack that machines of a spec are poured from, made if need be."""
-        return self._pack(self._plan(spec, self._kind()))
+        with self._share(spec):
+            return self._pack(self._plan(spec, self._kind()))
 
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
         image = self._image(spec)
@@ -395,6 +411,7 @@ class Provisioner:
         pack.verify()
         if pack.manifest.parent is not None:
             self._check_parent(pack, pack.manifest.parent)
+        pack.note_use()
         self._usable[key] = (pack.stamp(), pack)
         return pack
 
@@ -419,22 +436,20 @@ class Provisioner:
 
     def _build_once(self, plan: _Plan) -> Pack:
         parent = self._pack(plan.parent) if plan.parent is not None else None
-        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        label = f"the {plan.kind} pack of {plan.name}"
-        with self._catalog.lock(f"pack-{plan.key[:24]}", deadline=deadline, waiting=self._settings.report, label=label):
+        with self._alone(f"pack-{plan.key[:24]}", f"the {plan.kind} pack of {plan.name}") as tell:
             already = self._current_or_aside(plan)
             if already is not None:
                 return already
             self._catalog.discard(self._catalog.packs / plan.key, held=True)
-            self._build(plan, parent)
+            self._build(plan, parent, tell)
             self._counted.add(plan.key)
             self.tally.built += 1
             return self._checked(plan.key)
 
-    def _build(self, plan: _Plan, parent: Pack | None) -> None:
+    def _build(self, plan: _Plan, parent: Pack | None, tell: Callable[[str], None]) -> None:
         began = time.monotonic()
         self._check_room(plan)
-        self._settings.report(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
+        tell(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with self._catalog.staging() as staged:
             start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)
             kind = self._prepare(plan, start, staged)
@@ -558,7 +573,20 @@ class Provisioner:
 
     def _named_image(self, name: str, arch: str) -> Image:
         names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)
-        return next((image for each in names if (image := self._images.get(each))), None) or self._build_image(name)
+        return next((image for each in names if (image := self._sound(each, again=images.can_build(name)))), None) or self._build_image(
+            name
+        )
+
+    def _sound(self, name: str, *, again: bool) -> Image | None:
+        """The image of a name, if there is one; a damaged one that can be made again is moved out of the way."""
+        try:
+            return self._images.get(name)
+        except CatalogError as error:
+            if not again:
+                raise
+            self._images.put_aside(name, self._catalog.quarantine)
+            self._settings.warn(f"{str(error).partition('. Remove it')[0]}; it was moved to {self._catalog.root / 'quarantine'}")
+            return None
 
     def _build_image(self, name: str) -> Image:
         if not images.can_build(name):
@@ -568,24 +596,27 @@ class Provisioner:
             raise CatalogError(
                 f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
             )
-        with self._making(name):
-            return self._images.get(name) or images.build(self._images, name, progress=self._settings.report)
+        with self._making(name) as tell:
+            return self._sound(name, again=True) or images.build(self._images, name, progress=tell)
 
     def _make_declared(self, declared: DeclaredImage) -> Image:
-        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else _BUILD_TIMEOUT):
-            return declared.get(self._images) or declared.make(self._images, progress=self._settings.report)
+        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else _BUILD_TIMEOUT) as tell:
+            return declared.get(self._images) or declared.make(self._images, progress=tell)
 
-    def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[None]:
-        deadline = Deadline(seconds * self._settings.timeout_factor)
-        return self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}")
+    def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[Callable[[str], None]]:
+        return self._alone(f"image-{name}", f"the image {name}", seconds)
 
+    @contextmanager
+    def _alone(self, lock: str, label: str, seconds: float = _BUILD_TIMEOUT) -> Iterator[Callable[[str], None]]:
+        """Does something as the only one; the block gets what takes a line about how far it is, for this run and for those who wait."""
+        deadline, report = Deadline(seconds * self._settings.timeout_factor), self._settings.report
+        with self._catalog.lock(lock, deadline=deadline, waiting=report, label=label) as tell:
 
-def _check_fits(spec: MachineSpec) -> None:
-    total = host.total_memory()
-    if spec.memory >= total:
-        raise SpecError(
-            f"memory={format_size(spec.memory)} for the machine {spec.name!r} is more than this host's {format_size(total)}: ask for less"
-        )
+            def both(line: str) -> None:
+                report(line)
+                tell(line)
+
+            yield both
 
 
 def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:
