@@ -310,6 +310,10 @@ class Catalog:
                     found.append(reaped)
         return tuple(found)
 
+    def strays(self) -> list[Identity]:
+        """Processes of machines whose records are gone, as when somebody removed the catalog under them: nobody ends them."""
+        return supervisor.strays(self.root / "run")
+
     def _sweep(self) -> None:
         """Removes files that were to be renamed by who was killed before that."""
         for folder in ("locks", "proofs", "images/names", "images/seen", "machines/*"):

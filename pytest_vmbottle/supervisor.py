@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Identity", "Reaped", "Record", "Supervisor", "environment", "kill", "reap"]
+__all__ = ["Identity", "Reaped", "Record", "Supervisor", "environment", "kill", "reap", "strays"]
 
 _MARK = "VMBOTTLE_MACHINE"
 _VERSION = 1
@@ -159,7 +159,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _carriers(folder: Path) -> dict[Identity, str]:
-    """The processes that carry the mark of a machine in an owner's folder, and the names of these."""
+    """The processes that carry the mark of a machine in a folder, each with the first name on the way to that."""
     wanted = os.fsencode(f"{_MARK}={folder}{os.sep}")
     found = {}
     for entry in Path("/proc").iterdir():
@@ -171,6 +171,11 @@ def _carriers(folder: Path) -> dict[Identity, str]:
         if process is not None and process.is_running and words:
             found[process] = os.fsdecode(words[0].removeprefix(wanted)).partition(os.sep)[0]
     return found
+
+
+def strays(run: Path) -> list[Identity]:
+    """The processes that carry the mark of a machine of an owner of which nothing is left in the folder of all owners."""
+    return [process for process, owner in _carriers(run).items() if not (run / f"{owner}.lock").exists()]
 
 
 def _environment_of(entry: Path) -> bytes:
@@ -260,9 +265,11 @@ def _read(folder: Path) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def _move_aside(path: Path, aside: Path) -> None:
+    folder = aside / f"{path.parent.name}-{path.stem}"
     with suppress(OSError):
-        aside.mkdir(mode=0o700, exist_ok=True)
-        path.rename(aside / f"{path.parent.name}-{path.name}")
+        for each in (aside, folder):
+            each.mkdir(mode=0o700, exist_ok=True)
+        path.rename(folder / path.name)
 
 
 def _remove(folders: list[Path]) -> dict[str, str]:
@@ -310,7 +317,7 @@ def _end_late(folder: Path, intents: list[Path]) -> None:
     written = [path.stat().st_mtime for path in intents if path.exists()]
     while written and time.time() < max(written) + _LATE:
         kill(_carriers(folder))
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 # -- the process -----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pytest_vmbottle.cli import images, machines, packs
-from pytest_vmbottle.cli.command import CANNOT, Commands, catalog_root, emit, examples, json_option, one_line, say
+from pytest_vmbottle.cli.command import CANNOT, Commands, Failure, catalog_root, emit, examples, json_option, one_line, open_catalog, say
 
 __all__ = ["main"]
 
@@ -78,6 +78,34 @@ def doctor(*, accel: str, as_json: bool) -> None:
     if not can_run(findings):
         say("No machine can be run here.")
         click.get_current_context().exit(CANNOT)
+
+
+@main.command(epilog=examples("vmbottle gc --dry-run", "vmbottle gc", "vmbottle gc --json | jq '.[].processes[]'"))
+@click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
+@json_option
+def gc(*, dry_run: bool, as_json: bool) -> None:
+    """End and remove what processes left that are dead: machines, their folders, and what was being built.
+
+    That happens by itself: when the process ends, at the latest when the next test run begins. What a living process has is not touched,
+    and a process is only killed if it is proven to be such a machine's. Whatever is not, is kept and told; then the exit status is 1.
+
+    One line for each machine goes to stdout: the number of the process that had it, and its name.
+    """
+    catalog = open_catalog()
+    reaped = catalog.gc(dry_run=dry_run)
+    if as_json:
+        emit([each._asdict() for each in reaped])
+    else:
+        for owner, name in ((each.owner.partition("-")[0], name) for each in reaped for name in each.machines):
+            click.echo(f"{owner}  {one_line(name)}")
+    kept = [sentence for each in reaped for sentence in each.kept]
+    for sentence in (*kept, *(sentence for each in reaped for sentence in each.damaged)):
+        say(sentence)
+    strays = catalog.strays()
+    for process in strays:
+        say(f"process {process.pid} is a machine's of which no record is left: end it if nobody needs it: kill {process.pid}")
+    if not dry_run and (kept or strays):
+        raise Failure("not all could be ended and removed")
 
 
 main.add_command(images.image)
