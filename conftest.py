@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
@@ -17,3 +18,10 @@ _docstrings = Sybil(
 _pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"])
 
 pytest_collect_file = (_docstrings + _pages).pytest()
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Runs tests in the order in which they stand: pytest-randomly takes effect wherever it is installed."""
+    pytester.plugins.append("no:randomly")
+    return pytester

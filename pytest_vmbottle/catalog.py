@@ -22,7 +22,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +32,7 @@ import platformdirs
 from pytest_vmbottle import host, records, supervisor
 from pytest_vmbottle._os import Deadline, Reminder, atomic_file, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.ledger import Ledger
 from pytest_vmbottle.supervisor import Identity, Reaped, Record, Supervisor
 
 __all__ = ["Catalog", "default_reason", "default_root"]
@@ -91,6 +92,7 @@ class Catalog:
         """
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow the symlink that is to be refused
         _check(self.root)
+        self.ledger = Ledger()
         self._owner: _Owner | None = None
         self._owning = threading.Lock()
 
@@ -151,6 +153,7 @@ class Catalog:
             free(lambda: _acquired(lock, min(_MOMENT, deadline.remaining)))
             if _inode(path) != before:  # a new file: somebody may hold one that was removed under him
                 free(lambda: not _is_held_without_name(path))
+            self.ledger.locks.add(name)
             since = time.time()
 
             def tell(step: str) -> None:
@@ -175,6 +178,7 @@ class Catalog:
         owner = self._living_owner()
         folder = owner.folder / machine_id
         owner.write(folder, Record(owner=owner.identity, ending=tuple(ending(folder))))
+        self.ledger.folders += 1
         with owner.holding(folder):
             yield folder
 
@@ -200,12 +204,15 @@ class Catalog:
         with self._owning:
             if self._owner is not None:
                 self._owner.close()
+                if self._owner.is_us:
+                    self.ledger.leave(self._owner.folder, self._owner.lock)
                 self._owner = None
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A private folder to build something in; what is still there at the end of the block is removed."""
         owner = self._living_owner()
+        self.ledger.folders += 1
         with owner.holding(owner.folder / f"staging-{secrets.token_hex(6)}") as folder:
             yield folder
 
@@ -224,6 +231,7 @@ class Catalog:
         except OSError:
             if not final.is_dir():
                 raise
+        self.ledger.packs.add(key)
         sync_dir(self.packs)
         return final
 
@@ -308,6 +316,8 @@ class Catalog:
                     if not dry_run and not reaped.kept:
                         lock.unlink()
                     found.append(reaped)
+        if not dry_run:
+            self._note(found)
         return tuple(found)
 
     def strays(self) -> list[Identity]:
@@ -321,6 +331,15 @@ class Catalog:
                 with suppress(OSError):
                     if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _STALE:
                         path.unlink()
+
+    def _note(self, found: Iterable[Reaped]) -> None:
+        for reaped in found:
+            self.ledger.reclaim(run=1, machine=len(reaped.machines), process=len(reaped.processes))
+            for sentence in reaped.kept:
+                what, _, why = sentence.partition(": ")
+                self.ledger.keep(what, why)
+            for sentence in reaped.damaged:
+                self.ledger.keep(sentence.partition(": ")[0], "a damaged record, set aside")
 
 
 @contextmanager
@@ -345,8 +364,8 @@ class _Owner:
             raise CatalogError("this process is not to be found in /proc, without which nobody could tell whose machines are whose")
         self.identity = identity
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
-        self._lock, self._fd = self._claim(run)
-        self.folder = private_dir(self._lock.with_suffix(""))
+        self.lock, self._fd = self._claim(run)
+        self.folder = private_dir(self.lock.with_suffix(""))
         self._supervisor: Supervisor | None = None
 
     def _claim(self, run: Path) -> tuple[Path, int]:
@@ -392,7 +411,7 @@ class _Owner:
         """Removes folder and lock; in a forked child only gives up its copy of the hold on them."""
         if self.is_us:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.unlink(missing_ok=True)
+            self.lock.unlink(missing_ok=True)
         if self._supervisor is not None:
             self._supervisor.close()
         os.close(self._fd)

@@ -56,7 +56,15 @@ def _revive(kind: type[VMBottleError], args: tuple[Any, ...], state: dict[str, A
 
 
 class VMBottleError(Exception):
-    """Anything that went wrong on purpose: catch this to catch them all."""
+    """Anything that went wrong on purpose: catch this to catch them all.
+
+    Attributes:
+        infra: Whether it kept a test from getting its machine, so that nothing was judged: the outcome INFRA.
+        lasting: Whether a fresh machine would meet it again, as with a layer that fails by its own doing: then none is tried.
+    """
+
+    infra: bool = False
+    lasting: bool = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # BaseException pickles by calling the class with `args`, which fails for keyword-only parameters.
@@ -90,6 +98,8 @@ class MachineError(VMBottleError):
         argv: The hypervisor's command line, where there was one.
         exitcode: The hypervisor's exit status, negative for a signal; None while it runs, or where there was none.
     """
+
+    lasting = False
 
     def __init__(
         self, message: str, *, machine: str = "", console_tail: str = "", argv: Sequence[str] = (), exitcode: int | None = None
@@ -144,6 +154,8 @@ class GuestPanic(MachineDied):
 
     The mark `vm(..., panic="expected")` says that a test wants this.
     """
+
+    lasting = True
 
 
 class CommandFailed(VMBottleError):

@@ -7,7 +7,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from pytest_vmbottle import hookspec
 from pytest_vmbottle._os import parse_size
 from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
+from pytest_vmbottle.infra import PROPERTY, RETRIES, Infra, cause_of, cause_told
 from pytest_vmbottle.interruption import Interruption
+from pytest_vmbottle.ledger import Ledger
 from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_keywords, digest
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ _OPTIONS = (
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
     _Option("memory-budget", "", "RAM that the machines of all workers and runs have together (default: four fifths of what is to spare)"),
+    _Option("infra-retries", "1", "How often a machine that could not be provided is tried again, on a fresh one"),
+    _Option("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", flag=True),
 )
 
 
@@ -117,6 +121,17 @@ def _memory_budget(config: pytest.Config) -> int | None:
         raise pytest.UsageError(f"--vm-memory-budget: {error}") from None
 
 
+def _infra_retries(config: pytest.Config) -> int:
+    text = _option(config, "infra-retries")
+    if not text.isdecimal():
+        raise pytest.UsageError(f"--vm-infra-retries takes a whole number, 0 or more, not {text!r}")
+    return int(text)
+
+
+def _flag(config: pytest.Config, name: str) -> bool:
+    return _option(config, name).lower() not in ("", "0", "false", "no", "off")
+
+
 def _ini_defaults(config: pytest.Config) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for line in config.getini("vm_defaults"):
@@ -146,10 +161,14 @@ def pytest_configure(config: pytest.Config) -> None:
         _option(config, option.name)
     _timeout_factor(config)
     _memory_budget(config)
+    _infra_retries(config)
     _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
     config.pluginmanager.register(_Interrupted(), "vmbottle-interrupted")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Outcomes(config), "vmbottle-outcomes")
+        config.pluginmanager.register(_Ledger(), "vmbottle-ledger")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -364,6 +383,8 @@ class _Session:
         self.problems: dict[str, None] = {}
         self.told: dict[str, None] = {}
         self.tallies: list[dict[str, float]] = []
+        self.infra = Infra()
+        self.ledger = Ledger()
         self.machines: list[Machine] = []
         self.blamed: set[str] = set()
         self._used: WeakSet[Machine] = WeakSet()
@@ -392,9 +413,7 @@ class _Session:
     def clean_up(self) -> None:
         """Sees to what processes left that are dead, workers and their supervisors among them."""
         with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
-            for reaped in self.catalog.gc():
-                for sentence in (*reaped.kept, *reaped.damaged):
-                    self.say(f"of a process that is dead there is still {sentence}")
+            self.catalog.gc()
 
     def cut(self) -> None:
         """Ends all machines at once, beside each other."""
@@ -430,13 +449,14 @@ class _Session:
                 raise BackendUnavailable(f"there is no backend {name!r}", "Choose qemu, or install the plugin that brings it")
             settings = Settings(
                 timeout_factor=_timeout_factor(self._config),
-                rebuild_before=self._began if _option(self._config, "rebuild").lower() not in ("", "0", "false", "no", "off") else None,
+                rebuild_before=self._began if _flag(self._config, "rebuild") else None,
                 report=self.say,
                 warn=self.say,
                 ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
                 stopping=lambda machine: self._config.hook.pytest_vmbottle_machine_stopping(machine=machine),
                 declared=self.declared,
                 memory_budget=_memory_budget(self._config),
+                retries=_infra_retries(self._config),
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
@@ -444,7 +464,11 @@ class _Session:
     def freshen(self, machine: Machine) -> None:
         """Takes a shared machine that an earlier test had back to where it began, if its spec says so."""
         if machine.spec.reset == "test" and machine in self._used:
-            machine.restore()
+            try:
+                machine.restore()
+            except VMBottleError as error:
+                error.infra = True
+                raise
             self.blamed.discard(machine.id)
         self._used.add(machine)
 
@@ -487,6 +511,8 @@ class _Session:
         self._provisioners.clear()
         if self._catalog is not None:
             self._catalog.close()
+            self.ledger.add(self._catalog.ledger.sent())
+            self._catalog = None
 
 
 _SESSION: pytest.StashKey[_Session] = pytest.StashKey()
@@ -524,14 +550,21 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hands what a worker knows to the controller, which refuses the wrong marks that its workers have found."""
     ours = session.config.stash[_SESSION]
-    ours.collect()
     output = getattr(session.config, "workeroutput", None)
     if output is None and (ours.has_machines or ours.is_flagged):
         ours.clean_up()
+    ours.collect()
     if output is not None:
-        output["vmbottle"] = {"tallies": ours.tallies, "told": list(ours.told), "problems": list(ours.problems)}
+        output["vmbottle"] = {
+            "tallies": ours.tallies,
+            "told": list(ours.told),
+            "problems": list(ours.problems),
+            "ledger": ours.ledger.sent(),
+        }
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ours.misuse()
+    elif ours.ledger.left and session.exitstatus == pytest.ExitCode.OK and _flag(session.config, "fail-on-leak"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -569,30 +602,48 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     ours.tallies.extend(output.get("tallies", ()))
     ours.told.update(dict.fromkeys(output.get("told", ())))
     ours.problems.update(dict.fromkeys(output.get("problems", ())))
+    ours.ledger.add(output.get("ledger", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Says what became of machines and packs."""
     ours = config.stash[_SESSION]
-    if not ours.tallies:
-        return
-    total = {key: sum(tally[key] for tally in ours.tallies) for key in ours.tallies[0]}
-    if not any(total.values()):
-        return
-    if hasattr(config.option, "dist") and config.option.dist != "no":
-        for line in ours.told:
-            terminalreporter.write_line(line)
-    terminalreporter.write_line(
-        f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
-        f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
-        + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
-    )
+    total = {key: sum(tally[key] for tally in ours.tallies) for key in (ours.tallies or [{}])[0]}
+    if any(total.values()):
+        if hasattr(config.option, "dist") and config.option.dist != "no":
+            for line in ours.told:
+                terminalreporter.write_line(line)
+        terminalreporter.write_line(
+            f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
+            f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
+            + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
+        )
+    infra = ours.infra.summary(int(total.get("retried", 0)))
+    if infra:
+        terminalreporter.write_line(f"vmbottle: {infra}", red=True)
+
+
+class _Ledger:
+    """Has the last words of a run, after all other summaries."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
+        """Says what the run made, kept, reclaimed and left behind."""
+        yield
+        ledger = config.stash[_SESSION].ledger
+        for line in ledger.lines():
+            terminalreporter.write_line(f"vmbottle: {line}", red=line.startswith("LEAK"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
+    cause = cause_of(call.excinfo.value if call.excinfo else None)
+    if cause and (PROPERTY, cause) not in item.user_properties:
+        item.user_properties.append((PROPERTY, cause))
     report: pytest.TestReport = yield  # type: ignore[assignment]
+    if cause:
+        setattr(report, PROPERTY, cause)
     if call.when == "call":
         _fail_for_panics(report, item.config.stash[_SESSION])
     if (
@@ -603,6 +654,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     return report  # type: ignore[return-value]
+
+
+class _Outcomes:
+    """Tells INFRA apart where reports are shown: in the only process, or in the controller of several."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._infra, self._in_full = config.stash[_SESSION].infra, config.option.fulltrace
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Counts a test without a machine, before anybody shows or stores it."""
+        self._infra.take(report, in_full=self._in_full)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: Any) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+    """Gives a test without a machine a letter and a word of its own, among the errors."""
+    return ("error", "I", ("INFRA", {"red": True})) if isinstance(report, pytest.TestReport) and cause_told(report) else None
 
 
 def _fail_for_panics(report: pytest.TestReport, session: _Session) -> None:
@@ -754,7 +823,8 @@ def _enter(
 ) -> Machine:
     session = request.config.stash[_SESSION]
     try:
-        machine = stack.enter_context(session.provisioner(spec.backend).machine(spec, start=start, lans=lans))
+        with _counting_retries(request, session.provisioner(spec.backend)) as provisioner:
+            machine = stack.enter_context(provisioner.machine(spec, start=start, lans=lans))
     except BackendUnavailable as error:
         missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
         if missing == "fail":
@@ -763,3 +833,15 @@ def _enter(
     session.machines.append(machine)
     stack.callback(session.machines.remove, machine)
     return machine
+
+
+@contextmanager
+def _counting_retries(request: pytest.FixtureRequest, provisioner: Provisioner) -> Iterator[Provisioner]:
+    """Notes with a test how many machines more than one had to be started for it."""
+    before = provisioner.tally.retried
+    try:
+        yield provisioner
+    finally:
+        properties = getattr(request.node, "user_properties", None)  # a class, a module and a session have none
+        if properties is not None and provisioner.tally.retried > before:
+            properties.append((RETRIES, str(provisioner.tally.retried - before)))

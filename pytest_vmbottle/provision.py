@@ -37,7 +37,16 @@ from pytest_vmbottle.backend import (
 from pytest_vmbottle.budget import Budget
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
-from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.errors import (
+    CatalogError,
+    LaunchError,
+    MachineDied,
+    MachineError,
+    MachineTimeout,
+    PackCorrupt,
+    SpecError,
+    VMBottleError,
+)
 from pytest_vmbottle.images import DeclaredImage, Image, ImageStore
 from pytest_vmbottle.lan import Lan, Lans
 from pytest_vmbottle.machine import Machine
@@ -98,6 +107,7 @@ class Settings:
         stopping: Called with a machine before it is ended.
         declared: The images that the project declares, by name; they go before those of the catalog.
         memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a share of what this host can spare.
+        retries: How often a machine that could not be provided is tried again, on a fresh one.
     """
 
     timeout_factor: float = 1.0
@@ -108,6 +118,7 @@ class Settings:
     stopping: Callable[[Machine], None] = lambda _: None
     declared: Mapping[str, DeclaredImage] = attrs.field(factory=dict)
     memory_budget: int | None = None
+    retries: int = 0
 
 
 @attrs.define
@@ -120,6 +131,7 @@ class Tally:
     reused: int = 0
     waited: float = 0.0
     queued: float = 0.0
+    retried: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -153,13 +165,7 @@ class Provisioner:
         self._leases: list[int] = []
         self._held: set[Path] = set()
         self.tally = Tally()
-        self._clean_up()
-
-    def _clean_up(self) -> None:
-        """Sees to what dead processes left, and says what of that has to be looked at by somebody."""
-        for reaped in self._catalog.gc():
-            for sentence in (*reaped.kept, *reaped.damaged):
-                self._settings.warn(f"of a process that is dead there is still {sentence}")
+        catalog.gc()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -191,9 +197,12 @@ class Provisioner:
         """
         began = time.monotonic()
         lan = _lan(spec, lans)
-        started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
-        # The share is for the machine that builds its pack too: that one has ended before this one begins.
-        with self._share(spec), started as machine, machine.on(lan) if lan else nullcontext():
+        with ExitStack() as stack:
+            with _infra():
+                # The share is for the machine that builds its pack too: that one has ended before this one begins.
+                stack.enter_context(self._share(spec))
+                machine = self._provide(spec, start, stack)
+                stack.enter_context(machine.on(lan) if lan else nullcontext())
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
             try:
@@ -210,6 +219,27 @@ class Provisioner:
                 stack.enter_context(self._budget.share(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report))
             self.tally.queued += time.monotonic() - began
             yield
+
+    def _provide(self, spec: MachineSpec, start: Start | None, stack: ExitStack) -> Machine:
+        """A running machine, tried again as often as the settings say; only here, before anybody has it, is anything tried again."""
+        left = self._settings.retries
+        while True:
+            try:
+                return stack.enter_context(self._started(spec, start))
+            except VMBottleError as error:
+                if error.lasting or not left:
+                    raise
+                left -= 1
+                self._try_again(spec, error)
+
+    def _started(self, spec: MachineSpec, start: Start | None) -> AbstractContextManager[Machine]:
+        return self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
+
+    def _try_again(self, spec: MachineSpec, error: VMBottleError) -> None:
+        self._failed = {key: each for key, each in self._failed.items() if each is not error}
+        self.tally.retried += 1
+        first = str(error).splitlines()[0]
+        self._settings.warn(f"the machine {spec.name!r} could not be provided and is tried again: {type(error).__name__}: {first}")
 
     def _stopping(self, machine: Machine) -> None:
         try:
@@ -239,7 +269,7 @@ class Provisioner:
         self._fallback = PackKind(pack.manifest.kind).next
         self._usable.pop(pack.key, None)
         with suppress(OSError):
-            self._catalog.quarantine(pack.path)
+            self._catalog.ledger.keep(self._catalog.quarantine(pack.path), "a pack that could not be poured")
         self._settings.warn(
             f"the {pack.manifest.kind} pack of {pack.manifest.name} could not be poured and was put aside; "
             f"{self._fallback} packs are used from now on: {error}"
@@ -290,6 +320,7 @@ class Provisioner:
     def _launch(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> tuple[Instance, Channel]:
         with self._explained():
             instance = self._backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
+        self._catalog.ledger.machines += 1
         try:
             self._catalog.note_process(rundir, instance.pid)
             channel = instance.channel(deadline=deadline)
@@ -340,8 +371,7 @@ class Provisioner:
 
     def _pack(self, plan: _Plan) -> Pack:
         if plan.key in self._failed:
-            first = str(self._failed[plan.key]).splitlines()[0]
-            raise MachineError(f"the pack of {plan.name} could not be built earlier in this run: {first}", machine=plan.spec.name)
+            raise _once_more(plan.name, self._failed[plan.key], machine=plan.spec.name)
         try:
             with self._explained():
                 return self._find(plan) or self._build_once(plan)
@@ -431,6 +461,7 @@ class Provisioner:
         except PackCorrupt as error:
             with suppress(OSError):
                 aside = self._catalog.quarantine(self._catalog.packs / plan.key)
+                self._catalog.ledger.keep(aside, "a damaged pack")
                 self._settings.warn(f"{error}; it was moved to {aside} and is built again")
             return None
 
@@ -503,13 +534,12 @@ class Provisioner:
     def _do(self, step: Layer, machine: Machine) -> None:
         try:
             _apply(step, machine)
-        except VMBottleError as error:
-            tail = machine.console.tail(20)
-            raise MachineError(f"the layer {step.name} could not be built: {error}", machine=machine.name, console_tail=tail) from error
         except Exception as error:
-            tail = machine.console.tail(20)
-            message = f"the layer {step.name} could not be built: {type(error).__name__}: {error}"
-            raise MachineError(message, machine=machine.name, console_tail=tail) from error
+            told = str(error) if isinstance(error, VMBottleError) else f"{type(error).__name__}: {error}"
+            message = f"the layer {step.name} could not be built: {told}"
+            failed = MachineError(message, machine=machine.name, console_tail=machine.console.tail(20))
+            failed.lasting = not _is_crash(error)
+            raise failed from error
 
     def _start(self, spec: MachineSpec, pack: Pack, *, building: bool = False) -> Start:
         """How a machine starts from a pack: the chain of disks down to the image, and the seed and keys of its first boot."""
@@ -617,6 +647,28 @@ class Provisioner:
                 tell(line)
 
             yield both
+
+
+@contextmanager
+def _infra() -> Iterator[None]:
+    """Marks what keeps a test from its machine, unless the test itself describes a machine that cannot be."""
+    try:
+        yield
+    except VMBottleError as error:
+        error.infra = not isinstance(error, SpecError)
+        raise
+
+
+def _once_more(name: str, error: VMBottleError, *, machine: str) -> MachineError:
+    """In one line what was told in full already."""
+    again = MachineError(f"the pack of {name} could not be built earlier in this run: {str(error).splitlines()[0]}", machine=machine)
+    again.lasting = True
+    return again
+
+
+def _is_crash(error: Exception) -> bool:
+    """Whether it was the hypervisor that failed, which a step of a layer cannot help: all else may be the step's own doing."""
+    return isinstance(error, MachineDied) and not error.lasting and error.exitcode not in (None, 0)
 
 
 def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:

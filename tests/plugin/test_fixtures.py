@@ -277,8 +277,7 @@ def test_own(vm): pass
 def test_made(vm_factory): vm_factory("debian-12", network="lan")
 def test_shared(class_vm): pass
 """,
-        errors=2,
-        failed=1,
+        errors=3,
         status=1,
     )
 
