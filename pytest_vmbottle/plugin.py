@@ -165,7 +165,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
-    config.pluginmanager.register(_Interrupted(), "vmbottle-interrupted")
+    config.pluginmanager.register(_Interrupted(config.stash[_SESSION]), "vmbottle-interrupted")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Outcomes(config), "vmbottle-outcomes")
         config.pluginmanager.register(_Ledger(), "vmbottle-ledger")
@@ -356,13 +356,21 @@ def _given(node: object, name: str) -> object:
 
 
 class _Interrupted:
-    """Ends the machines of a run that was interrupted before anything else is torn down: there may be little time for that."""
+    """Ends the machines of a run that was interrupted before anything is told or torn down: there may be little time for that."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        """Ends them; to describe where the run was interrupted takes pytest a while."""
+        self._session.cut()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Ends them; a teardown that still uses one is told that it is off."""
         if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
-            session.config.stash[_SESSION].cut()
+            self._session.cut()
 
 
 # -- the run ---------------------------------------------------------------------------------------------------------------------------
