@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -214,6 +215,20 @@ def test_a_process_that_shows_up_late_is_ended_too(owner: Path, tmp_path: Path) 
 
     assert ended(late)
     assert not owner.exists()
+
+
+def test_the_scratch_folder_of_a_proof_goes_when_it_is_old_and_nobody_holds_it(catalog: Catalog) -> None:
+    folders = [catalog.proofs / f"proving-{name}" for name in ("old", "held", "new")]
+    for folder in folders:
+        folder.mkdir(parents=True, mode=0o700)
+    for folder in folders[:2]:
+        os.utime(folder, (0, 0))
+    hold = os.open(folders[1], os.O_RDONLY)
+    fcntl.flock(hold, fcntl.LOCK_SH)
+
+    catalog.gc()
+    assert sorted(catalog.proofs.iterdir()) == sorted(folders[1:])
+    os.close(hold)
 
 
 def test_fifty_dead_machines_are_cleared_away_at_once(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -115,8 +116,7 @@ class _Prover:
         return private_dir(self._folder) / f"qemu-{key[:24]}.json"
 
     def _prove(self) -> Proof:
-        with tempfile.TemporaryDirectory(prefix="proving-", dir=private_dir(self._folder)) as name:
-            workdir = Path(name)
+        with tempfile.TemporaryDirectory(prefix="proving-", dir=private_dir(self._folder)) as name, _held(Path(name)) as workdir:
             version = proof.version(self.binary)
             dialect = ask(self.binary, workdir=workdir)
             verdicts = proof.choose(self.binary, dialect, self._board, self._wanted, workdir=workdir)
@@ -210,6 +210,17 @@ class QemuBackend:
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Starts a machine (see `Backend.launch`)."""
         return start(self.programs(spec.arch), spec, source=source, rundir=rundir, deadline=deadline)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """Has a folder be locked by this process as long as it is needed: one that is not was left by a process that was killed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield folder
+    finally:
+        os.close(fd)
 
 
 def _boot_id() -> str:
