@@ -326,10 +326,10 @@ class Catalog:
 
     def _sweep(self) -> None:
         """Removes files that were to be renamed, and folders that something was proved in, by who was killed before that."""
-        for folder in self.proofs.glob("proving-*"):
-            with suppress(OSError), _held_at_once(folder) as is_free:
-                if is_free and time.time() - folder.lstat().st_mtime > _STALE:
-                    shutil.rmtree(folder, ignore_errors=True)
+        for place in self.proofs.glob("proving-*"):
+            with suppress(OSError), _held_at_once(place) as is_free:
+                if is_free and time.time() - place.lstat().st_mtime > _STALE:
+                    shutil.rmtree(place, ignore_errors=True)
         for folder in ("locks", "proofs", "images/names", "images/seen", "machines/*"):
             for path in self.root.glob(f"{folder}/.*"):
                 with suppress(OSError):
