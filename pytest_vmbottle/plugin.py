@@ -419,9 +419,10 @@ class _Session:
         return self._flag >= 0 and os.fstat(self._flag).st_size > 0
 
     def clean_up(self) -> None:
-        """Sees to what processes left that are dead, workers and their supervisors among them."""
-        with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
-            self.catalog.gc()
+        """Sees to what processes left that are dead, workers and their supervisors among them; does nothing in a run without machines."""
+        if self._catalog is not None or self.is_flagged:
+            with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
+                self.catalog.gc()
 
     def cut(self) -> None:
         """Ends all machines at once, beside each other."""
@@ -559,7 +560,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hands what a worker knows to the controller, which refuses the wrong marks that its workers have found."""
     ours = session.config.stash[_SESSION]
     output = getattr(session.config, "workeroutput", None)
-    if output is None and (ours.has_machines or ours.is_flagged):
+    if output is None:
         ours.clean_up()
     ours.collect()
     if output is not None:
@@ -605,7 +606,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     """Takes what a worker knows, and sees to what it left if it crashed."""
     output = getattr(node, "workeroutput", {}).get("vmbottle", {})
     ours = node.config.stash[_SESSION]
-    if error and ours.is_flagged:
+    if error:
         ours.clean_up()
     ours.tallies.extend(output.get("tallies", ()))
     ours.told.update(dict.fromkeys(output.get("told", ())))

@@ -53,7 +53,7 @@ def test_a_process_killed_at_any_step_of_starting_or_ending_a_machine_leaves_not
     steps = int((tmp_path / "count").read_text())
     assert steps >= 4
     for step in every(range(1, steps + 1)):
-        assert die_before(step, phase) == -signal.SIGKILL
+        assert die_before(step, phase) in (-signal.SIGKILL, 0), "how many there are depends on time, a little"
         clean_up()
         assert not left(), f"after it was killed before step {step} of {steps}"
 
@@ -67,7 +67,7 @@ def test_a_process_killed_at_any_step_of_building_a_pack_leaves_a_whole_one_or_n
     steps = int((tmp_path / "count").read_text())
     for step in every(range(1, steps + 1)):
         shutil.rmtree(root / "packs")
-        assert die_before(step, "all") in (-signal.SIGKILL, 0), "how often it looks whether something is there depends on time"
+        assert die_before(step, "all") in (-signal.SIGKILL, 0), "how many there are depends on time, a little"
         clean_up()
         assert not left(), f"after it was killed before step {step} of {steps}"
         found, damaged = packs.scan(Catalog(root).packs)

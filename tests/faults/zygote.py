@@ -29,8 +29,8 @@ WATCHED = ("fcntl.flock", "open", "os.mkdir", "os.remove", "os.rename", "os.rmdi
 def run(order: dict[str, Any]) -> int:
     """A pytest run."""
     os.chdir(order["folder"])
-    options = ["-s", "-p", "pytest_vmbottle.plugin", "-p", "standins", "-p", "no:cacheprovider", "--rootdir", order["folder"]]
-    return int(pytest.main([*options, *order["run"]]))
+    options = ["-s", "-p", "pytest_vmbottle.plugin", "-p", "standins", "-p", "no:cacheprovider", "-o", "vm_defaults=memory='16M'"]
+    return int(pytest.main([*options, "--rootdir", order["folder"], *order["run"]]))
 
 
 def steps(order: dict[str, Any]) -> int:
@@ -49,7 +49,7 @@ def steps(order: dict[str, Any]) -> int:
     if phase != "end":
         counting.set()
     provisioner = Provisioner(Catalog(Path(order["root"])), standins.StandIns(), name="standin", settings=Settings())
-    with provisioner.machine(MachineSpec(source="debian-12")):
+    with provisioner.machine(MachineSpec(source="debian-12", memory="16M")):
         if phase == "create":
             counting.clear()
         else:
