@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Deadline",
     "Ended",
+    "Reminder",
     "atomic_file",
     "copy_sparse",
     "format_size",
@@ -113,6 +114,26 @@ class Deadline:
                 return None
             time.sleep(min(pause, self.remaining))
             pause = min(every, pause * 1.5)
+
+
+@attrs.define
+class Reminder:
+    """Says when somebody who waits is to be told so: after 2 s, and again when it has been twice as long, at the latest after a minute."""
+
+    _began: float = attrs.field(factory=time.monotonic, init=False)
+    _next: float = attrs.field(default=2.0, init=False)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._began
+
+    def due(self) -> bool:
+        """Whether it is time; if so, the next time is later."""
+        if self.elapsed < self._next:
+            return False
+        self._next = self.elapsed + min(self.elapsed, 60.0)
+        return True
 
 
 @contextmanager

@@ -6,6 +6,7 @@
     run/OWNER/   machines of one process         staging/     packs being built
     locks/       one file per lock, never deleted  quarantine/  what was found damaged
     proofs/      what was proved about this host  machines/NAME/  machines that run without pytest
+    budget/      the shares of memory that machines have
 """
 
 from __future__ import annotations
@@ -101,6 +102,11 @@ class Catalog:
     def proofs(self) -> Path:
         """The folder of what was proved about this host."""
         return self.root / "proofs"
+
+    @property
+    def budget(self) -> Path:
+        """The folder of the shares of memory that machines have."""
+        return self.root / "budget"
 
     @property
     def machines(self) -> Path:

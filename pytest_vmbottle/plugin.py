@@ -17,6 +17,7 @@ import attrs
 import pytest
 
 from pytest_vmbottle import hookspec
+from pytest_vmbottle._os import parse_size
 from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
 from pytest_vmbottle.interruption import Interruption
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _SHARED = ("session_vm", "module_vm", "class_vm")
 _RESET = "_vm_reset"
 _CUT_SECONDS = 2.0
+_WORTH_TELLING = 1.0
+"""Seconds of waiting for memory below which the summary does not mention it."""
 _FIXTURES = (*_SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
 
 # -- options ---------------------------------------------------------------------------------------------------------------------------
@@ -68,6 +71,7 @@ _OPTIONS = (
     _Option("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", _PACK_KINDS),
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
+    _Option("memory-budget", "", "RAM that the machines of all workers and runs have together (default: four fifths of what is to spare)"),
 )
 
 
@@ -105,6 +109,14 @@ def _timeout_factor(config: pytest.Config) -> float:
     return factor
 
 
+def _memory_budget(config: pytest.Config) -> int | None:
+    text = _option(config, "memory-budget")
+    try:
+        return parse_size(text) if text else None
+    except SpecError as error:
+        raise pytest.UsageError(f"--vm-memory-budget: {error}") from None
+
+
 def _ini_defaults(config: pytest.Config) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for line in config.getini("vm_defaults"):
@@ -133,6 +145,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for option in _OPTIONS:
         _option(config, option.name)
     _timeout_factor(config)
+    _memory_budget(config)
     _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
@@ -423,6 +436,7 @@ class _Session:
                 ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
                 stopping=lambda machine: self._config.hook.pytest_vmbottle_machine_stopping(machine=machine),
                 declared=self.declared,
+                memory_budget=_memory_budget(self._config),
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
@@ -571,6 +585,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(
         f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
         f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
+        + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
     )
 
 

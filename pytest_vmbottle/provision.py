@@ -18,7 +18,7 @@ from typing import Any
 
 import attrs
 
-from pytest_vmbottle import host, images, packs
+from pytest_vmbottle import images, packs
 from pytest_vmbottle._os import Deadline, atomic_file, format_size
 from pytest_vmbottle.backend import (
     GUEST_PATH,
@@ -34,6 +34,7 @@ from pytest_vmbottle.backend import (
     Start,
     Unwakeable,
 )
+from pytest_vmbottle.budget import Budget
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
@@ -96,6 +97,7 @@ class Settings:
         ready: Called with a machine before anybody gets it.
         stopping: Called with a machine before it is ended.
         declared: The images that the project declares, by name; they go before those of the catalog.
+        memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a share of what this host can spare.
     """
 
     timeout_factor: float = 1.0
@@ -105,17 +107,19 @@ class Settings:
     ready: Callable[[Machine], None] = lambda _: None
     stopping: Callable[[Machine], None] = lambda _: None
     declared: Mapping[str, DeclaredImage] = attrs.field(factory=dict)
+    memory_budget: int | None = None
 
 
 @attrs.define
 class Tally:
-    """What was done: counts, and seconds spent waiting for machines."""
+    """What was done: counts, and seconds spent waiting for machines, and those of them in which they waited for memory."""
 
     poured: int = 0
     booted: int = 0
     built: int = 0
     reused: int = 0
     waited: float = 0.0
+    queued: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -141,6 +145,7 @@ class Provisioner:
         """Sweeps up after dead processes and starts nothing."""
         self._catalog, self._backend, self._name, self._settings = catalog, backend, name, settings
         self._images = ImageStore(catalog.images)
+        self._budget = Budget(catalog.budget, limit=settings.memory_budget)
         self._usable: dict[str, tuple[object, Pack]] = {}
         self._failed: dict[str, VMBottleError] = {}
         self._counted: set[str] = set()
@@ -179,22 +184,32 @@ class Provisioner:
             lans: The private LANs of its test.
 
         Raises:
-            SpecError: This host is too small for it.
+            SpecError: This host, or the memory budget, is too small for it.
             MachineError: It could not be provided.
             BackendUnavailable: The backend does not work here.
             CatalogError: There is no such image, or the catalog cannot be used.
         """
         began = time.monotonic()
-        _check_fits(spec)
         lan = _lan(spec, lans)
         started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
-        with started as machine, machine.on(lan) if lan else nullcontext():
+        # The share is for the machine that builds its pack too: that one has ended before this one begins.
+        with self._share(spec), started as machine, machine.on(lan) if lan else nullcontext():
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
             try:
                 yield machine
             finally:
                 self._stopping(machine)
+
+    @contextmanager
+    def _share(self, spec: MachineSpec) -> Iterator[None]:
+        """Holds a share of the memory budget, and counts how long it was waited for."""
+        began, deadline = time.monotonic(), Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+        with ExitStack() as stack:
+            with self._explained():
+                stack.enter_context(self._budget.share(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report))
+            self.tally.queued += time.monotonic() - began
+            yield
 
     def _stopping(self, machine: Machine) -> None:
         try:
@@ -308,7 +323,8 @@ class Provisioner:
 
     def pack(self, spec: MachineSpec) -> Pack:
         """The pack that machines of a spec are poured from, made if need be."""
-        return self._pack(self._plan(spec, self._kind()))
+        with self._share(spec):
+            return self._pack(self._plan(spec, self._kind()))
 
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
         image = self._image(spec)
@@ -578,14 +594,6 @@ class Provisioner:
     def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[None]:
         deadline = Deadline(seconds * self._settings.timeout_factor)
         return self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}")
-
-
-def _check_fits(spec: MachineSpec) -> None:
-    total = host.total_memory()
-    if spec.memory >= total:
-        raise SpecError(
-            f"memory={format_size(spec.memory)} for the machine {spec.name!r} is more than this host's {format_size(total)}: ask for less"
-        )
 
 
 def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:

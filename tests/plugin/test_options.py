@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., pytest.RunResult]
 
-OPTIONS = ("backend", "accel", "catalog", "missing", "pack", "rebuild", "timeout-factor")
+OPTIONS = ("backend", "accel", "catalog", "missing", "pack", "rebuild", "timeout-factor", "memory-budget")
 ONE = '@pytest.mark.vm("debian-12")\ndef test_it(vm): print("factor", vm._factor)\n'
 
 
@@ -48,6 +48,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file(
         ("timeout-factor", "0", "--vm-timeout-factor takes a number above 0, not '0'"),
         ("timeout-factor", "much", "--vm-timeout-factor takes a number above 0, not 'much'"),
         ("timeout-factor", "nan", "--vm-timeout-factor takes a number above 0, not 'nan'"),
+        ("memory-budget", "lots", "--vm-memory-budget: 'lots' is not a size: write bytes or a string such as '512M' or '2G'"),
     ],
 )
 @pytest.mark.parametrize("way", ["command line", "environment", "ini"])
