@@ -118,10 +118,10 @@ class Deadline:
 
 @attrs.define
 class Reminder:
-    """Says when somebody who waits is to be told so: after 2 s, and again when it has been twice as long, at the latest after a minute."""
+    """Says when somebody who waits is to be told so: after 2 s or as given, and again when it has been twice as long, or a minute more."""
 
     _began: float = attrs.field(factory=time.monotonic, init=False)
-    _next: float = attrs.field(default=2.0, init=False)
+    _next: float = 2.0
 
     @property
     def elapsed(self) -> float:

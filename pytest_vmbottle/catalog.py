@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
+import re
 import secrets
+import shlex
 import shutil
 import stat
 import threading
@@ -28,15 +29,20 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from pytest_vmbottle import host, supervisor
-from pytest_vmbottle._os import Deadline, atomic_file, private_dir, sync_dir
+from pytest_vmbottle import host, records, supervisor
+from pytest_vmbottle._os import Deadline, Reminder, atomic_file, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.supervisor import Identity, Reaped, Record, Supervisor
 
 __all__ = ["Catalog", "default_reason", "default_root"]
 
 _LONG_WAIT = 2.0
-"""Seconds after which somebody who waits for a lock is told so."""
+"""Seconds after which somebody who waits for a lock is told so, for the first time."""
+_MOMENT = 0.5
+"""Seconds after which it is looked again whether to tell."""
+_STALE = 600.0
+"""Seconds after which a file that was to be renamed belongs to somebody who was killed."""
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")
 
 
 _LASTING = (Path("/var/tmp"), Path("/tmp"))  # noqa: S108 - a folder there is only used if it is ours alone: see _check_ours
@@ -114,35 +120,45 @@ class Catalog:
         return self.root / "machines"
 
     @contextmanager
-    def lock(self, name: str, *, deadline: Deadline, waiting: Callable[[str], None], label: str = "") -> Iterator[None]:
+    def lock(self, name: str, *, deadline: Deadline, waiting: Callable[[str], None], label: str = "") -> Iterator[Callable[[str], None]]:
         """Holds the lock `name` against all other processes and threads that use this catalog.
+
+        The block gets a function that takes a line about how far it is: those who wait are told the last one.
 
         Args:
             name: What is locked; part of a file name.
             deadline: When to give up.
-            waiting: Told once, in a sentence, when this takes long.
+            waiting: Told now and then, in a sentence, how long it has been, who holds it, and how far that is.
             label: What people call it; by default its name.
 
         Raises:
             CatalogError: Another process has held it until the deadline; the message names that process.
         """
-        folder = private_dir(self.root / "locks")
-        holder = folder / f"{name}.holder"
-        lock = filelock.FileLock(folder / f"{name}.lock", mode=0o600)
+        folder, label = private_dir(self.root / "locks"), label or name
+        path, holder = folder / f"{name}.lock", folder / f"{name}.holder"
+        before = _inode(path)
+        lock = filelock.FileLock(path, mode=0o600, poll_interval=0.01)
+        reminder = Reminder(_LONG_WAIT)
+
+        def free(check: Callable[[], bool]) -> None:
+            while not check():
+                if deadline.expired:
+                    raise CatalogError(f"{label} was not to be had within {deadline.seconds:.0f} s: {_who(holder)}")
+                if reminder.due():
+                    waiting(f"waiting for {label}, {reminder.elapsed:.0f} s: {_who(holder)}")
+
         try:
-            try:
-                lock.acquire(timeout=min(_LONG_WAIT, deadline.remaining))
-            except filelock.Timeout:
-                waiting(f"waiting for {label or name}: {_who(holder)}")
-                lock.acquire(timeout=deadline.remaining)
-        except filelock.Timeout:
-            raise CatalogError(f"{label or name} was not to be had within {deadline.seconds:.0f} s: {_who(holder)}") from None
-        except OSError as error:
-            raise CatalogError(f"the lock {folder / name} cannot be taken: {error.strerror}") from error
-        try:
-            with atomic_file(holder) as record:
-                record.write(json.dumps({"pid": os.getpid(), "since": time.time()}).encode())
-            yield
+            free(lambda: _acquired(lock, min(_MOMENT, deadline.remaining)))
+            if _inode(path) != before:  # a new file: somebody may hold one that was removed under him
+                free(lambda: not _is_held_without_name(path))
+            since = time.time()
+
+            def tell(step: str) -> None:
+                with suppress(OSError):  # it is for people, no more
+                    records.write(holder, {"pid": os.getpid(), "since": since, "step": step})
+
+            tell("")
+            yield tell
         finally:
             lock.release()
 
@@ -283,6 +299,8 @@ class Catalog:
             dry_run: Whether to tell only what would be done.
         """
         found = []
+        if not dry_run:
+            self._sweep()
         for lock in sorted((self.root / "run").glob("*.lock")):
             with suppress(OSError), _held_at_once(lock) as is_ours:
                 if is_ours:
@@ -291,6 +309,14 @@ class Catalog:
                         lock.unlink()
                     found.append(reaped)
         return tuple(found)
+
+    def _sweep(self) -> None:
+        """Removes files that were to be renamed by who was killed before that."""
+        for folder in ("locks", "proofs", "images/names", "images/seen", "machines/*"):
+            for path in self.root.glob(f"{folder}/.*"):
+                with suppress(OSError):
+                    if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _STALE:
+                        path.unlink()
 
 
 @contextmanager
@@ -368,10 +394,38 @@ class _Owner:
         os.close(self._fd)
 
 
+def _acquired(lock: filelock.BaseFileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except filelock.Timeout:
+        return False
+    except OSError as error:
+        raise CatalogError(f"the lock {lock.lock_file} cannot be taken: {error.strerror}") from error
+    return True
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
+
+
+def _is_held_without_name(path: Path) -> bool:
+    """Whether a process of this user has a file open that had this name and was removed, as those who tidy up /tmp do."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link) == f"{path} (deleted)":  # noqa: PTH115 - Path would take the end for a suffix
+                time.sleep(_MOMENT / 10)
+                return True
+    return False
+
+
 def _who(holder: Path) -> str:
     try:
-        record = json.loads(holder.read_bytes())
-        return f"process {int(record['pid'])} has been at it for {time.time() - float(record['since']):.0f} s"
+        found = records.read(holder)
+        step = f" ({str(found['step'])[:200].strip()})" if found.get("step") else ""
+        return f"process {int(found['pid'])} has been at it for {time.time() - float(found['since']):.0f} s{step}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process is at it"
 
@@ -392,12 +446,37 @@ def _check(root: Path) -> None:
     _check_ours(root, status, hint)
     if host.is_network_file_system(root):
         raise CatalogError(f"the catalog {root} lies on a network file system ({host.file_system(root)}), where locks do not hold: {hint}")
+    _check_locks(root, hint)
 
 
 def _check_ours(root: Path, status: os.stat_result, hint: str) -> None:
     if status.st_uid != os.geteuid():
         raise CatalogError(f"the catalog {root} belongs to user {status.st_uid}: it cannot be shared between users; {hint}")
     if stat.S_IMODE(status.st_mode) & 0o077:
-        root.chmod(0o700)
+        _close_to_others(root, stat.S_IMODE(status.st_mode), hint)
     if not os.access(root, os.W_OK | os.X_OK):
         raise CatalogError(f"the catalog {root} cannot be written: {hint}")
+
+
+def _close_to_others(root: Path, mode: int, hint: str) -> None:
+    """Makes a new folder private; what others may have put into one that has something in it, or read there, cannot be told."""
+    if not any(root.iterdir()):
+        root.chmod(0o700)
+    if stat.S_IMODE(root.lstat().st_mode) & 0o077 or any(root.iterdir()):
+        raise CatalogError(
+            f"the catalog {root} is open to other users (mode {mode:04o}), and what is in it may be theirs: "
+            f"if you know that it is not, make it private with `chmod 700 {shlex.quote(str(root))}`; else {hint}"
+        )
+
+
+def _check_locks(root: Path, hint: str) -> None:
+    """Refuses a file system without locks; a pretence of them would let two build the same."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        raise CatalogError(f"the catalog {root} lies on a file system that has no locks ({error.strerror}): {hint}") from error
+    finally:
+        os.close(fd)

@@ -24,7 +24,8 @@ from typing import Any
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, atomic_file, private_dir
+from pytest_vmbottle import records
+from pytest_vmbottle._os import Deadline, private_dir
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, CommandTimeout, MachineError, SpecError, VMBottleError
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.supervisor import Identity
@@ -87,7 +88,7 @@ class Record:
             ValueError: It makes no sense.
         """
         try:
-            facts = json.loads(path.read_bytes())
+            facts = records.read(path)
             keeper = Identity(**facts["keeper"]) if facts["keeper"] else None
             return cls(**{**facts, "keeper": keeper, "argv": tuple(facts["argv"])})
         except (TypeError, KeyError, AttributeError) as error:
@@ -95,9 +96,8 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Writes it, all at once."""
-        with atomic_file(path) as file:
-            keeper = None if self.keeper is None else self.keeper._asdict()
-            file.write(json.dumps(attrs.asdict(self) | {"keeper": keeper}).encode())
+        keeper = None if self.keeper is None else self.keeper._asdict()
+        records.write(path, attrs.asdict(self) | {"keeper": keeper})
 
 
 class Line:

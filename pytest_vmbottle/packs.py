@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import attrs
 import cattrs
 
+from pytest_vmbottle import records
 from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
 from pytest_vmbottle.backend import Start
 from pytest_vmbottle.errors import CatalogError, PackCorrupt, SpecError
@@ -85,6 +87,19 @@ class Pack:
     def size(self) -> int:
         """Bytes on disk; holes do not count."""
         return size_on_disk(self.path)
+
+    @property
+    def used(self) -> float:
+        """When a run last took it up, or it was made, in seconds since 1970; 0 if it is gone."""
+        try:
+            return self.path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def note_use(self) -> None:
+        """Notes that it is used now: what has not been used for longest is pruned first."""
+        with suppress(OSError):
+            os.utime(self.path)
 
     def stamp(self) -> tuple[tuple[str, int, int, int], ...]:
         """Sizes, times and inodes of its files: what tells without reading them that nobody has touched them.
@@ -166,7 +181,7 @@ def read(path: Path) -> Pack:
         PackCorrupt: Its manifest cannot be read.
     """
     try:
-        manifest = cattrs.structure(json.loads((path / _MANIFEST).read_bytes()), Manifest)
+        manifest = cattrs.structure(records.load(path / _MANIFEST), Manifest)
     except FileNotFoundError:
         if path.is_dir():
             raise PackCorrupt(f"the pack {path.name[:12]} has no {_MANIFEST}") from None
@@ -250,30 +265,38 @@ def sizes(packs: Iterable[Pack]) -> dict[str, int]:
 
 
 def prunable(
-    everything: Sequence[Pack], *, held: Callable[[Pack], bool], made_before: float | None = None, keep_size: int | None = None
+    everything: Sequence[Pack],
+    *,
+    held: Callable[[Pack], bool],
+    made_before: float | None = None,
+    used_before: float | None = None,
+    keep_size: int | None = None,
 ) -> list[Pack]:
-    """Which packs to remove, in this order: the oldest first, and none that is held or that one which stays stands on.
+    """Which packs to remove, the least recently used first, and none that is held or that one which stays stands on.
 
     Args:
         everything: All packs.
         held: Whether somebody uses a pack.
         made_before: Those made before this moment go, in seconds since 1970.
-        keep_size: The oldest go until those that are left take at most so many bytes on disk. Without either, all that can go do.
+        used_before: Those that were last used before this moment go.
+        keep_size: The least recently used go until those that are left take at most so many bytes on disk. Without any of the three, all
+            that can go do.
     """
-    taken = sizes(everything)
+    taken, used = sizes(everything), {pack.key: pack.used for pack in everything}
     left = {pack.key: pack for pack in everything if not held(pack)}
     stays = [pack for pack in everything if pack.key not in left]
     gone: list[Pack] = []
 
     def due(pack: Pack) -> bool:
-        if made_before is None and keep_size is None:
+        if made_before is None and used_before is None and keep_size is None:
             return True
         too_old = made_before is not None and pack.manifest.created < made_before
-        return too_old or (keep_size is not None and sum(taken.values()) > keep_size)
+        unused = used_before is not None and used[pack.key] < used_before
+        return too_old or unused or (keep_size is not None and sum(taken.values()) > keep_size)
 
     while True:
         bases = {pack.manifest.parent for pack in (*stays, *left.values())}
-        free = sorted((pack for pack in left.values() if pack.key not in bases), key=lambda pack: pack.manifest.created)
+        free = sorted((pack for pack in left.values() if pack.key not in bases), key=lambda pack: (used[pack.key], pack.manifest.created))
         chosen = next((pack for pack in free if due(pack)), None)
         if chosen is None:
             return gone
@@ -288,7 +311,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
         files[path.name] = sparse_digest(path)
         # QEMU before 8.2 opens the file of a private RAM mapping for writing, which it then never does; only root could with 0400.
         path.chmod(0o600 if path.name == "ram.img" else 0o400)
-    record = attrs.evolve(manifest, files=files)
-    record = attrs.evolve(record, check=record.body())
+    complete = attrs.evolve(manifest, files=files)
+    complete = attrs.evolve(complete, check=complete.body())
     with atomic_file(folder / _MANIFEST, mode=0o400) as file:
-        file.write(json.dumps(cattrs.unstructure(record), indent=1).encode())
+        file.write(json.dumps(cattrs.unstructure(complete), indent=1).encode())

@@ -411,6 +411,7 @@ class Provisioner:
         pack.verify()
         if pack.manifest.parent is not None:
             self._check_parent(pack, pack.manifest.parent)
+        pack.note_use()
         self._usable[key] = (pack.stamp(), pack)
         return pack
 
@@ -435,22 +436,20 @@ class Provisioner:
 
     def _build_once(self, plan: _Plan) -> Pack:
         parent = self._pack(plan.parent) if plan.parent is not None else None
-        deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        label = f"the {plan.kind} pack of {plan.name}"
-        with self._catalog.lock(f"pack-{plan.key[:24]}", deadline=deadline, waiting=self._settings.report, label=label):
+        with self._alone(f"pack-{plan.key[:24]}", f"the {plan.kind} pack of {plan.name}") as tell:
             already = self._current_or_aside(plan)
             if already is not None:
                 return already
             self._catalog.discard(self._catalog.packs / plan.key, held=True)
-            self._build(plan, parent)
+            self._build(plan, parent, tell)
             self._counted.add(plan.key)
             self.tally.built += 1
             return self._checked(plan.key)
 
-    def _build(self, plan: _Plan, parent: Pack | None) -> None:
+    def _build(self, plan: _Plan, parent: Pack | None, tell: Callable[[str], None]) -> None:
         began = time.monotonic()
         self._check_room(plan)
-        self._settings.report(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
+        tell(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with self._catalog.staging() as staged:
             start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)
             kind = self._prepare(plan, start, staged)
@@ -574,7 +573,20 @@ class Provisioner:
 
     def _named_image(self, name: str, arch: str) -> Image:
         names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)
-        return next((image for each in names if (image := self._images.get(each))), None) or self._build_image(name)
+        return next((image for each in names if (image := self._sound(each, again=images.can_build(name)))), None) or self._build_image(
+            name
+        )
+
+    def _sound(self, name: str, *, again: bool) -> Image | None:
+        """The image of a name, if there is one; a damaged one that can be made again is moved out of the way."""
+        try:
+            return self._images.get(name)
+        except CatalogError as error:
+            if not again:
+                raise
+            self._images.put_aside(name, self._catalog.quarantine)
+            self._settings.warn(f"{str(error).partition('. Remove it')[0]}; it was moved to {self._catalog.root / 'quarantine'}")
+            return None
 
     def _build_image(self, name: str) -> Image:
         if not images.can_build(name):
@@ -584,16 +596,27 @@ class Provisioner:
             raise CatalogError(
                 f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
             )
-        with self._making(name):
-            return self._images.get(name) or images.build(self._images, name, progress=self._settings.report)
+        with self._making(name) as tell:
+            return self._sound(name, again=True) or images.build(self._images, name, progress=tell)
 
     def _make_declared(self, declared: DeclaredImage) -> Image:
-        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else _BUILD_TIMEOUT):
-            return declared.get(self._images) or declared.make(self._images, progress=self._settings.report)
+        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else _BUILD_TIMEOUT) as tell:
+            return declared.get(self._images) or declared.make(self._images, progress=tell)
 
-    def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[None]:
-        deadline = Deadline(seconds * self._settings.timeout_factor)
-        return self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}")
+    def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[Callable[[str], None]]:
+        return self._alone(f"image-{name}", f"the image {name}", seconds)
+
+    @contextmanager
+    def _alone(self, lock: str, label: str, seconds: float = _BUILD_TIMEOUT) -> Iterator[Callable[[str], None]]:
+        """Does something as the only one; the block gets what takes a line about how far it is, for this run and for those who wait."""
+        deadline, report = Deadline(seconds * self._settings.timeout_factor), self._settings.report
+        with self._catalog.lock(lock, deadline=deadline, waiting=report, label=label) as tell:
+
+            def both(line: str) -> None:
+                report(line)
+                tell(line)
+
+            yield both
 
 
 def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:

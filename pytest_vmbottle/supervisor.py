@@ -29,6 +29,8 @@ __all__ = ["Identity", "Reaped", "Record", "Supervisor", "environment", "kill", 
 
 _MARK = "VMBOTTLE_MACHINE"
 _VERSION = 1
+_LARGEST = 1 << 20
+"""Bytes beyond which a file is no record."""
 _LATE = 1.0
 """Seconds in which a process may still show up that was being started when its owner died."""
 _UNKILLABLE = 5.0
@@ -106,9 +108,11 @@ class Record(NamedTuple):
             ValueError: It is damaged, or of another version.
             OSError: It cannot be read.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:  # noqa: PTH123 - opened already
-            text = file.read()
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError("it is too long")
         try:
             whole = json.loads(text)
             body = whole["record"]
@@ -118,7 +122,7 @@ class Record(NamedTuple):
                 raise ValueError(f"it is of version {body['version']}, and this is version {_VERSION}")
             process = Identity(*body["process"]) if body["process"] else None
             return cls(owner=Identity(*body["owner"]), process=process, ending=tuple(body["ending"]))
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"it makes no sense: {error!r}") from error
 
 

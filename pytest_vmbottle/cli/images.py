@@ -110,11 +110,21 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
     store, name = _images(catalog), name or recipe
     images.store.check_name(name)
     before = _stored(store, name)
-    with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=say, label=f"the image {name}"):
+    with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=say, label=f"the image {name}") as tell:
         built = _stored(store, name)
         if built is None or built == before or not _is_of(built, recipe, include):
-            built = images.build(store, recipe, name=name, include=include, progress=say)
+            built = images.build(store, recipe, name=name, include=include, progress=_said_and(tell))
     click.echo(f"{built.name} {built.sha256}")
+
+
+def _said_and(tell: Callable[[str], None], show: Callable[[str], None] = say) -> Callable[[str], None]:
+    """Takes a line about how far something is, for who is here and for other processes that wait for it."""
+
+    def both(line: str) -> None:
+        show(line)
+        tell(line)
+
+    return both
 
 
 def _declared() -> dict[str, DeclaredImage]:
@@ -134,10 +144,10 @@ def _make_declared(declared: DeclaredImage) -> None:
     store, name = _images(catalog), declared.stored_name
     before = _stored(store, name)
     deadline = Deadline(PULL_SECONDS if declared.kind == "url" else _BUILD_SECONDS)
-    with catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {declared.name}"):
+    with catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {declared.name}") as tell:
         made = _stored(store, name)
         if made is None or made == before:
-            made = declared.make(store, progress=say)
+            made = declared.make(store, progress=_said_and(tell))
     click.echo(f"{declared.name} {made.sha256}")
 
 
@@ -190,10 +200,11 @@ def pull(  # noqa: PLR0913 - one for each option
     catalog = open_catalog()
     deadline = Deadline(images.PULL_SECONDS)
     with (
-        catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {name}"),
+        catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {name}") as tell,
         _meter() as (progress, meter, every),
     ):
-        options = images.PullOptions(update=update, offline=offline, progress=progress, meter=meter, every=every)
+        steps = _said_and(tell, progress)
+        options = images.PullOptions(update=update, offline=offline, progress=steps, meter=meter, every=every)
         if by_url:
             pulled = images.pull_url(_images(catalog), source, sha256=str(sha256), name=name, arch=arch, traits=traits, options=options)
         else:

@@ -65,7 +65,7 @@ def list_packs(*, as_json: bool) -> None:
     if as_json:
         emit(records + [{"key": key, "damaged": str(error)} for key, error in damaged.items()])
     elif records:
-        show_table(("KEY", "KIND", "NAME", "AGE", "SIZE", "MEMORY", "IN USE", "BACKEND"), map(_pack_row, records))
+        show_table(("KEY", "KIND", "NAME", "AGE", "UNUSED", "SIZE", "MEMORY", "IN USE", "BACKEND"), map(_pack_row, records))
     elif not damaged:
         say("There are no packs yet: pytest makes them when tests need machines.")
     _mention_quarantine(catalog)
@@ -87,6 +87,8 @@ def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
         "name": about.name,
         "created": datetime.fromtimestamp(about.created, UTC).isoformat(timespec="seconds"),
         "age": max(0.0, time.time() - about.created),
+        "used": datetime.fromtimestamp(found.used, UTC).isoformat(timespec="seconds"),
+        "unused_for": max(0.0, time.time() - found.used),
         "size": size,
         "memory": about.memory,
         "disk_size": about.disk_size,
@@ -102,7 +104,8 @@ def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
 def _pack_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     sizes = (format_size(record["size"]), format_size(record["memory"]))
     use = "yes" if record["in_use"] else "no"
-    return (record["key"][:SHORT], record["kind"], record["name"], format_age(record["age"]), *sizes, use, record["backend"])
+    ages = (format_age(record["age"]), format_age(record["unused_for"]))
+    return (record["key"][:SHORT], record["kind"], record["name"], *ages, *sizes, use, record["backend"])
 
 
 @pack.command(epilog=examples("vmbottle pack show 140eda", "vmbottle pack show 140eda --json"))
@@ -131,6 +134,7 @@ def _described(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """A pack's record for people: names and values."""
     yield from ((name, record[name]) for name in ("key", "kind", "name"))
     yield "created", f"{record['created']} ({format_age(record['age'])} ago)"
+    yield "used", f"{record['used']} ({format_age(record['unused_for'])} ago)"
     yield from ((name.replace("_", " "), format_size(record[name])) for name in ("size", "memory", "disk_size"))
     yield "in use", "yes" if record["in_use"] else "no"
     yield from ((name, record[name]) for name in ("backend", "image", "path"))
@@ -225,22 +229,26 @@ def _discard(catalog: Catalog, path: Path) -> bool:
     epilog=examples("vmbottle pack prune --dry-run", "vmbottle pack prune --older-than 7d", "vmbottle pack prune --keep-size 10G")
 )
 @click.option("--older-than", callback=as_duration, metavar="AGE", help="Remove packs that were made longer ago, such as 12h or 7d.")
+@click.option("--unused-for", callback=as_duration, metavar="AGE", help="Remove packs that no run has used for longer.")
 @click.option(
-    "--keep-size", callback=as_size, metavar="SIZE", help="Remove the oldest packs until the others take no more than this, such as 10G."
+    "--keep-size",
+    callback=as_size,
+    metavar="SIZE",
+    help="Remove packs, the least recently used first, until the others take no more than this, such as 10G.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
-def prune(*, older_than: float | None, keep_size: int | None, dry_run: bool) -> None:
-    """Remove packs that no test run uses, the oldest first, and whatever was found damaged and put aside.
+def prune(*, older_than: float | None, unused_for: float | None, keep_size: int | None, dry_run: bool) -> None:
+    """Remove packs that no test run uses, the least recently used first, and whatever was found damaged and put aside.
 
     Without options these are all of them: pytest makes them again when it needs them. A pack that one which is kept stands on is kept.
-    With both options each removes its share. The keys of what was removed are written to stdout.
+    With several options each removes its share. The keys of what was removed are written to stdout.
     """
     from pytest_vmbottle import packs
 
     catalog = open_catalog()
     found, damaged = packs.scan(catalog.packs)
-    made_before = None if older_than is None else time.time() - older_than
-    chosen = packs.prunable(found, held=lambda each: catalog.in_use(each.path), made_before=made_before, keep_size=keep_size)
+    made, used = (None if age is None else time.time() - age for age in (older_than, unused_for))
+    chosen = packs.prunable(found, held=lambda each: catalog.in_use(each.path), made_before=made, used_before=used, keep_size=keep_size)
     taken = packs.sizes(chosen)
     gone = [key for key in damaged if dry_run or _discard(catalog, catalog.packs / key)]
     stays: set[str | None] = set()

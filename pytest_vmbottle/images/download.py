@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,8 @@ import attrs
 import urllib3
 from urllib3 import exceptions as faults
 
-from pytest_vmbottle._os import Deadline, atomic_file, format_size, private_dir
+from pytest_vmbottle import records
+from pytest_vmbottle._os import Deadline, format_size, private_dir
 from pytest_vmbottle.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -121,14 +121,13 @@ class Partial:
     def validator(self) -> str:
         """What the server called the content of which these bytes are."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(self._record.read_bytes())["validator"])
+            return str(records.read(self._record)["validator"])
         return ""
 
     def restart(self, validator: str) -> None:
         """Throws away what is there."""
         os.truncate(self.path, 0)
-        with atomic_file(self._record) as file:
-            file.write(json.dumps({"validator": validator}).encode())
+        records.write(self._record, {"validator": validator})
 
     def remove(self) -> None:
         """Removes it, finished or worthless."""

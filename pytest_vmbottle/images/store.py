@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import fcntl
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -26,13 +25,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from pytest_vmbottle._os import atomic_file, copy_sparse, private_dir, sync_dir
+from pytest_vmbottle import records
+from pytest_vmbottle._os import copy_sparse, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.images.disk import DiskFormat, inspect, opened
 from pytest_vmbottle.spec import digest, host_arch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from io import BufferedReader
 
 __all__ = [
@@ -316,6 +316,23 @@ class ImageStore:
             (self._names / f"{name}.json").unlink(missing_ok=True)
             self._sweep()
 
+    def put_aside(self, name: str, aside: Callable[[Path], object]) -> None:
+        """Has an image moved out of the way, its record and the files that it stands for, if it is damaged.
+
+        Args:
+            name: Its name.
+            aside: Takes a path and moves what is there.
+        """
+        with explained(f"put the image {name!r} aside"), self._exclusive():
+            try:
+                self.get(name)
+            except CatalogError:
+                named = self._names / f"{name}.json"
+                address = _address_or_none(named)
+                for path in (named, *([self._blobs / address] if address else [])):
+                    if os.path.lexists(path):
+                        aside(path)
+
     def verify(self, name: str) -> None:
         """Reads all of an image's files and compares their digests.
 
@@ -359,18 +376,18 @@ class ImageStore:
         )
 
     def _digest_of(self, file: BufferedReader, path: Path) -> str:
-        record = self.root / "seen" / f"{digest(str(path))}.json"
+        short_cut = self.root / "seen" / f"{digest(str(path))}.json"
         looks = _looks(file)
         with suppress(OSError, ValueError, TypeError, KeyError):
-            seen = json.loads(record.read_bytes())
+            seen = records.read(short_cut)
             if seen["looks"] == looks and _SHA256.fullmatch(seen["sha256"]):
                 return str(seen["sha256"])
         found = hashlib.file_digest(file, "sha256").hexdigest()
         if _looks(file) != looks:
             raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")
         with suppress(OSError):  # only a short cut: a store that cannot be written to costs time, nothing else
-            private_dir(record.parent)
-            _write_json(record, {"path": str(path), "looks": looks, "sha256": found})
+            private_dir(short_cut.parent)
+            records.write(short_cut, {"path": str(path), "looks": looks, "sha256": found})
         return found
 
     def _read(self, name: str) -> tuple[_Manifest, Path] | None:
@@ -385,7 +402,7 @@ class ImageStore:
             raise _damaged(name, f"{self._names / f'{name}.json'} cannot be read: {error}") from None
         folder = self._blobs / address
         try:
-            manifest = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
+            manifest = _Manifest(**records.read(folder / _RECORD))
             matches = manifest.sha256 == address
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise _damaged(name, f"{folder / _RECORD} cannot be read: {error}") from None
@@ -432,7 +449,7 @@ class ImageStore:
         manifest = _describe(folder, arch, traits or Traits(firmware=default_firmware(arch)), cmdline=cmdline, description=description)
         if sha256 not in (None, manifest.sha256):
             raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, and {sha256} was demanded")
-        _write_json(folder / _RECORD, attrs.asdict(manifest))
+        records.write(folder / _RECORD, attrs.asdict(manifest))
         (folder / _RECORD).chmod(0o444)
         private_dir(self._names)
         with self._exclusive():
@@ -440,8 +457,8 @@ class ImageStore:
             return self._place(folder, manifest, name, replace=replace)
 
     def _check_free(self, name: str, sha256: str, *, replace: bool) -> None:
-        record = self._names / f"{name}.json"
-        if record.exists() and not replace and _address_or_none(record) != sha256:
+        named = self._names / f"{name}.json"
+        if named.exists() and not replace and _address_or_none(named) != sha256:
             raise CatalogError(f"there is another image named {name!r}: remove it with `vmbottle image rm {name}`, or choose another name")
 
     def _place(self, folder: Path, manifest: _Manifest, name: str, *, replace: bool) -> Image:
@@ -454,7 +471,7 @@ class ImageStore:
         else:
             folder.rename(final)
             sync_dir(self._blobs)
-        _write_json(self._names / f"{name}.json", {"sha256": manifest.sha256})
+        records.write(self._names / f"{name}.json", {"sha256": manifest.sha256})
         self._sweep()
         return manifest.image(name, final)
 
@@ -539,7 +556,7 @@ def _check_size(name: str, path: Path, size: int) -> None:
 
 
 def _address(path: Path) -> str:
-    address = json.loads(path.read_bytes())["sha256"]
+    address = records.read(path)["sha256"]
     if not _SHA256.fullmatch(address):
         raise ValueError("it holds no sha256")
     return str(address)
@@ -555,7 +572,7 @@ def _address_or_none(path: Path) -> str | None:
 def _alike(folder: Path, manifest: _Manifest) -> _Manifest | None:
     """The record in a folder, if its files are there, boot in the same way as the other one's, and the same is known of them."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError, CatalogError):
-        stored = _Manifest(**json.loads((folder / _RECORD).read_bytes()))
+        stored = _Manifest(**records.read(folder / _RECORD))
         for part, entry in stored.files.items():
             _check_size("", folder / part, entry.size)
         if (stored.key, stored.traits) == (manifest.key, manifest.traits):
@@ -602,8 +619,3 @@ def _sha256(path: Path) -> str:
 def _looks(file: BufferedReader) -> list[int]:
     status = os.fstat(file.fileno())
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _write_json(path: Path, value: object) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True).encode())

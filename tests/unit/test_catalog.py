@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -99,6 +101,28 @@ def test_a_catalog_that_others_could_read_is_made_private(tmp_path: Path) -> Non
     Catalog(tmp_path / "open")
 
     assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o755, 0o1777])
+def test_a_folder_with_something_in_it_that_others_may_enter_is_refused_and_left_as_it_is(tmp_path: Path, mode: int) -> None:
+    root = tmp_path / "it's open"
+    root.mkdir()
+    (root / "file").write_text("whose?")
+    root.chmod(mode)
+
+    with pytest.raises(CatalogError, match=rf"is open to other users \(mode {mode:04o}\), and what is in it may be theirs: .*`chmod 700 "):
+        Catalog(root)
+    assert stat.S_IMODE(root.stat().st_mode) == mode
+    assert [path.name for path in root.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CatalogError, match=r"lies on a file system that has no locks \(Function not implemented\): choose another"):
+        Catalog(tmp_path / "catalog")
 
 
 def test_a_symbolic_link_is_refused_as_catalog(tmp_path: Path) -> None:
@@ -229,7 +253,39 @@ def test_who_waits_in_vain_is_told_which_process_holds_the_lock(catalog: Catalog
             pass
 
     assert len(told) == 1
-    assert told[0].startswith(f"waiting for thing: process {holder.pid} has been at it")
+    assert re.match(rf"waiting for thing, [01] s: process {holder.pid} has been at it", told[0])
+
+
+def test_who_waits_is_told_again_and_again_how_far_the_holder_is(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_vmbottle.catalog._LONG_WAIT", 0.05)
+    monkeypatch.setattr("pytest_vmbottle.catalog._MOMENT", 0.05)
+    told: list[str] = []
+    text = HOLD.replace("waiting=lambda _: None):", "waiting=lambda _: None) as tell:").replace(
+        "    print", '    tell("  3 s  unpacking")\n    print'
+    )
+    with process(text, catalog) as holder:
+        assert line(holder) == "held"
+        with pytest.raises(CatalogError, match=r"\(3 s  unpacking\)$"), catalog.lock("thing", deadline=Deadline(0.8), waiting=told.append):
+            pass
+
+    assert len(told) > 1
+    assert all(re.fullmatch(rf"waiting for thing, [01] s: process {holder.pid} .* \(3 s  unpacking\)", each) for each in told)
+
+
+def test_files_that_killed_writers_left_are_removed_later_and_nothing_else(catalog: Catalog) -> None:
+    with catalog.lock("thing", deadline=Deadline(1), waiting=quiet):
+        pass
+    locks = catalog.root / "locks"
+    (locks / ".thing.holder.0123456789ab").touch()
+    (locks / ".thing.holder.ba9876543210").touch()
+    (locks / ".note").touch()
+    for name in (".thing.holder.0123456789ab", ".note", "thing.lock"):
+        os.utime(locks / name, (1, 1))
+    catalog.gc(dry_run=True)
+    before = {path.name for path in locks.iterdir()}
+    catalog.gc()
+
+    assert before - {path.name for path in locks.iterdir()} == {".thing.holder.0123456789ab"}
 
 
 def test_a_lock_is_free_again_when_its_block_fails_and_other_locks_are_not_in_the_way(catalog: Catalog) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import sha256
@@ -353,7 +354,7 @@ def builder(root: Path, tmp_path: Path) -> Iterator[Builder]:
         environment = {**os.environ, "PATH": str(tmp_path)}
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stderr is not None
-            assert f"waiting for the image debian-12: process {os.getpid()}" in process.stderr.readline()
+            assert f", 2 s: process {os.getpid()} has been at it" in process.stderr.readline()
             yield Builder(process, lock)
             process.kill()
 
@@ -480,7 +481,7 @@ def test_packs_are_listed_oldest_first_with_what_they_take_in_blocks(stock: Stoc
     assert {record["parent"] for record in records if record["name"] in ("web", "db")} == {stock.base.key}
     assert not any(record["in_use"] for record in records)
     header, first, *_ = done("pack", "ls").splitlines()
-    assert header.split() == ["KEY", "KIND", "NAME", "AGE", "SIZE", "MEMORY", "IN", "USE", "BACKEND"]
+    assert header.split() == ["KEY", "KIND", "NAME", "AGE", "UNUSED", "SIZE", "MEMORY", "IN", "USE", "BACKEND"]
     assert re.match(rf"{stock.web.key[:12]}  template  web +3 d ", first)
 
 
@@ -628,10 +629,29 @@ def test_pruning_by_age_removes_the_old_ones_but_no_base_of_a_young_one(stock: S
     assert stock.there() == {stock.base.key, stock.db.key}
 
 
-def test_pruning_by_size_removes_the_oldest_until_the_rest_fits(stock: Stock) -> None:
-    stock.age(stock.base, days=30)
-    stock.age(stock.db, days=20)
-    stock.age(stock.web, days=10)
+def unused(pack: packs.Pack, *, days: float) -> None:
+    """Has it last been used so long ago."""
+    os.utime(pack.path, (time.time() - days * 86400,) * 2)
+
+
+def test_pruning_by_use_removes_what_no_run_has_taken_up_for_long(stock: Stock) -> None:
+    for pack in (stock.base, stock.web, stock.db):
+        unused(pack, days=40)
+    for pack in (stock.base, stock.db):
+        pack.note_use()
+    listed = {record["key"]: record["unused_for"] for record in json.loads(done("pack", "ls", "--json"))}
+
+    assert listed[stock.web.key] > 39 * 86400 > listed[stock.db.key]
+    assert done("pack", "prune", "--unused-for", "41d") == ""
+    assert done("pack", "prune", "--unused-for", "30d", "--dry-run") == f"{stock.web.key}\n"
+    assert done("pack", "prune", "--unused-for", "30d") == f"{stock.web.key}\n"
+    assert stock.there() == {stock.base.key, stock.db.key}
+
+
+def test_pruning_by_size_removes_what_was_not_used_for_longest_until_the_rest_fits(stock: Stock) -> None:
+    unused(stock.base, days=30)
+    unused(stock.db, days=20)
+    unused(stock.web, days=10)
     total = sum(size_on_disk(path) for path in stock.catalog.packs.iterdir())
 
     assert done("pack", "prune", "--keep-size", str(total)) == ""

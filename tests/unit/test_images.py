@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vmbottle import spec
+from pytest_vmbottle import records, spec
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images import RECIPES, Image, ImageStore, Traits, build, can_build, disk_format
 from pytest_vmbottle.images import builder as building
@@ -243,7 +243,7 @@ class TestStore:
         assert image.kernel == image.disk.parent / "vmlinuz"
         assert image.initrd == image.disk.parent / "initrd.img"
         assert (image.kernel.read_bytes(), image.initrd.read_bytes(), image.cmdline) == (b"kernel", b"initrd", CMDLINE)
-        files = json.loads((image.disk.parent / "image.json").read_text())["files"]
+        files = records.read(image.disk.parent / "image.json")["files"]
         assert files["vmlinuz"] == {"sha256": hashlib.sha256(b"kernel").hexdigest(), "size": 6}
 
     def test_the_key_tells_apart_what_boots_differently(self, tmp_path: Path, disk: Path) -> None:
@@ -269,7 +269,7 @@ class TestStore:
     def test_a_record_from_before_there_were_traits_is_read_as_an_unprepared_bios_image(self, store: ImageStore, disk: Path) -> None:
         image = store.add(disk, name="mine", arch="x86_64")
         path = image.disk.parent / "image.json"
-        record = json.loads(path.read_text())
+        record = records.read(path)
         path.chmod(0o600)
         path.write_text(json.dumps({key: value for key, value in record.items() if key not in attrs.fields_dict(Traits)}))
         assert store.get("mine") == image
@@ -279,7 +279,7 @@ class TestStore:
     def test_a_record_with_an_impossible_trait_is_damaged(self, store: ImageStore, disk: Path, change: dict[str, object]) -> None:
         path = store.add(disk, name="mine").disk.parent / "image.json"
         path.chmod(0o600)
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        records.write(path, records.read(path) | change)
         with pytest.raises(CatalogError, match="damaged"):
             store.get("mine")
 
@@ -456,11 +456,11 @@ class TestStore:
 def rewrite(folder: Path, **changes: object) -> None:
     record = folder / "image.json"
     record.chmod(0o600)
-    record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+    records.write(record, records.read(record) | changes)
 
 
 def rename_disk(folder: Path, name: str, **changes: object) -> None:
-    files = json.loads((folder / "image.json").read_text())["files"]
+    files = records.read(folder / "image.json")["files"]
     rewrite(folder, files={name if part == "disk.raw" else part: entry | changes for part, entry in files.items()})
 
 
@@ -595,7 +595,7 @@ class TestUseInPlace:
     def test_a_damaged_note_of_its_digest_is_as_good_as_none(self, store: ImageStore, disk: Path) -> None:
         first = store.import_path(disk)
         (note,) = (store.root / "seen").iterdir()
-        for content in ("", "[]", "{}", json.dumps(json.loads(note.read_text()) | {"sha256": "../x"})):
+        for content in ("", "[]", "{}", json.dumps(records.read(note) | {"sha256": "../x"})):
             note.write_text(content)
             assert store.import_path(disk) == first
 

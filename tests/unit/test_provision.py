@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from pytest_vmbottle import (
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start, Unwakeable
 from pytest_vmbottle.catalog import Catalog
-from pytest_vmbottle.images import ImageStore, Traits
+from pytest_vmbottle.images import Image, ImageStore, Traits
 from pytest_vmbottle.lan import Lans
 from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
 from pytest_vmbottle.spec import host_arch
@@ -206,6 +207,30 @@ def test_an_image_that_is_ready_with_its_channel_is_not_asked_about_cloud_init(m
     assert asked == []
 
 
+def test_a_damaged_image_that_can_be_built_is_put_aside_and_built_again_and_others_are_left_alone(
+    make: Make, catalog: Catalog, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageStore(catalog.images)
+    images.add(disk(tmp_path / "own.raw", mark=9), name="own")
+    for name in (IMAGE, "own"):
+        (catalog.images / "names" / f"{name}.json").write_text("{")
+
+    def build(store: ImageStore, name: str, *, progress: Callable[[str], None]) -> Image:
+        progress("   0 s  done")
+        return store.add(tmp_path / "disk.raw", name=name, traits=Traits(prepared=True), replace=True)
+
+    monkeypatch.setattr("pytest_vmbottle.images.build", build)
+    pour(make())
+    with pytest.raises(CatalogError, match=r"the image 'own' is damaged: .* Remove it with `vmbottle image rm own`"):
+        pour(make(), "own")
+
+    assert len(said) == 1
+    assert said[0].startswith("the image 'debian-12' is damaged: ")
+    assert said[0].endswith(f"it was moved to {catalog.root / 'quarantine'}")
+    assert [path.name.partition(".")[0] for path in catalog.set_aside()] == [IMAGE]
+    assert (catalog.images / "names" / "own.json").read_text() == "{"
+
+
 # -- packs are made once ---------------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +252,18 @@ def test_another_process_uses_the_pack_that_is_there(make: Make, backend: FakeBa
 
     assert (later.tally.booted, later.tally.built, later.tally.poured, later.tally.reused) == (0, 0, 2, 1)
     assert len(backend.launched) == 4
+
+
+def test_a_run_notes_that_it_uses_a_pack_and_what_that_stands_on(make: Make, catalog: Catalog) -> None:
+    pour(make(), web)
+    found = packs.scan(catalog.packs)[0]
+    for pack in found:
+        os.utime(pack.path, (1, 1))
+    began = time.time()
+    pour(make(), web)
+
+    assert [pack.manifest.name for pack in found] == [IMAGE, "web"]
+    assert all(pack.used > began - 1 for pack in found)
 
 
 def test_specs_that_differ_only_after_the_boot_share_a_pack_and_others_do_not(make: Make) -> None:

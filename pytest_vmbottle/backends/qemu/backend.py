@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import attrs
 import cattrs
 from cattrs.preconf.json import make_converter
 
-from pytest_vmbottle._os import Deadline, atomic_file, private_dir
+from pytest_vmbottle import records
+from pytest_vmbottle._os import Deadline, private_dir
 from pytest_vmbottle.backend import Capabilities, Instance, PackKind, Start
 from pytest_vmbottle.backends.qemu import proof
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
@@ -105,8 +106,7 @@ class _Prover:
         except BackendUnavailable as error:
             self._refused = error
             raise
-        with atomic_file(self._memory()) as file:
-            file.write(json.dumps(_converter.unstructure(known)).encode())
+        records.write(self._memory(), _converter.unstructure(known))
         self.proof = known
         return known
 
@@ -241,16 +241,16 @@ def _identity(path: Path) -> list[object]:
 def _content(path: Path, memory: Path) -> str:
     """The sha256 of a program, remembered by its size, times and inode."""
     known = private_dir(memory) / f"sha256-{digest(_identity(path))[:24]}"
-    if not known.exists():
-        with path.open("rb") as file:
-            value = hashlib.file_digest(file, "sha256").hexdigest()
-        with atomic_file(known) as record:
-            record.write(value.encode())
-    return known.read_text()
+    with suppress(OSError, ValueError, KeyError):
+        return str(records.read(known)["sha256"])
+    with path.open("rb") as file:
+        value = hashlib.file_digest(file, "sha256").hexdigest()
+    records.write(known, {"sha256": value})
+    return value
 
 
 def _read(path: Path) -> Proof | None:
     try:
-        return _converter.structure(json.loads(path.read_bytes()), Proof)
+        return _converter.structure(records.read(path), Proof)
     except (OSError, ValueError, cattrs.BaseValidationError):
         return None  # not there, or of another version: proved again
