@@ -342,7 +342,12 @@ class _Owner:
         self.identity = identity
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
         self._lock, self._fd = self._claim(run)
-        self.folder = private_dir(self._lock.with_suffix(""))
+        try:
+            self.folder = private_dir(self._lock.with_suffix(""))
+        except OSError:
+            self._lock.unlink(missing_ok=True)
+            os.close(self._fd)
+            raise
         self._supervisor: Supervisor | None = None
 
     def _claim(self, run: Path) -> tuple[Path, int]:

@@ -192,8 +192,12 @@ class Provisioner:
         began = time.monotonic()
         lan = _lan(spec, lans)
         started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
-        # The share is for the machine that builds its pack too: that one has ended before this one begins.
-        with self._share(spec), started as machine, machine.on(lan) if lan else nullcontext():
+        with ExitStack() as stack:
+            with self._explained():
+                # The share is for the machine that builds its pack too: that one has ended before this one begins.
+                stack.enter_context(self._share(spec))
+                machine = stack.enter_context(started)
+            stack.enter_context(machine.on(lan) if lan else nullcontext())
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
             try:
@@ -205,9 +209,7 @@ class Provisioner:
     def _share(self, spec: MachineSpec) -> Iterator[None]:
         """Holds a share of the memory budget, and counts how long it was waited for."""
         began, deadline = time.monotonic(), Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        with ExitStack() as stack:
-            with self._explained():
-                stack.enter_context(self._budget.share(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report))
+        with self._budget.share(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report):
             self.tally.queued += time.monotonic() - began
             yield
 
@@ -323,7 +325,7 @@ class Provisioner:
 
     def pack(self, spec: MachineSpec) -> Pack:
         """The pack that machines of a spec are poured from, made if need be."""
-        with self._share(spec):
+        with self._explained(), self._share(spec):
             return self._pack(self._plan(spec, self._kind()))
 
     def _plan(self, spec: MachineSpec, kind: PackKind) -> _Plan:
