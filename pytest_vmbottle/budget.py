@@ -132,7 +132,7 @@ class Budget:
                 waiting(f"waiting for {format_size(turn.size)}, {reminder.elapsed:.0f} s: {_described(turns, turn, limit)}")
             return None
 
-        mine = deadline.poll(go, every=0.1, first=0.01)
+        mine = deadline.poll(go, every=0.03, first=0.01)
         if mine is None:
             turns = self._turns()
             words = _described(turns, turn, self._room(turns))

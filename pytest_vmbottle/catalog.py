@@ -369,7 +369,12 @@ class _Owner:
         self.identity = identity
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
         self.lock, self._fd = self._claim(run)
-        self.folder = private_dir(self.lock.with_suffix(""))
+        try:
+            self.folder = private_dir(self.lock.with_suffix(""))
+        except OSError:
+            self.lock.unlink(missing_ok=True)
+            os.close(self._fd)
+            raise
         self._supervisor: Supervisor | None = None
 
     def _claim(self, run: Path) -> tuple[Path, int]:

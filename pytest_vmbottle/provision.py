@@ -198,7 +198,7 @@ class Provisioner:
         began = time.monotonic()
         lan = _lan(spec, lans)
         with ExitStack() as stack:
-            with _infra():
+            with _infra(), self._explained():
                 # The share is for the machine that builds its pack too: that one has ended before this one begins.
                 stack.enter_context(self._share(spec))
                 machine = self._provide(spec, start, stack)

@@ -315,7 +315,9 @@ def _outcome(command: subprocess.Popen[bytes], process: Identity | None, until: 
 def _end_late(folder: Path, intents: list[Path]) -> None:
     """Waits for processes that were being started when their owner died a moment ago, and do not carry their mark before they run."""
     written = [path.stat().st_mtime for path in intents if path.exists()]
-    while written and time.time() < max(written) + _LATE:
+    # The clock may have been set meanwhile, to either side.
+    until = time.monotonic() + min(_LATE, max(written, default=0.0) + _LATE - time.time())
+    while time.monotonic() < until:
         kill(_carriers(folder))
         time.sleep(0.05)
 
