@@ -369,13 +369,14 @@ class _Owner:
         self.identity = identity
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
         self.lock, self._fd = self._claim(run)
-        try:
-            self.folder = private_dir(self.lock.with_suffix(""))
-        except OSError:
-            self.lock.unlink(missing_ok=True)
-            os.close(self._fd)
-            raise
+        self.folder = self.lock.with_suffix("")
         self._supervisor: Supervisor | None = None
+        try:
+            self.supervise()  # before there is anything that it would have to remove
+            private_dir(self.folder)
+        except OSError:
+            self.close()
+            raise
 
     def _claim(self, run: Path) -> tuple[Path, int]:
         while True:

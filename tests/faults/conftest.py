@@ -67,6 +67,11 @@ class Left:
             temporary=tuple(path for path in files if path.startswith(f"{root}/packs/") and os.path.basename(path).startswith(".")),  # noqa: PTH119
         )
 
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """All that is of machines."""
+        return (*self.processes, *self.ports, *self.records, *self.folders)
+
     def __bool__(self) -> bool:
         return any(attrs.astuple(self))
 

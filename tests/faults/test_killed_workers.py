@@ -106,7 +106,7 @@ def test_nothing_is_left_of_workers_that_are_killed_at_any_moment(  # noqa: PLR0
     order: dict[str, Any],
     catalog: Catalog,
     rounds: Callable[[str, int], range],
-    left: Callable[[], object],
+    left: Callable[[], Any],
     measured: Callable[[str, Iterable[float]], None],
 ) -> None:
     whole, chance = lasting(zygote, order), random.Random(4711)
@@ -116,7 +116,9 @@ def test_nothing_is_left_of_workers_that_are_killed_at_any_moment(  # noqa: PLR0
         gone += kill_each(workers)
         assert [zygote.wait(worker.pid) for worker in workers] == [-signal.SIGKILL] * AT_ONCE
     began = time.monotonic()
-    Deadline(5).poll(lambda: not left() or (catalog.gc() and not left()), every=0.05)  # in its first moments a worker has no supervisor yet
+    Deadline(5).poll(lambda: not left().machines, every=0.05)
+    assert not left().machines
+    catalog.gc()  # in its very first moment a worker has a lock, and no supervisor yet
     assert not left()
     measured("owner killed to machine gone", gone)
     measured("the last owner killed to nothing left", [time.monotonic() - began])
