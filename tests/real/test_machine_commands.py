@@ -216,7 +216,7 @@ def test_the_packs_and_the_image_of_a_machine_are_not_removed(commands: Commands
     ended = subprocess.run([*command, "image", "rm", "debian-12"], capture_output=True, env=commands.environment(), check=False)
     listed = subprocess.run([*command, "pack", "ls", "--json"], capture_output=True, env=commands.environment(), check=True)
     argv = " ".join(json.loads(commands.run("argv", web, "--json").stdout))
-    used = [pack for pack in json.loads(listed.stdout) if pack.get("path", "-") in argv]
+    used = [pack for pack in json.loads(listed.stdout) if "path" in pack and pack["path"] in argv]
 
     assert ended.returncode == 1
     assert b"is in use" in ended.stderr
