@@ -22,7 +22,8 @@ def cause_of(error: BaseException | None) -> str:
     """Why a test has no machine, in one line; empty if that is not what an error says."""
     if not isinstance(error, VMBottleError) or not error.infra:
         return ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def cause_told(report: pytest.TestReport) -> str:

@@ -33,8 +33,8 @@ class Ledger:
 
     machines: int = 0
     folders: int = 0
-    packs: set[str] = attrs.field(factory=set, converter=set)
-    locks: set[str] = attrs.field(factory=set, converter=set)
+    packs: set[str] = attrs.field(factory=set)
+    locks: set[str] = attrs.field(factory=set)
     kept: dict[str, str] = attrs.field(factory=dict)
     reclaimed: dict[str, int] = attrs.field(factory=dict)
     left: list[str] = attrs.field(factory=list)
@@ -63,7 +63,7 @@ class Ledger:
 
     def add(self, sent: Mapping[str, Any]) -> None:
         """Adds the books of another process."""
-        other = Ledger(**sent)
+        other = Ledger(**{**sent, "packs": set(sent.get("packs", ())), "locks": set(sent.get("locks", ()))})
         self.machines += other.machines
         self.folders += other.folders
         self.packs |= other.packs
