@@ -496,6 +496,8 @@ class Provisioner:
                 disk_size=start.disk_size,
             )
             packs.seal(staged, manifest)
+            # Held before anybody else sees it, so that it cannot be pruned before it was ever used.
+            self._leases.append(self._catalog.lease(staged))
             final = self._catalog.publish(staged, plan.key)
         size = format_size(packs.read(final).size)
         self._settings.report(f"built the {kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")

@@ -195,7 +195,7 @@ NONSENSE: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a socket": _socket,
     "a folder": Path.mkdir,
-    "closed": lambda path: (path.touch(), path.chmod(0)),
+    "closed": lambda path: path.touch(mode=0),
 }
 
 
