@@ -145,9 +145,9 @@ class Catalog:
         def free(check: Callable[[], bool]) -> None:
             while not check():
                 if deadline.expired:
-                    raise CatalogError(f"{label} was not to be had within {deadline.seconds:.0f} s: {_who(holder)}")
+                    raise CatalogError(f"{label} was not to be had within {deadline.seconds:.0f} s: {records.describe_holder(holder)}")
                 if reminder.due():
-                    waiting(f"waiting for {label}, {reminder.elapsed:.0f} s: {_who(holder)}")
+                    waiting(f"waiting for {label}, {reminder.elapsed:.0f} s: {records.describe_holder(holder)}")
 
         try:
             free(lambda: _acquired(lock, min(_MOMENT, deadline.remaining)))
@@ -155,13 +155,8 @@ class Catalog:
                 free(lambda: not _is_held_without_name(path))
             self.ledger.locks.add(name)
             since = time.time()
-
-            def tell(step: str) -> None:
-                with suppress(OSError):  # it is for people, no more
-                    records.write(holder, {"pid": os.getpid(), "since": since, "step": step})
-
-            tell("")
-            yield tell
+            records.note_holder(holder, since=since)
+            yield lambda step: records.note_holder(holder, since=since, step=step)
         finally:
             lock.release()
 
@@ -452,15 +447,6 @@ def _is_held_without_name(path: Path) -> bool:
                 time.sleep(_MOMENT / 10)
                 return True
     return False
-
-
-def _who(holder: Path) -> str:
-    try:
-        found = records.read(holder)
-        step = f" ({str(found['step'])[:200].strip()})" if found.get("step") else ""
-        return f"process {int(found['pid'])} has been at it for {time.time() - float(found['since']):.0f} s{step}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process is at it"
 
 
 def _check(root: Path) -> None:

@@ -13,13 +13,15 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pytest_vmbottle._os import atomic_file
 
-__all__ = ["load", "read", "write"]
+__all__ = ["describe_holder", "load", "note_holder", "read", "write"]
 
 _LARGEST = 4 << 20
 """Bytes beyond which a file is no record."""
@@ -61,6 +63,28 @@ def read(path: Path, *, version: int = 1) -> dict[str, Any]:
     if not isinstance(found, int) or not 0 < found <= version:
         raise ValueError(f"it is of version {found!r}, and only {version} is known here: a newer pytest-vmbottle has written it")
     return facts
+
+
+def note_holder(path: Path, *, since: float, step: str = "") -> None:
+    """Writes down that this process does something that others may wait for.
+
+    Args:
+        path: Where; beside the lock that they wait for.
+        since: When it began, in seconds since 1970.
+        step: How far it is, for people.
+    """
+    with suppress(OSError):  # it is for people, no more
+        write(path, {"pid": os.getpid(), "since": since, "step": step})
+
+
+def describe_holder(path: Path) -> str:
+    """Who does what others wait for, since when, and how far that is, as the rest of a sentence."""
+    try:
+        found = read(path)
+        step = f" ({str(found['step'])[:200].strip()})" if found.get("step") else ""
+        return f"process {int(found['pid'])} has been at it for {time.time() - float(found['since']):.0f} s{step}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process is at it"
 
 
 def load(path: Path) -> Any:

@@ -151,16 +151,20 @@ class Downloads:
         self._sweep()
         path = private_dir(self._folder) / key
         fd = self._hold(path)
+        holder = path.with_name(f"{key}.holder")
         if fd is None:
-            waiting("waiting for another process that downloads the same")
+            waiting(f"waiting for another process that downloads the same: {records.describe_holder(holder)}")
             fd = deadline.poll(lambda: self._hold(path), every=1.0)
         if fd is None:
             raise CatalogError(
-                f"another process was still downloading the same after {deadline.seconds:.0f} s: try again when it has ended"
+                f"another process was still downloading the same after {deadline.seconds:.0f} s: {records.describe_holder(holder)}; "
+                "try again when it has ended"
             )
+        records.note_holder(holder, since=time.time())
         try:
             yield Partial(path)
         finally:
+            holder.unlink(missing_ok=True)
             os.close(fd)
 
     @staticmethod
