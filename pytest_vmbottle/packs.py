@@ -181,14 +181,15 @@ def read(path: Path) -> Pack:
         PackCorrupt: Its manifest cannot be read.
     """
     try:
-        manifest = cattrs.structure(records.load(path / _MANIFEST), Manifest)
+        facts = records.load(path / _MANIFEST)
+        manifest = cattrs.structure(facts, Manifest)
     except FileNotFoundError:
         if path.is_dir():
             raise PackCorrupt(f"the pack {path.name[:12]} has no {_MANIFEST}") from None
         raise
     except (OSError, ValueError, TypeError, RecursionError, cattrs.BaseValidationError) as error:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} cannot be read: {type(error).__name__}") from error
-    if manifest.check != manifest.body():
+    if manifest.check != manifest.body() or cattrs.unstructure(manifest) != facts:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} is damaged: it is not what was published")
     if manifest.format != FORMAT or manifest.key != path.name:
         raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another's name")

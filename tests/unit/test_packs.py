@@ -229,3 +229,13 @@ def test_a_folder_without_a_manifest_is_damaged_and_no_folder_is_no_pack(tmp_pat
         packs.read(tmp_path / "key")
     with pytest.raises(FileNotFoundError):
         packs.read(tmp_path / "other")
+
+
+def test_a_manifest_that_says_something_more_than_it_should_is_damaged(tmp_path: Path) -> None:
+    folder = make(tmp_path / "key")
+    path = folder / "pack.json"
+    path.chmod(0o600)
+    path.write_text(path.read_text().replace('"parent_seal"', '"parent_sea1"'))  # its default is what stood there
+
+    with pytest.raises(PackCorrupt, match="it is not what was published"):
+        packs.read(folder)
