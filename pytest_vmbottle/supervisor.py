@@ -223,6 +223,8 @@ def reap(folder: Path, *, aside: Path, dry_run: bool = False) -> Reaped:
         aside: Where records go that cannot be read.
         dry_run: Whether to tell only what would be done.
     """
+    if folder.is_symlink():
+        return Reaped(owner=folder.name, kept=(f"{folder}: it is a symbolic link, which nobody here makes",))
     records, damaged = _read(folder)
     found, kept = _proven(folder, records)
     machines = sorted({path.name.removesuffix(".json") for path in _listed(folder) if not path.name.startswith(".")})

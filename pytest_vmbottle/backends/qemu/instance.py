@@ -593,6 +593,7 @@ def _lay_disk(source: Start, rundir: Path, img: Path) -> None:
         _make_overlay(rundir / "disk.qcow2", source.disk_size, img)
     else:
         shutil.copyfile(source.saved / "empty.qcow2", rundir / "disk.qcow2")
+    (rundir / "disk.qcow2").chmod(0o600)
 
 
 def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Lines]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class QemuProcess:
         self._log = log
 
         def spawn() -> subprocess.Popen[bytes]:
-            with log.open("wb") as output:
+            with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as output:
                 return subprocess.Popen(  # noqa: S603 - argv list, no shell
                     [*(_leash() if leash else ()), *argv],
                     stdin=subprocess.DEVNULL,
