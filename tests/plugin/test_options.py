@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., pytest.RunResult]
 
-OPTIONS = ("backend", "accel", "catalog", "missing", "pack", "rebuild", "timeout-factor", "memory-budget")
+OPTIONS = ("backend", "accel", "catalog", "missing", "pack", "rebuild", "timeout-factor", "memory-budget", "infra-retries", "fail-on-leak")
 ONE = '@pytest.mark.vm("debian-12")\ndef test_it(vm): print("factor", vm._factor)\n'
 
 

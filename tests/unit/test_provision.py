@@ -15,10 +15,13 @@ import attrs
 import pytest
 
 from pytest_vmbottle import (
+    BackendUnavailable,
     CatalogError,
+    GuestPanic,
     LaunchError,
     Layer,
     Machine,
+    MachineDied,
     MachineError,
     MachineSpec,
     MachineTimeout,
@@ -716,3 +719,90 @@ def test_packages_are_installed_with_the_network_on_and_the_machine_itself_keeps
     assert marked.network is False
     assert _build_spec(marked, marked.steps[-1]).network is True
     assert _build_spec(MachineSpec(source=layered), layered).network is True
+
+
+# -- trying again ----------------------------------------------------------------------------------------------------------------------
+
+
+class Moody(FakeBackend):
+    """Fails with these, one launch each, before it works; notes the folders of all."""
+
+    def __init__(self, *errors: MachineError) -> None:
+        super().__init__()
+        self.errors = list(errors)
+        self.folders: list[Path] = []
+
+    def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
+        self.folders.append(rundir)
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().launch(spec, source=source, rundir=rundir, deadline=deadline)
+
+
+def test_a_machine_that_could_not_be_provided_is_tried_again_in_another_folder(make: Make, said: list[str]) -> None:
+    moody = Moody(MachineTimeout("no answer"))
+    provisioner = make(moody, retries=1)
+    pour(provisioner, fresh="boot")
+
+    assert len(set(moody.folders)) == 2
+    assert provisioner.tally.retried == 1
+    assert said == ["the machine 'vm' could not be provided and is tried again: MachineTimeout: no answer"]
+
+
+def test_a_pack_that_could_not_be_built_is_built_at_the_second_trial(make: Make) -> None:
+    provisioner = make(Moody(LaunchError("out of memory")), retries=1)
+    pour(provisioner, web)
+
+    assert ran == ["web"]
+    assert (provisioner.tally.built, provisioner.tally.retried) == (2, 1)
+
+
+def test_after_the_last_trial_the_error_is_the_last_one_and_says_what_it_is(make: Make) -> None:
+    moody = Moody(*(MachineTimeout(f"number {n}") for n in range(9)))
+    with pytest.raises(MachineTimeout, match="number 2") as caught:
+        pour(make(moody, retries=2), fresh="boot")
+
+    assert caught.value.infra
+    assert len(moody.folders) == 3
+
+
+@pytest.mark.parametrize("error", [GuestPanic("Kernel panic"), BackendUnavailable("there is no QEMU")])
+def test_what_a_fresh_machine_would_meet_again_is_not_tried_again(make: Make, error: MachineError) -> None:
+    moody = Moody(error)
+    with pytest.raises(type(error)) as caught:
+        pour(make(moody, retries=5), fresh="boot")
+
+    assert caught.value.infra
+    assert len(moody.folders) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "builds"),
+    [
+        (MachineDied("QEMU was killed", exitcode=-9), 2),
+        (MachineDied("it powered itself off", exitcode=0), 1),
+        (GuestPanic("Kernel panic", exitcode=-9), 1),
+        (MachineTimeout("the port was never open"), 1),
+        (AssertionError("wrong"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_layer_is_tried_again_only_if_its_hypervisor_crashed(make: Make, error: Exception, builds: int) -> None:
+    done = []
+
+    @layer(IMAGE)
+    def failing(vm: Machine) -> None:
+        done.append(vm.id)
+        raise error
+
+    with pytest.raises(MachineError, match="the layer failing could not be built"):
+        pour(make(retries=1), failing)
+
+    assert len(set(done)) == len(done) == builds
+
+
+def test_what_a_test_does_with_its_machine_is_not_infra(make: Make) -> None:
+    with pytest.raises(MachineDied) as caught, make(retries=1).machine(MachineSpec.resolve(IMAGE, {})):
+        raise MachineDied("in the test")
+
+    assert not caught.value.infra
