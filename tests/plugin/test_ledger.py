@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 TWO = '@pytest.mark.vm("debian-12")\n@pytest.mark.parametrize("n", range(2))\ndef test_it(vm, n): pass\n'
 # A process that names the folder of its machine, as a hypervisor does, and that nothing ends.
 LEAKS = """
-import subprocess
+import subprocess, sys
 from pathlib import Path
 
 @pytest.mark.vm("debian-12")
 def test_it(vm):
     folder = vm.console._path.parent
-    process = subprocess.Popen(["python3", "-c", "import time; time.sleep(61)", str(folder / "disk")],
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(61)", str(folder / "disk")],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     process.returncode = 0
     Path({note!r}).write_text(str(process.pid))
@@ -82,7 +82,7 @@ def test_a_process_that_outlives_its_machine_is_told_and_fails_the_run_if_that_i
     text = said(run(LEAKS.format(note=str(leaked)), *workers, *option, status=status, passed=1))
 
     assert "left behind: 1" in text
-    assert re.search(rf"^vmbottle: LEAK: process {leaked.read_text()} still runs: python3 -c", text, re.MULTILINE)
+    assert re.search(rf"^vmbottle: LEAK: process {leaked.read_text()} still runs: \S+ -c", text, re.MULTILINE)
 
 
 def test_a_pack_that_was_damaged_is_kept_and_the_reason_told(run: Run, catalog: Path) -> None:
