@@ -34,7 +34,7 @@ def _nothing_left(catalog: Path) -> bool:
     return bool(Deadline(10).poll(lambda: not any((catalog / "run").iterdir())))
 
 
-@pytest.mark.parametrize("dist", ["load", "worksteal", "loadscope", "loadgroup"])
+@pytest.mark.parametrize("dist", ["load", "worksteal", "loadgroup"])
 def test_every_way_to_hand_out_tests_gives_the_same(run: Run, catalog: Path, dist: str) -> None:
     assert CLEAN in said(run(MANY, "-n2", f"--dist={dist}", passed=8))
     assert _nothing_left(catalog)
