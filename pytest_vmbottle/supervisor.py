@@ -33,6 +33,7 @@ _LARGEST = 1 << 20
 """Bytes beyond which a file is no record."""
 _LATE = 1.0
 """Seconds in which a process may still show up that was being started when its owner died."""
+_MOMENT = 0.2
 _UNKILLABLE = 5.0
 _ENDING = 20.0
 """Seconds that a machine's own command may take to end it."""
@@ -76,10 +77,13 @@ class Identity(NamedTuple):
 
     def names(self, folder: Path) -> bool:
         """Whether its command line names a folder, or something in it."""
-        try:
-            return os.fsencode(folder) in Path(f"/proc/{self.pid}/cmdline").read_bytes()
-        except OSError:
-            return False
+        until = time.monotonic() + _MOMENT
+        with suppress(OSError):
+            # While a process begins to run another program, it has none.
+            while not (words := Path(f"/proc/{self.pid}/cmdline").read_bytes()) and time.monotonic() < until:
+                time.sleep(0.001)
+            return os.fsencode(folder) in words
+        return False
 
 
 class Record(NamedTuple):
