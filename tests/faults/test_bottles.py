@@ -204,7 +204,7 @@ def qemu(root: Path, disk: Path) -> Iterator[subprocess.Popen[bytes]]:
     node = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={disk}"
     argv = ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-machine", "none", "-name", str(root), "-blockdev", node]
     monitor = root / f"monitor-{disk.stem}-{time.monotonic_ns()}"
-    with subprocess.Popen([*argv, "-qmp", f"unix:{monitor},server=on,wait=off"], stderr=subprocess.PIPE) as running:
+    with subprocess.Popen([*argv, "-qmp", f"unix:{monitor.name},server=on,wait=off"], cwd=root, stderr=subprocess.PIPE) as running:
         try:
             assert Deadline(30).poll(lambda: running.poll() is not None or monitor.exists(), every=0.02)
             yield running
