@@ -23,6 +23,7 @@ from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_ke
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend, Start
+    from pytest_vmbottle.backends.qemu import Account
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.lan import Lans
@@ -64,6 +65,7 @@ _OPTIONS = (
         "missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")
     ),
     _Option("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", _PACK_KINDS),
+    _Option("run-as", "", "User, or user:group, that QEMU runs as where pytest runs as root (default: root)"),
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
 )
@@ -103,6 +105,20 @@ def _timeout_factor(config: pytest.Config) -> float:
     return factor
 
 
+def _account(config: pytest.Config) -> Account | None:
+    """Who QEMU runs as. Nobody but root can choose that, and nobody else needs to: it may stand in an ini file for all."""
+    text = _option(config, "run-as")
+    if not text:
+        return None
+    from pytest_vmbottle.backends.qemu import Account
+
+    try:
+        account = Account.parse(text)
+    except SpecError as error:
+        raise pytest.UsageError(f"--vm-run-as: {error}") from None
+    return account if os.geteuid() == 0 else None
+
+
 def _ini_defaults(config: pytest.Config) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for line in config.getini("vm_defaults"):
@@ -131,6 +147,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for option in _OPTIONS:
         _option(config, option.name)
     _timeout_factor(config)
+    _account(config)
     _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
@@ -431,7 +448,8 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 
     kind = _option(config, "pack")
     forced = None if kind == "auto" else PackKind(kind)
-    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, proofs=config.stash[_SESSION].catalog.proofs)
+    proofs = config.stash[_SESSION].catalog.proofs
+    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, account=_account(config), proofs=proofs)
 
 
 _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
