@@ -881,8 +881,8 @@ class Machine:
             ``vm.send_keys("ctrl-alt-f2", "root\n", "secret", "ret")``
 
         Raises:
-                    ValueError: A combination has an unknown key in it, or a character is not on that keyboard; then nothing is typed.
-                    MachineError: The machine has no display (`display=True` in its mark), is paused, or is gone.
+            ValueError: A combination has an unknown key in it, or a character is not on that keyboard; then nothing is typed.
+            MachineError: The machine has no display (`display=True` in its mark), is paused, or is gone.
         """
         pressed = keyboard.chords(keys)
         self._display().press(pressed)

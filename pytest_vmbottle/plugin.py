@@ -27,6 +27,7 @@ from pytest_vmbottle.spec import SIGNATURE, Layer, MachineSpec, Source, check_ke
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend, Start
+    from pytest_vmbottle.backends.qemu import Account
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.lan import Lans
@@ -71,6 +72,7 @@ _OPTIONS = (
         "missing", "", "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)", ("skip", "fail")
     ),
     _Option("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", _PACK_KINDS),
+    _Option("run-as", "", "User, or user:group, that QEMU runs as where pytest runs as root (default: root)"),
     _Option("rebuild", "", "Make all packs of this run again", flag=True),
     _Option("timeout-factor", "1", "Multiply all time-outs with this number"),
     _Option("memory-budget", "", "RAM that the machines of all workers and runs have together (default: four fifths of what is to spare)"),
@@ -132,6 +134,20 @@ def _flag(config: pytest.Config, name: str) -> bool:
     return _option(config, name).lower() not in ("", "0", "false", "no", "off")
 
 
+def _account(config: pytest.Config) -> Account | None:
+    """Who QEMU runs as. Nobody but root can choose that, and nobody else needs to: it may stand in an ini file for all."""
+    text = _option(config, "run-as")
+    if not text:
+        return None
+    from pytest_vmbottle.backends.qemu import Account
+
+    try:
+        account = Account.parse(text)
+    except SpecError as error:
+        raise pytest.UsageError(f"--vm-run-as: {error}") from None
+    return account if os.geteuid() == 0 else None
+
+
 def _ini_defaults(config: pytest.Config) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for line in config.getini("vm_defaults"):
@@ -162,6 +178,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _timeout_factor(config)
     _memory_budget(config)
     _infra_retries(config)
+    _account(config)
     _ini_defaults(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
@@ -536,7 +553,8 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 
     kind = _option(config, "pack")
     forced = None if kind == "auto" else PackKind(kind)
-    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, proofs=config.stash[_SESSION].catalog.proofs)
+    proofs = config.stash[_SESSION].catalog.proofs
+    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, account=_account(config), proofs=proofs)
 
 
 _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run

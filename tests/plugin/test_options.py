@@ -45,6 +45,8 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_ini_file(
         ("accel", "xen", "--vm-accel takes auto or kvm or hvf or tcg, not 'xen'"),
         ("missing", "maybe", "--vm-missing takes skip or fail, not 'maybe'"),
         ("pack", "ram", "--vm-pack takes auto or template or stream or disk, not 'ram'"),
+        ("run-as", "nobody-of-that-name", "--vm-run-as: there is no user 'nobody-of-that-name' on this computer"),
+        ("run-as", "root", "--vm-run-as: 'root' is root, or root's group: name a user who owns nothing, such as nobody"),
         ("timeout-factor", "0", "--vm-timeout-factor takes a number above 0, not '0'"),
         ("timeout-factor", "much", "--vm-timeout-factor takes a number above 0, not 'much'"),
         ("timeout-factor", "nan", "--vm-timeout-factor takes a number above 0, not 'nan'"),

@@ -43,6 +43,15 @@ def _nothing_is_left(vm_catalog: Catalog) -> Iterator[None]:
     assert not {name for name in shared if not name.startswith("vm-")}, "a folder of a build or of a named machine was left behind"
 
 
+@pytest.fixture
+def inner(pytester: pytest.Pytester, vm_catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Pytest runs inside the test, which know nothing of this one but its catalog."""
+    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
+    return pytester
+
+
 @pytest.fixture(params=["agent", "ssh"])
 def either(request: pytest.FixtureRequest, session_vm: Machine) -> Machine:
     """The session's machine, spoken to over one channel and then over the other."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,14 +60,10 @@ def _add(catalog: Catalog, parts: Path) -> Image:
 
 
 @pytest.mark.parametrize("kind", list(PackKind))
-def test_tests_get_aarch64_machines_from_packs_of_each_kind(
-    kind: PackKind, arm: Catalog, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
-    pytester.makepyfile(TESTS)
+def test_tests_get_aarch64_machines_from_packs_of_each_kind(kind: PackKind, arm: Catalog, inner: pytest.Pytester) -> None:
+    inner.makepyfile(TESTS)
 
-    result = pytester.runpytest_subprocess("--vm-catalog", str(arm.root), f"--vm-pack={kind}", "-p", "no:cacheprovider")
+    result = inner.runpytest_subprocess("--vm-catalog", str(arm.root), f"--vm-pack={kind}", "-p", "no:cacheprovider")
 
     result.assert_outcomes(passed=2)
     # A machine that could change its pack would have it made again, by another boot.

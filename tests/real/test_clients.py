@@ -346,3 +346,30 @@ def test_a_machine_that_is_gone_says_so_whatever_is_asked_of_it(vm: Machine, tmp
         with pytest.raises(MachineDied, match="QEMU ended with status -9"):
             ask()
     assert not list(tmp_path.iterdir())
+
+
+FAILS = """
+    import pytest
+
+    @pytest.mark.vm("debian-12")
+    def test_fails(vm):
+        vm.path("/run/evidence").write_text("found it\\n")
+        assert vm.exec("cat /run/evidence").stdout == ""
+"""
+
+
+def test_the_machine_of_a_failed_test_can_be_looked_at_from_the_debugger(inner: pytest.Pytester, person: Person) -> None:
+    inner.makepyfile(FAILS)
+    terminal = person.terminal
+    with subprocess.Popen(
+        [sys.executable, "-m", "pytest", "--pdb", "-p", "no:cacheprovider"], stdin=terminal, stdout=terminal, stderr=terminal
+    ) as pytest_run:
+        person.sees(r"\(Pdb\) ", 180)
+        person.type("vm.shell()\r")
+        person.sees("# ")
+        person.type("cat /run/evidence; exit 4\r")
+        person.sees("found it")
+        person.sees(r"\(Pdb\) ")
+        person.type("q\r")
+        person.sees("1 failed")
+        assert pytest_run.wait(60) == pytest.ExitCode.INTERRUPTED

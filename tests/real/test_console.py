@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import pytest
 from pytest_vmbottle import GuestPanic, Machine
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.catalog import Catalog
+    pass
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -84,13 +83,10 @@ def test_whose_programs_say_so(vm):
 
 
 def test_a_kernel_in_trouble_fails_the_test_unless_it_is_expected_and_a_programs_own_words_do_not(
-    pytester: pytest.Pytester, vm_catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    inner: pytest.Pytester,
 ) -> None:
-    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
-    pytester.makepyfile(INNER)
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail")
+    inner.makepyfile(INNER)
+    result = inner.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail")
     result.assert_outcomes(failed=2, passed=2)
     result.stdout.fnmatch_lines(
         [

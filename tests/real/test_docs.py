@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.catalog import Catalog
+    pass
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -22,25 +21,18 @@ def blocks(page: str) -> list[str]:
     return _BLOCK.findall((ROOT / page).read_text())
 
 
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch, vm_catalog: Catalog) -> None:
-    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
-
-
 @pytest.mark.parametrize(("page", "at_least"), [("README.md", 3), ("docs/tests.md", 13), ("docs/machines.md", 13)])
-def test_every_example_of_a_page_passes(pytester: pytest.Pytester, page: str, at_least: int) -> None:
-    pytester.makepyfile(test_page="\n\n".join(blocks(page)))
-    result = pytester.runpytest_subprocess(*_OPTIONS)
+def test_every_example_of_a_page_passes(inner: pytest.Pytester, page: str, at_least: int) -> None:
+    inner.makepyfile(test_page="\n\n".join(blocks(page)))
+    result = inner.runpytest_subprocess(*_OPTIONS)
     outcomes = result.parseoutcomes()
     assert outcomes.keys() == {"passed"}
     assert outcomes["passed"] >= at_least
 
 
-def test_the_example_without_machines_passes_on_the_fake_backend(pytester: pytest.Pytester, tmp_path: Path) -> None:
+def test_the_example_without_machines_passes_on_the_fake_backend(inner: pytest.Pytester, tmp_path: Path) -> None:
     conftest, test = blocks("docs/extending.md")
-    pytester.makeconftest(conftest)
-    pytester.makepyfile(test)
-    result = pytester.runpytest_subprocess(*_OPTIONS, "--vm-backend=fake", f"--vm-catalog={tmp_path / 'catalog'}")
+    inner.makeconftest(conftest)
+    inner.makepyfile(test)
+    result = inner.runpytest_subprocess(*_OPTIONS, "--vm-backend=fake", f"--vm-catalog={tmp_path / 'catalog'}")
     result.assert_outcomes(passed=1)

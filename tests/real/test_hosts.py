@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 from pytest_vmbottle import MachineSpec
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backends.qemu import QemuBackend
+from pytest_vmbottle.backends.qemu import Account, QemuBackend
 from pytest_vmbottle.packs import scan
 from pytest_vmbottle.provision import Provisioner, Settings
 
@@ -48,6 +49,37 @@ def test_machines_are_poured_from_packs_of_this_very_qemu(provisioner: Provision
     others = [pack for pack in scan(vm_catalog.packs)[0] if pack.manifest.backend != f"qemu {able.version} {able.accelerator}"]
     assert chosen.manifest.backend == f"qemu {able.version} {able.accelerator}"
     assert chosen.key not in {pack.key for pack in others}
+
+
+# -- another user than root -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as somebody else")
+def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_catalog: Catalog, tmp_path: Path) -> None:
+    account = Account.parse("nobody")
+    backend = QemuBackend(account=account, proofs=vm_catalog.proofs)
+    provisioner = Provisioner(vm_catalog, backend, name="qemu", settings=Settings())
+    (tmp_path / "much").write_bytes(os.urandom(3 << 20))
+    with provisioner.machine(MachineSpec.resolve("debian-12", {"display": True, "fresh": "boot"})) as machine:
+        assert machine.screenshot(tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
+        machine.reboot()
+
+    with provisioner.machine(MachineSpec.resolve("debian-12", {})) as machine:
+        status = Path(f"/proc/{machine.pid}/status").read_text()
+        assert f"Uid:\t{account.uid}\t{account.uid}\t{account.uid}\t{account.uid}\n" in status
+        assert f"Gid:\t{account.gid}\t{account.gid}\t{account.gid}\t{account.gid}\n" in status
+        assert "CapEff:\t0000000000000000\n" in status
+        machine.cp(tmp_path / "much", machine.path("/root/much"))
+        assert machine.path("/root/much").hash("sha256") == hashlib.sha256((tmp_path / "much").read_bytes()).hexdigest()
+        before = machine.snapshot("before")
+        machine.exec("rm /root/much")
+        machine.restore(before)
+        assert machine.path("/root/much").exists()
+        machine.restore()
+        assert not machine.path("/root/much").exists()
+    assert provisioner.tally.poured >= 2
+    provisioner.close()
+    assert not [path for path in vm_catalog.root.rglob("*") if path.lstat().st_uid != 0], "something in the catalog has changed hands"
 
 
 # -- a container -----------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from pytest_vmbottle.backend import PackKind
-from pytest_vmbottle.catalog import Catalog
 
 SCRIPT = "echo lasting > /root/which; echo kept > /dev/shm/which"
 TESTS = f"""
@@ -32,15 +29,10 @@ def test_no_other_test_has_changed_it_and_it_is_awake(vm):
 
 
 @pytest.mark.parametrize("kind", list(PackKind))
-def test_each_kind_can_be_forced_and_gives_the_same_machines(
-    kind: PackKind, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, vm_catalog: Catalog
-) -> None:
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
-    pytester.makepyfile(TESTS)
+def test_each_kind_can_be_forced_and_gives_the_same_machines(kind: PackKind, inner: pytest.Pytester) -> None:
+    inner.makepyfile(TESTS)
 
-    result = pytester.runpytest_subprocess(f"--vm-pack={kind}", "-p", "no:cacheprovider")
+    result = inner.runpytest_subprocess(f"--vm-pack={kind}", "-p", "no:cacheprovider")
 
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines([f"*, {kind} packs, *"])

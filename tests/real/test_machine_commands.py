@@ -278,7 +278,13 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
     screen.resize(132, 43)
     screen.type("until stty size | grep '^43 132'; do sleep 0.1; done\r")
     screen.sees(r"\r43 132")
-    screen.type("(exit 7)\r\x04")
+    screen.sees("# ")
+    screen.type("(exit 7); echo left with $?\r")
+    screen.sees("left with 7")
+    screen.sees("# ")  # before it, the key would be read by nobody
+    screen.type("(exit 7)\r")
+    screen.sees("# ")
+    screen.type("\x04")
 
     assert screen.shows_all_of(shell) == 7
     assert termios.tcgetattr(screen.terminal) == before

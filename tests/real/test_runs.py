@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Find = Callable[[Path], list[int]]
 
+pytestmark = pytest.mark.usefixtures("inner")
+
 SLEEPER = """
     import time, pytest
 
@@ -31,13 +33,6 @@ SLEEPER = """
         open({flag!r}, "w").write(str(vm.pid))
         time.sleep(600)
 """
-
-
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch, vm_catalog: Catalog) -> None:
-    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
 
 
 def _gone(pid: int, seconds: float) -> bool:
@@ -59,12 +54,12 @@ def _started(folder: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.fixture
-def sleeping(pytester: pytest.Pytester, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def sleeping(inner: pytest.Pytester, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A pytest run in the middle of a test, and the process of the machine it holds."""
     flag = tmp_path / "flag"
-    pytester.makepyfile(SLEEPER.format(flag=str(flag)))
+    inner.makepyfile(SLEEPER.format(flag=str(flag)))
     extra = getattr(request, "param", [])
-    run = _started(pytester.path, *extra)
+    run = _started(inner.path, *extra)
     try:
         written = Deadline(300).poll(lambda: flag.read_text() if flag.exists() else None, every=0.1)
         assert written, "the test did not begin"
@@ -94,9 +89,9 @@ def test_ctrl_c_in_the_middle_of_a_test_leaves_nothing(sleeping: tuple[subproces
     assert list((vm_catalog.root / "run").glob(f"{run.pid}-*/*")) == []
 
 
-def test_ctrl_c_while_a_machine_boots_leaves_nothing(pytester: pytest.Pytester, vm_catalog: Catalog, machines_of: Find) -> None:
-    pytester.makepyfile('import pytest\n@pytest.mark.vm("debian-12", fresh="boot", name="interrupted")\ndef test_x(vm): pass\n')
-    run = _started(pytester.path)
+def test_ctrl_c_while_a_machine_boots_leaves_nothing(inner: pytest.Pytester, vm_catalog: Catalog, machines_of: Find) -> None:
+    inner.makepyfile('import pytest\n@pytest.mark.vm("debian-12", fresh="boot", name="interrupted")\ndef test_x(vm): pass\n')
+    run = _started(inner.path)
 
     def mine() -> list[int]:
         return [pid for pid in machines_of(vm_catalog.root) if "interrupted" in Path(f"/proc/{pid}/cmdline").read_text()]
@@ -109,8 +104,8 @@ def test_ctrl_c_while_a_machine_boots_leaves_nothing(pytester: pytest.Pytester, 
     assert list((vm_catalog.root / "run").glob(f"{run.pid}-*/*")) == []
 
 
-def test_a_machine_that_dies_in_a_test_is_told_at_once_with_its_cause(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
+def test_a_machine_that_dies_in_a_test_is_told_at_once_with_its_cause(inner: pytest.Pytester) -> None:
+    inner.makepyfile(
         """
         import os, signal, time, pytest
         from pytest_vmbottle import MachineDied
@@ -138,11 +133,11 @@ def test_a_machine_that_dies_in_a_test_is_told_at_once_with_its_cause(pytester: 
                 vm.exec("systemctl poweroff; sleep 50", timeout=55)
         """
     )
-    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=3)
+    inner.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=3)
 
 
-def test_two_workers_make_a_pack_once_and_each_uses_it(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
+def test_two_workers_make_a_pack_once_and_each_uses_it(inner: pytest.Pytester) -> None:
+    inner.makepyfile(
         f"""
         import pytest
         from pytest_vmbottle import layer
@@ -157,15 +152,15 @@ def test_two_workers_make_a_pack_once_and_each_uses_it(pytester: pytest.Pytester
             assert vm.path("/root/built").read_text() == "x"
         """
     )
-    result = pytester.runpytest_subprocess("-n2", "-p", "no:cacheprovider")
+    result = inner.runpytest_subprocess("-n2", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["*vmbottle: 4 machines poured, 0 booted; 1 packs built, *"])
     assert result.stderr.str().count("vmbottle: building the template pack of counted") == 1
 
 
-def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(pytester: pytest.Pytester, vm_catalog: Catalog) -> None:
+def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(inner: pytest.Pytester, vm_catalog: Catalog) -> None:
     packs = set(vm_catalog.packs.iterdir())
-    pytester.makepyfile(
+    inner.makepyfile(
         """
         import pytest
         from pytest_vmbottle import layer
@@ -181,7 +176,7 @@ def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(pytester: pytest.P
         def test_two(vm): pass
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result = inner.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(errors=2)
     output = result.stdout.str()
     assert output.count("the layer broken could not be built: the command ended with status 7") >= 1
@@ -194,9 +189,9 @@ def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(pytester: pytest.P
 # -- bad input: a sentence that says what and what to do, no traceback, nothing left -----------------------------------------------------
 
 
-def _one_test(pytester: pytest.Pytester, mark: str, *options: str) -> str:
-    pytester.makepyfile(f"import pytest\n@pytest.mark.vm({mark})\ndef test_x(vm): pass\n")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail", *options)
+def _one_test(inner: pytest.Pytester, mark: str, *options: str) -> str:
+    inner.makepyfile(f"import pytest\n@pytest.mark.vm({mark})\ndef test_x(vm): pass\n")
+    result = inner.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail", *options)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     output = result.stdout.str() + result.stderr.str()
     assert "Traceback" not in output
@@ -204,38 +199,38 @@ def _one_test(pytester: pytest.Pytester, mark: str, *options: str) -> str:
     return output
 
 
-def test_an_unknown_image_is_told_with_the_commands_that_bring_one(pytester: pytest.Pytester) -> None:
-    output = _one_test(pytester, '"debain-12"')
+def test_an_unknown_image_is_told_with_the_commands_that_bring_one(inner: pytest.Pytester) -> None:
+    output = _one_test(inner, '"debain-12"')
     assert "there is no image 'debain-12'" in output
     assert "vmbottle image add" in output
 
 
-def test_an_image_file_that_is_missing_or_no_image_is_told(pytester: pytest.Pytester, tmp_path: Path) -> None:
-    assert "none.qcow2" in _one_test(pytester, repr(str(tmp_path / "none.qcow2")))
+def test_an_image_file_that_is_missing_or_no_image_is_told(inner: pytest.Pytester, tmp_path: Path) -> None:
+    assert "none.qcow2" in _one_test(inner, repr(str(tmp_path / "none.qcow2")))
     (tmp_path / "text.qcow2").write_text("hello\n" * 1000)
-    assert "not a disk image" in _one_test(pytester, repr(str(tmp_path / "text.qcow2")))
+    assert "not a disk image" in _one_test(inner, repr(str(tmp_path / "text.qcow2")))
 
 
-def test_more_memory_than_the_host_has_is_told(pytester: pytest.Pytester) -> None:
-    assert "more than this host's" in _one_test(pytester, '"debian-12", memory="64T"')
+def test_more_memory_than_the_host_has_is_told(inner: pytest.Pytester) -> None:
+    assert "more than this host's" in _one_test(inner, '"debian-12", memory="64T"')
 
 
-def test_a_missing_qemu_is_told_with_the_command_that_installs_it(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(pytester.path))
-    output = _one_test(pytester, '"debian-12"')
+def test_a_missing_qemu_is_told_with_the_command_that_installs_it(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(inner.path))
+    output = _one_test(inner, '"debian-12"')
     assert "qemu-system-x86_64 is not in the search path" in output
     assert "apt-get install qemu-system-x86" in output
 
 
 def test_a_qemu_that_dies_at_start_is_told_with_what_it_printed(
-    pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inner: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = tmp_path / "bin" / "qemu-system-x86_64"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo "QEMU emulator version 0.0"\necho "the library is broken" >&2; exit 1\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    assert "the library is broken" in _one_test(pytester, '"debian-12"')
+    assert "the library is broken" in _one_test(inner, '"debian-12"')
 
 
 @pytest.fixture
@@ -261,11 +256,11 @@ def own_image(vm_catalog: Catalog, tmp_path: Path) -> Iterator[Callable[[str, st
 
 
 def test_a_guest_that_panics_is_told_at_once_with_its_console(
-    pytester: pytest.Pytester, own_image: Callable[[str, str], None], machines_of: Find, vm_catalog: Catalog
+    inner: pytest.Pytester, own_image: Callable[[str, str], None], machines_of: Find, vm_catalog: Catalog
 ) -> None:
     own_image("panics", "root=/dev/vda rw console=ttyS0 quiet rdinit=/bin/false")
     began = time.monotonic()
-    output = _one_test(pytester, '"panics", timeout=1000, name="panicking"')
+    output = _one_test(inner, '"panics", timeout=1000, name="panicking"')
     assert "Kernel panic - not syncing" in output
     assert "the console's last lines" in output
     assert "the hypervisor's command line" in output
@@ -274,17 +269,17 @@ def test_a_guest_that_panics_is_told_at_once_with_its_console(
 
 
 def test_a_guest_that_never_comes_up_is_told_at_its_deadline_with_its_console(
-    pytester: pytest.Pytester, own_image: Callable[[str, str], None]
+    inner: pytest.Pytester, own_image: Callable[[str, str], None]
 ) -> None:
     own_image("hangs", "root=/dev/vda rw console=ttyS0 rdinit=/bin/cat")
-    output = _one_test(pytester, '"hangs", timeout=4')
+    output = _one_test(inner, '"hangs", timeout=4')
     assert "neither the guest agent nor SSH answered within" in output
     assert "the console's last lines" in output
 
 
-def test_a_catalog_that_cannot_be_used_is_told(pytester: pytest.Pytester, tmp_path: Path) -> None:
+def test_a_catalog_that_cannot_be_used_is_told(inner: pytest.Pytester, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    output = _one_test(pytester, '"debian-12"', f"--vm-catalog={tmp_path / 'file'}")
+    output = _one_test(inner, '"debian-12"', f"--vm-catalog={tmp_path / 'file'}")
     assert "--vm-catalog" in output
 
 
@@ -300,12 +295,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 def test_a_catalog_on_a_full_disk_is_told_and_nothing_half_made_is_left(
-    pytester: pytest.Pytester, small_disk: Path, vm_catalog: Catalog
+    inner: pytest.Pytester, small_disk: Path, vm_catalog: Catalog
 ) -> None:
     catalog = small_disk / "catalog"
     catalog.mkdir(mode=0o700)
     (catalog / "images").symlink_to(vm_catalog.images)
-    output = _one_test(pytester, '"debian-12"', f"--vm-catalog={catalog}", "--vm-pack=template")
+    output = _one_test(inner, '"debian-12"', f"--vm-catalog={catalog}", "--vm-pack=template")
     assert "is full" in output
     assert "vmbottle pack prune" in output
     assert not list((catalog / "packs").glob("*"))

@@ -14,7 +14,7 @@ from pytest_vmbottle.backends.qemu.instance import Ram, _Watch
 def ram(rundir: Path, memory: str) -> Ram:
     keys = Keys(user_private="", user_public="", host_private="", host_public="")
     start = Start(disks=(), disk_size=1, kernel=None, initrd=None, cmdline="", seed=rundir / "seed", keys=keys)
-    return Ram(MachineSpec.resolve("x", {"memory": memory}), start, rundir)
+    return Ram(MachineSpec.resolve("x", {"memory": memory}), start, rundir, None)
 
 
 def test_ram_is_memory_without_a_name(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pytest_vmbottle import records
 from pytest_vmbottle._os import Deadline, private_dir
 from pytest_vmbottle.backend import Capabilities, Instance, PackKind, Start
 from pytest_vmbottle.backends.qemu import proof
+from pytest_vmbottle.backends.qemu.account import Account
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
 from pytest_vmbottle.backends.qemu.dialect import Dialect, ask
 from pytest_vmbottle.backends.qemu.instance import Programs, start
@@ -133,16 +134,20 @@ class _Prover:
 class QemuBackend:
     """Makes machines with the QEMU of this host."""
 
-    def __init__(self, *, accelerator: str = "auto", pack_kind: PackKind | None = None, proofs: Path) -> None:
+    def __init__(
+        self, *, accelerator: str = "auto", pack_kind: PackKind | None = None, account: Account | None = None, proofs: Path
+    ) -> None:
         """Chooses nothing yet.
 
         Args:
             accelerator: `"auto"`, or the only one that will do.
             pack_kind: The kind of pack to make, or None for the best that works.
+            account: Who QEMU runs as; None for who runs us.
             proofs: A folder that remembers what was proved.
         """
         self._wanted = accelerator
         self._pack_kind = pack_kind
+        self._account = account
         self._proofs = proofs
         self._provers: dict[str, _Prover] = {}
 
@@ -177,7 +182,10 @@ class QemuBackend:
         if arch != host_arch() and self._wanted not in ("auto", "tcg"):
             reason = f"guests of {arch} are emulated on this {host_arch()} host, and {self._wanted} was asked for"
             raise BackendUnavailable(reason, "Allow it: --vm-accel auto")
-        return Programs(emulator=self._prover(arch).emulator, img=find_program(*_IMG))
+        emulator = self._prover(arch).emulator
+        if self._account is not None:
+            emulator = _run_as(self._account, emulator)
+        return Programs(emulator=emulator, img=find_program(*_IMG))
 
     def probe(self) -> Capabilities:
         """What QEMU can do here (see `Backend.probe`)."""
@@ -221,6 +229,15 @@ def _held(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         os.close(fd)
+
+
+def _run_as(account: Account, emulator: Emulator) -> Emulator:
+    kvm = Path("/dev/kvm")
+    if emulator.accelerator.name == "kvm" and not account.may_open(kvm):
+        reason = f"QEMU is to run as {account.name!r}, who may not open {kvm}"
+        raise BackendUnavailable(reason, f"Make that user a member of the group of {kvm}, or allow emulation: --vm-accel tcg")
+    # Who cannot open a state by its name gets its descriptor.
+    return attrs.evolve(emulator, account=account, dialect=attrs.evolve(emulator.dialect, state_files=False, mapped_ram=False))
 
 
 def _boot_id() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import attrs
 
 from pytest_vmbottle.backend import GUEST_MAC, Disk
+from pytest_vmbottle.backends.qemu.account import Account
 from pytest_vmbottle.backends.qemu.dialect import Dialect
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec
@@ -139,12 +140,14 @@ class Emulator:
         board: The machine it emulates.
         accelerator: How it runs guest code.
         dialect: What it understands.
+        account: Who it runs as; None for who runs us.
     """
 
     binary: Path
     board: Board
     accelerator: Accelerator
     dialect: Dialect
+    account: Account | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -161,6 +164,7 @@ class Wiring:
         firmware: A file to boot by instead of QEMU's own firmware.
         qmp, agent, waker, console: Connected sockets.
         incoming: Whether it waits for a saved state instead of booting.
+        lent: What tells QEMU of files that it inherits open.
     """
 
     name: str
@@ -178,6 +182,7 @@ class Wiring:
     waker: int
     console: int
     incoming: bool
+    lent: tuple[str, ...] = ()
 
 
 def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[str]:
@@ -187,6 +192,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[
         str(emulator.binary),
         *("-name", f"guest={wiring.name}"),
         *("-nodefaults", "-no-user-config", "-display", "none", *sandbox(dialect)),
+        *wiring.lent,
         *(("-run-with", "exit-with-parent=on") if dialect.exit_with_parent else ()),
         *("-machine", f"{board.machine},memory-backend=ram0,dump-guest-core=off"),
         *("-accel", emulator.accelerator.option, "-cpu", emulator.accelerator.cpu),

@@ -27,7 +27,10 @@ def screenshot(qmp: Qmp, folder: Path) -> bytes:
     """
     file = folder / f"screen-{secrets.token_hex(4)}.png"
     try:
-        qmp.execute("screendump", filename=str(file), format="png", deadline=Deadline(_GRACE))
+        with file.open("xb") as opened:  # QEMU may run as somebody who cannot write here
+            lent = qmp.add_fd(opened.fileno(), deadline=Deadline(_GRACE))
+        qmp.execute("screendump", filename=f"/dev/fdset/{lent}", format="png", deadline=Deadline(_GRACE))
+        qmp.execute("remove-fd", fdset_id=lent, deadline=Deadline(_GRACE))
         return file.read_bytes()
     except QmpFailed as error:
         raise QmpFailed(f"{error} (it takes QEMU 7.1 or later, built with libpng)") from error

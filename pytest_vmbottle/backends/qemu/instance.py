@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from pytest_vmbottle import host
 from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, format_size, run_tool
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Chord, Command, NotPlugged, PackKind, SshAccess, Start, State, Unwakeable
 from pytest_vmbottle.backends.qemu import controls
+from pytest_vmbottle.backends.qemu.account import Account, Loans
 from pytest_vmbottle.backends.qemu.command_line import NIC, Emulator, Wiring, command_line
 from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
@@ -455,13 +456,14 @@ class Ram:
     """The file that is a guest's memory: the pack's own, written by nobody, or one for this machine alone.
 
     A machine's own RAM is memory of the kernel's without a name (memfd), so that it is gone with its last user whatever happens. Where
-    the host has not enough of it, it is a file in the machine's folder.
+    the host has not enough of it, it is a file in the machine's folder. QEMU opens it by name, so one that runs as somebody else gets
+    no part of the pack, but a copy.
     """
 
-    def __init__(self, spec: MachineSpec, source: Start, rundir: Path) -> None:
+    def __init__(self, spec: MachineSpec, source: Start, rundir: Path, account: Account | None) -> None:
         """Opens it, and copies into it what it is to begin with."""
         bottled = source.saved / _RAM if source.saved is not None and (source.saved / _RAM).exists() else None
-        self.private = bottled is not None and not source.building
+        self.private = bottled is not None and not source.building and account is None
         self.fd = -1
         if bottled is not None and self.private:
             self.path = bottled
@@ -469,6 +471,8 @@ class Ram:
         self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / _RAM, spec)
         self.path = Path(f"/proc/self/fd/{self.fd}")
         os.ftruncate(self.fd, spec.memory)
+        if account is not None:
+            os.fchown(self.fd, account.uid, account.gid)
         if bottled is not None:
             with _open(bottled, os.O_RDONLY) as saved:
                 copy_sparse(saved, self.fd)
@@ -561,7 +565,7 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
     _lay_disk(source, rundir, programs.img)
     watch = _Watch(rundir / _CONSOLE)
     with ExitStack() as undo:
-        ram = Ram(spec, source, rundir)
+        ram = Ram(spec, source, rundir, programs.emulator.account)
         undo.callback(ram.close)
         process, lines = _spawn(programs.emulator, spec, source, ram, rundir)
         undo.callback(lines.close)
@@ -620,10 +624,27 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
             incoming=source.saved is not None,
         )
         inherited = [qmp, agent, waker, console, *([ram.fd] if ram.fd >= 0 else [])]
-        leash = not emulator.dialect.exit_with_parent
-        process = QemuProcess(command_line(emulator, spec, wiring), log=rundir / "qemu.log", fds=inherited, leash=leash)
+        if emulator.account is not None:
+            loans = theirs.enter_context(closing(Loans()))
+            wiring = _lend(loans, wiring)
+            inherited += loans.fds
+        argv, log = command_line(emulator, spec, wiring), rundir / "qemu.log"
+        process = QemuProcess(argv, log=log, fds=inherited, leash=not emulator.dialect.exit_with_parent, account=emulator.account)
         ours.pop_all()
         return process, lines
+
+
+def _lend(loans: Loans, wiring: Wiring) -> Wiring:
+    """The same for a QEMU that may open none of these files by itself."""
+    return attrs.evolve(
+        wiring,
+        overlay=loans.disk(wiring.overlay, writable=True),
+        disks=tuple(attrs.evolve(disk, path=loans.disk(disk.path)) for disk in wiring.disks),
+        seed=loans.disk(wiring.seed),
+        kernel=loans.file(wiring.kernel) if wiring.kernel is not None else None,
+        initrd=loans.file(wiring.initrd) if wiring.initrd is not None else None,
+        lent=loans.argv,
+    )
 
 
 def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | None:

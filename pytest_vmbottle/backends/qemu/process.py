@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pytest_vmbottle import supervisor
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backends.qemu.account import Account
 from pytest_vmbottle.backends.qemu.qmp import in_background
 
 __all__ = ["QemuProcess"]
@@ -27,7 +28,9 @@ def _leash() -> tuple[str, ...]:
 class QemuProcess:
     """A running QEMU; what it prints goes to a file, never into a pipe that could fill up."""
 
-    def __init__(self, argv: Sequence[str], *, log: Path, fds: Sequence[int] = (), leash: bool = True) -> None:
+    def __init__(
+        self, argv: Sequence[str], *, log: Path, fds: Sequence[int] = (), leash: bool = True, account: Account | None = None
+    ) -> None:
         """Starts it.
 
         Args:
@@ -35,6 +38,7 @@ class QemuProcess:
             log: The file for what it prints, in the folder of its machine.
             fds: The descriptors that the command line refers to.
             leash: Whether the kernel is to end it with us; not where it sees to that itself.
+            account: Who it runs as, if not as us.
         """
         self.argv = tuple(argv)
         self._log = log
@@ -50,6 +54,10 @@ class QemuProcess:
                     env=supervisor.environment(log.parent),
                     start_new_session=True,
                     cwd="/",
+                    # Before the leash is put on: a change of user takes it off.
+                    user=account.uid if account else None,
+                    group=account.gid if account else None,
+                    extra_groups=account.groups if account else None,
                 )
 
         self._popen = in_background(spawn)
