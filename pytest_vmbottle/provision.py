@@ -28,14 +28,27 @@ from pytest_vmbottle.backend import (
     Command,
     Disk,
     Instance,
+    Keeping,
     Keys,
+    OwnImage,
+    OwnImages,
     PackKind,
+    Selective,
     Start,
     Unwakeable,
 )
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
-from pytest_vmbottle.errors import CatalogError, LaunchError, MachineError, MachineTimeout, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.errors import (
+    BackendUnavailable,
+    CatalogError,
+    LaunchError,
+    MachineError,
+    MachineTimeout,
+    PackCorrupt,
+    SpecError,
+    VMBottleError,
+)
 from pytest_vmbottle.images import DeclaredImage, Image, ImageStore
 from pytest_vmbottle.lan import Lan, Lans
 from pytest_vmbottle.machine import Machine
@@ -159,6 +172,8 @@ class Provisioner:
         self._held.clear()
         while self._leases:
             os.close(self._leases.pop())
+        if isinstance(self._backend, Keeping):
+            self._backend.close()
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
@@ -179,8 +194,10 @@ class Provisioner:
         """
         began = time.monotonic()
         _check_fits(spec)
+        self._check_able(spec)
         lan = _lan(spec, lans)
-        started = self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
+        cold = spec.fresh == "boot" or (not spec.steps and self._image(spec).quick)
+        started = self._launched(spec, start) if start else self._cold(spec) if cold else self._poured(spec)
         with started as machine, machine.on(lan) if lan else nullcontext():
             self.tally.waited += time.monotonic() - began
             self._settings.ready(machine)
@@ -188,6 +205,11 @@ class Provisioner:
                 yield machine
             finally:
                 self._stopping(machine)
+
+    def _check_able(self, spec: MachineSpec) -> None:
+        refusal = self._backend.refusal(spec) if isinstance(self._backend, Selective) else None
+        if refusal is not None:
+            raise BackendUnavailable(refusal, "Run this on another backend: --vm-backend")
 
     def _stopping(self, machine: Machine) -> None:
         try:
@@ -236,12 +258,22 @@ class Provisioner:
     @contextmanager
     def _launched(self, spec: MachineSpec, start: Start) -> Iterator[Machine]:
         machine_id = f"{spec.name}-{secrets.token_hex(4)}"
-        with self._catalog.rundir(machine_id) as rundir:
+        with self._rundir(machine_id) as rundir:
             machine = self._furnish(spec, start, rundir, Deadline(self._patience(spec)))
             try:
                 yield machine
             finally:
                 machine.close()
+
+    @contextmanager
+    def _rundir(self, machine_id: str) -> Iterator[Path]:
+        """A folder for a machine; with it goes what the backend keeps of the machine elsewhere."""
+        with self._catalog.rundir(machine_id) as rundir:
+            try:
+                yield rundir
+            finally:
+                if isinstance(self._backend, Keeping):
+                    self._backend.discard(rundir)
 
     def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> Machine:
         """Starts a machine in a folder and gives it what it can be started again with."""
@@ -304,7 +336,8 @@ class Provisioner:
         for step in spec.steps:
             build = _build_spec(spec, step)
             key = digest(plan.key, step.recipe(), build.network, build.env, build.user)
-            plan = _Plan(key=key, kind=kind, spec=build, image=image, steps=(*plan.steps, step), parent=plan)
+            parent = plan if plan.steps or not image.quick else None
+            plan = _Plan(key=key, kind=kind, spec=build, image=image, steps=(*plan.steps, step), parent=parent)
         return plan
 
     def _pack(self, plan: _Plan) -> Pack:
@@ -421,8 +454,12 @@ class Provisioner:
         self._check_room(plan)
         self._settings.report(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with self._catalog.staging() as staged:
-            start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)
-            kind = self._prepare(plan, start, staged)
+            if parent is None:
+                start = self._cold_start(plan.spec, plan.image, staged, building=plan.image.is_own)
+            else:
+                start = self._start(plan.spec, parent, building=True)
+            packs_itself = plan.image.is_own and not plan.steps
+            kind = self._pack_image(plan, staged) if packs_itself else self._prepare(plan, start, staged)
             manifest = Manifest(
                 key=plan.key,
                 kind=kind,
@@ -439,10 +476,17 @@ class Provisioner:
         size = format_size(packs.read(final).size)
         self._settings.report(f"built the {kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")
 
+    def _pack_image(self, plan: _Plan, staged: Path) -> PackKind:
+        """Has the backend pack an image of its own, for which no machine has to run."""
+        if isinstance(self._backend, OwnImages):
+            deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+            self._backend.pack_image(plan.image.own, staged, deadline=deadline)
+        return PackKind.DISK
+
     def _prepare(self, plan: _Plan, start: Start, staged: Path) -> PackKind:
         """Runs a machine, has the step done to it, and saves it; as what kind of pack."""
         deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
-        with self._catalog.rundir(f"build-{secrets.token_hex(4)}") as rundir:
+        with self._rundir(f"build-{secrets.token_hex(4)}") as rundir:
             machine = self._furnish(plan.spec, start, rundir, Deadline(self._patience(plan.spec)))
             try:
                 if not plan.steps and plan.spec.nat:
@@ -484,6 +528,8 @@ class Provisioner:
     def _start(self, spec: MachineSpec, pack: Pack, *, building: bool = False) -> Start:
         """How a machine starts from a pack: the chain of disks down to the image, and the seed and keys of its first boot."""
         image = self._image(spec)
+        if image.is_own:
+            return Start.own(saved=pack.path, building=building)
         disks = [Disk(path=pack.path / "disk.qcow2")]
         base = pack
         while base.manifest.parent is not None:
@@ -502,7 +548,9 @@ class Provisioner:
             building=building,
         )
 
-    def _cold_start(self, spec: MachineSpec, image: Image, folder: Path) -> Start:
+    def _cold_start(self, spec: MachineSpec, image: Image, folder: Path, *, building: bool = False) -> Start:
+        if image.is_own:
+            return Start.own(image=image.own, building=building)
         keys = new_keys()
         write_seed(folder / "seed.iso", hostname=spec.name, keys=keys, user_data=spec.user_data)
         _write_keys(folder / "keys.json", keys)
@@ -521,6 +569,8 @@ class Provisioner:
 
     def _image(self, spec: MachineSpec) -> Image:
         source = spec.image
+        if isinstance(self._backend, OwnImages):
+            return _own_image(self._backend.find_image(source), spec)
         if isinstance(source, Path) or "/" in source:
             return self._images.import_path(Path(source), arch=spec.arch)
         declared = self._settings.declared.get(source)
@@ -563,6 +613,24 @@ class Provisioner:
     def _making(self, name: str, seconds: float = _BUILD_TIMEOUT) -> AbstractContextManager[None]:
         deadline = Deadline(seconds * self._settings.timeout_factor)
         return self._catalog.lock(f"image-{name}", deadline=deadline, waiting=self._settings.report, label=f"the image {name}")
+
+
+def _own_image(found: OwnImage, spec: MachineSpec) -> Image:
+    """An image of the backend's as one of the catalog, of which there is no disk."""
+    return Image(
+        name=found.name,
+        sha256=found.digest,
+        key=found.digest,
+        disk=Path(),
+        format="raw",
+        virtual_size=0,
+        arch=spec.arch,
+        readiness="channel",
+        prepared=True,
+        own=found.reference,
+        is_own=True,
+        quick=found.quick,
+    )
 
 
 def _check_fits(spec: MachineSpec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import ipaddress
 import json
 import platform
 import re
@@ -105,11 +106,23 @@ def _arch(value: object) -> str:
     return arch
 
 
-def _network(value: object) -> bool | str:
+def _network(value: object) -> bool | str | tuple[str, ...]:
     if isinstance(value, bool) or (isinstance(value, str) and _NAME_PATTERN.fullmatch(value)):
         return value
-    takes = "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _"
+    if isinstance(value, list | tuple) and value:
+        return tuple(_cidr(each) for each in value)
+    takes = (
+        "takes True (NAT), False (forwarded ports only), a list of the networks that may be reached, such as ['10.0.0.0/8'], "
+        "or the name of a private LAN: a letter, then letters, digits, - or _"
+    )
     raise _fail("network", value, takes)
+
+
+def _cidr(value: object) -> str:
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return str(ipaddress.ip_network(value))
+    raise _fail("network", value, "is no network: write its first address and the length of its prefix, such as '10.0.0.0/8'")
 
 
 def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
@@ -340,7 +353,8 @@ class MachineSpec:
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
         display: Whether it has a screen and a keyboard.
-        network: True for NAT, False for forwarded ports only, or the name of a private LAN that the machines of one test share.
+        network: True for NAT, False for forwarded ports only, the networks (CIDR) that alone may be reached, or the name of a private LAN
+            that the machines of one test share.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
         files: Files written beforehand: guest path and content.
@@ -361,7 +375,7 @@ class MachineSpec:
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
     display: bool = attrs.field(default=False, converter=_display)
-    network: bool | str = attrs.field(default=False, converter=_network)
+    network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
