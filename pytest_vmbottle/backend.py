@@ -210,13 +210,8 @@ class NotPlugged(MachineError):
 # Finds whatever still carries a command's tag in its environment, children of children included; for SIGKILL until nothing is left.
 _KILL = r"""
 status=3
-if grep -qz . /proc/self/environ 2>/dev/null; then # its status also tells of processes that were gone meanwhile
-  marked() { grep -lsz "^VMBOTTLE_EXEC=$1\$" /proc/[0-9]*/environ; }
-else # BusyBox's grep takes a file of such lines for one line
-  marked() { for file in /proc/[0-9]*/environ; do tr '\000' '\n' <"$file" 2>/dev/null | grep -qx "VMBOTTLE_EXEC=$1" && echo "$file"; done; }
-fi
 for round in 1 2 3 4 5 6; do
-  found=$(marked "$1")
+  found=$(grep -ls "VMBOTTLE_EXEC=$1" /proc/[0-9]*/environ) # its status also tells of processes that were gone meanwhile
   [ -n "$found" ] || exit $status
   for file in $found; do pid=${file#/proc/}; kill -s "$2" "${pid%/environ}" 2>/dev/null; done
   status=0

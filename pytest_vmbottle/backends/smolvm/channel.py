@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
-from typing import IO, BinaryIO, Literal
+from typing import IO, BinaryIO
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, MAX_OUTPUT, Command, Finished, not_run
@@ -126,7 +126,6 @@ class SmolvmProcess:
         argv: list[str],
         mark: str,
         *,
-        live: bool,
         stdout: Callable[[bytes], object],
         stderr: Callable[[bytes], object],
         alive: Callable[[], None],
@@ -136,7 +135,6 @@ class SmolvmProcess:
         Args:
             argv: The command line of smolvm.
             mark: What stands before the command's status on stderr.
-            live: Whether it takes input.
             stdout: Gets its output, with `b""` at the end.
             stderr: The same of stderr.
             alive: Raises if the machine is gone.
@@ -147,7 +145,7 @@ class SmolvmProcess:
         self.unwritten: list[OSError] = []
         self._process = subprocess.Popen(  # noqa: S603 - argv list, no shell
             argv,
-            stdin=subprocess.PIPE if live else subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -257,14 +255,12 @@ class SmolvmChannel:
         """Takes what tells, by raising, that the machine is gone."""
         self._engine, self._name, self._alive = engine, name, alive
 
-    def _begin(
-        self, command: Command, way: Literal["whole", "live"], stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]
-    ) -> SmolvmProcess:
+    def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
         mark = secrets.token_hex(8)
         environment = [f"{name}={value}" for name, value in command.environment]
         words = ("/bin/sh", "-c", _WRAP, "sh", mark, "env", "-i", *environment, *command.argv)
-        argv = self._engine.exec_argv(self._name, words, way=way)
-        return SmolvmProcess(argv, mark, live=way == "live", stdout=stdout, stderr=stderr, alive=self._alive)
+        argv = self._engine.exec_argv(self._name, words)
+        return SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive)
 
     def start(
         self,
@@ -275,11 +271,11 @@ class SmolvmChannel:
         deadline: Deadline,  # noqa: ARG002 - it begins at once
     ) -> SmolvmProcess:
         """Starts a command (see `Spawning.start`)."""
-        return self._begin(command, "live", stdout, stderr)
+        return self._begin(command, stdout, stderr)
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command to its end (see `Channel.run`)."""
-        return self._execute(command, BytesIO(command.input) if command.input else None, None, deadline)
+        return self._execute(command, BytesIO(command.input), None, deadline)
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command with a host file as its input."""
@@ -291,11 +287,9 @@ class SmolvmChannel:
 
     def _execute(self, command: Command, source: BinaryIO | None, sink: BinaryIO | None, deadline: Deadline) -> Finished:
         out, err = _Head(), _Head()
-        # Without input the output comes whole at the end, of which smolvm keeps only so much: a file's comes as it is made.
-        process = self._begin(command, "live" if source or sink else "whole", (sink or out).write, err.write)
+        process = self._begin(command, (sink or out).write, err.write)
         try:
-            if source or sink:
-                process.feed(source or BytesIO())
+            process.feed(source or BytesIO())
             status = process.wait(deadline=deadline)
             timed_out = status is None
             if timed_out:
@@ -318,8 +312,9 @@ class SmolvmChannel:
 
     def _kill(self, command: Command) -> None:
         """Ends a command with all it has started, by the tag in their environments."""
-        process = self._begin(command.killer(), "whole", lambda _: None, lambda _: None)
+        process = self._begin(command.killer(), lambda _: None, lambda _: None)
         try:
+            process.close_input()
             process.wait(deadline=Deadline(_GRACE))
         finally:
             process.close()
@@ -328,7 +323,7 @@ class SmolvmChannel:
         """A user's login shell on a terminal (see `Terminals.terminal`)."""
         environment = (f"PATH={GUEST_PATH}", f"TERM={kind}", "LANG=C.UTF-8")
         words = ("env", "-i", *environment, "/bin/sh", "-c", _LOGIN, "sh", user)
-        return SmolvmTerminal(self._engine.exec_argv(self._name, words, way="terminal"), size)
+        return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), size)
 
     def close(self) -> None:
         """Gives up nothing: each command had a smolvm of its own."""

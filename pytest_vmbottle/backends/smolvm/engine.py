@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
@@ -191,16 +191,10 @@ class Engine:
         """Copies a file of the guest to the host."""
         self._do("machine", "cp", f"{name}:{path}", str(target.absolute()), seconds=_SLOW, deadline=deadline)
 
-    def exec_argv(self, name: str, command: Sequence[str], *, way: Literal["whole", "live", "terminal"] = "whole") -> list[str]:
-        """The command line that runs a command in a guest.
-
-        Args:
-            name: The machine.
-            command: What to run.
-            way: `"whole"` has no input, and gives the output at its end; `"live"` has both as they come; `"terminal"` has a terminal.
-        """
-        options = {"whole": (), "live": ("-i",), "terminal": ("-i", "-t")}[way]
-        return self._argv("machine", "exec", "--name", name, *options, "--", *command)
+    def exec_argv(self, name: str, command: Sequence[str], *, terminal: bool = False) -> list[str]:
+        """The command line that runs a command in a guest, whose streams are those of it, as they come."""
+        # Without -i the output comes whole at the end, and none of it where the command is ended before.
+        return self._argv("machine", "exec", "--name", name, "-i", *(("-t",) if terminal else ()), "--", *command)
 
     # -- what machines are made from -------------------------------------------------------------------------------------------------
 
