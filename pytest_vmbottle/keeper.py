@@ -70,6 +70,7 @@ class Keeper:
             "ssh": self._ssh,
             "ssh-config": lambda *_: str(machine.ssh_config()),
             "stop": self._stop,
+            "freeze": lambda *_: str(machine.snapshot("frozen").path),
         }
 
     # -- its end ---------------------------------------------------------------------------------------------------------------------

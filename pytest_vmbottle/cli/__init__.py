@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pytest_vmbottle.cli import images, machines, packs
+from pytest_vmbottle.cli import freeze, images, machines, packs
 from pytest_vmbottle.cli.command import CANNOT, Commands, catalog_root, emit, examples, json_option, one_line, say
 
 __all__ = ["main"]
@@ -81,5 +81,6 @@ def doctor(*, accel: str, as_json: bool) -> None:
 
 
 main.add_command(images.image)
+packs.pack.add_command(freeze.build)
 main.add_command(packs.pack)
 main.add_command(machines.machine)

@@ -112,10 +112,10 @@ class Stats:
 class Engine:
     """A smolvm with the folder where it keeps its machines."""
 
-    def __init__(self, program: Program, state: Path) -> None:
-        """Makes the folder; runs nothing."""
+    def __init__(self, program: Program, state: Path | None) -> None:
+        """Makes the folder, by default smolvm's own; runs nothing."""
         self.program = program
-        self.state = private_dir(state)
+        self.state = state and private_dir(state)
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
@@ -227,8 +227,8 @@ class Engine:
     # -- how it is asked -------------------------------------------------------------------------------------------------------------
 
     def _argv(self, group: str, verb: str, *words: str) -> list[str]:
-        common = ("--error-format", "json", "--state-dir", str(self.state))
-        return [str(self.program.path), group, verb, *common, *words]
+        state = () if self.state is None else ("--state-dir", str(self.state))
+        return [str(self.program.path), group, verb, "--error-format", "json", *state, *words]
 
     def _do(self, group: str, verb: str, *words: str, seconds: float, deadline: Deadline | None = None) -> str:
         """Runs a subcommand, again where another one had the database locked; returns what it wrote on stdout."""
@@ -248,9 +248,10 @@ class Engine:
     def _alone(self, deadline: Deadline | None) -> Iterator[None]:
         """Held by one process at a time: smolvm's database does not stand many that make or start machines at once."""
         limit = deadline or Deadline(_SLOW)
-        with (self.state / "vmbottle.lock").open("a") as lock:
+        folder = self.state or private_dir(Path.home() / ".cache")
+        with (folder / "vmbottle.lock").open("a") as lock:
             if not limit.poll(lambda: _locked(lock.fileno()), every=0.2, first=0.01):
-                raise MachineTimeout(f"other processes make machines in {self.state} and were not done within {limit.seconds:.0f} s")
+                raise MachineTimeout(f"other processes make machines in {folder} and were not done within {limit.seconds:.0f} s")
             yield
 
 
