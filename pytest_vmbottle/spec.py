@@ -112,8 +112,8 @@ def _network(value: object) -> bool | str | tuple[str, ...]:
     if isinstance(value, list | tuple) and value:
         return tuple(_cidr(each) for each in value)
     takes = (
-        "takes True (NAT), False (forwarded ports only), a list of the networks that may be reached, such as ['10.0.0.0/8'], "
-        "or the name of a private LAN: a letter, then letters, digits, - or _"
+        "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _; "
+        "or a list of the networks that alone may be reached, such as ['10.0.0.0/8']"
     )
     raise _fail("network", value, takes)
 

@@ -127,7 +127,7 @@ def test_where_machines_cannot_be_run_tests_are_skipped_and_with_ci_or_if_told_s
 def test_a_backend_that_nobody_knows_is_told(run: Run) -> None:
     result = run(ONE, "--vm-backend=vmware", "--vm-missing=fail", status=1, errors=1)
 
-    assert "there is no backend 'vmware'. Choose qemu, or install the plugin that brings it" in said(result)
+    assert "there is no backend 'vmware'. Choose qemu or smolvm, or install the plugin that brings it" in said(result)
 
 
 def test_rebuild_makes_every_pack_again_once(run: Run) -> None:

@@ -207,6 +207,12 @@ class QemuBackend:
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
         return digest("qemu", FORMAT, version, _content(emulator.binary, self._proofs), known, processor, spec.arch)
 
+    def refusal(self, spec: MachineSpec) -> str | None:
+        """What of a spec QEMU cannot do (see `Selective`)."""
+        if isinstance(spec.network, tuple):
+            return f"network={list(spec.network)}: the user network of QEMU lets a guest reach all or nothing: say True or False"
+        return None
+
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Starts a machine (see `Backend.launch`)."""
         return start(self.programs(spec.arch), spec, source=source, rundir=rundir, deadline=deadline)

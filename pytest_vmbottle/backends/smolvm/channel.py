@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import secrets
+import shlex
 import signal
 import struct
 import subprocess
@@ -32,9 +33,10 @@ _CHUNK = 1 << 16
 _GRACE = 10.0
 _EVIDENCE = 8192
 """Bytes of the end of stderr that are kept for the case that smolvm itself failed."""
-# $1 the mark, then the command. The shell says of a child that a signal ended what signal that was (dash and BusyBox do; bash does not).
+# The command comes by a variable, so that who looks for a process by its words does not find this shell. Of a child that a signal ended the
+# shell says what signal that was; dash and BusyBox do, bash does not.
 _WRAP = r"""
-mark=$1; shift; cd /
+mark=$VMBOTTLE_MARK; eval "set -- $VMBOTTLE_WORDS"; unset VMBOTTLE_MARK VMBOTTLE_WORDS; cd /
 exec 5>&1 3>&2
 said=$(exec 2>&1; (exec "$@" >&5 2>&3 3>&- 5>&-); echo " $?")
 printf '\036%s%s\n' "$mark" "$said" >&2
@@ -258,8 +260,8 @@ class SmolvmChannel:
     def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
         mark = secrets.token_hex(8)
         environment = [f"{name}={value}" for name, value in command.environment]
-        words = ("/bin/sh", "-c", _WRAP, "sh", mark, "env", "-i", *environment, *command.argv)
-        argv = self._engine.exec_argv(self._name, words)
+        words = shlex.join(("env", "-i", *environment, *command.argv))
+        argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP), env={"VMBOTTLE_MARK": mark, "VMBOTTLE_WORDS": words})
         return SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive)
 
     def start(
