@@ -259,8 +259,9 @@ class SmolvmChannel:
 
     def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
         mark = secrets.token_hex(8)
-        environment = [f"{name}={value}" for name, value in command.environment]
-        words = shlex.join(("env", "-i", *environment, *command.argv))
+        environment = [f"{name}={value}" for name, value in command.env]
+        # Quoted so that this shell's own environment does not have the tag in it, by which the command is found and killed.
+        words = f"env -i VMBOTTLE_''EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
         argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP), env={"VMBOTTLE_MARK": mark, "VMBOTTLE_WORDS": words})
         return SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive)
 
