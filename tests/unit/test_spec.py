@@ -317,3 +317,11 @@ def test_a_layer_without_a_source_text_is_told() -> None:
 
     with pytest.raises(SpecError, match="the source text of the layer made cannot be read"):
         Layer(source="debian-12", function=space["made"], name="made").recipe()
+
+
+def test_the_networks_that_may_be_reached_are_checked_and_written_alike() -> None:
+    assert MachineSpec(source="x", network=["10.0.0.0/8", "2001:db8::/32"]).network == ("10.0.0.0/8", "2001:db8::/32")
+    assert not MachineSpec(source="x", network=["10.0.0.0/8"]).nat
+    for wrong in (["10.0.0.1/8"], ["here"], [1], []):
+        with pytest.raises(SpecError, match="network="):
+            MachineSpec(source="x", network=wrong)  # type: ignore[arg-type]
