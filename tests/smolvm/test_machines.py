@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pytest_vmbottle import Machine, MachineDied, MachineError, SmolvmError, layer
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle.backend import PackKind, Terminals
 from pytest_vmbottle.backends.smolvm import Engine
 from pytest_vmbottle.backends.smolvm.engine import Creation
 from pytest_vmbottle.backends.smolvm.vmm import Vmm
@@ -94,6 +95,41 @@ def test_files_and_trees_go_in_and_out_and_what_it_takes_is_measured(session_vm:
     assert session_vm.state == "paused"
     session_vm.resume()
     assert session_vm.exec(["echo", "on"]).stdout == "on\n"
+    with pytest.raises(MachineError, match="there is no systemd in the guest"):
+        session_vm.wait_for_unit("nginx")
+
+
+def test_a_shell_runs_on_a_terminal_of_the_guests(session_vm: Machine) -> None:
+    deadline, said = Deadline(120), b""
+    channel = session_vm.instance.channel(deadline=deadline)
+    assert isinstance(channel, Terminals)
+    terminal = channel.terminal(user="root", kind="xterm", size=(100, 30), deadline=deadline)
+    try:
+        terminal.send(b"stty size; echo $((6*7)) $(whoami); exit 3\n")
+        while not deadline.expired and (data := terminal.receive()):
+            said += data
+        assert b"30 100" in said
+        assert b"42 root" in said
+        assert terminal.status == 3
+    finally:
+        terminal.close()
+
+
+def test_four_at_once_make_five_machines_each(engine: Engine) -> None:
+    def make(number: int) -> bool:
+        names = [f"many-{number}-{each}" for each in range(5)]
+        for name in names:
+            engine.create(name, Creation(memory=128 << 20))
+        vmm = Vmm(engine.start(names[0]))
+        try:
+            return vmm.is_running
+        finally:
+            vmm.let_go()
+            for name in names:
+                engine.delete(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(make, range(4))) == [True] * 4
 
 
 def test_what_smolvm_refuses_is_an_error_with_its_words_and_never_a_status_of_the_guest(engine: Engine) -> None:

@@ -324,4 +324,4 @@ def test_the_networks_that_may_be_reached_are_checked_and_written_alike() -> Non
     assert not MachineSpec(source="x", network=["10.0.0.0/8"]).nat
     for wrong in (["10.0.0.1/8"], ["here"], [1], []):
         with pytest.raises(SpecError, match="network="):
-            MachineSpec(source="x", network=wrong)  # type: ignore[arg-type]
+            MachineSpec(source="x", network=wrong)

@@ -18,7 +18,7 @@ import attrs
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir
 from pytest_vmbottle.backend import Capabilities, Command, Instance, OwnImage, PackKind, Start
 from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel
-from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation, Engine
+from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation, Engine, alone
 from pytest_vmbottle.backends.smolvm.instance import PACK, Maker, creation
 from pytest_vmbottle.backends.smolvm.program import Program, find_program
 from pytest_vmbottle.backends.smolvm.vmm import Vmm, is_dead, me
@@ -30,6 +30,7 @@ __all__ = ["SmolvmBackend", "Verdict"]
 _FORMAT = 1
 """Part of every fingerprint: how a machine is made, and what is in a pack."""
 _PROOF_SECONDS = 38.0
+_OTHERS = 300.0
 _DEVICE = Path("/dev/kvm")
 # As image servers and container registries name the same systems.
 _SYSTEM = re.compile(r"(alpine|debian|fedora|ubuntu)-([0-9][0-9.]*)")
@@ -143,10 +144,17 @@ class SmolvmBackend:
         Raises:
             BackendUnavailable: There is no smolvm.
         """
+        known = self._known()
+        if known is None:
+            with alone(private_dir(self._proofs) / "smolvm.lock", Deadline(_OTHERS)):  # of many workers, one proves it
+                known = self._known() or self.prove_again()
+        return known
+
+    def _known(self) -> Verdict | None:
         try:
             return Verdict(**json.loads(self._memory().read_bytes()))
         except (OSError, ValueError, TypeError):
-            return self.prove_again()
+            return None
 
     def prove_again(self) -> Verdict:
         """Runs a machine now, whatever was proved before, and remembers what came of it."""

@@ -26,7 +26,7 @@ from pytest_vmbottle._os import Deadline, private_dir
 from pytest_vmbottle.backends.smolvm.program import Program
 from pytest_vmbottle.errors import MachineTimeout, SmolvmError
 
-__all__ = ["Creation", "Engine", "Listed", "Stats", "failure", "plain"]
+__all__ = ["Creation", "Engine", "Listed", "Stats", "alone", "failure", "plain"]
 
 log = logging.getLogger(__name__)
 
@@ -199,11 +199,14 @@ class Engine:
 
     # -- what machines are made from -------------------------------------------------------------------------------------------------
 
-    def branch(self, source: str, name: str, *, label: str = "", deadline: Deadline | None = None) -> int:
+    def branch(
+        self, source: str, name: str, *, ports: Mapping[int, int] | None = None, label: str = "", deadline: Deadline | None = None
+    ) -> int:
         """Makes a running machine that begins where a running, branchable one is, and returns the id of its process."""
         label_words = ("--label", f"{LABEL}={label}") if label else ()
+        port_words = [word for guest, host in (ports or {}).items() for word in ("--port", f"{host}:{guest}")]
         with self._alone(deadline):
-            words = ("--from", source, "--name", name, "--freeze-source", *label_words)
+            words = ("--from", source, "--name", name, "--freeze-source", *port_words, *label_words)
             self._do("machine", "branch", *words, seconds=_SLOW, deadline=deadline)
         pid = self._listed(name).pid
         if pid is None:
@@ -248,12 +251,22 @@ class Engine:
     @contextmanager
     def _alone(self, deadline: Deadline | None) -> Iterator[None]:
         """Held by one process at a time: smolvm's database does not stand many that make or start machines at once."""
-        limit = deadline or Deadline(_SLOW)
         folder = self.state or private_dir(Path.home() / ".cache")
-        with (folder / "vmbottle.lock").open("a") as lock:
-            if not limit.poll(lambda: _locked(lock.fileno()), every=0.2, first=0.01):
-                raise MachineTimeout(f"other processes make machines in {folder} and were not done within {limit.seconds:.0f} s")
+        with alone(folder / "vmbottle.lock", deadline or Deadline(_SLOW)):
             yield
+
+
+@contextmanager
+def alone(path: Path, deadline: Deadline) -> Iterator[None]:
+    """Held by one process at a time.
+
+    Raises:
+        MachineTimeout: Others held it until the deadline.
+    """
+    with path.open("a") as lock:
+        if not deadline.poll(lambda: _locked(lock.fileno()), every=0.2, first=0.01):
+            raise MachineTimeout(f"other processes use smolvm ({path}) and were not done within {deadline.seconds:.0f} s")
+        yield
 
 
 def _locked(file: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 
 from pytest_vmbottle._os import Deadline, atomic_file
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start, State
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start, State, Unwakeable
 from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel
 from pytest_vmbottle.backends.smolvm.engine import Creation, Engine
 from pytest_vmbottle.backends.smolvm.vmm import Follower, Vmm, me
@@ -66,10 +66,12 @@ class Maker:
             return self._started(spec, source, rundir, record, deadline)
         if record is not None:
             self.engine.delete(record.name, deadline=deadline)
-        record = _Record(name=machine_name(rundir), ports={port: _free_port() for port in spec.ports})
+        known = dict(source.forwards)
+        record = _Record(name=machine_name(rundir), ports={port: known.get(port) or _free_port() for port in spec.ports})
         record.write(rundir)
         if self._is_branched(source) and source.saved is not None:
-            pid = self.engine.branch(self.source_of(source.saved, spec, deadline), record.name, label=me(), deadline=deadline)
+            warm = self.source_of(source.saved, spec, deadline)
+            pid = self.engine.branch(warm, record.name, ports=record.ports, label=me(), deadline=deadline)
             return SmolvmInstance(self, spec, source, rundir=rundir, record=record, vmm=Vmm(pid))
         self.engine.create(record.name, creation(spec, source, record.ports), deadline=deadline)
         return self._started(spec, source, rundir, record, deadline)
@@ -79,10 +81,17 @@ class Maker:
         return self.kind is PackKind.TEMPLATE and restored and not source.building
 
     def _started(self, spec: MachineSpec, source: Start, rundir: Path, record: _Record, deadline: Deadline) -> SmolvmInstance:
+        made_of = creation(spec, source, record.ports)
         branchable = source.building and self.kind is not PackKind.DISK
-        pid = self.start_twice(
-            record.name, creation(spec, source, record.ports), branchable=branchable, deadline=deadline, anew=not source.kept
-        )
+        if branchable:
+            try:
+                pid = self.start_twice(record.name, made_of, branchable=True, deadline=deadline)
+                return SmolvmInstance(self, spec, source, rundir=rundir, record=record, vmm=Vmm(pid), branchable=True)
+            except SmolvmError as error:
+                self.warn(f"smolvm could not start the machine {record.name} so that its RAM can be saved: {_first_line(error)}")
+                self.engine.delete(record.name, deadline=deadline)
+                self.engine.create(record.name, made_of, deadline=deadline)
+        pid = self.start_twice(record.name, made_of, deadline=deadline, anew=not source.kept)
         return SmolvmInstance(self, spec, source, rundir=rundir, record=record, vmm=Vmm(pid))
 
     def start_twice(self, name: str, made_of: Creation, *, deadline: Deadline, branchable: bool = False, anew: bool = True) -> int:
@@ -124,6 +133,10 @@ def creation(spec: MachineSpec, source: Start, ports: Mapping[int, int]) -> Crea
     )
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
 def machine_name(rundir: Path) -> str:
     """What smolvm calls the machine of a folder, whose name nothing else on this host has."""
     return "".join(letter if letter.isalnum() else "-" for letter in rundir.name.lower())
@@ -160,12 +173,13 @@ class SmolvmInstance:
     """A running machine."""
 
     def __init__(  # noqa: PLR0913 - all that it consists of
-        self, maker: Maker, spec: MachineSpec, source: Start, *, rundir: Path, record: _Record, vmm: Vmm
+        self, maker: Maker, spec: MachineSpec, source: Start, *, rundir: Path, record: _Record, vmm: Vmm, branchable: bool = False
     ) -> None:
         """Takes a machine that was just started."""
         self._maker, self._engine, self._spec, self._source = maker, maker.engine, spec, source
         self._rundir, self._name, self._ports, self._vmm = rundir, record.name, dict(record.ports), vmm
         self._paused = self._ended_in_order = False
+        self._branchable = branchable
         self._channel = SmolvmChannel(self._engine, self._name, alive=self.alive)
         self._cursor, self._said = Cursor(rundir / _CONSOLE), b""
         self._cursor.read()  # what was said when the same machine ran before
@@ -265,9 +279,18 @@ class SmolvmInstance:
         if kind is PackKind.DISK:
             self._pack(dest, deadline)
         else:
-            self._channel.run(_SYNC, deadline=deadline)
-            self._engine.checkpoint(self._name, dest / CHECKPOINT, deadline=deadline)
+            self._save_running(dest / CHECKPOINT, deadline)
         self.stop()
+
+    def _save_running(self, dest: Path, deadline: Deadline) -> None:
+        if not self._branchable:
+            raise Unwakeable("smolvm did not start it so that its RAM can be saved", machine=self._spec.name)
+        self._channel.run(_SYNC, deadline=deadline)
+        try:
+            self._engine.checkpoint(self._name, dest, deadline=deadline)
+        except SmolvmError as error:
+            dest.unlink(missing_ok=True)
+            raise Unwakeable(_first_line(error), machine=self._spec.name) from error
 
     def _pack(self, dest: Path, deadline: Deadline) -> None:
         self._halt(deadline)
