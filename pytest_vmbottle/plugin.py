@@ -325,6 +325,7 @@ def _refusal(item: pytest.Item) -> str | None:
     plan = next((given for name in (*_SHARED, "_vm_plan") if isinstance(given := _given(item, name), _Plan)), None)
     for wish in plan.wishes.values() if plan is not None else ():
         keywords = {"source": "", **defaults, **wish}
+        session.wanted.add(session.backend_name(keywords.get("backend", "auto")))
         source = keywords.pop("source") or session.stand_in
         with suppress(SpecError, VMBottleError, pytest.UsageError):
             spec = MachineSpec.resolve(source, keywords)
@@ -382,6 +383,7 @@ class _Session:
         self.machines: list[Machine] = []
         self.blamed: set[str] = set()
         self.unable: dict[str, int] = {}
+        self.wanted: set[str] = set()
         self._used: WeakSet[Machine] = WeakSet()
 
     @property
@@ -465,12 +467,15 @@ class _Session:
                 reporter.ensure_newline()
                 reporter.write_line(f"vmbottle: {line}")
 
-    def describe_host(self) -> str:
-        """One line: what machines run on, and why."""
+    def describe_hosts(self) -> dict[str, None]:
+        """One line for each backend that is asked for: what machines run on, and why."""
+        return {self._describe_host(name): None for name in sorted(self.wanted or {self.backend_name("auto")})}
+
+    def _describe_host(self, name: str) -> str:
         from pytest_vmbottle.catalog import default_reason
 
         try:
-            able = self.provisioner("auto").capabilities
+            able = self.provisioner(name).capabilities
         except (VMBottleError, pytest.UsageError) as error:
             return f"vmbottle: no machine can be run here: {error}"
         runs_on = f"{able.backend} ({able.version}), {able.accelerator} [{able.reason}]"
@@ -486,7 +491,7 @@ class _Session:
         for provisioner in self._provisioners.values():
             provisioner.close()
             self.tallies.append(attrs.asdict(provisioner.tally))
-            self.told.setdefault(self.describe_host())
+            self.told.update(self.describe_hosts())
         self._provisioners.clear()
         if self._catalog is not None:
             self._catalog.close()
@@ -525,7 +530,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     session = config.stash[_SESSION]
     if not session.has_machines or _is_only_asked(config):
         return []
-    session.told.setdefault(session.describe_host())
+    session.told.update(session.describe_hosts())
     becomes = "are skipped" if _missing(config) == "skip" else "fail"
     unable = [f"vmbottle: {count} tests {becomes}: {why}" for why, count in session.unable.items()]
     return [*session.told, *unable]
