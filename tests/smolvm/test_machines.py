@@ -33,7 +33,7 @@ def prepared(vm: Machine) -> None:
 @pytest.mark.vm(prepared, ports=[80], env={"WHO": "me"}, files={"/etc/three": "three\n"})
 def test_a_layer_is_packed_and_its_machines_have_what_was_prepared_their_ports_and_nothing_else(vm: Machine) -> None:
     assert vm.exec("cat /root/one /root/two /etc/three; echo $WHO").stdout == "one\ntwo\nthree\nme\n"
-    vm.spawn("while true; do echo hello | nc -l -p 80; done")
+    vm.spawn("while true; do echo hello | nc -l -p 80 || true; done")
     vm.wait_for_port(80, forwarded=True)
     with socket.create_connection(vm.forward(80), timeout=30) as connection:
         assert connection.recv(10) == b"hello\n"

@@ -131,6 +131,7 @@ class SmolvmProcess:
         stdout: Callable[[bytes], object],
         stderr: Callable[[bytes], object],
         alive: Callable[[], None],
+        closed: Callable[[SmolvmProcess], object],
     ) -> None:
         """Starts it.
 
@@ -140,8 +141,9 @@ class SmolvmProcess:
             stdout: Gets its output, with `b""` at the end.
             stderr: The same of stderr.
             alive: Raises if the machine is gone.
+            closed: Told when it is given up.
         """
-        self._argv, self._alive = argv, alive
+        self._argv, self._alive, self._closed = argv, alive, closed
         self._verdict = Verdict(mark, stderr)
         self._writing = threading.Lock()
         self.unwritten: list[OSError] = []
@@ -229,11 +231,13 @@ class SmolvmProcess:
                 self._process.stdin.close()
 
     def close(self) -> None:
-        """Ends the smolvm that holds it, and with that the command if it still runs."""
+        """Ends the smolvm that holds it, and with that the command if it still runs; may be called again."""
+        self._closed(self)
         if self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self.close_input()
         for reader in self._readers:
             reader.join(_GRACE)
 
@@ -256,6 +260,7 @@ class SmolvmChannel:
     def __init__(self, engine: Engine, name: str, *, alive: Callable[[], None]) -> None:
         """Takes what tells, by raising, that the machine is gone."""
         self._engine, self._name, self._alive = engine, name, alive
+        self._running: set[SmolvmProcess] = set()
 
     def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
         mark = secrets.token_hex(8)
@@ -263,7 +268,10 @@ class SmolvmChannel:
         # Quoted so that this shell's own environment does not have the tag in it, by which the command is found and killed.
         words = f"env -i VMBOTTLE_''EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
         argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP), env={"VMBOTTLE_MARK": mark, "VMBOTTLE_WORDS": words})
-        return SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive)
+        closed = self._running.discard
+        process = SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive, closed=closed)
+        self._running.add(process)
+        return process
 
     def start(
         self,
@@ -329,7 +337,9 @@ class SmolvmChannel:
         return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), size)
 
     def close(self) -> None:
-        """Gives up nothing: each command had a smolvm of its own."""
+        """Ends the commands that still run, each of which has a smolvm of its own; others can be run."""
+        for process in list(self._running):
+            process.close()
 
 
 class SmolvmTerminal:

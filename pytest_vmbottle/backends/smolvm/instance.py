@@ -299,6 +299,7 @@ class SmolvmInstance:
     def _halt(self, deadline: Deadline) -> None:
         self._engine.stop(self._name, deadline=deadline)
         self._ended_in_order = True
+        self._channel.close()
         self._vmm.wait(Deadline(min(_STOP, deadline.remaining)))
         self._vmm.let_go()
 
@@ -358,4 +359,5 @@ class SmolvmInstance:
     def stop(self) -> None:
         """Ends it at once and frees what it held; smolvm keeps its disk until `discard`. May be called again."""
         self.cut()
+        self._channel.close()
         self._follower.close()
