@@ -123,7 +123,7 @@ class SmolvmProcess:
         unwritten: Why output could not be kept.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as Spawning.start, and what it is told by
         self,
         argv: list[str],
         mark: str,
