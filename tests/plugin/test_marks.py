@@ -91,9 +91,9 @@ def test_every_wrong_mark_is_a_usage_error_with_node_id_and_signature_before_any
 
 
 def test_a_wrong_mark_is_told_even_where_the_test_uses_no_machine(run: Run) -> None:
-    result = run('@pytest.mark.vm("debian-12", cpsu=1)\ndef test_it(): pass\n', status=4)
+    result = run('@pytest.mark.vm("debian-12", cpuss=1)\ndef test_it(): pass\n', status=4)
 
-    assert "test_it.py::test_it: unknown keyword 'cpsu'; did you mean 'cpus'?" in said(result)
+    assert "test_it.py::test_it: unknown keyword 'cpuss'; did you mean 'cpus'?" in said(result)
 
 
 def test_keywords_of_a_mark_and_of_its_layer_are_checked_together(run: Run) -> None:

@@ -13,7 +13,7 @@ from pytest_vmbottle.spec import MachineSpec
 __all__ = ["accelerator_for"]
 
 _NESTING_MODEL = "EPYC-v1"
-"""What TCG emulates for a guest with guests. Its widest model, `max`, has AMD-V too, but a libkrun guest took ten times as long to start."""
+"""What TCG emulates for a guest with guests. Its widest model, `max`, has AMD-V too, but a guest of libkrun starts ten times as slowly."""
 
 _NESTING_FEATURES = ",+svm,+npt"
 """AMD-V and its nested page tables: the only hardware virtualisation that TCG emulates (TCG_EXT3_FEATURES in target/i386/cpu.c)."""
