@@ -345,7 +345,7 @@ def _function_source(layer: Layer) -> str:
 
 def _content_digest(path: Path) -> list[object]:
     if path.is_dir():
-        return [path.name, [_content_digest(child) for child in sorted(path.iterdir())]]
+        return [path.name, [_content_digest(child) for child in sorted(path.iterdir()) if child.name != "__pycache__"]]
     try:
         return [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
     except OSError as error:

@@ -11,7 +11,8 @@ from pytest_vmbottle import Machine, layer
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(os.environ.get("ENGINE", ROOT / ".engine"))
-SUITE = ("conftest.py", "pyproject.toml", "tests/smolvm")
+SUITE = ("conftest.py", "pyproject.toml", "examples", "tests/real", "tests/smolvm")
+"""The tests of smolvm, and those that they share with QEMU's."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

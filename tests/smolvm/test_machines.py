@@ -149,7 +149,7 @@ def test_ram_is_kept_by_the_kinds_that_have_it(kind: PackKind, tmp_path: Path, e
         "@pytest.mark.vm(warm)\n@pytest.mark.parametrize('time', [1, 2])\n"
         "def test_it(vm, time):\n    assert vm.exec('cat /dev/shm/ram; echo more >> /dev/shm/ram').stdout == 'ram\\n'\n"
     )
-    argv = [sys.executable, "-m", "pytest", "-p", "pytest_vmbottle.plugin", "-q", f"--vm-pack={kind}", "--vm-backend=smolvm", "test_it.py"]
+    argv = [sys.executable, "-m", "pytest", "-q", f"--vm-pack={kind}", "--vm-backend=smolvm", "test_it.py"]
     ended = subprocess.run(argv, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 passed" in ended.stdout
@@ -158,7 +158,7 @@ def test_ram_is_kept_by_the_kinds_that_have_it(kind: PackKind, tmp_path: Path, e
 def test_the_examples_for_both_backends_pass_on_this_one_and_so_does_that_of_its_page(environment: dict[str, str], tmp_path: Path) -> None:
     page = (EXAMPLE.parents[1] / "docs" / "smolvm.md").read_text()
     (tmp_path / "test_page.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)))
-    argv = [sys.executable, "-m", "pytest", "-p", "pytest_vmbottle.plugin", "-q", "--vm-backend=smolvm", str(EXAMPLE), str(tmp_path)]
+    argv = [sys.executable, "-m", "pytest", "-q", "--vm-backend=smolvm", str(EXAMPLE), str(tmp_path)]
     ended = subprocess.run(argv, check=False, cwd=EXAMPLE.parents[1], env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "11 passed" in ended.stdout
@@ -193,7 +193,7 @@ def test_killing_pytest_leaves_no_machine_running(tmp_path: Path, environment: d
         "import pytest, pathlib, time\n@pytest.mark.vm(backend='smolvm', memory='256M')\n"
         "def test_it(vm):\n    pathlib.Path('pid.new').write_text(str(vm.pid)); pathlib.Path('pid.new').rename('pid'); time.sleep(600)\n"
     )
-    argv = [sys.executable, "-m", "pytest", "-p", "pytest_vmbottle.plugin", "-q", "test_it.py"]
+    argv = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
     run = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     try:
         assert Deadline(200).poll((tmp_path / "pid").exists, every=0.2)

@@ -310,6 +310,9 @@ def test_a_layer_is_another_when_a_file_it_depends_on_changes_and_paths_are_seen
     changed = made.recipe()
     (tmp_path / "conf" / "b").write_text("")
     added = made.recipe()
+    (tmp_path / "conf" / "__pycache__").mkdir()
+    (tmp_path / "conf" / "__pycache__" / "a.pyc").write_text("what Python made of it")
+    assert made.recipe() == added
     (tmp_path / "conf" / "b").rename(tmp_path / "conf" / "c")
 
     assert len({before, changed, added, made.recipe()}) == 4
