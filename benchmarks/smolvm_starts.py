@@ -2,7 +2,7 @@
 
 All ways take turns in one run, so that whatever else the computer does meanwhile falls on all of them alike: only ratios within one run
 mean something. A machine is there when it has run a command. It must have the file that was left for it on the disk and, where RAM is kept,
-the one in memory. This needs a KVM that runs guests; docs/hosts.md says what to do elsewhere.
+the one in memory. This needs a KVM that runs guests; docs/smolvm.md says what to do elsewhere.
 
     python benchmarks/smolvm_starts.py --rounds 5
 """
