@@ -83,6 +83,8 @@ _env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, c
 @click.argument("source")
 @click.option("--name", help="What to call it; by default like its source.")
 @click.option("--cpus", type=int, help="Virtual processors; 1 by default.")
+@click.option("--cpu", metavar="MODEL", help="Their model, with features, as QEMU names them; by default what is best here.")
+@click.option("--nested", is_flag=True, help="Let it run virtual machines itself, by KVM.")
 @click.option("--memory", metavar="SIZE", help="RAM, such as 512M or 2G; 1G by default.")
 @click.option("--disk", metavar="SIZE", help="Size of its disk; by default the image's own.")
 @click.option("--network", is_flag=True, help="Let it reach the network; without, it reaches nothing.")

@@ -69,7 +69,7 @@ def test_a_wrong_value_is_a_usage_error_whichever_way_it_comes(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("cpuz = 2", "vm_defaults: unknown keyword 'cpuz'; did you mean 'cpus'?"),
+        ("cpuss = 2", "vm_defaults: unknown keyword 'cpuss'; did you mean 'cpus'?"),
         ("cpus = many", "vm_defaults: cpus='many': takes a whole number from 1 to 64"),
         ("debian-12", "vm_defaults: 'debian-12' is not of the form keyword = value"),
     ],

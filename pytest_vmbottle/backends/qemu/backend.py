@@ -22,6 +22,7 @@ from pytest_vmbottle.backends.qemu import proof
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
 from pytest_vmbottle.backends.qemu.dialect import Dialect, ask
 from pytest_vmbottle.backends.qemu.instance import Programs, start
+from pytest_vmbottle.backends.qemu.processor import accelerator_for
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec, digest, host_arch
 
@@ -199,9 +200,15 @@ class QemuBackend:
             emulated=known.accelerator.name == "tcg",
         )
 
+    def _programs(self, spec: MachineSpec) -> Programs:
+        """The same, with the processor that a machine is to have."""
+        programs = self.programs(spec.arch)
+        emulator = attrs.evolve(programs.emulator, accelerator=accelerator_for(spec, programs.emulator.accelerator))
+        return attrs.evolve(programs, emulator=emulator)
+
     def fingerprint(self, spec: MachineSpec) -> str:
         """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
-        emulator, version = self.programs(spec.arch).emulator, self._prover(spec.arch).proof.version
+        emulator, version = self._programs(spec).emulator, self._prover(spec.arch).proof.version
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
         processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
@@ -215,7 +222,7 @@ class QemuBackend:
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Starts a machine (see `Backend.launch`)."""
-        return start(self.programs(spec.arch), spec, source=source, rundir=rundir, deadline=deadline)
+        return start(self._programs(spec), spec, source=source, rundir=rundir, deadline=deadline)
 
 
 def _boot_id() -> str:

@@ -206,6 +206,8 @@ class SmolvmBackend:
         cannot = {
             f"network={spec.lan!r}: smolvm's machines join no private LAN": spec.lan is not None,
             "display=True: smolvm's machines have no screen": spec.display,
+            f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
+            "nested=True: smolvm's machines run no machines themselves": spec.nested,
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
             "disk=: the disk of a smolvm machine cannot be given a size": spec.disk is not None,
             f"arch={spec.arch!r}: smolvm runs guests of this host's architecture alone, which is {host_arch()}": spec.arch != host_arch(),
