@@ -218,7 +218,7 @@ class SmolvmProcess:
 
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
-        sender.join(deadline.remaining)
+        sender.join(min(deadline.remaining, threading.TIMEOUT_MAX))  # no end at all is more than threads understand
         if sender.is_alive():
             raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s")
         if failures:
