@@ -34,7 +34,7 @@ def prepared(vm: Machine) -> None:
 def test_a_layer_is_packed_and_its_machines_have_what_was_prepared_their_ports_and_nothing_else(vm: Machine) -> None:
     assert vm.exec("cat /root/one /root/two /etc/three; echo $WHO").stdout == "one\ntwo\nthree\nme\n"
     vm.spawn("while true; do echo hello | nc -l -p 80 || true; done")
-    vm.wait_for_port(80, forwarded=True)
+    vm.wait_for_port(80)
     with socket.create_connection(vm.forward(80), timeout=30) as connection:
         assert connection.recv(10) == b"hello\n"
     with pytest.raises(MachineError, match=r"write ports=\[80, 81\]"):
