@@ -11,7 +11,7 @@ from pytest_vmbottle import Machine, layer
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(os.environ.get("ENGINE", ROOT / ".engine"))
-SUITE = ("conftest.py", "pyproject.toml", "examples", "tests/real", "tests/smolvm")
+SUITE = ("conftest.py", "pyproject.toml", "docs/smolvm.md", "examples", "tests/real", "tests/smolvm")
 """The tests of smolvm, and those that they share with QEMU's."""
 
 
