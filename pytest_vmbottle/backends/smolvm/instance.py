@@ -180,6 +180,7 @@ class SmolvmInstance:
         self._rundir, self._name, self._ports, self._vmm = rundir, record.name, dict(record.ports), vmm
         self._paused = self._ended_in_order = False
         self._branchable = branchable
+        self._between = False  # stopped, to be started again at once
         self._channel = SmolvmChannel(self._engine, self._name, alive=self.alive)
         self._cursor, self._said = Cursor(rundir / _CONSOLE), b""
         self._cursor.read()  # what was said when the same machine ran before
@@ -207,7 +208,7 @@ class SmolvmInstance:
     @property
     def exitcode(self) -> int | None:
         """0 after the guest powered off or was shut down, 1 after another end; None while it runs."""
-        if self._vmm.is_running:
+        if self._vmm.is_running or self._between:
             return None
         return 0 if self._ended_in_order or self._has_powered_off() else 1
 
@@ -235,7 +236,7 @@ class SmolvmInstance:
         panic = self.panic
         if panic and self._spec.panic == "fail":
             raise self._died(f"the guest's kernel is in trouble: {panic}", GuestPanic)
-        if self._vmm.is_running:
+        if self._vmm.is_running or self._between:
             return
         how = "it was shut down" if self.exitcode == 0 else "the process that ran it is gone"
         raise self._died(f"the machine {self._spec.name} has ended: {how}")
@@ -305,6 +306,7 @@ class SmolvmInstance:
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
         """Stops the machine, packs it and starts it again: its disk is kept, what ran in it is not (see `Snapshots`)."""
+        self._between = True
         try:
             self._pack(dest, deadline)
         finally:
@@ -312,7 +314,10 @@ class SmolvmInstance:
 
     def _boot(self, deadline: Deadline) -> None:
         made_of = creation(self._spec, self._source, self._ports)
-        self._vmm = Vmm(self._maker.start_twice(self._name, made_of, deadline=deadline, anew=False))
+        try:
+            self._vmm = Vmm(self._maker.start_twice(self._name, made_of, deadline=deadline, anew=False))
+        finally:
+            self._between = False
         self._look()
         self._said, self._ended_in_order, self._paused = b"", False, False
         self.channel(deadline=deadline)
@@ -347,7 +352,12 @@ class SmolvmInstance:
 
     def reboot(self, *, deadline: Deadline) -> bool:
         """Has it shut down, and starts it again: smolvm's machines cannot reboot by themselves."""
-        self._halt(deadline)
+        self._between = True
+        try:
+            self._halt(deadline)
+        except BaseException:
+            self._between = False
+            raise
         self._boot(deadline)
         return True
 
