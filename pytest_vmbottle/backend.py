@@ -35,13 +35,17 @@ __all__ = [
     "Forwarding",
     "Hotplug",
     "Instance",
+    "Keeping",
     "Keys",
     "Link",
     "NotPlugged",
+    "OwnImage",
+    "OwnImages",
     "PackKind",
     "Powered",
     "Running",
     "SecureShell",
+    "Selective",
     "Snapshots",
     "Spawning",
     "SshAccess",
@@ -119,6 +123,9 @@ class Keys:
         return "<Keys>"
 
 
+_NO_KEYS = Keys(user_private="", user_public="", host_private="", host_public="")
+
+
 @attrs.frozen(kw_only=True)
 class Disk:
     """A disk image that stays as it is.
@@ -148,6 +155,8 @@ class Start:
         saved: A folder that `Instance.save` filled, to be restored; None to boot.
         building: Whether the restored machine will itself be saved: then its RAM is a copy of its own.
         kept: Whether the machine ran before in the same folder, and goes on with the disk that it has there.
+        image: What it starts from without `saved`, where the backend has images of its own: see `OwnImages`. Then there are no disks, and
+            neither seed nor keys.
         forwards: Ports of the guest, and the ports of the host that lead to them if they are still free.
     """
 
@@ -162,7 +171,24 @@ class Start:
     saved: Path | None = None
     building: bool = False
     kept: bool = False
+    image: str = ""
     forwards: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def own(cls, *, image: str = "", saved: Path | None = None, building: bool = False) -> Start:
+        """What a machine starts from whose backend has images of its own."""
+        return cls(
+            disks=(),
+            disk_size=0,
+            kernel=None,
+            initrd=None,
+            cmdline="",
+            seed=Path(),
+            keys=_NO_KEYS,
+            image=image,
+            saved=saved,
+            building=building,
+        )
 
 
 class State(StrEnum):
@@ -186,7 +212,7 @@ class NotPlugged(MachineError):
 _KILL = r"""
 status=3
 for round in 1 2 3 4 5 6; do
-  found=$(grep -lsz "^VMBOTTLE_EXEC=$1\$" /proc/[0-9]*/environ) # its status also tells of processes that were gone meanwhile
+  found=$(grep -ls "VMBOTTLE_EXEC=$1" /proc/[0-9]*/environ) # its status also tells of processes that were gone meanwhile
   [ -n "$found" ] || exit $status
   for file in $found; do pid=${file#/proc/}; kill -s "$2" "${pid%/environ}" 2>/dev/null; done
   status=0
@@ -551,6 +577,61 @@ class Snapshots(Protocol):
             Unwakeable: Nothing could wake the guest after a restore.
             MachineError: It could not be written.
         """
+
+
+@attrs.frozen(kw_only=True)
+class OwnImage:
+    """An image as a backend with images of its own finds it.
+
+    Attributes:
+        name: What people call it.
+        reference: What the backend knows it by: `Start.image`.
+        digest: Of its content, or of what stands for that.
+        quick: Whether a machine starts from it about as quickly as from a pack of it, so that none is made.
+    """
+
+    name: str
+    reference: str
+    digest: str
+    quick: bool
+
+
+@runtime_checkable
+class OwnImages(Protocol):
+    """A backend whose machines do not start from disks of the catalog, but from images that it finds itself."""
+
+    def find_image(self, source: str | Path) -> OwnImage:
+        """The image that a spec's source stands for.
+
+        Raises:
+            SpecError: There is none.
+        """
+
+    def pack_image(self, reference: str, dest: Path, *, deadline: Deadline) -> None:
+        """Writes an image into the empty folder `dest`, which can be given as `Start.saved`.
+
+        Raises:
+            MachineError: It could not be had.
+        """
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A backend that keeps something of a machine elsewhere than in its folder."""
+
+    def discard(self, rundir: Path) -> None:
+        """Removes that, when the machine has ended for good; there may be nothing."""
+
+    def close(self) -> None:
+        """Ends what it has started for itself; may be called again."""
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A backend that cannot make every machine which a spec describes."""
+
+    def refusal(self, spec: MachineSpec) -> str | None:
+        """What of a spec it cannot do, in one sentence; None if nothing. It runs nothing to find out."""
 
 
 class Backend(Protocol):

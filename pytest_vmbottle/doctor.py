@@ -22,6 +22,7 @@ from pytest_vmbottle.backends.qemu import QemuBackend, proof
 from pytest_vmbottle.backends.qemu.backend import Proof
 from pytest_vmbottle.backends.qemu.command_line import BOARDS, Board, Emulator, Wiring, board_of, command_line
 from pytest_vmbottle.backends.qemu.dialect import Dialect
+from pytest_vmbottle.backends.smolvm import SmolvmBackend
 from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images import RECIPES
@@ -80,12 +81,15 @@ def examine(catalog_root: Path, *, accel: str = "auto") -> tuple[Finding, ...]:
     """
     with _proofs(catalog_root) as proofs:
         qemu = _Qemu(QemuBackend(accelerator=accel, proofs=proofs), accel)
+        smolvm = _Smolvm(SmolvmBackend(state=proofs / "smolvm", proofs=proofs))
         probes: dict[str, Callable[[], _Answer]] = {
             "system": _system,
             "qemu": _qemu,
             "qemu-img": _qemu_img,
             "accelerator": qemu.accelerator,
             "packs": qemu.packs,
+            "smolvm": smolvm.program,
+            "smolvm machines": smolvm.machines,
             "catalog": lambda: _catalog(catalog_root),
             "disk space": lambda: _disk_space(catalog_root),
             "memory": _memory,
@@ -250,6 +254,34 @@ class _Qemu:
         if able.pack_kind == "stream":
             return _degraded(f"stream packs, whose RAM each machine reads, because they cannot share it: {able.pack_reason}", **details)
         return _degraded(f"disk packs, from which machines boot, because RAM cannot be restored: {able.pack_reason}", **details)
+
+
+class _Smolvm:
+    """The other backend, which nobody has to have."""
+
+    def __init__(self, backend: SmolvmBackend) -> None:
+        self._backend = backend
+
+    def program(self) -> _Answer:
+        try:
+            found = self._backend.program
+        except BackendUnavailable as error:
+            return _ok(f"not used: {error.reason}", remedy=error.remedy)
+        return _ok(f"smolvm {found.version}, {found.path}", path=str(found.path), version=found.version, verbs=sorted(found.verbs))
+
+    def machines(self) -> _Answer:
+        try:
+            verdict = self._backend.prove_again()
+        except BackendUnavailable:
+            return _ok("not tried, because there is no smolvm")
+        details = {"evidence": verdict.evidence, "seconds": round(verdict.seconds, 1)}
+        if verdict.works:
+            return _ok(f"smolvm runs machines: {verdict.evidence}, after {verdict.seconds:.1f} s", **details)
+        return _missing(f"smolvm runs no machine here: {verdict.evidence}", _kvm_remedy_for(verdict.evidence), **details)
+
+
+def _kvm_remedy_for(evidence: str) -> str:
+    return _kvm_remedy(Path("/dev/kvm")) if "/dev/kvm" in evidence else ""
 
 
 def _why_emulated(proved: Proof, device: Path) -> tuple[str, str]:

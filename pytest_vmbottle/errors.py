@@ -7,6 +7,7 @@
     ├── BackendUnavailable              this host cannot do what was asked
     ├── MachineError                    a machine could not be provided, or was lost
     │   ├── LaunchError                 the hypervisor did not start
+    │   ├── SmolvmError                 the program smolvm did not do what it was asked
     │   ├── MachineTimeout (TimeoutError)
     │   └── MachineDied
     │       └── GuestPanic              its kernel panicked, met a bug of its own, or a task hangs in it
@@ -42,6 +43,7 @@ __all__ = [
     "MachineError",
     "MachineTimeout",
     "PackCorrupt",
+    "SmolvmError",
     "SpecError",
     "TransferError",
     "VMBottleError",
@@ -139,6 +141,27 @@ class LaunchError(MachineError):
         told = f"{message}\n--- what it printed ---\n{output.rstrip()}" if output.strip() else message
         super().__init__(told, machine=machine, console_tail=console_tail, argv=argv, exitcode=exitcode)
         self.output = output
+
+
+class SmolvmError(MachineError):
+    """The program smolvm did not do what it was asked: its own failure, never the status of a command in a guest.
+
+    Attributes:
+        returncode: Its exit status, negative for a signal; None if it was ended because it took too long.
+        stderr: What it wrote there, without its notes.
+        code: Its own word for the failure, such as `"NOT_FOUND"`; empty if it gave none.
+    """
+
+    def __init__(self, message: str, *, argv: Sequence[str], returncode: int | None, stderr: str, code: str = "") -> None:
+        super().__init__(message, exitcode=returncode)
+        self.argv = tuple(argv)
+        self.returncode = returncode
+        self.stderr = stderr
+        self.code = code
+
+    def __str__(self) -> str:
+        status = "was ended because it took too long" if self.returncode is None else f"ended with status {self.returncode}"
+        return f"{VMBottleError.__str__(self)}\n--- the command, which {status} ---\n{shlex.join(self.argv)}"
 
 
 class MachineTimeout(MachineError, TimeoutError):

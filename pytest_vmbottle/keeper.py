@@ -22,8 +22,9 @@ import attrs
 
 from pytest_vmbottle import images, kept
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Backend, SecureShell, Watching
+from pytest_vmbottle.backend import Backend, Powered, SecureShell, Watching
 from pytest_vmbottle.backends.qemu import QemuBackend
+from pytest_vmbottle.backends.smolvm import SmolvmBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError, VMBottleError
 from pytest_vmbottle.kept import Kept, Line, Record
@@ -46,9 +47,11 @@ _LAST_WORDS = 3.0
 _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
 
 
-def _qemu(name: str, accelerator: str, catalog: Catalog) -> Backend:
+def _make(name: str, accelerator: str, catalog: Catalog) -> Backend:
+    if name == "smolvm":
+        return SmolvmBackend(state=catalog.root / "smolvm", proofs=catalog.proofs)
     if name != "qemu":
-        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or say qemu")
+        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or say qemu or smolvm")
     return QemuBackend(accelerator=accelerator, proofs=catalog.proofs)
 
 
@@ -68,6 +71,7 @@ class Keeper:
             "ssh": self._ssh,
             "ssh-config": lambda *_: str(machine.ssh_config()),
             "stop": self._stop,
+            "freeze": lambda *_: str(machine.snapshot("frozen").path),
         }
 
     # -- its end ---------------------------------------------------------------------------------------------------------------------
@@ -103,13 +107,20 @@ class Keeper:
         """Has the guest power itself off, unless it is to be ended at once; returns how the machine ended."""
         if self._wish == "cut":
             return "it was ended as asked, without a shutdown"
-        with suppress(VMBottleError):  # the channel may be cut before it has answered
-            self._machine.exec(["sh", "-c", _POWER_OFF], user="root", timeout=_PATIENCE)
+        threading.Thread(target=self._ask_for_the_end, daemon=True).start()
         deadline = Deadline(_SHUTDOWN)
         ended = deadline.poll(lambda: self._wish == "cut" or self._is_off(), every=0.2)
         if self._is_off():
             return "it was shut down as asked"
         return "it was ended before its shutdown was complete" if ended else f"it did not shut down within {_SHUTDOWN:.0f} s and was ended"
+
+    def _ask_for_the_end(self) -> None:
+        instance = self._machine.instance
+        with suppress(VMBottleError):  # the channel may be cut before it has answered
+            if isinstance(instance, Powered):
+                instance.shut_down(deadline=Deadline(_SHUTDOWN))
+            else:
+                self._machine.exec(["sh", "-c", _POWER_OFF], user="root", timeout=_PATIENCE)
 
     def _is_off(self) -> bool:
         instance = self._machine.instance
@@ -225,7 +236,7 @@ def main() -> None:
     os.set_inheritable(hold, False)  # noqa: FBT003 - it has no keyword
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
-    sys.exit(keep(Kept(folder), hold, Line(socket.socket(fileno=line)), make_backend=_qemu))
+    sys.exit(keep(Kept(folder), hold, Line(socket.socket(fileno=line)), make_backend=_make))
 
 
 def _leave(number: int, _: object) -> NoReturn:

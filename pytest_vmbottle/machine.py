@@ -65,7 +65,9 @@ _AS_USER = r"""
 user=$1; shift
 home=$(getent passwd "$user" | cut -d: -f6)
 [ -n "$home" ] || { echo "there is no user $user in the guest" >&2; exit 125; }
-exec runuser -u "$user" -- env HOME="$home" USER="$user" LOGNAME="$user" "$@"
+set -- env HOME="$home" USER="$user" LOGNAME="$user" "$@"
+command -v runuser >/dev/null && exec runuser -u "$user" -- "$@"
+exec su -s /bin/sh "$user" -c 'exec "$@"' sh "$@" # as BusyBox has it
 """
 
 

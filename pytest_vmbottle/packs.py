@@ -169,7 +169,7 @@ class Snapshot(Pack):
         Raises:
             CatalogError: It is gone.
         """
-        if not all(path.exists() for path in (self.start.seed, *(disk.path for disk in self.start.disks))):
+        if not all(path.exists() for path in (self.path, self.start.seed, *(disk.path for disk in self.start.disks))):
             raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it lives as long as the machine that it was made of")
 
 

@@ -65,7 +65,7 @@ class _Option:
 _PACK_KINDS = ("auto", *map(str, PackKind))
 
 _OPTIONS = (
-    _Option("backend", "auto", "What runs machines: auto, qemu, or a name that a plugin knows"),
+    _Option("backend", "auto", "What runs machines: auto, qemu, smolvm, or a name that a plugin knows"),
     _Option("accel", "auto", "How QEMU runs guest code", ("auto", "kvm", "hvf", "tcg")),
     _Option("catalog", "", "Folder shared by all workers and runs (default: pytest-vmbottle in the user's cache folder)"),
     _Option(
@@ -91,6 +91,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         else:
             group.addoption(f"--vm-{option.name}", metavar="|".join(option.choices) or None, default=None, help=text)
         parser.addini(option.ini, option.help, default=None)
+    parser.addini(
+        "vm_smolvm_images",
+        "What names of images stand for with smolvm, one `name = reference` per line; an empty reference is smolvm's own Alpine",
+        type="linelist",
+        default=[],
+    )
     parser.addini("vm_defaults", "Defaults for the keywords of the vm mark, one `keyword = value` per line", type="linelist", default=[])
 
 
@@ -165,6 +171,16 @@ def _ini_defaults(config: pytest.Config) -> dict[str, Any]:
     return defaults
 
 
+def _smolvm_images(config: pytest.Config) -> dict[str, str]:
+    images = {}
+    for line in config.getini("vm_smolvm_images"):
+        name, equals, reference = (part.strip() for part in line.partition("="))
+        if not equals or not name:
+            raise pytest.UsageError(f"vm_smolvm_images: {line!r} is not of the form name = reference")
+        images[name] = reference.strip("\"'")
+    return images
+
+
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Offers the hooks of `hookspec`."""
     pluginmanager.add_hookspecs(hookspec)
@@ -180,6 +196,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _infra_retries(config)
     _account(config)
     _ini_defaults(config)
+    _smolvm_images(config)
     config.stash[_SESSION] = _Session(config)
     config.pluginmanager.register(_Sorting(), "vmbottle-sorting")
     config.pluginmanager.register(_Interrupted(config.stash[_SESSION]), "vmbottle-interrupted")
@@ -346,6 +363,41 @@ class _Sorting:
             _check_declared_images(config, items)
             session.interruption.install()
             _tell_controller(config)
+            session.unable = _leave_out_what_cannot_be(config, items)
+
+
+def _leave_out_what_cannot_be(config: pytest.Config, items: list[pytest.Item]) -> dict[str, int]:
+    """Skips the tests whose machine their backend cannot make whatever the host, or has them fail; how many, by what it cannot."""
+    unable: dict[str, int] = {}
+    for item in items:
+        why = _refusal(item)
+        if why is not None:
+            unable[why] = unable.get(why, 0) + 1
+            if _missing(config) == "skip":
+                item.add_marker(pytest.mark.skip(reason=why))
+    return unable
+
+
+def _refusal(item: pytest.Item) -> str | None:
+    """Why the backend cannot make a machine that the marks of a test ask for, as far as they tell."""
+    if item.get_closest_marker("vm") is None:
+        return None
+    session, defaults = item.config.stash[_SESSION], _ini_defaults(item.config)
+    plan = next((given for name in (*_SHARED, "_vm_plan") if isinstance(given := _given(item, name), _Plan)), None)
+    for wish in plan.wishes.values() if plan is not None else ():
+        keywords = {"source": "", **defaults, **wish}
+        session.wanted.add(session.backend_name(keywords.get("backend", "auto")))
+        source = keywords.pop("source") or session.stand_in
+        with suppress(SpecError, VMBottleError, pytest.UsageError):
+            spec = MachineSpec.resolve(source, keywords)
+            why = session.refusal(spec)
+            if why is not None:
+                return why
+    return None
+
+
+def _missing(config: pytest.Config) -> str:
+    return _option(config, "missing") or ("fail" if os.environ.get("CI") else "skip")
 
 
 def _check_declared_images(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -399,6 +451,7 @@ class _Session:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._provisioners: dict[str, Provisioner] = {}
+        self._backends: dict[str, Backend] = {}
         self._catalog: Catalog | None = None
         self._began = time.time()
         self.plans: dict[str, _Plan] = {}
@@ -412,6 +465,8 @@ class _Session:
         self.ledger = Ledger()
         self.machines: list[Machine] = []
         self.blamed: set[str] = set()
+        self.unable: dict[str, int] = {}
+        self.wanted: set[str] = set()
         self._used: WeakSet[Machine] = WeakSet()
 
     @property
@@ -463,16 +518,36 @@ class _Session:
         # Without an ini file pytest may take a folder for its root that has little to do with the project.
         return find_declared_images(self._config.rootpath) or find_declared_images(self._config.invocation_params.dir)
 
-    def provisioner(self, wanted: str) -> Provisioner:
-        """What gives out machines of a backend; `"auto"` is what the option says, and by default QEMU."""
-        from pytest_vmbottle.provision import Provisioner, Settings
+    stand_in = "any"
+    """A source for who only wants to know whether the rest of a spec can be."""
 
+    def backend_name(self, wanted: str) -> str:
+        """The backend that is meant; `"auto"` is what the option says, and by default QEMU."""
         asked = _option(self._config, "backend") if wanted == "auto" else wanted
-        name = "qemu" if asked == "auto" else asked
-        if name not in self._provisioners:
+        return "qemu" if asked == "auto" else asked
+
+    def _backend(self, name: str) -> Backend:
+        if name not in self._backends:
             backend: Backend | None = self._config.hook.pytest_vmbottle_make_backend(config=self._config, name=name)
             if backend is None:
-                raise BackendUnavailable(f"there is no backend {name!r}", "Choose qemu, or install the plugin that brings it")
+                raise BackendUnavailable(f"there is no backend {name!r}", "Choose qemu or smolvm, or install the plugin that brings it")
+            self._backends[name] = backend
+        return self._backends[name]
+
+    def refusal(self, spec: MachineSpec) -> str | None:
+        """Why the backend of a spec makes no machine like that, whatever the host; None if it does."""
+        from pytest_vmbottle.backend import Selective
+
+        backend = self._backend(self.backend_name(spec.backend))
+        return backend.refusal(spec) if isinstance(backend, Selective) else None
+
+    def provisioner(self, wanted: str) -> Provisioner:
+        """What gives out machines of a backend."""
+        from pytest_vmbottle.provision import Provisioner, Settings
+
+        name = self.backend_name(wanted)
+        if name not in self._provisioners:
+            backend = self._backend(name)
             settings = Settings(
                 timeout_factor=_timeout_factor(self._config),
                 rebuild_before=self._began if _flag(self._config, "rebuild") else None,
@@ -512,12 +587,15 @@ class _Session:
                 reporter.ensure_newline()
                 reporter.write_line(f"vmbottle: {line}")
 
-    def describe_host(self) -> str:
-        """One line: what machines run on, and why."""
+    def describe_hosts(self) -> dict[str, None]:
+        """One line for each backend that is asked for: what machines run on, and why."""
+        return {self._describe_host(name): None for name in sorted(self.wanted or {self.backend_name("auto")})}
+
+    def _describe_host(self, name: str) -> str:
         from pytest_vmbottle.catalog import default_reason
 
         try:
-            able = self.provisioner("auto").capabilities
+            able = self.provisioner(name).capabilities
         except (VMBottleError, pytest.UsageError) as error:
             return f"vmbottle: no machine can be run here: {error}"
         runs_on = f"{able.backend} ({able.version}), {able.accelerator} [{able.reason}]"
@@ -533,7 +611,7 @@ class _Session:
         for provisioner in self._provisioners.values():
             provisioner.close()
             self.tallies.append(attrs.asdict(provisioner.tally))
-            self.told.setdefault(self.describe_host())
+            self.told.update(self.describe_hosts())
         self._provisioners.clear()
         if self._catalog is not None:
             self._catalog.close()
@@ -546,15 +624,20 @@ _SESSION: pytest.StashKey[_Session] = pytest.StashKey()
 
 @pytest.hookimpl(trylast=True)
 def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | None:
-    """Makes QEMU's backend."""
+    """Makes the backends of this package."""
+    kind = _option(config, "pack")
+    forced = None if kind == "auto" else PackKind(kind)
+    session = config.stash[_SESSION]
+    if name == "smolvm":
+        from pytest_vmbottle.backends.smolvm import SmolvmBackend
+
+        root, images = session.catalog.root, _smolvm_images(config)
+        return SmolvmBackend(state=root / "smolvm", proofs=root / "proofs", pack_kind=forced, images=images, warn=session.say)
     if name != "qemu":
         return None
     from pytest_vmbottle.backends.qemu import QemuBackend
 
-    kind = _option(config, "pack")
-    forced = None if kind == "auto" else PackKind(kind)
-    proofs = config.stash[_SESSION].catalog.proofs
-    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, account=_account(config), proofs=proofs)
+    return QemuBackend(accelerator=_option(config, "accel"), pack_kind=forced, account=_account(config), proofs=session.catalog.proofs)
 
 
 _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
@@ -569,8 +652,10 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     session = config.stash[_SESSION]
     if not session.has_machines or _is_only_asked(config):
         return []
-    session.told.setdefault(session.describe_host())
-    return list(session.told)
+    session.told.update(session.describe_hosts())
+    becomes = "are skipped" if _missing(config) == "skip" else "fail"
+    unable = [f"vmbottle: {count} tests {becomes}: {why}" for why, count in session.unable.items()]
+    return [*session.told, *unable]
 
 
 @pytest.hookimpl(trylast=True)
@@ -754,6 +839,9 @@ def vm_spec(request: pytest.FixtureRequest, _vm_plan: _Plan, vm_defaults: dict[s
 
 def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
     keywords = dict(wish)
+    backend = keywords.get("backend", defaults.get("backend", "auto"))
+    if config.stash[_SESSION].backend_name(backend) == "smolvm":
+        keywords.setdefault("source", defaults.get("source", "smolvm"))
     if "source" not in keywords and "source" not in defaults:
         raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
     keywords.setdefault("source", defaults.get("source"))
@@ -853,8 +941,7 @@ def _enter(
         with _counting_retries(request, session.provisioner(spec.backend)) as provisioner:
             machine = stack.enter_context(provisioner.machine(spec, start=start, lans=lans))
     except BackendUnavailable as error:
-        missing = _option(request.config, "missing") or ("fail" if os.environ.get("CI") else "skip")
-        if missing == "fail":
+        if _missing(request.config) == "fail":
             raise
         pytest.skip(f"no machine can be run here: {error}")
     session.machines.append(machine)

@@ -252,7 +252,8 @@ class Power:
         try:
             instance.snapshot(folder, deadline=Deadline(supply.patience))
             packs.seal(folder, self._manifest(folder.name, name))
-            start = attrs.evolve(origin, disks=(*origin.disks, Disk(path=folder / "disk.qcow2")), saved=folder, kept=False, building=False)
+            disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()
+            start = attrs.evolve(origin, disks=disks, saved=folder, kept=False, building=False)
             return packs.Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)

@@ -29,8 +29,12 @@ from pytest_vmbottle.backend import (
     Detached,
     Disk,
     Instance,
+    Keeping,
     Keys,
+    OwnImage,
+    OwnImages,
     PackKind,
+    Selective,
     Start,
     Unwakeable,
 )
@@ -38,6 +42,7 @@ from pytest_vmbottle.budget import Budget
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import (
+    BackendUnavailable,
     CatalogError,
     LaunchError,
     MachineDied,
@@ -177,6 +182,8 @@ class Provisioner:
         self._held.clear()
         while self._leases:
             os.close(self._leases.pop())
+        if isinstance(self._backend, Keeping):
+            self._backend.close()
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
@@ -196,6 +203,7 @@ class Provisioner:
             CatalogError: There is no such image, or the catalog cannot be used.
         """
         began = time.monotonic()
+        self._check_able(spec)
         lan = _lan(spec, lans)
         with ExitStack() as stack:
             with _infra(), self._explained():
@@ -233,13 +241,21 @@ class Provisioner:
                 self._try_again(spec, error)
 
     def _started(self, spec: MachineSpec, start: Start | None) -> AbstractContextManager[Machine]:
-        return self._launched(spec, start) if start else self._cold(spec) if spec.fresh == "boot" else self._poured(spec)
+        if start:
+            return self._launched(spec, start)
+        cold = spec.fresh == "boot" or (not spec.steps and self._image(spec).quick)
+        return self._cold(spec) if cold else self._poured(spec)
 
     def _try_again(self, spec: MachineSpec, error: VMBottleError) -> None:
         self._failed = {key: each for key, each in self._failed.items() if each is not error}
         self.tally.retried += 1
         first = str(error).splitlines()[0]
         self._settings.warn(f"the machine {spec.name!r} could not be provided and is tried again: {type(error).__name__}: {first}")
+
+    def _check_able(self, spec: MachineSpec) -> None:
+        refusal = self._backend.refusal(spec) if isinstance(self._backend, Selective) else None
+        if refusal is not None:
+            raise BackendUnavailable(refusal, "Run this on another backend: --vm-backend")
 
     def _stopping(self, machine: Machine) -> None:
         try:
@@ -295,12 +311,17 @@ class Provisioner:
             finally:
                 machine.close()
 
-    def _rundir(self, machine_id: str) -> AbstractContextManager[Path]:
-        """A machine's folder; what ends the machine if we do not is written down before there is one."""
+    @contextmanager
+    def _rundir(self, machine_id: str) -> Iterator[Path]:
+        """A machine's folder. What ends the machine if we do not is written down before; what the backend keeps elsewhere goes with it."""
         backend = self._backend
-        return (
-            self._catalog.rundir(machine_id, ending=backend.ending) if isinstance(backend, Detached) else self._catalog.rundir(machine_id)
-        )
+        ending = {"ending": backend.ending} if isinstance(backend, Detached) else {}
+        with self._catalog.rundir(machine_id, **ending) as rundir:
+            try:
+                yield rundir
+            finally:
+                if isinstance(backend, Keeping):
+                    backend.discard(rundir)
 
     def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> Machine:
         """Starts a machine in a folder and gives it what it can be started again with."""
@@ -366,7 +387,8 @@ class Provisioner:
         for step in spec.steps:
             build = _build_spec(spec, step)
             key = digest(plan.key, step.recipe(), build.network, build.env, build.user)
-            plan = _Plan(key=key, kind=kind, spec=build, image=image, steps=(*plan.steps, step), parent=plan)
+            parent = plan if plan.steps or not image.quick else None
+            plan = _Plan(key=key, kind=kind, spec=build, image=image, steps=(*plan.steps, step), parent=parent)
         return plan
 
     def _pack(self, plan: _Plan) -> Pack:
@@ -482,8 +504,12 @@ class Provisioner:
         self._check_room(plan)
         tell(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with self._catalog.staging() as staged:
-            start = self._cold_start(plan.spec, plan.image, staged) if parent is None else self._start(plan.spec, parent, building=True)
-            kind = self._prepare(plan, start, staged)
+            if parent is None:
+                start = self._cold_start(plan.spec, plan.image, staged, building=plan.image.is_own)
+            else:
+                start = self._start(plan.spec, parent, building=True)
+            packs_itself = plan.image.is_own and not plan.steps
+            kind = self._pack_image(plan, staged) if packs_itself else self._prepare(plan, start, staged)
             manifest = Manifest(
                 key=plan.key,
                 kind=kind,
@@ -501,6 +527,13 @@ class Provisioner:
             final = self._catalog.publish(staged, plan.key)
         size = format_size(packs.read(final).size)
         self._settings.report(f"built the {kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")
+
+    def _pack_image(self, plan: _Plan, staged: Path) -> PackKind:
+        """Has the backend pack an image of its own, for which no machine has to run."""
+        if isinstance(self._backend, OwnImages):
+            deadline = Deadline(_BUILD_TIMEOUT * self._settings.timeout_factor)
+            self._backend.pack_image(plan.image.own, staged, deadline=deadline)
+        return PackKind.DISK
 
     def _prepare(self, plan: _Plan, start: Start, staged: Path) -> PackKind:
         """Runs a machine, has the step done to it, and saves it; as what kind of pack."""
@@ -546,6 +579,8 @@ class Provisioner:
     def _start(self, spec: MachineSpec, pack: Pack, *, building: bool = False) -> Start:
         """How a machine starts from a pack: the chain of disks down to the image, and the seed and keys of its first boot."""
         image = self._image(spec)
+        if image.is_own:
+            return Start.own(saved=pack.path, building=building)
         disks = [Disk(path=pack.path / "disk.qcow2")]
         base = pack
         while base.manifest.parent is not None:
@@ -564,7 +599,9 @@ class Provisioner:
             building=building,
         )
 
-    def _cold_start(self, spec: MachineSpec, image: Image, folder: Path) -> Start:
+    def _cold_start(self, spec: MachineSpec, image: Image, folder: Path, *, building: bool = False) -> Start:
+        if image.is_own:
+            return Start.own(image=image.own, building=building)
         keys = new_keys()
         write_seed(folder / "seed.iso", hostname=spec.name, keys=keys, user_data=spec.user_data)
         _write_keys(folder / "keys.json", keys)
@@ -583,6 +620,8 @@ class Provisioner:
 
     def _image(self, spec: MachineSpec) -> Image:
         source = spec.image
+        if isinstance(self._backend, OwnImages):
+            return _own_image(self._backend.find_image(source), spec)
         if isinstance(source, Path) or "/" in source:
             return self._images.import_path(Path(source), arch=spec.arch)
         declared = self._settings.declared.get(source)
@@ -671,6 +710,24 @@ def _once_more(name: str, error: VMBottleError, *, machine: str) -> MachineError
 def _is_crash(error: Exception) -> bool:
     """Whether it was the hypervisor that failed, which a step of a layer cannot help: all else may be the step's own doing."""
     return isinstance(error, MachineDied) and not error.lasting and error.exitcode not in (None, 0)
+
+
+def _own_image(found: OwnImage, spec: MachineSpec) -> Image:
+    """An image of the backend's as one of the catalog, of which there is no disk."""
+    return Image(
+        name=found.name,
+        sha256=found.digest,
+        key=found.digest,
+        disk=Path(),
+        format="raw",
+        virtual_size=0,
+        arch=spec.arch,
+        readiness="channel",
+        prepared=True,
+        own=found.reference,
+        is_own=True,
+        quick=found.quick,
+    )
 
 
 def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import ipaddress
 import json
 import platform
 import re
@@ -28,18 +29,21 @@ Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
 
 SIGNATURE = (
-    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, memory='1G', disk=None, display=False, network=False, ports=(), "
-    "packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
+    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, display=False, "
+    "network=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', reset='none', "
+    "timeout=120, panic='fail')"
 )
 # Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
 PREPARATION = frozenset({"packages", "files", "run"})
 # Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
-BOOT = frozenset({"arch", "backend", "cpus", "memory", "disk", "display", "user_data"})
+BOOT = frozenset({"arch", "backend", "cpus", "cpu", "nested", "memory", "disk", "display", "user_data"})
 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
+_CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CPU_FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9._-]{0,40}|[a-z0-9][a-z0-9._-]{0,40}=(on|off)")
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _MAX_CPUS = 64
 _MAX_PORT = 65535
@@ -87,6 +91,27 @@ def _cpus(value: object) -> int:
     return value
 
 
+def _cpu(value: object) -> str | None:
+    if value is None:
+        return None
+    takes = "takes a CPU model of QEMU's, and features that it has or not: 'EPYC-v1,+svm,-avx2' or 'max,la57=off'"
+    if not isinstance(value, str):
+        raise _fail("cpu", value, f"{takes}; did you mean 'cpus'?")
+    model, *features = value.split(",")
+    if not _CPU_MODEL.fullmatch(model):
+        raise _fail("cpu", value, f"{takes}; {model!r} is no name of a model")
+    for feature in features:
+        if not _CPU_FEATURE.fullmatch(feature):
+            raise _fail("cpu", value, f"{takes}; {feature!r} is no feature")
+    return value
+
+
+def _nested(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _fail("nested", value, "takes True (the guest can run virtual machines by KVM) or False")
+    return value
+
+
 def _size(keyword: str, value: object) -> int:
     if isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(SpecError):
@@ -105,11 +130,23 @@ def _arch(value: object) -> str:
     return arch
 
 
-def _network(value: object) -> bool | str:
+def _network(value: object) -> bool | str | tuple[str, ...]:
     if isinstance(value, bool) or (isinstance(value, str) and _NAME_PATTERN.fullmatch(value)):
         return value
-    takes = "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _"
+    if isinstance(value, list | tuple) and value:
+        return tuple(_cidr(each) for each in value)
+    takes = (
+        "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _; "
+        "or a list of the networks that alone may be reached, such as ['10.0.0.0/8']"
+    )
     raise _fail("network", value, takes)
+
+
+def _cidr(value: object) -> str:
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return str(ipaddress.ip_network(value))
+    raise _fail("network", value, "is no network: write its first address and the length of its prefix, such as '10.0.0.0/8'")
 
 
 def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
@@ -308,7 +345,7 @@ def _function_source(layer: Layer) -> str:
 
 def _content_digest(path: Path) -> list[object]:
     if path.is_dir():
-        return [path.name, [_content_digest(child) for child in sorted(path.iterdir())]]
+        return [path.name, [_content_digest(child) for child in sorted(path.iterdir()) if child.name != "__pycache__"]]
     try:
         return [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
     except OSError as error:
@@ -337,10 +374,13 @@ class MachineSpec:
         backend: `"auto"` or the name of one.
         arch: The guest's architecture, as `uname -m` says it.
         cpus: Virtual processors.
+        cpu: The model of its processors and their features, as QEMU's option `-cpu` takes them; None for what is best here.
+        nested: Whether the guest can itself run virtual machines, by KVM.
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
         display: Whether it has a screen and a keyboard.
-        network: True for NAT, False for forwarded ports only, or the name of a private LAN that the machines of one test share.
+        network: True for NAT, False for forwarded ports only, the networks (CIDR) that alone may be reached, or the name of a private LAN
+            that the machines of one test share.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
         files: Files written beforehand: guest path and content.
@@ -358,10 +398,12 @@ class MachineSpec:
     backend: str = attrs.field(default="auto", converter=_backend)
     arch: str = attrs.field(default=None, converter=_arch)
     cpus: int = attrs.field(default=1, converter=_cpus)
+    cpu: str | None = attrs.field(default=None, converter=_cpu)
+    nested: bool = attrs.field(default=False, converter=_nested)
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
     display: bool = attrs.field(default=False, converter=_display)
-    network: bool | str = attrs.field(default=False, converter=_network)
+    network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
@@ -378,6 +420,8 @@ class MachineSpec:
         """Checks what concerns several keywords."""
         if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
             raise _fail("name", self.name, f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes")
+        if self.nested and self.arch != "x86_64":
+            raise _fail("nested", self.nested, f"works in guests for x86_64, and this one is for {self.arch}: say arch='x86_64'")
 
     @property
     def nat(self) -> bool:

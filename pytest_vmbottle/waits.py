@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 _LEAST = 5.0
 """Seconds that a question of ours to the guest may take, also where less is left."""
 _EVERY = 0.25
+_NO_PROGRAM = 127
 _LISTEN, _CONNECTED = "0A", ("01", "08")  # TCP_LISTEN, TCP_ESTABLISHED and TCP_CLOSE_WAIT in /proc/net/tcp
 _TABLES = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true"
 _PROPERTIES = "LoadState,ActiveState,SubState,Job,Result"
@@ -109,6 +110,8 @@ class Wait:
 
         def active() -> bool:
             shown = self._ask(["systemctl", "show", "-p", _PROPERTIES, "--", unit])
+            if shown.returncode == _NO_PROGRAM:
+                raise MachineError(f"there is no systemd in the guest, whose unit {unit} could become active", machine=self.machine)
             state.clear()
             state.update({key: printable(value) for key, _, value in (line.partition("=") for line in shown.stdout.splitlines())})
             hopeless = state.get("ActiveState") == "failed" or (state.get("ActiveState") == "inactive" and not state.get("Job"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pytest_vmbottle.cli import images, machines, packs
+from pytest_vmbottle.cli import freeze, images, machines, packs
 from pytest_vmbottle.cli.command import CANNOT, Commands, Failure, catalog_root, emit, examples, json_option, one_line, open_catalog, say
 
 __all__ = ["main"]
@@ -109,5 +109,6 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
 
 
 main.add_command(images.image)
+packs.pack.add_command(freeze.build)
 main.add_command(packs.pack)
 main.add_command(machines.machine)

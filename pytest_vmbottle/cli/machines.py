@@ -83,6 +83,8 @@ _env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, c
 @click.argument("source")
 @click.option("--name", help="What to call it; by default like its source.")
 @click.option("--cpus", type=int, help="Virtual processors; 1 by default.")
+@click.option("--cpu", metavar="MODEL", help="Their model, with features, as QEMU names them; by default what is best here.")
+@click.option("--nested", is_flag=True, help="Let it run virtual machines itself, by KVM.")
 @click.option("--memory", metavar="SIZE", help="RAM, such as 512M or 2G; 1G by default.")
 @click.option("--disk", metavar="SIZE", help="Size of its disk; by default the image's own.")
 @click.option("--network", is_flag=True, help="Let it reach the network; without, it reaches nothing.")
@@ -94,7 +96,7 @@ _env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, c
 @click.option("--boot", is_flag=True, help="Boot it, rather than pour it from a pack.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="When it has to be ready; 120 by default, more if emulated.")
 @click.option("--timeout-factor", type=float, default=1.0, envvar="VMBOTTLE_TIMEOUT_FACTOR", help="Multiply all time-outs with it.")
-@click.option("--backend", default="auto", envvar="VMBOTTLE_BACKEND", help="What runs it: auto or qemu.")
+@click.option("--backend", default="auto", envvar="VMBOTTLE_BACKEND", help="What runs it: auto, qemu or smolvm.")
 @click.option(
     "--accel", type=click.Choice(["auto", "kvm", "hvf", "tcg"]), default="auto", envvar="VMBOTTLE_ACCEL", help="How QEMU runs guest code."
 )
@@ -121,7 +123,7 @@ def start(  # noqa: PLR0913 - the others are all keywords of a spec
         "folder": str(Path.cwd()),
         "accel": accel,
         "timeout_factor": _positive(timeout_factor),
-        "keywords": keywords | {"source": str(Path(source).absolute()) if "/" in source else source, "name": place.name},
+        "keywords": keywords | {"source": _absolute(source), "name": place.name},
     }
     record = place.start(order, say)
     if as_json:
@@ -130,6 +132,11 @@ def start(  # noqa: PLR0913 - the others are all keywords of a spec
     click.echo(record.name)
     for port, here in record.ports.items():
         say(f"127.0.0.1:{here} leads to port {port} of {record.name}")
+
+
+def _absolute(source: str) -> str:
+    """A path as one that holds in every folder; names, and references such as `library/alpine`, as they are."""
+    return str(Path(source).absolute()) if "/" in source and Path(source).exists() else source
 
 
 def _positive(factor: float) -> float:
@@ -144,7 +151,7 @@ def _check(source: str, name: str | None, keywords: Mapping[str, Any]) -> None:
 
     if name is not None and not _NAME.fullmatch(name):
         raise click.BadParameter(f"{name!r}: takes a letter, then letters, digits, - or _, at most 41 in all", param_hint="--name")
-    if "/" in source and not Path(source).exists():
+    if "/" in source and keywords.get("backend") != "smolvm" and not Path(source).exists():
         raise click.BadParameter(f"there is no file {source}", param_hint="SOURCE")
     try:
         MachineSpec(source=source, **{**keywords, "name": name or "vm"})

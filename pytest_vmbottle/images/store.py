@@ -113,6 +113,9 @@ class Image(Traits):
         cmdline: The kernel's command line; empty without a kernel.
         created: When it was added, in ISO 8601.
         description: What it is, in a few words.
+        is_own: Whether it is the backend's own, and no disk of the catalog.
+        own: By what the backend knows it.
+        quick: Whether machines start from it as quickly as from a pack of it.
     """
 
     name: str
@@ -127,6 +130,9 @@ class Image(Traits):
     cmdline: str = ""
     created: str = ""
     description: str = ""
+    is_own: bool = False
+    own: str = ""
+    quick: bool = False
 
 
 def _entries(value: object) -> dict[str, _Entry]:

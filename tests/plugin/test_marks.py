@@ -59,7 +59,7 @@ def test_an_ini_value_need_not_be_quoted(run: Run, pytester: pytest.Pytester) ->
 
 
 WRONG = {
-    "unknown keyword": ('"debian-12", cpu=2', "unknown keyword 'cpu'; did you mean 'cpus'?"),
+    "unknown keyword": ('"debian-12", cpuss=2', "unknown keyword 'cpuss'; did you mean 'cpus'?"),
     "wrong type": ('"debian-12", cpus="2"', "cpus='2': takes a whole number from 1 to 64"),
     "bad size": ('"debian-12", memory="lots"', "memory='lots': takes bytes above 0, or a string such as '512M' or '2G'"),
     "bad network": ('"debian-12", network="my lan"', "network='my lan': takes True (NAT), False (forwarded ports only), or the name of a"),
@@ -91,9 +91,9 @@ def test_every_wrong_mark_is_a_usage_error_with_node_id_and_signature_before_any
 
 
 def test_a_wrong_mark_is_told_even_where_the_test_uses_no_machine(run: Run) -> None:
-    result = run('@pytest.mark.vm("debian-12", cpuz=1)\ndef test_it(): pass\n', status=4)
+    result = run('@pytest.mark.vm("debian-12", cpuss=1)\ndef test_it(): pass\n', status=4)
 
-    assert "test_it.py::test_it: unknown keyword 'cpuz'; did you mean 'cpus'?" in said(result)
+    assert "test_it.py::test_it: unknown keyword 'cpuss'; did you mean 'cpus'?" in said(result)
 
 
 def test_keywords_of_a_mark_and_of_its_layer_are_checked_together(run: Run) -> None:

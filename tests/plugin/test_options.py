@@ -72,7 +72,7 @@ def test_a_wrong_value_is_a_usage_error_whichever_way_it_comes(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("cpuz = 2", "vm_defaults: unknown keyword 'cpuz'; did you mean 'cpus'?"),
+        ("cpuss = 2", "vm_defaults: unknown keyword 'cpuss'; did you mean 'cpus'?"),
         ("cpus = many", "vm_defaults: cpus='many': takes a whole number from 1 to 64"),
         ("debian-12", "vm_defaults: 'debian-12' is not of the form keyword = value"),
     ],
@@ -130,7 +130,7 @@ def test_where_machines_cannot_be_run_tests_are_skipped_and_with_ci_or_if_told_s
 def test_a_backend_that_nobody_knows_is_told(run: Run) -> None:
     result = run(ONE, "--vm-backend=vmware", "--vm-missing=fail", status=1, errors=1)
 
-    assert "there is no backend 'vmware'. Choose qemu, or install the plugin that brings it" in said(result)
+    assert "there is no backend 'vmware'. Choose qemu or smolvm, or install the plugin that brings it" in said(result)
 
 
 def test_rebuild_makes_every_pack_again_once(run: Run) -> None:

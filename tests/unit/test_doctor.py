@@ -20,7 +20,7 @@ from pytest_vmbottle.spec import host_arch
 QEMU = f"qemu-system-{host_arch()}"
 TOPICS = {
     *("system", "qemu", "qemu-img", "accelerator", "packs", "catalog", "disk space", "memory", "setpriv", "open files"),
-    *("mmdebstrap", "user namespaces", "archive keys"),
+    *("mmdebstrap", "user namespaces", "archive keys", "smolvm", "smolvm machines"),
 }
 
 

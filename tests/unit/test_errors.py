@@ -19,6 +19,7 @@ EXAMPLES: list[VMBottleError] = [
     errors.BackendUnavailable("QEMU is missing"),
     errors.MachineError("gone", machine="vm", console_tail="panic"),
     errors.LaunchError("died", argv=["qemu", "-x"], exitcode=-6, output="abort", machine="vm", console_tail="tail"),
+    errors.SmolvmError("not found", argv=["smolvm", "machine"], returncode=1, stderr="it is not there", code="NOT_FOUND"),
     errors.MachineTimeout("late", machine="vm", console_tail="login:"),
     errors.MachineDied("dead", machine="vm", console_tail="Kernel panic"),
     errors.GuestPanic("in trouble", machine="vm", console_tail="BUG: of its own"),

@@ -130,6 +130,18 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"user": ""},
         {"user": "root\n"},
         {"display": "vga"},
+        {"cpu": ""},
+        {"cpu": 5},
+        {"cpu": "EPYC svm"},
+        {"cpu": "EPYC,"},
+        {"cpu": "EPYC,,+svm"},
+        {"cpu": "EPYC,svm"},
+        {"cpu": "EPYC,+svm\n"},
+        {"cpu": "EPYC,model-id=x"},
+        {"cpu": "EPYC,hv-vendor-id=on,file=/etc/passwd"},
+        {"cpu": "-EPYC"},
+        {"nested": "yes"},
+        {"nested": 1},
         {"fresh": "never"},
         {"fresh": None},
         {"panic": "expect"},
@@ -152,7 +164,7 @@ def test_a_value_that_makes_no_sense_is_refused_with_its_keyword_and_the_signatu
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("cpu", "cpus"), ("mem", None), ("memroy", "memory"), ("userdata", "user_data"), ("zzz", None)]
+    ("wrong", "meant"), [("cpuss", "cpus"), ("mem", None), ("memroy", "memory"), ("userdata", "user_data"), ("zzz", None)]
 )
 def test_an_unknown_keyword_is_answered_with_the_one_that_was_meant(wrong: str, meant: str | None) -> None:
     with pytest.raises(SpecError, match=f"^unknown keyword '{wrong}'") as caught:
@@ -204,6 +216,12 @@ def test_a_layers_keywords_are_defaults_for_machines_poured_from_it_and_the_mark
     assert (marked.cpus, marked.memory, marked.env) == (4, 2 << 30, (("B", "mark"),))
 
 
+def test_a_guest_of_an_architecture_without_nesting_is_refused_with_the_one_that_has_it() -> None:
+    assert MachineSpec(source="debian-12", arch="x86_64", nested=True).nested
+    with pytest.raises(SpecError, match="nested=True: works in guests for x86_64, and this one is for aarch64: say arch='x86_64'"):
+        MachineSpec(source="debian-12", arch="aarch64", nested=True)
+
+
 def test_what_a_layer_prepares_is_done_by_its_step_and_not_again_for_the_machine() -> None:
     spec = MachineSpec.resolve(shop, {"run": ["true"]})
 
@@ -215,6 +233,8 @@ def test_what_a_layer_prepares_is_done_by_its_step_and_not_again_for_the_machine
 
 KEYWORDS = {
     "cpus": 2,
+    "cpu": "EPYC-v1,+svm,-avx2,la57=off",
+    "nested": True,
     "memory": "2G",
     "display": True,
     "ports": [80, 443],
@@ -239,13 +259,13 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
     assert one.boot_digest() == other.boot_digest()
 
 
-@pytest.mark.parametrize("keyword", ["cpus", "memory", "display", "ports", "env", "files", "user_data", "run", "user"])
+@pytest.mark.parametrize("keyword", ["cpus", "cpu", "nested", "memory", "display", "ports", "env", "files", "user_data", "run", "user"])
 def test_every_keyword_counts_in_the_identity_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
     bare = MachineSpec.resolve("debian-12", {})
     changed = MachineSpec.resolve("debian-12", {keyword: KEYWORDS[keyword]})
 
     assert changed.identity() != bare.identity()
-    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "memory", "display", "user_data"})
+    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "cpu", "nested", "memory", "display", "user_data"})
 
 
 @given(st.dictionaries(WORDS, WORDS), st.randoms())
@@ -290,6 +310,9 @@ def test_a_layer_is_another_when_a_file_it_depends_on_changes_and_paths_are_seen
     changed = made.recipe()
     (tmp_path / "conf" / "b").write_text("")
     added = made.recipe()
+    (tmp_path / "conf" / "__pycache__").mkdir()
+    (tmp_path / "conf" / "__pycache__" / "a.pyc").write_text("what Python made of it")
+    assert made.recipe() == added
     (tmp_path / "conf" / "b").rename(tmp_path / "conf" / "c")
 
     assert len({before, changed, added, made.recipe()}) == 4
@@ -317,3 +340,11 @@ def test_a_layer_without_a_source_text_is_told() -> None:
 
     with pytest.raises(SpecError, match="the source text of the layer made cannot be read"):
         Layer(source="debian-12", function=space["made"], name="made").recipe()
+
+
+def test_the_networks_that_may_be_reached_are_checked_and_written_alike() -> None:
+    assert MachineSpec(source="x", network=["10.0.0.0/8", "2001:db8::/32"]).network == ("10.0.0.0/8", "2001:db8::/32")
+    assert not MachineSpec(source="x", network=["10.0.0.0/8"]).nat
+    for wrong in (["10.0.0.1/8"], ["here"], [1], []):
+        with pytest.raises(SpecError, match="network="):
+            MachineSpec(source="x", network=wrong)

@@ -25,6 +25,7 @@ from pytest_vmbottle.backends.qemu.account import Account
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
 from pytest_vmbottle.backends.qemu.dialect import Dialect, ask
 from pytest_vmbottle.backends.qemu.instance import Programs, start
+from pytest_vmbottle.backends.qemu.processor import accelerator_for
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec, digest, host_arch
 
@@ -207,17 +208,29 @@ class QemuBackend:
             emulated=known.accelerator.name == "tcg",
         )
 
+    def _programs(self, spec: MachineSpec) -> Programs:
+        """The same, with the processor that a machine is to have."""
+        programs = self.programs(spec.arch)
+        emulator = attrs.evolve(programs.emulator, accelerator=accelerator_for(spec, programs.emulator.accelerator))
+        return attrs.evolve(programs, emulator=emulator)
+
     def fingerprint(self, spec: MachineSpec) -> str:
         """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
-        emulator, version = self.programs(spec.arch).emulator, self._prover(spec.arch).proof.version
+        emulator, version = self._programs(spec).emulator, self._prover(spec.arch).proof.version
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
         processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
         return digest("qemu", FORMAT, version, _content(emulator.binary, self._proofs), known, processor, spec.arch)
 
+    def refusal(self, spec: MachineSpec) -> str | None:
+        """What of a spec QEMU cannot do (see `Selective`)."""
+        if isinstance(spec.network, tuple):
+            return f"network={list(spec.network)}: the user network of QEMU lets a guest reach all or nothing: say True or False"
+        return None
+
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Starts a machine (see `Backend.launch`)."""
-        return start(self.programs(spec.arch), spec, source=source, rundir=rundir, deadline=deadline)
+        return start(self._programs(spec), spec, source=source, rundir=rundir, deadline=deadline)
 
 
 @contextmanager

@@ -1,0 +1,59 @@
+"""Which processor a guest sees: the best that this host has for it, or the one it was asked for; with virtualisation of its own or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+
+from pytest_vmbottle.backends.qemu.command_line import Accelerator
+from pytest_vmbottle.errors import BackendUnavailable
+from pytest_vmbottle.spec import MachineSpec
+
+__all__ = ["accelerator_for"]
+
+_NESTING_MODEL = "EPYC-v1"
+"""What TCG emulates for a guest with guests. Its widest model, `max`, has AMD-V too, but a guest of libkrun starts ten times as slowly."""
+
+_NESTING_FEATURES = ",+svm,+npt"
+"""AMD-V and its nested page tables: the only hardware virtualisation that TCG emulates (TCG_EXT3_FEATURES in target/i386/cpu.c)."""
+
+_FEATURES = {"kvm_amd": _NESTING_FEATURES, "kvm_intel": ",+vmx"}
+_MODULES = Path("/sys/module")
+
+
+def accelerator_for(spec: MachineSpec, accelerator: Accelerator, *, modules: Path = _MODULES) -> Accelerator:
+    """How guest code is run on the processor that a machine is to have.
+
+    Args:
+        spec: What it is.
+        accelerator: What this host runs its guests by.
+        modules: Where the kernel tells of its modules.
+
+    Raises:
+        BackendUnavailable: The guest was to run virtual machines, and this host cannot have it do so.
+    """
+    if not spec.nested:
+        return attrs.evolve(accelerator, cpu=spec.cpu or accelerator.cpu)
+    if accelerator.name == "tcg":  # more code of more address spaces is kept translated
+        model = spec.cpu or _NESTING_MODEL
+        return attrs.evolve(accelerator, option=accelerator.option.replace("tb-size=256", "tb-size=512"), cpu=model + _NESTING_FEATURES)
+    features = _hardware_features(accelerator, modules)
+    return attrs.evolve(accelerator, cpu=spec.cpu + features if spec.cpu else accelerator.cpu)
+
+
+def _hardware_features(accelerator: Accelerator, modules: Path) -> str:
+    """What a model lacks that the host's own processor passes on, where its kernel lets it."""
+    if accelerator.name != "kvm":
+        raise BackendUnavailable(f"guests that run virtual machines are not known to work by {accelerator.name}", "Use: --vm-accel tcg")
+    module = next((name for name in _FEATURES if (modules / name).is_dir()), None)
+    if module is None:
+        raise BackendUnavailable("KVM is here without kvm_intel or kvm_amd, so that no guest gets virtualisation", "Use: --vm-accel tcg")
+    switch = modules / module / "parameters" / "nested"
+    if not switch.is_file() or switch.read_text().strip() not in ("1", "Y"):
+        remedy = (
+            f"Turn it on: echo 'options {module} nested=1' | sudo tee /etc/modprobe.d/nested.conf && "
+            f"sudo modprobe -r {module} && sudo modprobe {module}; or use emulation: --vm-accel tcg"
+        )
+        raise BackendUnavailable(f"this host's KVM does not let guests run virtual machines: {switch} is not 1", remedy)
+    return _FEATURES[module]

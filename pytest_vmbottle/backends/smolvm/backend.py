@@ -1,0 +1,357 @@
+"""smolvm as a backend: which program this host has, whether it runs a guest, what it can do, and what its packs depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import attrs
+
+from pytest_vmbottle._os import Deadline, atomic_file, private_dir
+from pytest_vmbottle.backend import Capabilities, Command, Instance, OwnImage, PackKind, Start
+from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel
+from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation, Engine, alone
+from pytest_vmbottle.backends.smolvm.instance import PACK, Maker, creation
+from pytest_vmbottle.backends.smolvm.program import Program, find_program
+from pytest_vmbottle.backends.smolvm.vmm import Vmm, is_dead, me
+from pytest_vmbottle.errors import BackendUnavailable, MachineError, SmolvmError, SpecError
+from pytest_vmbottle.spec import MachineSpec, digest, host_arch
+
+__all__ = ["SmolvmBackend", "Verdict"]
+
+_FORMAT = 1
+"""Part of every fingerprint: how a machine is made, and what is in a pack."""
+_PROOF_SECONDS = 38.0
+_OTHERS = 300.0
+_DEVICE = Path("/dev/kvm")
+# As image servers and container registries name the same systems.
+_SYSTEM = re.compile(r"(alpine|debian|fedora|ubuntu)-([0-9][0-9.]*)")
+_NEEDS = {
+    PackKind.TEMPLATE: frozenset({"branch", "checkpoint"}),
+    PackKind.STREAM: frozenset({"checkpoint"}),
+    PackKind.DISK: frozenset({"create"}),
+}
+_OWN = ("", "smolvm")
+_SOCKET = len("/.cache/smolvm/vms/0123456789abcdef/port-forward.sock")
+"""Bytes that smolvm adds to the path of its folder for a socket."""
+_SOCKET_PATH = 107
+"""Bytes of a socket's path at most: see unix(7)."""
+_SHORT = Path("/var/tmp")  # noqa: S108 - a folder there is only used if it is ours alone
+_TEXT = 1 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Verdict:
+    """What came of running a machine here.
+
+    Attributes:
+        works: Whether a command ran in a guest.
+        evidence: What happened, in one sentence.
+        seconds: How long it took.
+    """
+
+    works: bool
+    evidence: str
+    seconds: float
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+class SmolvmBackend:
+    """Makes machines with the smolvm of this host."""
+
+    def __init__(
+        self,
+        *,
+        state: Path,
+        proofs: Path,
+        pack_kind: PackKind | None = None,
+        images: Mapping[str, str] | None = None,
+        warn: Callable[[str], None] = _silent,
+    ) -> None:
+        """Looks for nothing yet.
+
+        Args:
+            state: A folder for smolvm's machines, images and database.
+            proofs: A folder that remembers what was proved.
+            pack_kind: The kind of pack to make, or None for the quickest that is dependable.
+            images: What names of images stand for: a reference, a path, or nothing for smolvm's own Alpine.
+            warn: Takes a sentence that somebody should read.
+        """
+        self._state, self._proofs, self._pack_kind, self._warn = state, proofs, pack_kind, warn
+        self._images = dict(images or {})
+        self._sources: dict[str, tuple[str, Vmm]] = {}
+        self._swept = False
+
+    @cached_property
+    def program(self) -> Program:
+        """The smolvm that is used.
+
+        Raises:
+            BackendUnavailable: There is none.
+        """
+        return find_program()
+
+    @cached_property
+    def engine(self) -> Engine:
+        """It, with its machines."""
+        return Engine(self.program, _place(self._state))
+
+    @property
+    def _kind(self) -> PackKind:
+        # A pack of a disk is made and started the quickest where guests are emulated, and only its start never has to be repeated.
+        return self._pack_kind or PackKind.DISK
+
+    @property
+    def _maker(self) -> Maker:
+        return Maker(engine=self.engine, kind=self._kind, warn=self._warn, source_of=self._source_of)
+
+    # -- what it can do here ---------------------------------------------------------------------------------------------------------
+
+    def probe(self) -> Capabilities:
+        """What smolvm can do here, proved by running a machine, now or earlier since this host was booted (see `Backend.probe`)."""
+        verdict = self.verdict
+        if not verdict.works:
+            raise BackendUnavailable(f"smolvm {self.program.version} runs no machine here: {verdict.evidence}", _remedy())
+        if not self.program.verbs >= _NEEDS[self._kind]:
+            lacks = " and ".join(sorted(_NEEDS[self._kind] - self.program.verbs))
+            raise BackendUnavailable(f"smolvm {self.program.version} knows no {lacks}, as {self._kind} packs need", "Say --vm-pack=disk")
+        forced = self._pack_kind is not None
+        return Capabilities(
+            backend="smolvm",
+            version=f"smolvm {self.program.version}",
+            accelerator="kvm",
+            reason=verdict.evidence,
+            pack_kind=self._kind,
+            pack_reason="as it was asked for" if forced else "its machines boot from it, and their start is the most dependable",
+            emulated=False,
+        )
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Whether a machine ran here, which is remembered until this host is booted again.
+
+        Raises:
+            BackendUnavailable: There is no smolvm.
+        """
+        known = self._known()
+        if known is None:
+            with alone(private_dir(self._proofs) / "smolvm.lock", Deadline(_OTHERS)):  # of many workers, one proves it
+                known = self._known() or self.prove_again()
+        return known
+
+    def _known(self) -> Verdict | None:
+        try:
+            return Verdict(**json.loads(self._memory().read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def prove_again(self) -> Verdict:
+        """Runs a machine now, whatever was proved before, and remembers what came of it."""
+        verdict = self._prove()
+        # The first start of all unpacks disks of 30 GiB beside the program, which may take a slow host all the time there is.
+        if verdict.works or verdict.seconds < _PROOF_SECONDS:
+            with atomic_file(self._memory()) as file:
+                file.write(json.dumps(attrs.asdict(verdict)).encode())
+        self.__dict__["verdict"] = verdict
+        return verdict
+
+    def _memory(self) -> Path:
+        status = self.program.path.stat()
+        identity = [str(self.program.path), status.st_size, status.st_mtime_ns]
+        key = digest("smolvm", _FORMAT, _text(Path("/proc/sys/kernel/random/boot_id")), identity, _device())
+        return private_dir(self._proofs) / f"smolvm-{key[:24]}.json"
+
+    def _prove(self) -> Verdict:
+        began = time.monotonic()
+        refused = _no_device()
+        evidence = refused or self._run_one(Deadline(_PROOF_SECONDS))
+        return Verdict(works=not evidence, evidence=evidence or "a command ran in a guest", seconds=time.monotonic() - began)
+
+    def _run_one(self, deadline: Deadline) -> str:
+        """Runs a command in a new machine; returns why it could not, or nothing."""
+        name = f"proof-{secrets.token_hex(4)}"
+        made_of = Creation(memory=256 << 20, label=me())
+        try:
+            self.engine.create(name, made_of, deadline=deadline)
+            vmm = Vmm(self._maker.start_twice(name, made_of, deadline=deadline))
+            try:
+                return "" if _echoes(self.engine, name, deadline) else "the guest started and answered no command"
+            finally:
+                vmm.kill()
+                vmm.let_go()
+        except MachineError as error:
+            return " ".join(str(error).splitlines()[0].split())
+        finally:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        try:
+            self.engine.delete(name, deadline=Deadline(20))
+        except MachineError as error:
+            self._warn(f"smolvm could not remove the machine {name}: {error}")
+
+    def refusal(self, spec: MachineSpec) -> str | None:
+        """What of a spec smolvm cannot do (see `Selective`)."""
+        cannot = {
+            f"network={spec.lan!r}: smolvm's machines join no private LAN": spec.lan is not None,
+            "display=True: smolvm's machines have no screen": spec.display,
+            f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
+            "nested=True: smolvm's machines run no machines themselves": spec.nested,
+            "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
+            "disk=: the disk of a smolvm machine cannot be given a size": spec.disk is not None,
+            f"arch={spec.arch!r}: smolvm runs guests of this host's architecture alone, which is {host_arch()}": spec.arch != host_arch(),
+        }
+        return next((why for why, applies in cannot.items() if applies), None)
+
+    def fingerprint(self, spec: MachineSpec) -> str:
+        """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
+        return digest("smolvm", _FORMAT, self.program.version, spec.arch)
+
+    # -- images ----------------------------------------------------------------------------------------------------------------------
+
+    def find_image(self, source: str | Path) -> OwnImage:
+        """What a spec's source stands for: a name, a registry's reference, an archive, a root folder, or a pack (see `OwnImages`)."""
+        given = self._images.get(source, source) if isinstance(source, str) else source
+        if str(given) in _OWN:
+            return OwnImage(name=str(source) or "smolvm", reference="", digest=digest("smolvm's own"), quick=True)
+        if isinstance(given, Path) or given.startswith(("/", "./", "../", "~/")) or given.endswith((".tar", ".smolmachine")):
+            return self._local(str(source), Path(given).expanduser().absolute())
+        system = _SYSTEM.fullmatch(given)
+        reference = f"{system[1]}:{system[2]}" if system else given
+        return OwnImage(name=str(source), reference=reference, digest=digest("reference", reference), quick=False)
+
+    def _local(self, name: str, path: Path) -> OwnImage:
+        if path.is_dir():
+            content = digest([_entry(each, path) for each in sorted(path.rglob("*"))])
+            return OwnImage(name=name, reference=f"{path}/", digest=content, quick=False)
+        if not path.is_file():
+            raise SpecError(f"source={name!r}: there is no file or folder {path}")
+        return OwnImage(name=name, reference=str(path), digest=_content(path, self._proofs), quick=path.suffix == ".smolmachine")
+
+    def pack_image(self, reference: str, dest: Path, *, deadline: Deadline) -> None:
+        """Writes an image into a folder (see `OwnImages`)."""
+        self.engine.pack(dest / PACK.removesuffix(".smolmachine"), image=reference, deadline=deadline)
+
+    # -- machines --------------------------------------------------------------------------------------------------------------------
+
+    def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
+        """Starts a machine (see `Backend.launch`)."""
+        self.probe()
+        self._sweep()
+        return self._maker.start(spec, source, rundir, deadline)
+
+    def discard(self, rundir: Path) -> None:
+        """Removes what smolvm keeps of a folder's machine (see `Keeping`)."""
+        self._maker.discard(rundir)
+
+    def close(self) -> None:
+        """Ends the machines that others were branched from; may be called again."""
+        while self._sources:
+            _, (name, vmm) = self._sources.popitem()
+            vmm.kill()
+            vmm.let_go()
+            self._remove(name)
+
+    def _sweep(self) -> None:
+        """Removes, once, the machines of processes that are certainly gone."""
+        if self._swept:
+            return
+        self._swept = True
+        for listed in self.engine.machines():
+            if is_dead(listed.labels.get(LABEL, "")):
+                self._remove(listed.name)
+
+    def _source_of(self, folder: Path, spec: MachineSpec, deadline: Deadline) -> str:
+        """The machine that those of a pack are branched from, started if this process has none yet."""
+        key = digest(str(folder), spec.cpus, spec.memory, spec.network, spec.ports)
+        name, vmm = self._sources.get(key, ("", None))
+        if vmm is not None and vmm.is_running:
+            return name
+        name = f"warm-{secrets.token_hex(6)}"
+        # Its ports would be taken already: those of a branch are new ones.
+        made_of = creation(spec, Start.own(saved=folder), {})
+        try:
+            self.engine.create(name, made_of, deadline=deadline)
+            self._sources[key] = (name, Vmm(self._maker.start_twice(name, made_of, branchable=True, deadline=deadline)))
+        except BaseException:
+            self._remove(name)
+            raise
+        return name
+
+
+def _place(state: Path) -> Path:
+    """The folder itself or, where the paths of the sockets in it would be too long for the kernel, a private one with a short name."""
+    if len(os.fsencode(state)) + _SOCKET <= _SOCKET_PATH:
+        return state
+    top = _SHORT / f"vmbottle-{os.geteuid()}"
+    private_dir(top)
+    status = top.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise BackendUnavailable(f"{state} is too long for smolvm's sockets, and {top} is not ours alone", "Choose another --vm-catalog")
+    return private_dir(top / digest(str(state))[:12])
+
+
+def _echoes(engine: Engine, name: str, deadline: Deadline) -> bool:
+    """Whether a machine runs a command by the deadline."""
+    channel = SmolvmChannel(engine, name, alive=lambda: None)
+
+    def asked() -> bool:
+        try:
+            return channel.run(Command(argv=("echo", name)), deadline=deadline).stdout.strip() == name.encode()
+        except SmolvmError:
+            return False
+
+    return bool(deadline.poll(asked, every=0.5, first=0.05))
+
+
+def _device() -> list[object]:
+    try:
+        status = _DEVICE.stat()
+    except OSError:
+        return []
+    return [status.st_rdev, status.st_mode, status.st_gid, os.access(_DEVICE, os.R_OK | os.W_OK)]
+
+
+def _no_device() -> str:
+    if not _DEVICE.exists():
+        return "there is no /dev/kvm"
+    return "" if os.access(_DEVICE, os.R_OK | os.W_OK) else "/dev/kvm may not be opened by this user"
+
+
+def _remedy() -> str:
+    return "See vmbottle doctor, or use QEMU, which also runs without KVM: --vm-backend qemu"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:_TEXT]
+    except OSError:
+        return ""
+
+
+def _entry(path: Path, root: Path) -> list[object]:
+    status = path.lstat()
+    return [str(path.relative_to(root)), status.st_mode, status.st_size, status.st_mtime_ns]
+
+
+def _content(path: Path, memory: Path) -> str:
+    """The sha256 of a file, remembered by its size, time and inode."""
+    status = path.stat()
+    known = private_dir(memory) / f"sha256-{digest(str(path), status.st_size, status.st_mtime_ns, status.st_ino)[:24]}"
+    if not known.exists():
+        with path.open("rb") as file:
+            value = hashlib.file_digest(file, "sha256").hexdigest()
+        with atomic_file(known) as record:
+            record.write(value.encode())
+    return known.read_text()

@@ -1,0 +1,402 @@
+"""Commands in a guest by `smolvm machine exec`.
+
+smolvm gives the status of a command as its own, with 137 for one that was killed and for one that ended with 137 alike, and 1 for its own
+failures too. So a line of shell in the guest says how the command ended, behind a mark on stderr that no command knows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import secrets
+import shlex
+import signal
+import struct
+import subprocess
+import termios
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from typing import IO, BinaryIO
+
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import GUEST_PATH, MAX_OUTPUT, Command, Finished, not_run
+from pytest_vmbottle.backends.smolvm.engine import Engine, failure, plain
+from pytest_vmbottle.errors import MachineTimeout
+
+__all__ = ["SmolvmChannel", "SmolvmProcess", "SmolvmTerminal", "Verdict"]
+
+_CHUNK = 1 << 16
+_GRACE = 10.0
+_EVIDENCE = 8192
+"""Bytes of the end of stderr that are kept for the case that smolvm itself failed."""
+# The command comes by a variable, so that who looks for a process by its words does not find this shell. Of a child that a signal ended the
+# shell says what signal that was; dash and BusyBox do, bash does not.
+_WRAP = r"""
+mark=$VMBOTTLE_MARK; eval "set -- $VMBOTTLE_WORDS"; unset VMBOTTLE_MARK VMBOTTLE_WORDS; cd /
+exec 5>&1 3>&2
+said=$(exec 2>&1; (exec "$@" >&5 2>&3 3>&- 5>&-); echo " $?")
+printf '\036%s%s\n' "$mark" "$said" >&2
+"""
+_ENDING = re.compile(rb"(.*?) (\d{1,3})\n", re.DOTALL)
+_BY_SIGNAL = 128
+_UNSAID = frozenset({signal.SIGINT, signal.SIGPIPE})
+"""Of these, no shell says anything."""
+_LOGIN = r"""
+cd / 2>/dev/null; home=$(getent passwd "$1" | cut -d: -f6); [ -z "$home" ] || cd "$home" 2>/dev/null
+if [ "$1" = root ]; then export HOME="${home:-/root}" USER=root LOGNAME=root; exec "${SHELL:-/bin/sh}" -l; fi
+exec su - "$1"
+"""
+
+
+class Verdict:
+    """Takes the mark, and how the command ended, out of its stderr; what is left goes on."""
+
+    def __init__(self, mark: str, sink: Callable[[bytes], object]) -> None:
+        """Takes the mark, and who gets the rest."""
+        self._mark = b"\x1e" + mark.encode()
+        self._sink = sink
+        self._held = b""
+        self._begun = False
+        self.returncode: int | None = None
+        self.evidence = b""
+
+    def feed(self, data: bytes) -> None:
+        """Takes what was written, or with `b""` the end."""
+        self._held += data
+        self.evidence = (self.evidence + data)[-_EVIDENCE:]
+        if not self._begun and data and b"\n" not in self._held and b"note: no packed".startswith(self._held[:15]):
+            return  # it may become smolvm's own note
+        if not self._begun:
+            self._begun, self._held = True, plain(self._held)
+        before, found, after = self._held.partition(self._mark)
+        ending = _ENDING.match(after) if found else None
+        if ending:
+            self.returncode = _status(int(ending[2]), killed=bool(ending[1].strip()))
+            self._pass(before + after[ending.end() :])
+        elif found and data:
+            self._pass(before)
+            self._held = self._mark + after
+        else:
+            self._hold_back(data)
+        if not data:
+            self._sink(b"")
+
+    def _pass(self, data: bytes) -> None:
+        self._held = b""
+        if data:
+            self._sink(data)
+
+    def _hold_back(self, data: bytes) -> None:
+        """Passes on all but what may be the beginning of the mark."""
+        kept = next((n for n in range(min(len(self._mark), len(self._held)), 0, -1) if self._mark.startswith(self._held[-n:])), 0)
+        split = len(self._held) - (kept if data else 0)
+        held = self._held[split:]
+        self._pass(self._held[:split])
+        self._held = held
+
+
+def _status(number: int, *, killed: bool) -> int:
+    return _BY_SIGNAL - number if killed or number - _BY_SIGNAL in _UNSAID else number
+
+
+class _Head:
+    """The beginning of a stream, of bounded length."""
+
+    def __init__(self) -> None:
+        self.kept = bytearray()
+        self.truncated = False
+
+    def write(self, data: bytes) -> None:
+        room = MAX_OUTPUT - len(self.kept)
+        self.kept += data[:room]
+        self.truncated = self.truncated or len(data) > room
+
+
+class SmolvmProcess:
+    """A command that runs in a guest, with the smolvm that holds its streams (see `Running`). Where that is killed, so is the command.
+
+    Attributes:
+        unwritten: Why output could not be kept.
+    """
+
+    def __init__(  # noqa: PLR0913 - as Spawning.start, and what it is told by
+        self,
+        argv: list[str],
+        mark: str,
+        *,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        alive: Callable[[], None],
+        closed: Callable[[SmolvmProcess], object],
+    ) -> None:
+        """Starts it.
+
+        Args:
+            argv: The command line of smolvm.
+            mark: What stands before the command's status on stderr.
+            stdout: Gets its output, with `b""` at the end.
+            stderr: The same of stderr.
+            alive: Raises if the machine is gone.
+            closed: Told when it is given up.
+        """
+        self._argv, self._alive, self._closed = argv, alive, closed
+        self._verdict = Verdict(mark, stderr)
+        self._writing = threading.Lock()
+        self.unwritten: list[OSError] = []
+        self._process = subprocess.Popen(  # noqa: S603 - argv list, no shell
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        streams = ((self._process.stdout, stdout), (self._process.stderr, self._verdict.feed))
+        self._readers = [
+            threading.Thread(target=_drain, args=(stream, sink, self.unwritten), daemon=True) for stream, sink in streams if stream
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """Its status, or -N for signal N; None while it runs."""
+        if self._process.poll() is None:
+            return None
+        for reader in self._readers:
+            reader.join(_GRACE)
+        if self._verdict.returncode is None:
+            self._alive()
+            raise failure(self._argv, self._process.returncode, self._verdict.evidence)
+        return self._verdict.returncode
+
+    def wait(self, *, deadline: Deadline) -> int | None:
+        """Waits for its status."""
+        while not self._ended(min(0.5, deadline.remaining)):
+            if deadline.expired:
+                return None
+            self._alive()
+        return self.returncode
+
+    def _ended(self, seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+            return True
+        return False
+
+    def feed(self, source: BinaryIO) -> None:
+        """Gives it all of a file as its input, in a thread."""
+
+        def copy() -> None:
+            with suppress(OSError):  # the command ended without reading all of it
+                while chunk := source.read(_CHUNK):
+                    self._write(chunk)
+            self.close_input()
+
+        threading.Thread(target=copy, daemon=True).start()
+
+    def _write(self, data: bytes) -> None:
+        stdin = self._process.stdin
+        if stdin is None or stdin.closed:
+            raise BrokenPipeError("its input was closed")
+        stdin.write(data)
+        stdin.flush()
+
+    def write(self, data: bytes, *, deadline: Deadline) -> None:
+        """Gives it input (see `Running.write`)."""
+        failures: list[OSError] = []
+
+        def send() -> None:
+            try:
+                with self._writing:
+                    self._write(data)
+            except (OSError, ValueError) as error:
+                failures.append(BrokenPipeError(f"the command has ended, or its input was closed, and takes no more: {error}"))
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        sender.join(min(deadline.remaining, threading.TIMEOUT_MAX))  # no end at all is more than threads understand
+        if sender.is_alive():
+            raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s")
+        if failures:
+            raise failures[0]
+
+    def close_input(self) -> None:
+        """Ends its input; may be called again."""
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
+    def close(self) -> None:
+        """Ends the smolvm that holds it, and with that the command if it still runs; may be called again."""
+        self._closed(self)
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self.close_input()
+        for reader in self._readers:
+            reader.join(_GRACE)
+
+
+def _drain(stream: IO[bytes], sink: Callable[[bytes], object], unwritten: list[OSError]) -> None:
+    chunk = b"the first"
+    with stream:
+        while chunk:
+            chunk = os.read(stream.fileno(), _CHUNK)
+            try:
+                if not unwritten:  # else it is read to its end all the same, so that the command is not held up
+                    sink(chunk)
+            except OSError as error:
+                unwritten.append(error)
+
+
+class SmolvmChannel:
+    """Runs commands in one machine, each by a smolvm of its own; safe to use from several threads."""
+
+    def __init__(self, engine: Engine, name: str, *, alive: Callable[[], None]) -> None:
+        """Takes what tells, by raising, that the machine is gone."""
+        self._engine, self._name, self._alive = engine, name, alive
+        self._running: set[SmolvmProcess] = set()
+
+    def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
+        mark = secrets.token_hex(8)
+        environment = [f"{name}={value}" for name, value in command.env]
+        # Quoted so that this shell's own environment does not have the tag in it, by which the command is found and killed.
+        words = f"env -i VMBOTTLE_''EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
+        argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP), env={"VMBOTTLE_MARK": mark, "VMBOTTLE_WORDS": words})
+        closed = self._running.discard
+        process = SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive, closed=closed)
+        self._running.add(process)
+        return process
+
+    def start(
+        self,
+        command: Command,
+        *,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        deadline: Deadline,  # noqa: ARG002 - it begins at once
+    ) -> SmolvmProcess:
+        """Starts a command (see `Spawning.start`)."""
+        return self._begin(command, stdout, stderr)
+
+    def run(self, command: Command, *, deadline: Deadline) -> Finished:
+        """Runs a command to its end (see `Channel.run`)."""
+        return self._execute(command, BytesIO(command.input), None, deadline)
+
+    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
+        """Runs a command with a host file as its input."""
+        return self._execute(command, source, None, deadline)
+
+    def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
+        """Runs a command and writes its standard output to a host file."""
+        return self._execute(command, None, sink, deadline)
+
+    def _execute(self, command: Command, source: BinaryIO | None, sink: BinaryIO | None, deadline: Deadline) -> Finished:
+        out, err = _Head(), _Head()
+        process = self._begin(command, (sink or out).write, err.write)
+        try:
+            process.feed(source or BytesIO())
+            status = process.wait(deadline=deadline)
+            timed_out = status is None
+            if timed_out:
+                self._kill(command)
+                process.wait(deadline=Deadline(_GRACE))
+        finally:
+            process.close()
+        if process.unwritten:
+            raise process.unwritten[0]
+        return not_run(
+            Finished(
+                returncode=-9 if status is None else status,
+                stdout=bytes(out.kept),
+                stderr=bytes(err.kept),
+                truncated=out.truncated or err.truncated,
+                timed_out=timed_out,
+            ),
+            command,
+        )
+
+    def _kill(self, command: Command) -> None:
+        """Ends a command with all it has started, by the tag in their environments."""
+        process = self._begin(command.killer(), lambda _: None, lambda _: None)
+        try:
+            process.close_input()
+            process.wait(deadline=Deadline(_GRACE))
+        finally:
+            process.close()
+
+    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> SmolvmTerminal:  # noqa: ARG002
+        """A user's login shell on a terminal (see `Terminals.terminal`)."""
+        environment = (f"PATH={GUEST_PATH}", f"TERM={kind}", "LANG=C.UTF-8")
+        words = ("env", "-i", *environment, "/bin/sh", "-c", _LOGIN, "sh", user)
+        return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), size)
+
+    def close(self) -> None:
+        """Ends the commands that still run, each of which has a smolvm of its own; others can be run."""
+        for process in list(self._running):
+            process.close()
+
+
+class SmolvmTerminal:
+    """A program on a terminal in the guest, by a smolvm on a terminal here (see `Terminal`)."""
+
+    def __init__(self, argv: list[str], size: tuple[int, int]) -> None:
+        """Starts it, in a window of so many columns and lines."""
+        self._master, slave = pty.openpty()
+        try:
+            self._resize(*size)
+            self._process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)  # noqa: S603
+        except BaseException:
+            os.close(self._master)
+            raise
+        finally:
+            os.close(slave)
+
+    def fileno(self) -> int:
+        """Readable when there is something to receive."""
+        return self._master
+
+    def receive(self) -> bytes:
+        """What the program has written; nothing at its end."""
+        try:
+            return os.read(self._master, _CHUNK)
+        except OSError:  # EIO: nobody has the other end open
+            return b""
+
+    def send(self, data: bytes) -> None:
+        """Types it, if the program is still there."""
+        with suppress(OSError):
+            while data:
+                data = data[os.write(self._master, data) :]
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Tells smolvm, which tells the guest."""
+        with suppress(OSError):
+            self._resize(columns, lines)
+            os.killpg(self._process.pid, signal.SIGWINCH)
+
+    def _resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    @property
+    def status(self) -> int | None:
+        """How the program ended, or None if that is not known."""
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(2)
+            return None if code < 0 else code
+        return None
+
+    def close(self) -> None:
+        """Hangs up; may be called again."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1

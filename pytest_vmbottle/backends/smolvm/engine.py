@@ -1,0 +1,330 @@
+"""The commands of smolvm, one function for each: what it is asked, and what it answered.
+
+Its own failures are `SmolvmError`. With `--error-format json` it writes one object as its last line on stderr; the exit status alone would
+not tell a failure of its own from a command in a guest that ended with 1.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from pytest_vmbottle._os import Deadline, private_dir
+from pytest_vmbottle.backends.smolvm.program import Program
+from pytest_vmbottle.errors import MachineTimeout, SmolvmError
+
+__all__ = ["Creation", "Engine", "Listed", "Stats", "alone", "failure", "plain"]
+
+log = logging.getLogger(__name__)
+
+_QUICK = 60.0
+_SLOW = 600.0
+_LOCKED = "database is locked"
+_TRIES = 8
+_PID = re.compile(r"PID: (\d+)")
+_NOTE = b"note: no packed assets found"
+
+
+@attrs.frozen(kw_only=True)
+class Creation:
+    """What a machine is made of.
+
+    Attributes:
+        image: A registry's reference, an archive, or a folder with a root file system; empty for smolvm's own Alpine.
+        packed: A file that `pack` or `checkpoint` wrote, instead.
+        cpus: Virtual processors.
+        memory: Bytes of RAM.
+        network: Whether it reaches the network, or what alone it reaches of it (CIDR).
+        ports: Ports of the guest, and those of the host that lead to them.
+        label: Names who made it.
+    """
+
+    image: str = ""
+    packed: Path | None = None
+    cpus: int = 1
+    memory: int = 1 << 30
+    network: bool | tuple[str, ...] = False
+    ports: Mapping[int, int] = attrs.field(factory=dict)
+    label: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The options that say so."""
+        # Without --net, smolvm before 1.0 left the network off whatever was allowed; it is said whenever there is to be one.
+        network = ("--net", *(word for cidr in _networks(self.network) for word in ("--allow-cidr", cidr))) if self.network else ()
+        return (
+            *(("--from", str(self.packed)) if self.packed is not None else ()),
+            *(("--image", self.image) if self.image else ()),
+            *("--cpus", str(self.cpus), "--mem", str(max(1, self.memory >> 20))),
+            *network,
+            *(word for guest, host in self.ports.items() for word in ("--port", f"{host}:{guest}")),
+            *(("--label", f"{LABEL}={self.label}") if self.label else ()),
+        )
+
+
+LABEL = "vmbottle-owner"
+
+
+def _networks(network: bool | tuple[str, ...]) -> tuple[str, ...]:  # noqa: FBT001 - as a spec says it
+    return network if isinstance(network, tuple) else ()
+
+
+@attrs.frozen(kw_only=True)
+class Listed:
+    """A machine as `machine ls` shows it.
+
+    Attributes:
+        name: Its name.
+        state: `"created"`, `"running"`, `"stopped"`, or another word of smolvm's.
+        pid: The process that runs it; of no meaning unless it is running.
+        labels: What it was labelled with.
+    """
+
+    name: str
+    state: str
+    pid: int | None
+    labels: Mapping[str, str]
+
+
+@attrs.frozen(kw_only=True)
+class Stats:
+    """What `machine stats` tells of a running machine: percent of one processor, and the guest's memory in bytes."""
+
+    cpu_percent: float
+    memory_total: int
+    memory_used: int
+    memory_available: int
+
+
+class Engine:
+    """A smolvm with the folder where it keeps its machines."""
+
+    def __init__(self, program: Program, state: Path | None) -> None:
+        """Makes the folder, by default smolvm's own; runs nothing."""
+        self.program = program
+        self.state = state and private_dir(state)
+
+    # -- machines --------------------------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, creation: Creation, *, deadline: Deadline | None = None) -> None:
+        """Makes a machine that does not run yet."""
+        with self._alone(deadline):
+            self._do("machine", "create", "--name", name, *creation.words, seconds=_SLOW, deadline=deadline)
+
+    def start(self, name: str, *, branchable: bool = False, deadline: Deadline | None = None) -> int:
+        """Starts a machine, and returns the id of the process that runs it."""
+        with self._alone(deadline):
+            words = ("--branchable",) if branchable else ()
+            said = self._do("machine", "start", "--name", name, *words, seconds=_SLOW, deadline=deadline)
+        found = _PID.search(said)
+        pid = int(found[1]) if found else self._listed(name).pid
+        if pid is None:
+            raise MachineTimeout(f"smolvm started the machine {name} and does not say which process runs it", machine=name)
+        return pid
+
+    def stop(self, name: str, *, deadline: Deadline | None = None) -> None:
+        """Has a machine shut down; one that is not running stays as it is."""
+        self._do("machine", "stop", "--name", name, seconds=_SLOW, deadline=deadline)
+
+    def delete(self, name: str, *, deadline: Deadline | None = None) -> bool:
+        """Removes a machine, running or not; whether there was one."""
+        try:
+            self._do("machine", "delete", "-f", "--name", name, seconds=_SLOW, deadline=deadline)
+        except SmolvmError as error:
+            if error.code == "NOT_FOUND":
+                return False
+            raise
+        return True
+
+    def machines(self) -> tuple[Listed, ...]:
+        """All machines of this folder."""
+        answer = json.loads(self._do("machine", "ls", "--json", seconds=_QUICK))
+        return tuple(
+            Listed(name=each["name"], state=each["state"], pid=each.get("pid"), labels=each.get("labels") or {}) for each in answer
+        )
+
+    def _listed(self, name: str) -> Listed:
+        found = next((each for each in self.machines() if each.name == name), None)
+        return found or Listed(name=name, state="unknown", pid=None, labels={})
+
+    def stats(self, name: str) -> Stats:
+        """What a running machine takes."""
+        answer = json.loads(self._do("machine", "stats", "--name", name, "--json", seconds=_QUICK))
+        memory = answer["memory"]
+        return Stats(
+            cpu_percent=answer["cpu_percent"],
+            memory_total=memory["total_bytes"],
+            memory_used=memory["used_bytes"],
+            memory_available=memory["available_bytes"],
+        )
+
+    def status(self, name: str) -> str:
+        """What smolvm says of a machine, for people."""
+        return self._do("machine", "status", "--name", name, seconds=_QUICK)
+
+    def logs(self, name: str, *, lines: int | None = None) -> str:
+        """What the workload of an image has printed; what runs by `exec` is not in it."""
+        return self._do("machine", "logs", "--name", name, *(() if lines is None else ("--tail", str(lines))), seconds=_QUICK)
+
+    def data_dir(self, name: str) -> Path:
+        """Where a machine's files are."""
+        return Path(self._do("machine", "data-dir", "--name", name, seconds=_QUICK).strip())
+
+    def copy_in(self, name: str, source: Path, path: str, *, deadline: Deadline | None = None) -> None:
+        """Copies a host file to a path in the guest."""
+        self._do("machine", "cp", str(source.absolute()), f"{name}:{path}", seconds=_SLOW, deadline=deadline)
+
+    def copy_out(self, name: str, path: str, target: Path, *, deadline: Deadline | None = None) -> None:
+        """Copies a file of the guest to the host."""
+        self._do("machine", "cp", f"{name}:{path}", str(target.absolute()), seconds=_SLOW, deadline=deadline)
+
+    def exec_argv(self, name: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, terminal: bool = False) -> list[str]:
+        """The command line that runs a command in a guest, whose streams are those of it, as they come."""
+        variables = [word for key, value in (env or {}).items() for word in ("--env", f"{key}={value}")]
+        # Without -i the output comes whole at the end, and none of it where the command is ended before.
+        return self._argv("machine", "exec", "--name", name, "-i", *(("-t",) if terminal else ()), *variables, "--", *command)
+
+    # -- what machines are made from -------------------------------------------------------------------------------------------------
+
+    def branch(
+        self, source: str, name: str, *, ports: Mapping[int, int] | None = None, label: str = "", deadline: Deadline | None = None
+    ) -> int:
+        """Makes a running machine that begins where a running, branchable one is, and returns the id of its process."""
+        label_words = ("--label", f"{LABEL}={label}") if label else ()
+        port_words = [word for guest, host in (ports or {}).items() for word in ("--port", f"{host}:{guest}")]
+        with self._alone(deadline):
+            words = ("--from", source, "--name", name, "--freeze-source", *port_words, *label_words)
+            self._do("machine", "branch", *words, seconds=_SLOW, deadline=deadline)
+        pid = self._listed(name).pid
+        if pid is None:
+            raise MachineTimeout(f"smolvm branched the machine {name} and does not say which process runs it", machine=name)
+        return pid
+
+    def checkpoint(self, name: str, dest: Path, *, deadline: Deadline | None = None) -> None:
+        """Writes a running, branchable machine with its RAM into a file; it goes on."""
+        self._do("machine", "checkpoint", "--name", name, "--output", str(dest), seconds=_SLOW, deadline=deadline)
+
+    def pack(self, dest: Path, *, machine: str = "", image: str = "", deadline: Deadline | None = None) -> Path:
+        """Packs a stopped machine or an image, and returns the file that `Creation.packed` takes: `dest` with `.smolmachine` at its end.
+
+        Raises:
+            SmolvmError: It could not; among others because the machine is running.
+        """
+        source = ("--from-vm", machine) if machine else ("--image", image)
+        self._do("pack", "create", *source, "--output", str(dest), seconds=_SLOW, deadline=deadline)
+        dest.unlink(missing_ok=True)  # a program that would run it, 50 MB, of which nothing is needed
+        return dest.with_name(f"{dest.name}.smolmachine")
+
+    # -- how it is asked -------------------------------------------------------------------------------------------------------------
+
+    def _argv(self, group: str, verb: str, *words: str) -> list[str]:
+        state = () if self.state is None else ("--state-dir", str(self.state))
+        return [str(self.program.path), group, verb, "--error-format", "json", *state, *words]
+
+    def _do(self, group: str, verb: str, *words: str, seconds: float, deadline: Deadline | None = None) -> str:
+        """Runs a subcommand, again where another one had the database locked; returns what it wrote on stdout."""
+        limit = Deadline(min(seconds, deadline.remaining) if deadline is not None else seconds)
+        argv = self._argv(group, verb, *words)
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return _run(argv, limit)
+            except SmolvmError as error:
+                if _LOCKED not in error.stderr or attempt == _TRIES or limit.expired:
+                    raise
+                log.info("smolvm's database was locked, attempt %d of %d", attempt, _TRIES)
+                time.sleep(min(limit.remaining, 0.05 * 2**attempt * random.uniform(0.5, 1.5)))  # noqa: S311 - no secret
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _alone(self, deadline: Deadline | None) -> Iterator[None]:
+        """Held by one process at a time: smolvm's database does not stand many that make or start machines at once."""
+        folder = self.state or private_dir(Path.home() / ".cache")
+        with alone(folder / "vmbottle.lock", deadline or Deadline(_SLOW)):
+            yield
+
+
+@contextmanager
+def alone(path: Path, deadline: Deadline) -> Iterator[None]:
+    """Held by one process at a time.
+
+    Raises:
+        MachineTimeout: Others held it until the deadline.
+    """
+    with path.open("a") as lock:
+        if not deadline.poll(lambda: _locked(lock.fileno()), every=0.2, first=0.01):
+            raise MachineTimeout(f"other processes use smolvm ({path}) and were not done within {deadline.seconds:.0f} s")
+        yield
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _run(argv: Sequence[str], deadline: Deadline) -> str:
+    process = subprocess.Popen(  # noqa: S603 - argv list, no shell
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=deadline.remaining)
+    except subprocess.TimeoutExpired as expired:
+        _kill(process)
+        raise failure(argv, None, expired.stderr or b"") from None
+    except BaseException:
+        _kill(process)
+        raise
+    if process.returncode:
+        raise failure(argv, process.returncode, stderr)
+    return stdout.decode(errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=2)
+
+
+def plain(stderr: bytes) -> bytes:
+    """What was written on stderr, without the note that smolvm begins with when it was started by another name."""
+    if not stderr.startswith(_NOTE):
+        return stderr
+    return stderr.partition(b"\n")[2]
+
+
+def failure(argv: Sequence[str], returncode: int | None, stderr: bytes) -> SmolvmError:
+    """The error that an ended smolvm comes to."""
+    text = plain(stderr).decode(errors="replace").strip()
+    told = _told(text)
+    what = " ".join(argv[1:3])
+    message = str(told.get("message") or text or "it said nothing")
+    return SmolvmError(f"smolvm {what}: {message}", argv=argv, returncode=returncode, stderr=text, code=str(told.get("code", "")))
+
+
+def _told(text: str) -> dict[str, Any]:
+    """What its last line says of a failure."""
+    with suppress(ValueError, IndexError):
+        last = json.loads(text.splitlines()[-1])
+        told = last.get("error") if isinstance(last, dict) else None
+        return told if isinstance(told, dict) else {}
+    return {}

@@ -1,0 +1,102 @@
+"""The program smolvm: where it is, and whether it is the right one.
+
+Two products go by that name. This one is of smol-machines: its machines are made by `smolvm machine create`, and the wheel `smolmachines`
+carries it under the name `smol-vmm`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import attrs
+
+from pytest_vmbottle._os import run_tool
+from pytest_vmbottle.errors import BackendUnavailable
+
+__all__ = ["VARIABLE", "Program", "find_program", "judge"]
+
+VARIABLE = "VMBOTTLE_SMOLVM"
+"""The environment variable that names the program."""
+
+_INSTALL = "Install it: pip install 'pytest-vmbottle[smolvm]'"
+_OLDEST = (1, 0)
+_SECONDS = 20.0
+_VERSION = re.compile(r"^smolvm (\d+(?:\.\d+)+)", re.MULTILINE)
+_VERBS = frozenset({"create", "start", "stop", "delete", "exec", "cp"})
+_WHEEL = ("smol", "smol-vmm")
+
+
+@attrs.frozen(kw_only=True)
+class Program:
+    """A smolvm that can be used.
+
+    Attributes:
+        path: Where it is.
+        version: Its version, such as `"1.32.2"`.
+        verbs: What it can do with machines: the subcommands of `smolvm machine`.
+    """
+
+    path: Path
+    version: str
+    verbs: frozenset[str]
+
+
+def find_program(environ: Mapping[str, str] = os.environ) -> Program:
+    """The smolvm that is named by the environment, or else the first right one of the search path, or else that of the wheel.
+
+    Raises:
+        BackendUnavailable: There is none, or the named one is not it; the reason says what each one found is instead.
+    """
+    named = environ.get(VARIABLE)
+    if named:
+        found = judge(Path(named))
+        if isinstance(found, Program):
+            return found
+        raise BackendUnavailable(f"{VARIABLE}={named}: {found}", f"{_INSTALL}, and unset {VARIABLE}")
+    others = []
+    for path in (*_on_path(environ.get("PATH", os.defpath)), *_in_wheel()):
+        found = judge(path)
+        if isinstance(found, Program):
+            return found
+        others.append(f"{path}: {found}")
+    there = "; ".join(others) or "it is not in the search path, and the wheel smolmachines is not installed"
+    raise BackendUnavailable(f"there is no smolvm of smol-machines here: {there}", _INSTALL)
+
+
+def _on_path(path: str) -> Iterator[Path]:
+    for folder in dict.fromkeys(path.split(os.pathsep)):
+        program = Path(folder, "smolvm")
+        if folder and os.access(program, os.X_OK) and program.is_file():
+            yield program
+
+
+def _in_wheel() -> Iterator[Path]:
+    """The program inside the wheel, which is not imported: it loads a hypervisor."""
+    package, name = _WHEEL
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        program = Path(folder, name)
+        if os.access(program, os.X_OK):
+            yield program
+
+
+def judge(path: Path) -> Program | str:
+    """The program at a path, or what is wrong with it."""
+    try:
+        asked = run_tool([path, "--version"], timeout=_SECONDS)
+        told = run_tool([path, "machine", "--help"], timeout=_SECONDS)
+    except OSError as error:
+        return f"it cannot be run: {error.strerror}"
+    verbs = frozenset(re.findall(r"^  ([a-z][a-z-]*)  ", told.output, re.MULTILINE))
+    version = _VERSION.search(asked.output)
+    if not told.ok or not verbs >= _VERBS:
+        return "it is another product of that name, which knows no `smolvm machine create`"
+    if version is None:
+        return f"asked for its version, it said {asked.output.strip()[:80]!r}"
+    if tuple(map(int, version[1].split(".")[:2])) < _OLDEST:
+        return f"it is smolvm {version[1]}, and 1.0 is the oldest whose commands are known"
+    return Program(path=path, version=version[1], verbs=verbs)

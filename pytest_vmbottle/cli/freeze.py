@@ -1,0 +1,123 @@
+"""`vmbottle pack build`: packs as files, of smolvm's machines and of images, for tests to start from."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pytest_vmbottle._os import format_size
+from pytest_vmbottle.cli.command import Failure, catalog_root, examples, say
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.backends.smolvm import Engine
+
+__all__ = ["build"]
+
+_SUFFIX = ".smolmachine"
+
+
+@click.command(
+    epilog=examples(
+        "vmbottle pack build --from-machine dev",
+        "vmbottle pack build --from-machine dev --yes -o images/dev.smolmachine",
+        "vmbottle pack build --image python:3.12-alpine -o python.smolmachine",
+        "vmbottle pack build --image ./rootfs/ -o own.smolmachine",
+    )
+)
+@click.option("--from-machine", "machine", metavar="NAME", help="Pack a machine of smolvm's, or of `vmbottle machine start`.")
+@click.option(
+    "--image", metavar="REF", help="Pack an image: a reference, an archive of `docker save`, or a folder with a root file system."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The file; by default NAME.smolmachine, here.")
+@click.option("--yes", is_flag=True, help="Stop a machine that runs, without a question.")
+@click.option("--no-stop", is_flag=True, help="Leave a machine that runs alone: it is not packed then.")
+@click.option(
+    "--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where smolvm keeps the machine; by default its own folder."
+)
+@click.option("--backend", type=click.Choice(["smolvm"]), default="smolvm", help="Whose pack it is.")
+def build(  # noqa: PLR0913 - one for each option
+    *, machine: str | None, image: str | None, output: Path | None, yes: bool, no_stop: bool, state_dir: Path | None, backend: str
+) -> None:
+    """Write a pack into a file that tests start from: `@pytest.mark.vm("./dev.smolmachine", backend="smolvm")`.
+
+    A machine has to be stopped for that. Of one that runs it is asked on a terminal whether to; `--yes` and `--no-stop` answer ahead. The
+    path of the file goes to stdout.
+    """
+    del backend  # there is one
+    if (machine is None) == (image is None) or (yes and no_stop):
+        raise click.UsageError("say one of --from-machine and --image, and at most one of --yes and --no-stop")
+    from pytest_vmbottle.backends.smolvm import Engine, find_program
+
+    engine = Engine(find_program(), state_dir)
+    final = _final(output, machine or Path(str(image)).name.partition(":")[0] or "image")
+    with tempfile.TemporaryDirectory(prefix=".vmbottle-", dir=final.parent) as scratch:
+        if image is not None:
+            made = engine.pack(Path(scratch, "pack"), image=image)
+        else:
+            may_stop = partial(_ask_to_stop, str(machine), yes=yes, no_stop=no_stop)
+            made = (state_dir is None and _kept_pack(str(machine), Path(scratch), may_stop)) or _frozen(
+                engine, str(machine), Path(scratch), may_stop
+            )
+        made.replace(final)
+    say(f"{format_size(final.stat().st_size)}")
+    click.echo(final)
+
+
+def _final(output: Path | None, name: str) -> Path:
+    chosen = output or Path(name)
+    final = (chosen if chosen.suffix == _SUFFIX else chosen.with_name(chosen.name + _SUFFIX)).absolute()
+    if not final.parent.is_dir():
+        raise Failure(f"there is no folder {final.parent}")
+    return final
+
+
+def _frozen(engine: Engine, name: str, scratch: Path, may_stop: Callable[[], None]) -> Path:
+    """The pack of a machine of smolvm's, which is stopped for it."""
+    there = {each.name: each for each in engine.machines()}
+    found = there.get(name)
+    if found is None:
+        names = ", ".join(sorted(there)) or "none"
+        raise Failure(f"smolvm has no machine {name!r} (there: {names}); --state-dir says where another smolvm keeps its machines")
+    if found.state not in ("stopped", "created"):
+        may_stop()
+        engine.stop(name)
+        say(f"{name} was stopped; smolvm machine start --name {name} starts it again")
+    return engine.pack(scratch / "pack", machine=name)
+
+
+def _kept_pack(name: str, scratch: Path, may_stop: Callable[[], None]) -> Path | None:
+    """The pack of a machine that `vmbottle machine start` keeps and goes on with; None if there is no such machine."""
+    from pytest_vmbottle.errors import CatalogError
+    from pytest_vmbottle.kept import find
+
+    try:
+        place = find(catalog_root() / "machines", name)
+    except CatalogError:
+        return None
+    if not place.is_held:
+        return None
+    may_stop()
+    folder = Path(str(place.ask({"verb": "freeze"})))
+    packed = folder / f"machine{_SUFFIX}"
+    if not packed.exists():
+        raise Failure(f"the machine {name!r} is none of smolvm's: what QEMU's machines begin with is a layer")
+    return Path(shutil.copy(packed, scratch / f"pack{_SUFFIX}"))
+
+
+def _ask_to_stop(name: str, *, yes: bool, no_stop: bool) -> None:
+    """Returns if a machine that runs may be stopped."""
+    if no_stop:
+        raise Failure(f"the machine {name!r} runs, and was not packed: a pack is made of a stopped one")
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Failure(f"the machine {name!r} runs, and nobody is here to be asked whether to stop it: say --yes or --no-stop")
+    if not click.confirm(f"The machine {name!r} runs. Stop it, and what runs in it, to pack it?", err=True):
+        raise Failure(f"the machine {name!r} was left running, and was not packed")

@@ -1,0 +1,43 @@
+"""Guests with guests of their own. What they get was laid out by `.ci/nested`; what is here runs only where `-m nested` asks for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pytest_vmbottle import Machine, layer
+
+ROOT = Path(__file__).parents[2]
+ENGINE = Path(os.environ.get("ENGINE", ROOT / ".engine"))
+SUITE = ("conftest.py", "pyproject.toml", "docs/smolvm.md", "examples", "tests/real", "tests/smolvm")
+"""The tests of smolvm, and those that they share with QEMU's."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what is in this folder, and leaves it out of runs that did not ask for it."""
+    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    for item in ours:
+        item.add_marker(pytest.mark.nested)
+    if "nested" not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=ours)
+        items[:] = [item for item in items if item not in ours]
+
+
+@layer("debian-12", nested=True, cpus=2, memory="4G", env={"PYTHONPATH": "/opt/libraries:/opt/project"}, depends=[ENGINE / "libraries.txt"])
+def engine(vm: Machine) -> None:
+    """Pytest, the libraries of this project, and smolvm; nothing of them comes over a network."""
+    vm.cp(ENGINE / "libraries", vm.path("/opt/libraries"))
+    vm.exec(["/opt/libraries/smol/smol-vmm", "--version"])
+    vm.exec("modprobe kvm_amd || modprobe kvm_intel")  # for the pack to have it
+
+
+@layer(engine, depends=[ENGINE / "project.txt", *(ROOT / name for name in SUITE)])
+def suite(vm: Machine) -> None:
+    """This project and its tests of smolvm, whose modules are compiled once."""
+    vm.cp(ENGINE / "project", vm.path("/opt/project"))
+    for name in SUITE:
+        vm.path(f"/srv/{name}").parent.mkdir(parents=True, exist_ok=True)
+        vm.cp(ROOT / name, vm.path(f"/srv/{name}"))
+    vm.exec("python3 -m pytest --collect-only -q -m smolvm tests/smolvm", cwd="/srv", timeout=300)

@@ -1,0 +1,211 @@
+"""Machines of the real smolvm: how they begin and end, what they reach, what is kept of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pytest_vmbottle import Machine, MachineDied, MachineError, SmolvmError, layer
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import Terminals
+from pytest_vmbottle.backends.smolvm import Engine
+from pytest_vmbottle.backends.smolvm.engine import Creation
+from pytest_vmbottle.backends.smolvm.vmm import Vmm
+
+pytestmark = pytest.mark.vm(backend="smolvm", memory="256M", timeout=300)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "test_portable.py"
+
+
+@layer("smolvm", backend="smolvm", memory="256M", run=["echo one > /root/one"], timeout=300)
+def prepared(vm: Machine) -> None:
+    vm.path("/root/two").write_text("two\n")
+
+
+@pytest.mark.vm(prepared, ports=[80], env={"WHO": "me"}, files={"/etc/three": "three\n"})
+def test_a_layer_is_packed_and_its_machines_have_what_was_prepared_their_ports_and_nothing_else(vm: Machine) -> None:
+    assert vm.exec("cat /root/one /root/two /etc/three; echo $WHO").stdout == "one\ntwo\nthree\nme\n"
+    vm.spawn("while true; do echo hello | nc -l -p 80 || true; done")
+    vm.wait_for_port(80)
+    with socket.create_connection(vm.forward(80), timeout=30) as connection:
+        assert connection.recv(10) == b"hello\n"
+    with pytest.raises(MachineError, match=r"write ports=\[80, 81\]"):
+        vm.forward(81)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        reached = vm.exec(f"for host in 10.0.2.2 100.96.0.1; do nc -w 3 $host {port} </dev/null && echo $host; done", check=False)
+    assert not reached.stdout, "network=False, and it reached this host"
+
+
+def test_a_machine_is_rebooted_written_down_taken_back_cut_off_and_started_again(vm: Machine) -> None:
+    kept = vm.path("/root/kept")
+    boot = vm.path("/proc/sys/kernel/random/boot_id").read_text()
+    kept.write_text("kept\n")
+    vm.reboot()
+    assert vm.path("/proc/sys/kernel/random/boot_id").read_text() != boot
+    before = vm.snapshot("before")
+    kept.unlink()
+    vm.restore(before)
+    assert kept.read_text() == "kept\n"
+    process, lost = vm.spawn(["sleep", "4711"]), vm.pid
+    vm.exec("sync")
+    vm.power_cut()
+    assert vm.state == "off"
+    with pytest.raises(MachineError):
+        process.wait(timeout=60)
+    vm.start()
+    assert (kept.read_text(), vm.pid != lost) == ("kept\n", True)
+    vm.poweroff()
+    assert vm.state == "off"
+
+
+def test_a_machine_whose_process_is_killed_has_died_and_the_next_command_says_so(vm: Machine) -> None:
+    os.kill(vm.pid, signal.SIGKILL)
+    with pytest.raises(MachineDied, match="the process that ran it is gone"):
+        vm.exec(["true"])
+    assert vm.state == "died"
+
+
+def test_files_and_trees_go_in_and_out_and_what_it_takes_is_measured(session_vm: Machine, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "below" / "data").write_bytes(os.urandom(100_000))
+    (tree / "link").symlink_to("below/data")
+    session_vm.cp(tree, session_vm.path("/root/tree"))
+    session_vm.cp(session_vm.path("/root/tree"), tmp_path / "back")
+    assert (tmp_path / "back" / "below" / "data").read_bytes() == (tree / "below" / "data").read_bytes()
+    assert (tmp_path / "back" / "link").readlink() == Path("below/data")
+    packed = session_vm.archive("/root/tree", tmp_path / "tree.tar.gz")
+    with tarfile.open(packed) as archive:
+        assert {"tree/below/data", "tree/link"} <= set(archive.getnames())
+    sample = session_vm.metrics()
+    assert sample.rss_bytes
+    assert sample.guest is not None
+    assert sample.guest.memory_used_bytes
+    assert "smolvm" in session_vm.console.text
+    session_vm.pause()
+    assert session_vm.state == "paused"
+    session_vm.resume()
+    assert session_vm.exec(["echo", "on"]).stdout == "on\n"
+    with pytest.raises(MachineError, match="there is no systemd in the guest"):
+        session_vm.wait_for_unit("nginx")
+
+
+def test_a_shell_runs_on_a_terminal_of_the_guests(session_vm: Machine) -> None:
+    deadline = Deadline(120)
+    channel = session_vm.instance.channel(deadline=deadline)
+    assert isinstance(channel, Terminals)
+    terminal = channel.terminal(user="root", kind="xterm", size=(100, 30), deadline=deadline)
+
+    def heard() -> bytes:
+        return terminal.receive() if select.select([terminal], [], [], deadline.remaining)[0] else b""
+
+    try:
+        said = heard()  # its prompt: what is typed before smolvm has set its terminal up is lost
+        terminal.send(b"stty size; echo $((6*7)) $(whoami); exit 3\n")
+        while data := heard():
+            said += data
+        assert b"30 100" in said
+        assert b"42 root" in said
+        assert terminal.status == 3
+    finally:
+        terminal.close()
+
+
+def test_four_at_once_make_five_machines_each(engine: Engine) -> None:
+    def make(number: int) -> bool:
+        names = [f"many-{number}-{each}" for each in range(5)]
+        for name in names:
+            engine.create(name, Creation(memory=128 << 20))
+        vmm = Vmm(engine.start(names[0]))
+        try:
+            return vmm.is_running
+        finally:
+            vmm.let_go()
+            for name in names:
+                engine.delete(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(make, range(4))) == [True] * 4
+
+
+def test_what_smolvm_refuses_is_an_error_with_its_words_and_never_a_status_of_the_guest(engine: Engine) -> None:
+    with pytest.raises(SmolvmError, match="not found: nope") as caught:
+        engine.start("nope")
+    assert (caught.value.code, caught.value.returncode) == ("NOT_FOUND", 1)
+    assert "--name nope" in str(caught.value)
+    assert engine.delete("nope") is False
+
+
+def test_ram_goes_by_checkpoint_to_a_machine_that_those_of_tests_are_branched_from(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\nfrom pytest_vmbottle import layer\n"
+        "@layer('smolvm', backend='smolvm', memory='256M')\n"
+        "def warm(vm):\n    vm.exec('echo ram > /dev/shm/ram')\n"
+        "@pytest.mark.vm(warm)\n@pytest.mark.parametrize('time', [1, 2])\n"
+        "def test_it(vm, time):\n    assert vm.exec('cat /dev/shm/ram; echo more >> /dev/shm/ram').stdout == 'ram\\n'\n"
+    )
+    argv = [sys.executable, "-m", "pytest", "-q", "--vm-pack=template", "--vm-backend=smolvm", "test_it.py"]
+    ended = subprocess.run(argv, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 passed" in ended.stdout
+
+
+def test_the_examples_for_both_backends_pass_on_this_one_and_so_does_that_of_its_page(environment: dict[str, str], tmp_path: Path) -> None:
+    page = EXAMPLE.parents[1] / "docs" / "smolvm.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL) if page.exists() else []
+    (tmp_path / "test_page.py").write_text("\n".join(blocks))
+    argv = [sys.executable, "-m", "pytest", "-q", "--vm-backend=smolvm", str(EXAMPLE), str(tmp_path)]
+    ended = subprocess.run(argv, check=False, cwd=EXAMPLE.parents[1], env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"{10 + len(blocks)} passed" in ended.stdout
+
+
+def test_a_machine_that_runs_is_packed_only_if_it_may_be_stopped(engine: Engine, tmp_path: Path, environment: dict[str, str]) -> None:
+    name = "frozen"
+    engine.create(name, Creation(memory=256 << 20))
+    vmm = Vmm(engine.start(name))
+    argv = [sys.executable, "-c", "from pytest_vmbottle.cli import main; main()", "pack", "build", "--from-machine", name]
+    argv += ["--state-dir", str(engine.state), "-o", str(tmp_path / "dev")]
+
+    def build(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*argv, *words], check=False, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        )
+
+    try:
+        assert "say --yes or --no-stop" in build().stderr
+        assert "was not packed" in build("--no-stop").stderr
+        done = build("--yes")
+        assert done.stdout.strip() == str(tmp_path / "dev.smolmachine"), done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["dev.smolmachine"]
+        assert vmm.wait(Deadline(30))
+    finally:
+        vmm.let_go()
+        engine.delete(name)
+
+
+def test_killing_pytest_leaves_no_machine_running(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, pathlib, time\n@pytest.mark.vm(backend='smolvm', memory='256M')\n"
+        "def test_it(vm):\n    pathlib.Path('pid.new').write_text(str(vm.pid)); pathlib.Path('pid.new').rename('pid'); time.sleep(600)\n"
+    )
+    argv = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
+    run = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        assert Deadline(200).poll((tmp_path / "pid").exists, every=0.2)
+        pid = int((tmp_path / "pid").read_text())
+        assert Path(f"/proc/{pid}").exists()
+    finally:
+        run.kill()
+        run.wait()
+    assert Deadline(20).poll(lambda: not Path(f"/proc/{pid}").exists(), every=0.1), "the machine outlived its owner"
