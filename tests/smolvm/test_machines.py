@@ -110,7 +110,9 @@ def test_a_shell_runs_on_a_terminal_of_the_guests(session_vm: Machine) -> None:
         return terminal.receive() if select.select([terminal], [], [], deadline.remaining)[0] else b""
 
     try:
-        said = heard()  # its prompt: what is typed before smolvm has set its terminal up is lost
+        said = b""
+        while b"# " not in said and (data := heard()):  # its prompt: what is typed before smolvm has set its terminal up is lost
+            said += data
         terminal.send(b"stty size; echo $((6*7)) $(whoami); exit 3\n")
         while data := heard():
             said += data

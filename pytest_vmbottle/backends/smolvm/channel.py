@@ -364,7 +364,7 @@ class SmolvmTerminal:
     def receive(self) -> bytes:
         """What the program has written; nothing at its end."""
         try:
-            return os.read(self._master, _CHUNK)
+            return plain(os.read(self._master, _CHUNK))
         except OSError:  # EIO: nobody has the other end open
             return b""
 
