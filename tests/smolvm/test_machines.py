@@ -128,7 +128,7 @@ def test_four_at_once_make_five_machines_each(engine: Engine) -> None:
         names = [f"many-{number}-{each}" for each in range(5)]
         for name in names:
             engine.create(name, Creation(memory=128 << 20))
-        vmm = Vmm(engine.start(names[0]))
+        vmm = Vmm(engine.start(names[0]), leash=True)
         try:
             return vmm.is_running
         finally:
@@ -175,7 +175,7 @@ def test_the_examples_for_both_backends_pass_on_this_one_and_so_does_that_of_its
 def test_a_machine_that_runs_is_packed_only_if_it_may_be_stopped(engine: Engine, tmp_path: Path, environment: dict[str, str]) -> None:
     name = "frozen"
     engine.create(name, Creation(memory=256 << 20))
-    vmm = Vmm(engine.start(name))
+    vmm = Vmm(engine.start(name), leash=True)
     argv = [sys.executable, "-c", "from pytest_vmbottle.cli import main; main()", "pack", "build", "--from-machine", name]
     argv += ["--state-dir", str(engine.state), "-o", str(tmp_path / "dev")]
 
@@ -196,18 +196,25 @@ def test_a_machine_that_runs_is_packed_only_if_it_may_be_stopped(engine: Engine,
         engine.delete(name)
 
 
-def test_killing_pytest_leaves_no_machine_running(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_killing_pytest_leaves_no_machine_neither_running_nor_known_to_smolvm(
+    engine: Engine, tmp_path: Path, environment: dict[str, str]
+) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest, pathlib, time\n@pytest.mark.vm(backend='smolvm', memory='256M')\n"
-        "def test_it(vm):\n    pathlib.Path('pid.new').write_text(str(vm.pid)); pathlib.Path('pid.new').rename('pid'); time.sleep(600)\n"
+        "def test_it(vm):\n    pathlib.Path('pid.new').write_text(f'{vm.pid} {vm.id}'); pathlib.Path('pid.new').rename('pid'); time.sleep(600)\n"
     )
     argv = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
     run = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     try:
         assert Deadline(200).poll((tmp_path / "pid").exists, every=0.2)
-        pid = int((tmp_path / "pid").read_text())
+        pid, name = (tmp_path / "pid").read_text().split()
+        assert name in {each.name for each in engine.machines()}
         assert Path(f"/proc/{pid}").exists()
     finally:
         run.kill()
         run.wait()
     assert Deadline(20).poll(lambda: not Path(f"/proc/{pid}").exists(), every=0.1), "the machine outlived its owner"
+    assert Deadline(60).poll(lambda: name not in {each.name for each in engine.machines()}, every=0.5), "smolvm still has the machine"
+    gc = [sys.executable, "-c", "from pytest_vmbottle.cli import main; main()", "gc"]
+    swept = subprocess.run(gc, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert (swept.returncode, name in swept.stdout) == (0, False), swept.stderr

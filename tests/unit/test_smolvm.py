@@ -21,6 +21,7 @@ from pytest_vmbottle.backends.smolvm.program import VARIABLE, judge
 from pytest_vmbottle.backends.smolvm.vmm import Follower, Vmm, is_dead, me
 from pytest_vmbottle.errors import BackendUnavailable, SmolvmError, SpecError
 from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.supervisor import Identity, Record, reap
 
 NOTE = "note: no packed assets found for 'smol-vmm' (looked for a 'smol-vmm.smolmachine' sidecar next to the executable); running as ..."
 HELP = "Usage: smolvm machine [OPTIONS] <COMMAND>\n\nCommands:\n" + "".join(
@@ -317,6 +318,48 @@ def test_a_kind_of_pack_that_the_version_does_not_know_is_refused(script: Script
 # -- the process of a machine ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("", 0),
+        ("""echo '{"error":{"code":"NOT_FOUND","message":"vm not found: vm-1"}}' >&2; exit 1""", 0),
+        ("""[ -e "$0.2" ] && exit; touch "$0.2"; echo '{"error":{"code":"X","message":"database is locked"}}' >&2; exit 1""", 0),
+        ("""echo '{"error":{"code":"SMOLVM_ERROR","message":"it is too busy"}}' >&2; exit 5""", 5),
+        ("echo killed >&2; exit 137", 137),
+    ],
+)
+def test_what_ends_a_machine_succeeds_when_there_is_none_any_more(
+    body: str, *, status: int, script: Script, backend: SmolvmBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deletes = f"case $2 in delete) {body or ':'} ;; esac"
+    monkeypatch.setenv(VARIABLE, str(script(f"{program('smolvm 1.32.2')}\n{deletes}")))
+    ending = backend.ending(tmp_path / "run" / "7-x" / "vm-1")
+    assert subprocess.run(ending, check=False, cwd="/").returncode == status
+    asked = words(tmp_path)
+    assert (asked[:3], asked[-1]) == (["machine", "delete", "-f"], "vm-1")
+
+
+def test_the_process_of_a_machine_whose_owner_died_is_proven_to_be_its_own_and_smolvm_forgets_the_machine(
+    script: Script, backend: SmolvmBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = 'case $2 in start) sleep 60 </dev/null >/dev/null 2>&1 & echo "PID: $!" ;; esac'
+    monkeypatch.setenv(VARIABLE, str(script(f"{program('smolvm 1.32.2')}\n{starts}")))
+    rundir = tmp_path / "run" / "7-x" / "vm-1"
+    rundir.mkdir(parents=True)
+    pid = backend.engine.of(rundir).start("vm-1")
+    other = backend.engine.start("warm-1")
+    record = Record(owner=Identity(pid=7, ticks=1, boot="another"), process=Identity.of(pid), ending=backend.ending(rundir))
+    rundir.with_name("vm-1.json").write_bytes(record.dump())
+    try:
+        found = reap(rundir.parent, aside=tmp_path / "aside")
+        assert (found.machines, found.processes, found.kept) == (("vm-1",), (pid,), ())
+        assert words(tmp_path)[:3] == ["machine", "delete", "-f"]
+        assert Identity.of(other) is not None
+        assert not rundir.parent.exists()
+    finally:
+        Vmm(other).kill()
+
+
 def test_a_process_is_known_by_more_than_its_number() -> None:
     assert not is_dead(me())
     pid, began, boot = me().split(".")
@@ -326,9 +369,9 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     assert not is_dead("somebody else's label")
 
 
-def test_a_machine_ends_when_who_holds_it_lets_its_leash_go() -> None:
+def test_a_machine_on_a_leash_ends_when_who_holds_it_lets_that_go() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
-        vmm = Vmm(process.pid)
+        vmm = Vmm(process.pid, leash=True)
         assert vmm.is_running
         assert vmm._leash is not None
         assert vmm._leash.stdin is not None
@@ -340,7 +383,7 @@ def test_a_machine_ends_when_who_holds_it_lets_its_leash_go() -> None:
 
 def test_a_machine_that_is_let_go_runs_on() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
-        vmm = Vmm(process.pid)
+        vmm = Vmm(process.pid, leash=True)
         vmm.let_go()
         assert not vmm.wait(Deadline(0.3))
         process.kill()

@@ -17,9 +17,10 @@ import attrs
 
 from pytest_vmbottle._os import Deadline, atomic_file, private_dir
 from pytest_vmbottle.backend import Capabilities, Command, Instance, OwnImage, PackKind, Start
+from pytest_vmbottle.backends.smolvm import ending
 from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel
 from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation, Engine, alone
-from pytest_vmbottle.backends.smolvm.instance import PACK, Maker, creation
+from pytest_vmbottle.backends.smolvm.instance import PACK, Maker, creation, machine_name
 from pytest_vmbottle.backends.smolvm.program import Program, find_program
 from pytest_vmbottle.backends.smolvm.vmm import Vmm, is_dead, me
 from pytest_vmbottle.errors import BackendUnavailable, MachineError, SmolvmError, SpecError
@@ -112,9 +113,8 @@ class SmolvmBackend:
         # A pack of a disk is made and started the quickest where guests are emulated, and only its start never has to be repeated.
         return self._pack_kind or PackKind.DISK
 
-    @property
-    def _maker(self) -> Maker:
-        return Maker(engine=self.engine, kind=self._kind, warn=self._warn, source_of=self._source_of)
+    def _maker(self, engine: Engine) -> Maker:
+        return Maker(engine=engine, kind=self._kind, warn=self._warn, source_of=self._source_of)
 
     # -- what it can do here ---------------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class SmolvmBackend:
         made_of = Creation(memory=256 << 20, label=me())
         try:
             self.engine.create(name, made_of, deadline=deadline)
-            vmm = Vmm(self._maker.start_twice(name, made_of, deadline=deadline))
+            vmm = Vmm(self._maker(self.engine).start_twice(name, made_of, deadline=deadline), leash=True)
             try:
                 return "" if _echoes(self.engine, name, deadline) else "the guest started and answered no command"
             finally:
@@ -249,11 +249,15 @@ class SmolvmBackend:
         """Starts a machine (see `Backend.launch`)."""
         self.probe()
         self._sweep()
-        return self._maker.start(spec, source, rundir, deadline)
+        return self._maker(self.engine.of(rundir)).start(spec, source, rundir, deadline)
+
+    def ending(self, rundir: Path) -> tuple[str, ...]:
+        """The command that ends a folder's machine and removes what smolvm keeps of it (see `Detached`)."""
+        return ending.command(self.program.path, _place(self._state), machine_name(rundir))
 
     def discard(self, rundir: Path) -> None:
         """Removes what smolvm keeps of a folder's machine (see `Keeping`)."""
-        self._maker.discard(rundir)
+        self._maker(self.engine).discard(rundir)
 
     def close(self) -> None:
         """Ends the machines that others were branched from; may be called again."""
@@ -283,7 +287,8 @@ class SmolvmBackend:
         made_of = creation(spec, Start.own(saved=folder), {})
         try:
             self.engine.create(name, made_of, deadline=deadline)
-            self._sources[key] = (name, Vmm(self._maker.start_twice(name, made_of, branchable=True, deadline=deadline)))
+            started = self._maker(self.engine).start_twice(name, made_of, branchable=True, deadline=deadline)
+            self._sources[key] = (name, Vmm(started, leash=True))
         except BaseException:
             self._remove(name)
             raise

@@ -22,6 +22,7 @@ from typing import Any
 
 import attrs
 
+from pytest_vmbottle import supervisor
 from pytest_vmbottle._os import Deadline, private_dir
 from pytest_vmbottle.backends.smolvm.program import Program
 from pytest_vmbottle.errors import MachineTimeout, SmolvmError
@@ -112,10 +113,21 @@ class Stats:
 class Engine:
     """A smolvm with the folder where it keeps its machines."""
 
-    def __init__(self, program: Program, state: Path | None) -> None:
-        """Makes the folder, by default smolvm's own; runs nothing."""
+    def __init__(self, program: Program, state: Path | None, *, rundir: Path | None = None) -> None:
+        """Makes the folder, by default smolvm's own; runs nothing.
+
+        Args:
+            program: The program.
+            state: Its folder.
+            rundir: The folder of the machine that all that is started is marked with, as it is proven by that to be the machine's.
+        """
         self.program = program
         self.state = state and private_dir(state)
+        self._environment = supervisor.environment(rundir) if rundir is not None else None
+
+    def of(self, rundir: Path) -> Engine:
+        """The same for the machine with a folder."""
+        return Engine(self.program, self.state, rundir=rundir)
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
@@ -240,7 +252,7 @@ class Engine:
         argv = self._argv(group, verb, *words)
         for attempt in range(1, _TRIES + 1):
             try:
-                return _run(argv, limit)
+                return _run(argv, limit, self._environment)
             except SmolvmError as error:
                 if _LOCKED not in error.stderr or attempt == _TRIES or limit.expired:
                     raise
@@ -277,12 +289,13 @@ def _locked(file: int) -> bool:
     return True
 
 
-def _run(argv: Sequence[str], deadline: Deadline) -> str:
+def _run(argv: Sequence[str], deadline: Deadline, environment: Mapping[str, str] | None) -> str:
     process = subprocess.Popen(  # noqa: S603 - argv list, no shell
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=environment,
         start_new_session=True,
     )
     try:

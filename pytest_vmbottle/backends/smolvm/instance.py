@@ -302,7 +302,6 @@ class SmolvmInstance:
         self._ended_in_order = True
         self._channel.close()
         self._vmm.wait(Deadline(min(_STOP, deadline.remaining)))
-        self._vmm.let_go()
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
         """Stops the machine, packs it and starts it again: its disk is kept, what ran in it is not (see `Snapshots`)."""
@@ -364,7 +363,6 @@ class SmolvmInstance:
     def cut(self) -> None:
         """Kills the process that runs it."""
         self._vmm.kill()
-        self._vmm.let_go()
 
     def stop(self) -> None:
         """Ends it at once and frees what it held; smolvm keeps its disk until `discard`. May be called again."""

@@ -1,6 +1,6 @@
 """The process that runs a machine of smolvm's, which is nobody's child: it outlives the command that started it.
 
-So its death is looked for, a small process ends it when we die, and what it was is written down for whoever comes later.
+So its death is looked for. The supervisor ends it when we die, if it is a test's; where it has no folder, a small process does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.supervisor import Identity
 
 __all__ = ["Follower", "Vmm", "is_dead", "me"]
 
@@ -26,18 +27,13 @@ _PIECE = 4 << 20
 _EVERY = 0.1
 
 
-def _began(pid: int) -> str | None:
-    """When a process began, or None if there is none, or only what is left of it until its parent looks."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if not fields or fields[0] in ("Z", "X") else fields[19]
-
-
 def me() -> str:
     """This process, as a label of the machines that it owns."""
-    return f"{os.getpid()}.{_began(os.getpid())}.{_boot_id()[:8]}"
+    return _label(Identity.of(os.getpid()))
+
+
+def _label(process: Identity | None) -> str:
+    return f"{process.pid}.{process.ticks}.{process.boot[:8]}" if process is not None else ""
 
 
 def is_dead(owner: str) -> bool:
@@ -46,30 +42,31 @@ def is_dead(owner: str) -> bool:
     began, _, boot = rest.partition(".")
     if not pid.isdigit() or not began.isdigit() or not boot:
         return False
-    return boot != _boot_id()[:8] or _began(int(pid)) != began
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return _label(Identity.of(int(pid))) != owner
 
 
 class Vmm:
     """The process of a running machine."""
 
-    def __init__(self, pid: int) -> None:
-        """Takes the process that has this number now, and ties its life to ours."""
+    def __init__(self, pid: int, *, leash: bool = False) -> None:
+        """Takes the process that has this number now.
+
+        Args:
+            pid: Its number.
+            leash: Whether to tie its life to ours: where no supervisor does.
+        """
         self.pid = pid
-        self._ticks = _began(pid)
+        self._process = Identity.of(pid)
         self._leash: subprocess.Popen[bytes] | None = None
-        if self._ticks is not None:
-            argv = ["/bin/sh", "-c", _LEASH, "sh", str(pid), self._ticks]
+        if leash and self._process is not None:
+            argv = ["/bin/sh", "-c", _LEASH, "sh", str(pid), str(self._process.ticks)]
             quiet = subprocess.DEVNULL
             self._leash = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)  # noqa: S603
 
     @property
     def is_running(self) -> bool:
         """Whether it is still there."""
-        return self._ticks is not None and _began(self.pid) == self._ticks
+        return self._process is not None and self._process.is_running
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal, if it is still there."""
