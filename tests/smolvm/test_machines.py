@@ -201,7 +201,7 @@ def test_killing_pytest_leaves_no_machine_neither_running_nor_known_to_smolvm(
 ) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest, pathlib, time\n@pytest.mark.vm(backend='smolvm', memory='256M')\n"
-        "def test_it(vm):\n    pathlib.Path('pid.new').write_text(f'{vm.pid} {vm.id}'); pathlib.Path('pid.new').rename('pid'); time.sleep(600)\n"
+        "def test_it(vm):\n    pathlib.Path('new').write_text(f'{vm.pid} {vm.id}'); pathlib.Path('new').rename('pid'); time.sleep(600)\n"
     )
     argv = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
     run = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)

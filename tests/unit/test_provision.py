@@ -37,6 +37,7 @@ from pytest_vmbottle.images import Image, ImageStore, Traits
 from pytest_vmbottle.lan import Lans
 from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
 from pytest_vmbottle.spec import host_arch
+from pytest_vmbottle.supervisor import Record
 from pytest_vmbottle.testing import FakeBackend, FakeInstance
 
 IMAGE = "debian-12"
@@ -774,6 +775,46 @@ def test_what_a_fresh_machine_would_meet_again_is_not_tried_again(make: Make, er
 
     assert caught.value.infra
     assert len(moody.folders) == 1
+
+
+class Elsewhere(Moody):
+    """Its machines go on without who started them, it keeps something of each, and makes none with a screen."""
+
+    def __init__(self, *errors: MachineError) -> None:
+        super().__init__(*errors)
+        self.written: list[Record] = []
+        self.discarded: list[Path] = []
+
+    def ending(self, rundir: Path) -> tuple[str, ...]:
+        return ("end", str(rundir))
+
+    def discard(self, rundir: Path) -> None:
+        self.written.append(Record.read(rundir.with_name(f"{rundir.name}.json")))
+        self.discarded.append(rundir)
+
+    def close(self) -> None:
+        pass
+
+    def refusal(self, spec: MachineSpec) -> str | None:
+        return "display=True: no screen" if spec.display else None
+
+
+def test_what_ends_a_machine_is_written_down_until_all_that_is_kept_of_it_is_gone(make: Make) -> None:
+    elsewhere = Elsewhere(MachineTimeout("no answer"))
+    pour(make(elsewhere, retries=1), fresh="boot")
+
+    assert elsewhere.discarded == elsewhere.folders
+    assert [each.ending for each in elsewhere.written] == [("end", str(folder)) for folder in elsewhere.folders]
+    assert len(elsewhere.folders) == 2
+
+
+def test_what_a_backend_refuses_is_no_infra_and_neither_started_nor_waited_for(make: Make) -> None:
+    provisioner = make(Elsewhere(), retries=5, memory_budget=1)  # of which no machine could have a share
+    with pytest.raises(BackendUnavailable, match="no screen") as caught:
+        pour(provisioner, display=True)
+
+    assert not caught.value.infra
+    assert provisioner.tally.retried == 0
 
 
 @pytest.mark.parametrize(
