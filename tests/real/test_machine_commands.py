@@ -273,6 +273,7 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
     screen.sees("/dev/pts/")
     screen.sees("30 100")
     screen.type("\x03")
+    screen.sees("# ")  # what is typed before the prompt may be lost with what Ctrl-C flushes
     screen.type("echo status $?\r")
     screen.sees("status 130")
     screen.resize(132, 43)

@@ -136,6 +136,12 @@ class Qmp:
             self.execute(verb, uri=f"fd:{_STATE}", deadline=deadline)
         if self._guard(self._migrated(), deadline, f"with the end of {verb}") == "failed":
             raise QmpFailed(f"QEMU could not complete {verb}")
+        # "completed" is said a moment before a machine that was written down can go on ("Migration is not finalized yet").
+        if verb == "migrate" and not deadline.poll(lambda: not self._is_finishing(deadline), every=0.01):
+            raise QmpFailed("QEMU did not finish migrate in time")
+
+    def _is_finishing(self, deadline: Deadline) -> bool:
+        return bool(self.execute("query-status", deadline=deadline)["status"] == "finish-migrate")
 
     def lend(self, file: int, name: str, *, deadline: Deadline) -> None:
         """Hands over a descriptor, of which QEMU keeps a copy under a name until a command uses it."""
