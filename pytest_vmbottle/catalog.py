@@ -326,10 +326,9 @@ class Catalog:
                 if is_free and time.time() - place.lstat().st_mtime > _STALE:
                     shutil.rmtree(place, ignore_errors=True)
         for folder in ("locks", "proofs", "images/names", "images/seen", "machines/*"):
-            for path in self.root.glob(f"{folder}/.*"):
-                with suppress(OSError):
-                    if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _STALE:
-                        path.unlink()
+            with suppress(OSError):  # a machine's folder may go while it is looked for
+                for path in self.root.glob(f"{folder}/.*"):
+                    _remove_stale(path)
 
     def _note(self, found: Iterable[Reaped]) -> None:
         for reaped in found:
@@ -339,6 +338,12 @@ class Catalog:
                 self.ledger.keep(what, why)
             for sentence in reaped.damaged:
                 self.ledger.keep(sentence.partition(": ")[0], "a damaged record, set aside")
+
+
+def _remove_stale(path: Path) -> None:
+    with suppress(OSError):
+        if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _STALE:
+            path.unlink()
 
 
 @contextmanager

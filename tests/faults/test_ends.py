@@ -63,8 +63,12 @@ class Run:
 
     def machines(self) -> list[int]:
         """The processes of the machines there are, by their records."""
-        found = []
-        for path in self.root.glob("run/*/*.json"):
+        found: list[int] = []
+        records: list[Path] = []
+        for owner in self.owners():
+            with suppress(FileNotFoundError):  # an owner may go meanwhile
+                records += owner.glob("*.json")
+        for path in records:
             with suppress(OSError, ValueError):
                 process = json.loads(path.read_bytes())["record"]["process"]
                 found += [process[0]] if process and runs(process[0]) else []
