@@ -275,7 +275,7 @@ def alone(path: Path, deadline: Deadline) -> Iterator[None]:
     Raises:
         MachineTimeout: Others held it until the deadline.
     """
-    with path.open("a") as lock:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as lock:  # noqa: PTH123 - nobody else is to hold it
         if not deadline.poll(lambda: _locked(lock.fileno()), every=0.2, first=0.01):
             raise MachineTimeout(f"other processes use smolvm ({path}) and were not done within {deadline.seconds:.0f} s")
         yield
