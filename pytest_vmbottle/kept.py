@@ -422,6 +422,8 @@ class Kept:
         finally:
             line.close()
         if message is None:
+            # The line breaks a moment before whoever ends has let go of the machine, and only then is it known why.
+            self.wait(Deadline(_MOMENT))
             raise self._ended("ended meanwhile")
         return _checked(message)
 
