@@ -27,7 +27,7 @@ import filelock
 import platformdirs
 
 from pytest_vmbottle import host
-from pytest_vmbottle._os import Deadline, atomic_file, private_dir, sync_dir
+from pytest_vmbottle._os import Deadline, atomic_file, is_locked, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
 
 __all__ = ["Catalog", "default_reason", "default_root"]
@@ -236,19 +236,7 @@ class Catalog:
 
     def in_use(self, pack: Path) -> bool:
         """Whether somebody holds a pack at this moment."""
-        try:
-            fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
-        finally:
-            os.close(fd)
-        return True
+        return is_locked(pack, fcntl.LOCK_EX)
 
     def sweep(self) -> int:
         """Removes the folders of machines whose process is dead, which its lock proves; returns how many processes that were."""

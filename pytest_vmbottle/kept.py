@@ -25,7 +25,7 @@ from typing import Any
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, atomic_file, private_dir
+from pytest_vmbottle._os import Deadline, atomic_file, is_locked, private_dir
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, CommandTimeout, MachineError, SpecError, VMBottleError
 from pytest_vmbottle.result import Result, printable
 
@@ -260,18 +260,7 @@ class Kept:
     @property
     def is_held(self) -> bool:
         """Whether its keeper lives."""
-        try:
-            fd = self._open()
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
-        finally:
-            os.close(fd)
+        return is_locked(self.folder, fcntl.LOCK_SH)
 
     def _open(self) -> int:
         return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
