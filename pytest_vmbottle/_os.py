@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -27,6 +28,7 @@ __all__ = [
     "atomic_file",
     "copy_sparse",
     "format_size",
+    "is_locked",
     "parse_size",
     "private_dir",
     "run_tool",
@@ -134,6 +136,27 @@ class Reminder:
             return False
         self._next = self.elapsed + min(self.elapsed, 60.0)
         return True
+
+
+def is_locked(folder: Path, kind: int) -> bool:
+    """Whether others keep us from a lock on a folder at this moment; false if there is no such folder.
+
+    Args:
+        folder: The folder.
+        kind: The lock that would be taken: `fcntl.LOCK_SH`, from which only an exclusive one keeps, or `fcntl.LOCK_EX`.
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ import filelock
 import platformdirs
 
 from pytest_vmbottle import host, records, supervisor
-from pytest_vmbottle._os import Deadline, Reminder, atomic_file, private_dir, sync_dir
+from pytest_vmbottle._os import Deadline, Reminder, atomic_file, is_locked, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.ledger import Ledger
 from pytest_vmbottle.supervisor import Identity, Reaped, Record, Supervisor
@@ -288,19 +288,7 @@ class Catalog:
 
     def in_use(self, pack: Path) -> bool:
         """Whether somebody holds a pack at this moment."""
-        try:
-            fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
-        finally:
-            os.close(fd)
-        return True
+        return is_locked(pack, fcntl.LOCK_EX)
 
     def gc(self, *, dry_run: bool = False) -> tuple[Reaped, ...]:
         """Ends and removes what processes left that are dead, which their locks prove; returns what that was, and what had to be kept.

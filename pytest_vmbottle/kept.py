@@ -25,7 +25,7 @@ from typing import Any
 import attrs
 
 from pytest_vmbottle import records
-from pytest_vmbottle._os import Deadline, private_dir
+from pytest_vmbottle._os import Deadline, is_locked, private_dir
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, CommandTimeout, MachineError, SpecError, VMBottleError
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.supervisor import Identity
@@ -228,18 +228,7 @@ class Kept:
     @property
     def is_held(self) -> bool:
         """Whether its keeper lives."""
-        try:
-            fd = self._open()
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
-        finally:
-            os.close(fd)
+        return is_locked(self.folder, fcntl.LOCK_SH)
 
     def _open(self) -> int:
         return os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -390,6 +379,8 @@ class Kept:
         finally:
             line.close()
         if message is None:
+            # The line breaks a moment before whoever ends has let go of the machine, and only then is it known why.
+            self.wait(Deadline(_MOMENT))
             raise self._ended("ended meanwhile")
         return _checked(message)
 

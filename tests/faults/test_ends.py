@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from pytest_vmbottle._os import Deadline
+from tests.conftest import is_gone
 
 pytestmark = pytest.mark.usefixtures("image", "canary")
 
@@ -34,14 +35,6 @@ def test_sleeps(vm, session_vm, n):
     time.sleep(600)
 """
 PLUGINS = ("pytest_vmbottle.plugin", "standins", "no:cacheprovider")
-
-
-def runs(pid: int) -> bool:
-    """Whether a process runs; one that waits for somebody to take note of its end does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def gone(pids: list[int]) -> bool:
@@ -71,7 +64,7 @@ class Run:
         for path in records:
             with suppress(OSError, ValueError):
                 process = json.loads(path.read_bytes())["record"]["process"]
-                found += [process[0]] if process and runs(process[0]) else []
+                found += [process[0]] if process and not is_gone(process[0]) else []
         return found
 
     def await_machines(self, count: int) -> list[int]:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import select
+import subprocess
+import termios
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,3 +64,45 @@ def either(request: pytest.FixtureRequest, session_vm: Machine) -> Machine:
     instance = session_vm._instance
     channel = instance.channel(deadline=Deadline(120), bulk=request.param == "ssh")
     return Machine(instance, session_vm.spec, id=session_vm.id, backend="qemu", channel=channel)
+
+
+class Person:
+    """Sits before a terminal: the far end of a pty."""
+
+    def __init__(self) -> None:
+        self.end, self.terminal = pty.openpty()
+        self.resize(100, 30)
+        self.seen = ""
+
+    def resize(self, columns: int, lines: int) -> None:
+        termios.tcsetwinsize(self.end, (lines, columns))
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def sees(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Waits for something to be on the screen, and forgets what was before it."""
+        deadline = Deadline(seconds)
+        while not (match := re.search(pattern, self.seen)):
+            assert select.select([self.end], [], [], deadline.remaining)[0], f"{pattern!r} was not seen, but {self.seen!r}"
+            self.seen += os.read(self.end, 4096).decode(errors="replace")
+        self.seen = self.seen[match.end() :]
+        return match
+
+    def watches(self, process: subprocess.Popen[bytes], seconds: float = 60) -> int | None:
+        """Reads on, as terminals do, until a process has ended; returns its status."""
+        deadline = Deadline(seconds)
+        while process.poll() is None and not deadline.expired:
+            if select.select([self.end], [], [], 0.1)[0]:
+                os.read(self.end, 4096)
+        return process.returncode
+
+    def close(self) -> None:
+        for descriptor in (self.end, self.terminal):
+            os.close(descriptor)
+
+
+@pytest.fixture
+def person() -> Iterator[Person]:
+    with closing(Person()) as person:
+        yield person

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
-import re
-import select
 import shlex
 import shutil
 import signal
@@ -14,18 +11,16 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmbottle import Machine, MachineDied, MachineError
-from pytest_vmbottle._os import Deadline
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog import Catalog
+    from tests.real.conftest import Person
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -174,40 +169,6 @@ def test_testinfra_connects_by_the_configuration_too(config: Path) -> None:
 # -- a person at a terminal ------------------------------------------------------------------------------------------------------------
 
 
-class Person:
-    """Sits before a terminal: the far end of a pty."""
-
-    def __init__(self) -> None:
-        self.end, self.terminal = pty.openpty()
-        self.resize(100, 30)
-        self.seen = ""
-
-    def resize(self, columns: int, lines: int) -> None:
-        termios.tcsetwinsize(self.end, (lines, columns))
-
-    def type(self, text: str) -> None:
-        os.write(self.end, text.encode())
-
-    def sees(self, pattern: str, seconds: float = 60) -> re.Match[str]:
-        """Waits for something to be on the screen, and forgets what was before it."""
-        deadline = Deadline(seconds)
-        while not (match := re.search(pattern, self.seen)):
-            assert select.select([self.end], [], [], deadline.remaining)[0], f"{pattern!r} was not seen, but {self.seen!r}"
-            self.seen += os.read(self.end, 4096).decode(errors="replace")
-        self.seen = self.seen[match.end() :]
-        return match
-
-    def close(self) -> None:
-        for descriptor in (self.end, self.terminal):
-            os.close(descriptor)
-
-
-@pytest.fixture
-def person() -> Iterator[Person]:
-    with closing(Person()) as person:
-        yield person
-
-
 class Shell(threading.Thread):
     """`vm.shell()` at a person's terminal."""
 
@@ -294,19 +255,18 @@ def test_without_a_terminal_a_shell_says_how_to_have_one(session_vm: Machine, tm
         session_vm.shell(stdin=file, stdout=file)
 
 
-def test_a_test_run_with_s_can_stop_for_a_shell(vm_catalog: Catalog, tmp_path: Path) -> None:
+def test_a_test_run_with_s_can_stop_for_a_shell(vm_catalog: Catalog, tmp_path: Path, person: Person) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest\n@pytest.mark.vm('debian-12')\ndef test_it(vm):\n    assert vm.shell() == 5\n    assert vm.path('/seen').exists()\n"
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     argv = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", f"--vm-catalog={vm_catalog.root}", str(tmp_path)]
-    with closing(Person()) as person:
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), person.terminal)
-        with subprocess.Popen(argv, cwd=tmp_path, env=env, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
-            person.sees("Ctrl-]", seconds=200)
-            person.type("touch /seen; exit 5\r")
-            person.sees("1 passed", seconds=100)
-        assert process.returncode == 0
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), person.terminal)
+    with subprocess.Popen(argv, cwd=tmp_path, env=env, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
+        person.sees("Ctrl-]", seconds=200)
+        person.type("touch /seen; exit 5\r")
+        person.sees("1 passed", seconds=100)
+    assert process.returncode == 0
 
 
 # -- the network cable -----------------------------------------------------------------------------------------------------------------

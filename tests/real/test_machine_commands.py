@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import termios
@@ -18,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import psutil
@@ -26,6 +22,10 @@ import pytest
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.catalog import Catalog
+from tests.conftest import is_gone
+
+if TYPE_CHECKING:
+    from tests.real.conftest import Person
 
 COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pytest_vmbottle.cli import main; main()"
 FACTOR = "3"
@@ -87,13 +87,6 @@ def web(commands: Commands) -> Iterator[str]:
     commands.start(name, "--port", "8000")
     yield name
     commands.run("rm", "--force", name)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_a_started_machine_is_listed_by_another_process_with_where_its_ports_lead(commands: Commands, web: str) -> None:
@@ -234,63 +227,30 @@ def test_a_name_is_taken_once(commands: Commands, web: str) -> None:
     assert commands.exec(web, "echo", "still there") == "still there\n"
 
 
-class Screen:
-    """A terminal with somebody before it."""
+def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_window(commands: Commands, web: str, person: Person) -> None:
+    before = termios.tcgetattr(person.terminal)
+    shell = commands.begin("shell", web, stdin=person.terminal, stdout=person.terminal, stderr=person.terminal)
+    person.sees(re.escape("Ctrl-]"))
+    person.type("tty; stty size; sleep 3000\r")
+    person.sees("/dev/pts/")
+    person.sees("30 100")
+    person.type("\x03")
+    person.sees("# ")  # what is typed before the prompt may be lost with what Ctrl-C flushes
+    person.type("echo status $?\r")
+    person.sees("status 130")
+    person.resize(132, 43)
+    person.type("until stty size | grep '^43 132'; do sleep 0.1; done\r")
+    person.sees(r"\r43 132")
+    person.sees("# ")
+    person.type("(exit 7); echo left with $?\r")
+    person.sees("left with 7")
+    person.sees("# ")  # before it, the key would be read by nobody
+    person.type("(exit 7)\r")
+    person.sees("# ")
+    person.type("\x04")
 
-    def __init__(self) -> None:
-        self.end, self.terminal = pty.openpty()
-        self.resize(100, 30)
-        self.seen = ""
-
-    def resize(self, columns: int, lines: int) -> None:
-        fcntl.ioctl(self.end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-
-    def sees(self, pattern: str) -> None:
-        deadline = Deadline(120)
-        while not (match := re.search(pattern, self.seen)):
-            assert select.select([self.end], [], [], deadline.remaining)[0], f"{pattern!r} was not seen, but {self.seen!r}"
-            self.seen += os.read(self.end, 4096).decode(errors="replace")
-        self.seen = self.seen[match.end() :]
-
-    def shows_all_of(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Reads on, as terminals do, until a process has ended; returns its status."""
-        deadline = Deadline(60)
-        while process.poll() is None and not deadline.expired:
-            if select.select([self.end], [], [], 0.1)[0]:
-                os.read(self.end, 4096)
-        return process.returncode
-
-    def type(self, text: str) -> None:
-        os.write(self.end, text.encode())
-
-
-def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_window(commands: Commands, web: str) -> None:
-    screen = Screen()
-    before = termios.tcgetattr(screen.terminal)
-    shell = commands.begin("shell", web, stdin=screen.terminal, stdout=screen.terminal, stderr=screen.terminal)
-    screen.sees(re.escape("Ctrl-]"))
-    screen.type("tty; stty size; sleep 3000\r")
-    screen.sees("/dev/pts/")
-    screen.sees("30 100")
-    screen.type("\x03")
-    screen.sees("# ")  # what is typed before the prompt may be lost with what Ctrl-C flushes
-    screen.type("echo status $?\r")
-    screen.sees("status 130")
-    screen.resize(132, 43)
-    screen.type("until stty size | grep '^43 132'; do sleep 0.1; done\r")
-    screen.sees(r"\r43 132")
-    screen.sees("# ")
-    screen.type("(exit 7); echo left with $?\r")
-    screen.sees("left with 7")
-    screen.sees("# ")  # before it, the key would be read by nobody
-    screen.type("(exit 7)\r")
-    screen.sees("# ")
-    screen.type("\x04")
-
-    assert screen.shows_all_of(shell) == 7
-    assert termios.tcgetattr(screen.terminal) == before
-    os.close(screen.end)
-    os.close(screen.terminal)
+    assert person.watches(shell) == 7
+    assert termios.tcgetattr(person.terminal) == before
 
 
 def test_a_shell_without_a_terminal_says_so(commands: Commands, web: str) -> None:
@@ -356,8 +316,8 @@ def test_a_start_that_is_interrupted_leaves_nothing(commands: Commands, name: st
     found: list[psutil.Process] = []
 
     def has_begun() -> bool:
-        with suppress(psutil.NoSuchProcess):  # some of its children are short-lived
-            found[:] = [each for each in psutil.Process(starting.pid).children(recursive=True) if "qemu-system" in each.name()]
+        with suppress(psutil.NoSuchProcess):  # one that only asked QEMU what it can do may end while we look
+            found[:] = [each for each in psutil.Process(starting.pid).children(recursive=True) if "-name" in each.cmdline()]
         return bool(found)
 
     assert Deadline(120).poll(has_begun, every=0.05)
@@ -368,9 +328,13 @@ def test_a_start_that_is_interrupted_leaves_nothing(commands: Commands, name: st
     if number == signal.SIGINT:
         assert starting.returncode == 130
         assert not folder.exists()
-    else:  # there was nobody to remove what the keeper had of it
-        listed = commands.about(name)
-        assert listed is None or listed["state"] == "stopped"
+    else:  # there was nobody to remove what the keeper had of it, once that too has ended
+
+        def is_over() -> bool:
+            listed = commands.about(name)
+            return listed is None or listed["state"] == "stopped"
+
+        assert Deadline(60).poll(is_over)
 
 
 def test_two_starts_with_one_name_give_one_machine(commands: Commands, name: str) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.images import ImageStore
+from tests.conftest import is_gone
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog import Catalog
@@ -36,15 +36,7 @@ SLEEPER = """
 
 
 def _gone(pid: int, seconds: float) -> bool:
-    """Whether a process ends in time; one that only waits for its new parent to take note of its end has ended."""
-
-    def ended() -> bool:
-        try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    return bool(Deadline(seconds).poll(ended, every=0.02))
+    return bool(Deadline(seconds).poll(lambda: is_gone(pid), every=0.02))
 
 
 def _started(folder: Path, *options: str) -> subprocess.Popen[bytes]:

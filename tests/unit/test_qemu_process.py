@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from pytest_vmbottle._os import Deadline
+from tests.conftest import is_gone
 
 OWNER = """
 import os, sys, time
@@ -31,4 +32,4 @@ def test_a_search_path_that_lacked_the_leash_once_does_not_lack_it_for_ever(tmp_
         owner.kill()
 
     assert asleep
-    assert Deadline(10).poll(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    assert Deadline(10).poll(lambda: is_gone(process.pid))
