@@ -39,7 +39,7 @@ PLUGINS = ("pytest_vmbottle.plugin", "standins", "no:cacheprovider")
 
 def gone(pids: list[int]) -> bool:
     """Whether processes are gone, soon."""
-    return bool(Deadline(20).poll(lambda: not any(map(runs, pids)), every=0.01))
+    return bool(Deadline(20).poll(lambda: all(map(is_gone, pids)), every=0.01))
 
 
 @attrs.frozen(eq=False)
@@ -493,7 +493,7 @@ def test_machines_that_outlive_their_starter_by_design_are_ended_by_their_comman
     run.wait()
     if together:
         time.sleep(0.5)
-        assert all(map(runs, machines)), "nothing but their command ends them"
+        assert not any(map(is_gone, machines)), "nothing but their command ends them"
         following = start("import pytest\n@pytest.mark.vm('debian-12')\ndef test_it(vm): pass\n", plugins=())
         assert following.wait() == 0, following.said()
     nothing_left()
