@@ -46,13 +46,6 @@ _STALE = 600.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")
 
 
-_OPEN = 0o066
-"""What others may not do with the catalog: look into it, or write to it.
-
-That they pass through it is harmless, as what lies in it is closed to them. smolvm lets them, where it is run by root: it runs each of its
-machines as a user of its own, who has to pass through all folders above.
-"""
-
 _LASTING = (Path("/var/tmp"), Path("/tmp"))  # noqa: S108 - a folder there is only used if it is ours alone: see _check_ours
 """Where everybody may write, what outlasts a boot first."""
 
@@ -471,7 +464,7 @@ def _check(root: Path) -> None:
 def _check_ours(root: Path, status: os.stat_result, hint: str) -> None:
     if status.st_uid != os.geteuid():
         raise CatalogError(f"the catalog {root} belongs to user {status.st_uid}: it cannot be shared between users; {hint}")
-    if stat.S_IMODE(status.st_mode) & _OPEN:
+    if stat.S_IMODE(status.st_mode) & 0o077:
         _close_to_others(root, stat.S_IMODE(status.st_mode), hint)
     if not os.access(root, os.W_OK | os.X_OK):
         raise CatalogError(f"the catalog {root} cannot be written: {hint}")
@@ -481,7 +474,7 @@ def _close_to_others(root: Path, mode: int, hint: str) -> None:
     """Makes a new folder private; what others may have put into one that has something in it, or read there, cannot be told."""
     if not any(root.iterdir()):
         root.chmod(0o700)
-    if stat.S_IMODE(root.lstat().st_mode) & _OPEN or any(root.iterdir()):
+    if stat.S_IMODE(root.lstat().st_mode) & 0o077 or any(root.iterdir()):
         raise CatalogError(
             f"the catalog {root} is open to other users (mode {mode:04o}), and what is in it may be theirs: "
             f"if you know that it is not, make it private with `chmod 700 {shlex.quote(str(root))}`; else {hint}"

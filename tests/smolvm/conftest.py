@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_vmbottle.backends.smolvm import Engine, find_program
+from pytest_vmbottle.backends.smolvm import Engine, SmolvmBackend
 from pytest_vmbottle.backends.smolvm.engine import LABEL
 from pytest_vmbottle.backends.smolvm.vmm import me
 
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def engine(vm_catalog: Catalog) -> Engine:
     """The smolvm of this host, with the machines of this run."""
-    return Engine(find_program(), vm_catalog.root / "smolvm")
+    return SmolvmBackend(state=vm_catalog.root / "smolvm", proofs=vm_catalog.root / "proofs").engine
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Command, PackKind
 from pytest_vmbottle.backends.smolvm import Engine, Program, SmolvmBackend, find_program
 from pytest_vmbottle.backends.smolvm.backend import Verdict as Proved
+from pytest_vmbottle.backends.smolvm.backend import _place
 from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel, Verdict
 from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation
 from pytest_vmbottle.backends.smolvm.program import VARIABLE, judge
@@ -235,6 +236,23 @@ def test_the_verdict_is_taken_out_of_stderr_however_it_is_cut(size: int) -> None
 
 
 # -- the backend -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where smolvm's machines are if they cannot be in the catalog."""
+    monkeypatch.setattr("pytest_vmbottle.backends.smolvm.backend._SHORT", tmp_path)
+    return tmp_path
+
+
+def test_machines_are_in_the_catalog_unless_its_path_is_too_long_or_roots_smolvm_would_open_it_to_others(short: Path) -> None:
+    assert (_place(Path("/catalog/smolvm")) == Path("/catalog/smolvm")) == (os.geteuid() != 0)
+    long = Path("/catalog") / ("x" * 60)
+    assert _place(long).parent == short / f"vmbottle-{os.geteuid()}"
+    assert _place(long) == _place(long) != _place(long / "y")
+    (short / f"vmbottle-{os.geteuid()}").chmod(0o755)
+    with pytest.raises(BackendUnavailable, match="is not ours alone"):
+        _place(long)
 
 
 @pytest.fixture

@@ -296,14 +296,18 @@ class SmolvmBackend:
 
 
 def _place(state: Path) -> Path:
-    """The folder itself or, where the paths of the sockets in it would be too long for the kernel, a private one with a short name."""
-    if len(os.fsencode(state)) + _SOCKET <= _SOCKET_PATH:
+    """The folder itself; or one of ours below /var/tmp, if the paths of the sockets in it would be too long for the kernel, or for root.
+
+    Root's smolvm runs each machine as a user of its own, and lets all users pass through every folder above its state for that. The
+    catalog stays closed to them.
+    """
+    if os.geteuid() != 0 and len(os.fsencode(state)) + _SOCKET <= _SOCKET_PATH:
         return state
     top = _SHORT / f"vmbottle-{os.geteuid()}"
     private_dir(top)
     status = top.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o066:  # root's smolvm lets others pass
-        raise BackendUnavailable(f"{state} is too long for smolvm's sockets, and {top} is not ours alone", "Choose another --vm-catalog")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o066:
+        raise BackendUnavailable(f"smolvm needs a folder of ours for its machines, and {top} is not ours alone", f"Move {top} away")
     return private_dir(top / digest(str(state))[:12])
 
 
