@@ -2,7 +2,9 @@
 
 All ways take turns in one run, so that whatever else the computer does meanwhile falls on all of them alike: only ratios within one run
 mean something. A machine is there when it has run a command. It must have the file that was left for it on the disk and, where RAM is kept,
-the one in memory. This needs a KVM that runs guests; docs/smolvm.md says what to do elsewhere.
+the one in memory. What it then reads of `/dev/urandom` should be its own, for two with the same bytes would make the same keys; a kernel
+has new random numbers after a time, so this is also looked at where machines follow one another at once. All this needs a KVM that runs
+guests; docs/smolvm.md says what to do elsewhere.
 
     python benchmarks/smolvm_starts.py --rounds 5
 """
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,6 +44,7 @@ class Bench:
     folder: Path
     seconds: dict[str, list[float]] = attrs.field(factory=dict)
     repeated: dict[str, int] = attrs.field(factory=dict)
+    random: dict[str, list[str]] = attrs.field(factory=dict)
     wrong: list[str] = attrs.field(factory=list)
 
     @contextmanager
@@ -74,35 +78,54 @@ class Bench:
         try:
             with self.timed(what):
                 make(name)
-                found = self.say(name, "cat /root/disk /dev/shm/ram 2>/dev/null; true")
+                said = self.say(name, "cat /root/disk /dev/shm/ram 2>/dev/null; head -c 16 /dev/urandom | od -An -tx1")
+            *lines, random = said.splitlines()
+            self.random.setdefault(what, []).append(random)
+            found = "".join(f"{line}\n" for line in lines)
             if found != left:
                 self.wrong.append(f"{what}: {found!r} instead of {left!r}")
         finally:
             self.engine.delete(name)
 
+    def of_their_own(self, what: str) -> str:
+        """How many of the machines that were looked at have random bytes that no other one had, of how many."""
+        seen = Counter(self.random.get(what, ()))
+        return f"{sum(count == 1 for count in seen.values())} of {seen.total()}" if seen else ""
+
 
 def prepare(bench: Bench) -> tuple[Path, Path, str]:
     """A pack, a checkpoint, and a running machine to branch, of one preparation; how long each takes is measured too."""
     leave = "echo disk > /root/disk; echo ram > /dev/shm/ram; sync"
-    with bench.timed("once: start --branchable"):
-        bench.begin("once: start --branchable", "warm", Creation(memory=MEMORY), branchable=True)
-    bench.say("warm", leave)
-    with bench.timed("once: checkpoint"):
-        bench.engine.checkpoint("warm", bench.folder / "bench.checkpoint")
     bench.begin("once", "plain", Creation(memory=MEMORY))
     bench.say("plain", leave)
     with bench.timed("once: stop and pack"):
         bench.engine.stop("plain")
         packed = bench.engine.pack(bench.folder / "bench", machine="plain")
     bench.engine.delete("plain")
+    with bench.timed("once: start --branchable"):
+        bench.begin("once: start --branchable", "warm", Creation(memory=MEMORY), branchable=True)
+    bench.say("warm", leave)
+    with bench.timed("once: checkpoint"):
+        bench.engine.checkpoint("warm", bench.folder / "bench.checkpoint")
     return packed, bench.folder / "bench.checkpoint", "warm"
+
+
+def look(bench: Bench, what: str, make: Callable[[str], object]) -> None:
+    """Has a few machines made one right after the other."""
+    for _ in range(3):
+        bench.measure(what, make, left="disk\nram\n")
 
 
 def run(bench: Bench, rounds: int) -> None:
     packed, checkpoint, warm = prepare(bench)
     try:
-        bench.engine.branch(warm, "first")  # it freezes the source, and has to write the snapshot that the others use
-        bench.engine.delete("first")
+        look(
+            bench,
+            "at once: create from a checkpoint, start",
+            partial(bench.begin, "at once", made_of=Creation(memory=MEMORY, packed=checkpoint)),
+        )
+        # The first one freezes the source, and has to write the snapshot that the others use.
+        look(bench, "at once: branch", partial(bench.engine.branch, warm))
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for what, source, left in (
@@ -125,12 +148,13 @@ def main() -> None:
         bench = Bench(engine=Engine(find_program(), Path(name) / "s"), folder=Path(name))
         run(bench, asked.rounds)
     if asked.json:
-        print(json.dumps({"seconds": bench.seconds, "repeated": bench.repeated, "wrong": bench.wrong}))
+        print(json.dumps({"seconds": bench.seconds, "repeated": bench.repeated, "random": bench.random, "wrong": bench.wrong}))
     else:
-        print(f"{'until a command has run':34} median   least    most  starts repeated")
+        print(f"{'until a command has run':40} median   least    most  repeated  with random bytes of their own")
         for what, seconds in bench.seconds.items():
             figures = f"{statistics.median(seconds):6.2f}  {min(seconds):6.2f}  {max(seconds):6.2f}"
-            print(f"{what:34} {figures}  {bench.repeated.get(what, 0)} of {len(seconds) + bench.repeated.get(what, 0)}")
+            repeated = bench.repeated.get(what, 0)
+            print(f"{what:40} {figures}  {repeated:2} of {len(seconds) + repeated:2}  {bench.of_their_own(what)}")
         for problem in bench.wrong:
             print(f"not the machine that was prepared: {problem}")
     sys.exit(1 if bench.wrong else 0)

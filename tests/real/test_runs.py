@@ -264,7 +264,7 @@ def test_a_guest_that_never_comes_up_is_told_at_its_deadline_with_its_console(
     inner: pytest.Pytester, own_image: Callable[[str, str], None]
 ) -> None:
     own_image("hangs", "root=/dev/vda rw console=ttyS0 rdinit=/bin/cat")
-    output = _one_test(inner, '"hangs", timeout=4')
+    output = _one_test(inner, '"hangs", timeout=1')
     assert "neither the guest agent nor SSH answered within" in output
     assert "the console's last lines" in output
 

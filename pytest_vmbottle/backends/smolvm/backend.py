@@ -40,6 +40,12 @@ _NEEDS = {
     PackKind.STREAM: frozenset({"checkpoint"}),
     PackKind.DISK: frozenset({"create"}),
 }
+_REASONS = {
+    None: "it is the quickest whose machines never begin with the same random numbers",
+    PackKind.DISK: "as it was asked for",
+    PackKind.STREAM: "as it was asked for; its machines may begin with the same random numbers",
+    PackKind.TEMPLATE: "as it was asked for; its machines may begin with the same random numbers",
+}
 _OWN = ("", "smolvm")
 _SOCKET = len("/.cache/smolvm/vms/0123456789abcdef/port-forward.sock")
 """Bytes that smolvm adds to the path of its folder for a socket."""
@@ -110,7 +116,8 @@ class SmolvmBackend:
 
     @property
     def _kind(self) -> PackKind:
-        # A pack of a disk is made and started the quickest where guests are emulated, and only its start never has to be repeated.
+        # RAM is restored quicker than a disk is booted, but smolvm does not tell the guest: machines that follow one another then read the
+        # same bytes of /dev/urandom, until its kernel has new ones (a minute at most). Seen with 1.32.2 by benchmarks/smolvm_starts.py.
         return self._pack_kind or PackKind.DISK
 
     def _maker(self, engine: Engine) -> Maker:
@@ -126,14 +133,13 @@ class SmolvmBackend:
         if not self.program.verbs >= _NEEDS[self._kind]:
             lacks = " and ".join(sorted(_NEEDS[self._kind] - self.program.verbs))
             raise BackendUnavailable(f"smolvm {self.program.version} knows no {lacks}, as {self._kind} packs need", "Say --vm-pack=disk")
-        forced = self._pack_kind is not None
         return Capabilities(
             backend="smolvm",
             version=f"smolvm {self.program.version}",
             accelerator="kvm",
             reason=verdict.evidence,
             pack_kind=self._kind,
-            pack_reason="as it was asked for" if forced else "its machines boot from it, and their start is the most dependable",
+            pack_reason=_REASONS[self._pack_kind],
             emulated=False,
         )
 
