@@ -6,10 +6,9 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from pytest_vmbottle import CatalogError
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.budget import Budget
 from pytest_vmbottle.catalog import Catalog
+from tests.conftest import line, process
 
 Rounds = Callable[[str, int], range]
 Measured = Callable[[str, Iterable[float]], None]
@@ -61,22 +61,6 @@ for _ in range(int(sys.argv[2])):
         inside.unlink()
 """
 )
-
-
-@contextmanager
-def process(text: str, root: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs this text; killed at the end."""
-    argv = [sys.executable, "-c", text, str(root), *words]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def line(running: subprocess.Popen[str]) -> str:
-    assert running.stdout is not None
-    return running.stdout.readline().strip()
 
 
 def quiet(_: str) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +17,7 @@ import pytest
 from pytest_vmbottle import CatalogError, SpecError, budget, host
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.budget import Budget
+from tests.conftest import line, process
 
 GIB = 1 << 30
 PRELUDE = """
@@ -64,21 +62,6 @@ def _large_host(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "budget"
-
-
-@contextmanager
-def process(text: str, folder: Path, limit: int, size: int) -> Iterator[subprocess.Popen[str]]:
-    argv = [sys.executable, "-c", text, str(folder), str(limit), str(size)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def is_held(running: subprocess.Popen[str]) -> bool:
-    assert running.stdout is not None
-    return running.stdout.readline() == "held\n"
 
 
 @attrs.define
@@ -137,7 +120,7 @@ def test_the_waiting_is_told_with_how_long_it_has_been_and_who_holds_how_much(fo
     monkeypatch.setattr(budget, "Reminder", Hasty)
     told: list[str] = []
     with process(HOLD, folder, 2 * GIB, 2 * GIB) as holder:
-        assert is_held(holder)
+        assert line(holder) == "held"
         with pytest.raises(CatalogError, match=r"^1\.0 GiB of memory were not to be had within 1 s: of the memory budget of 2\.0 GiB, "):
             share(Budget(folder, limit=2 * GIB), GIB, told, seconds=0.6).__enter__()
     assert re.fullmatch(
@@ -168,7 +151,7 @@ def test_a_small_wish_does_not_overtake_a_large_one(folder: Path) -> None:
 
 def test_the_share_of_a_killed_process_goes_to_the_next_one(folder: Path) -> None:
     with process(HOLD, folder, 2 * GIB, 2 * GIB) as holder:
-        assert is_held(holder)
+        assert line(holder) == "held"
         with Taker(folder, 2 * GIB) as next_one:
             assert not next_one.has.wait(0.3)
             holder.send_signal(signal.SIGKILL)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import re
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from pytest_vmbottle import catalog as catalog_module
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.catalog import Catalog, default_reason, default_root
 from pytest_vmbottle.supervisor import Identity, Record
+from tests.conftest import line, process
 
 PRELUDE = """
 import sys, time, os
@@ -66,22 +64,6 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
     catalog = Catalog(tmp_path / "catalog")
     yield catalog
     catalog.close()
-
-
-@contextlib.contextmanager
-def process(text: str, catalog: Catalog) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs this text and waits; killed at the end."""
-    running = subprocess.Popen([sys.executable, "-c", text, catalog.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def line(running: subprocess.Popen[str]) -> str:
-    assert running.stdout is not None
-    return running.stdout.readline().strip()
 
 
 def quiet(_: str) -> None:
@@ -221,14 +203,14 @@ def test_where_nothing_can_be_written_the_default_is_what_it_always_was(no_cache
 
 def test_two_processes_never_hold_a_lock_together(catalog: Catalog) -> None:
     (catalog.root / "counter").write_text("0")
-    with process(COUNT, catalog) as one, process(COUNT, catalog) as other:
+    with process(COUNT, catalog.root) as one, process(COUNT, catalog.root) as other:
         assert (one.wait(60), other.wait(60)) == (0, 0)
 
     assert (catalog.root / "counter").read_text() == "80"
 
 
 def test_the_lock_of_a_killed_process_goes_to_the_next(catalog: Catalog) -> None:
-    with process(HOLD, catalog) as holder:
+    with process(HOLD, catalog.root) as holder:
         assert line(holder) == "held"
         with pytest.raises(CatalogError), catalog.lock("thing", deadline=Deadline(0), waiting=quiet):
             pass
@@ -244,7 +226,7 @@ def test_the_lock_of_a_killed_process_goes_to_the_next(catalog: Catalog) -> None
 def test_who_waits_in_vain_is_told_which_process_holds_the_lock(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_vmbottle.catalog._LONG_WAIT", 0.05)
     told: list[str] = []
-    with process(HOLD, catalog) as holder:
+    with process(HOLD, catalog.root) as holder:
         assert line(holder) == "held"
         with (
             pytest.raises(CatalogError, match=rf"^thing was not to be had within 1 s: process {holder.pid} has been at it for \d+ s"),
@@ -263,7 +245,7 @@ def test_who_waits_is_told_again_and_again_how_far_the_holder_is(catalog: Catalo
     text = HOLD.replace("waiting=lambda _: None):", "waiting=lambda _: None) as tell:").replace(
         "    print", '    tell("  3 s  unpacking")\n    print'
     )
-    with process(text, catalog) as holder:
+    with process(text, catalog.root) as holder:
         assert line(holder) == "held"
         with pytest.raises(CatalogError, match=r"\(3 s  unpacking\)$"), catalog.lock("thing", deadline=Deadline(0.8), waiting=told.append):
             pass
@@ -297,7 +279,7 @@ def test_a_lock_is_free_again_when_its_block_fails_and_other_locks_are_not_in_th
 
 @pytest.mark.parametrize("record", [b"", b"{}", b"null", b"\xff", b'{"pid": "x", "since": 1}', b'{"pid": 1, "since": null}'])
 def test_a_damaged_record_of_the_holder_does_not_hide_that_the_lock_is_held(catalog: Catalog, record: bytes) -> None:
-    with process(HOLD, catalog) as holder:
+    with process(HOLD, catalog.root) as holder:
         assert line(holder) == "held"
         (catalog.root / "locks" / "thing.holder").write_bytes(record)
         with pytest.raises(CatalogError, match="another process is at it"), catalog.lock("thing", deadline=Deadline(0), waiting=quiet):
@@ -323,7 +305,7 @@ def supervisor_of(owner: Path) -> psutil.Process:
 
 
 def test_what_a_killed_process_left_is_removed_by_its_supervisor_and_nothing_of_a_living_one(catalog: Catalog) -> None:
-    with process(LIVE, catalog) as living, process(LIVE, catalog) as dead, catalog.rundir("ours") as ours:
+    with process(LIVE, catalog.root) as living, process(LIVE, catalog.root) as dead, catalog.rundir("ours") as ours:
         theirs, left = Path(line(living)), Path(line(dead))
         dead.send_signal(signal.SIGKILL)
         dead.wait()
@@ -335,7 +317,7 @@ def test_what_a_killed_process_left_is_removed_by_its_supervisor_and_nothing_of_
 
 
 def test_gc_removes_what_is_left_when_process_and_supervisor_were_killed_and_nothing_of_a_living_one(catalog: Catalog) -> None:
-    with process(LIVE, catalog) as living, process(LIVE, catalog) as dead, catalog.rundir("ours") as ours:
+    with process(LIVE, catalog.root) as living, process(LIVE, catalog.root) as dead, catalog.rundir("ours") as ours:
         theirs, left = Path(line(living)), Path(line(dead))
         assert catalog.gc() == ()
         supervisor_of(left.parent).kill()
@@ -441,7 +423,9 @@ def test_a_pack_that_is_held_is_not_discarded_unless_it_must(catalog: Catalog) -
 
 def test_the_hold_of_a_killed_process_ends_with_it(catalog: Catalog) -> None:
     pack = publish(catalog, "x")
-    with process(PRELUDE + "\nfd = catalog.lease(catalog.packs / 'key')\nprint('held', flush=True)\nsys.stdin.read()\n", catalog) as holder:
+    with process(
+        PRELUDE + "\nfd = catalog.lease(catalog.packs / 'key')\nprint('held', flush=True)\nsys.stdin.read()\n", catalog.root
+    ) as holder:
         assert line(holder) == "held"
         assert not catalog.discard(pack)
         holder.send_signal(signal.SIGKILL)
