@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def leaked(tmp_path: Path) -> Iterator[Path]:
     """A file that is to hold the number of a process, which is ended after the test."""
     note = tmp_path / "leaked"
     yield note
-    subprocess.run(["kill", "-KILL", note.read_text()], check=True)
+    os.kill(int(note.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
