@@ -17,7 +17,7 @@ from pytest_vmbottle.backend import Command, PackKind
 from pytest_vmbottle.backends.smolvm import Engine, Program, SmolvmBackend, find_program
 from pytest_vmbottle.backends.smolvm.backend import Verdict as Proved
 from pytest_vmbottle.backends.smolvm.backend import _place
-from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel, Verdict
+from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel, SmolvmTerminal, Verdict
 from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation
 from pytest_vmbottle.backends.smolvm.program import VARIABLE, judge
 from pytest_vmbottle.backends.smolvm.vmm import Follower, Vmm, is_dead, me
@@ -234,6 +234,14 @@ def test_the_verdict_is_taken_out_of_stderr_however_it_is_cut(size: int) -> None
         verdict.feed(whole[start : start + size])
     verdict.feed(b"")
     assert (verdict.returncode, bytes(said)) == (-9, b"first\x1e0123 line\nrestlate")
+
+
+def test_a_note_of_smolvms_own_is_neither_shown_on_a_terminal_nor_taken_for_its_end(script: Script) -> None:
+    terminal = SmolvmTerminal([str(script(f"echo '{NOTE}'; sleep 0.3; echo hello"))], (100, 30))
+    try:
+        assert (terminal.receive(), terminal.receive()) == (b"hello\r\n", b"")
+    finally:
+        terminal.close()
 
 
 # -- the backend -----------------------------------------------------------------------------------------------------------------------

@@ -363,10 +363,11 @@ class SmolvmTerminal:
 
     def receive(self) -> bytes:
         """What the program has written; nothing at its end."""
-        try:
-            return plain(os.read(self._master, _CHUNK))
-        except OSError:  # EIO: nobody has the other end open
-            return b""
+        with suppress(OSError):  # EIO: nobody has the other end open
+            while data := os.read(self._master, _CHUNK):
+                if said := plain(data):  # smolvm's own note, which may come by itself, is not the end
+                    return said
+        return b""
 
     def send(self, data: bytes) -> None:
         """Types it, if the program is still there."""
