@@ -60,7 +60,7 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
     backend = QemuBackend(account=account, proofs=vm_catalog.proofs)
     provisioner = Provisioner(vm_catalog, backend, name="qemu", settings=Settings())
     (tmp_path / "much").write_bytes(os.urandom(3 << 20))
-    with provisioner.machine(MachineSpec.resolve("debian-12", {"display": True, "fresh": "boot"})) as machine:
+    with provisioner.machine(MachineSpec.resolve("debian-12", {"display": True})) as machine:
         assert machine.screenshot(tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
 
     with provisioner.machine(MachineSpec.resolve("debian-12", {})) as machine:
