@@ -118,8 +118,7 @@ class SshChannel:
         reasons: list[str] = []
 
         def attempt() -> SshChannel | None:
-            limit = min(_PATIENCE, max(1.0, deadline.remaining))
-            return cls.attempt(address, keys, user=user, limit=limit, alive=alive, reasons=reasons)
+            return cls.attempt(address, keys, user=user, deadline=deadline, alive=alive, reasons=reasons)
 
         channel = deadline.poll(attempt, every=0.5, first=0.05)
         if channel is None:
@@ -133,7 +132,7 @@ class SshChannel:
         keys: Keys,
         *,
         user: str = "root",
-        limit: float = _PATIENCE,
+        deadline: Deadline,
         alive: Callable[[], None],
         reasons: list[str] | None = None,
     ) -> SshChannel | None:
@@ -143,7 +142,7 @@ class SshChannel:
             address: Where the guest's port is forwarded from.
             keys: Ours to log in with, and the guest's to know it by.
             user: Who logs in.
-            limit: Seconds that it may take.
+            deadline: When to give up, at the latest.
             alive: Called first; raises `MachineDied` when the guest cannot answer any more.
             reasons: Gets why it failed.
 
@@ -152,7 +151,7 @@ class SshChannel:
         """
         alive()
         try:
-            return cls(_login(address, keys, user, Deadline(limit)), alive=alive)
+            return cls(_login(address, keys, user, Deadline(min(_PATIENCE, max(1.0, deadline.remaining)))), alive=alive)
         except paramiko.AuthenticationException:
             reason = f"{user} is refused: cloud-init has to put our key there, and sshd_config must not say `PermitRootLogin no`"
         except (paramiko.SSHException, OSError, EOFError) as error:

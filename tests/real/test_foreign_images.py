@@ -164,7 +164,7 @@ def test_where_sshd_refuses_root_that_is_what_is_told(official: Path, vm_factory
     keys = vm._instance._source.keys  # type: ignore[attr-defined]
 
     def refused() -> bool:
-        assert SshChannel.attempt(vm.forward(22), keys, alive=lambda: None, reasons=said) is None
+        assert SshChannel.attempt(vm.forward(22), keys, deadline=Deadline(30), alive=lambda: None, reasons=said) is None
         return "root is refused" in said[0]
 
     vm.wait_until(refused)

@@ -183,7 +183,7 @@ def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(inner: pytest.Pyte
 
 def _one_test(inner: pytest.Pytester, mark: str, *options: str) -> str:
     inner.makepyfile(f"import pytest\n@pytest.mark.vm({mark})\ndef test_x(vm): pass\n")
-    result = inner.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail", *options)
+    result = inner.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail", "--vm-infra-retries=0", *options)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     output = result.stdout.str() + result.stderr.str()
     assert "Traceback" not in output

@@ -184,7 +184,9 @@ class QemuInstance:
             self._log_out()
             return self._agent
         try:
-            self._ssh = self._ssh or SshChannel.attempt(self.forward(22), self._source.keys, alive=self.alive, reasons=said)
+            self._ssh = self._ssh or SshChannel.attempt(
+                self.forward(22), self._source.keys, deadline=deadline, alive=self.alive, reasons=said
+            )
         except HostKeyMismatch as error:  # the image's own key, until cloud-init has put the machine's in its place
             said[:] = [str(error)]
         if self._ssh is None:
