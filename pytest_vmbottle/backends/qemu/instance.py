@@ -27,7 +27,7 @@ from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.lan_card import LAN_CARD, plug_card, unplugged
 from pytest_vmbottle.backends.qemu.process import QemuProcess
-from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed, QmpLost
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
 from pytest_vmbottle.backends.qemu.waker import Waker
 from pytest_vmbottle.channels.guest_agent import GuestAgent
@@ -40,6 +40,8 @@ __all__ = ["Programs", "QemuInstance", "start"]
 
 _FATAL = re.compile(rb"You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE)
 _GRACE = 10.0
+_MOMENT = 2.0
+"""Seconds in which a QEMU whose monitor is closed has ended."""
 _LATE = 60.0
 """Seconds that an agent which is installed may start later than the guest lets us in by SSH; else it is not going to be started."""
 _SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
@@ -255,6 +257,8 @@ class QemuInstance:
         try:
             yield
         except QmpFailed as error:
+            if isinstance(error, QmpLost):
+                self._process.wait(Deadline(_MOMENT))
             self.alive()
             raise MachineError(f"QEMU was asked {what}: {error}", machine=self._spec.name) from error
 

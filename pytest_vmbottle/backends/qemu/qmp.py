@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
 
-__all__ = ["Qmp", "QmpFailed", "in_background"]
+__all__ = ["Qmp", "QmpFailed", "QmpLost", "in_background"]
 
 _T = TypeVar("_T")
 _STATE = "state"
@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 class QmpFailed(VMBottleError):
     """QEMU refused a command, or is not there to take one."""
+
+
+class QmpLost(QmpFailed):
+    """QEMU has ended, or will in a moment: its monitor is closed before its process is gone."""
 
 
 @cache
@@ -94,7 +98,7 @@ class Qmp:
         except ExecuteError as error:
             raise QmpFailed(f"QEMU refused {what}: {error}") from error
         except (QMPError, OSError, EOFError) as error:
-            raise QmpFailed(f"QEMU is gone, or its monitor is: {what}: {error}") from error
+            raise QmpLost(f"QEMU is gone, or its monitor is: {what}: {error}") from error
 
     def execute(self, command: str, *, deadline: Deadline, **arguments: Any) -> Any:
         """Runs a command and returns its answer; underscores in argument names stand for dashes."""
