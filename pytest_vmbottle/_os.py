@@ -35,6 +35,7 @@ __all__ = [
     "size_on_disk",
     "sparse_digest",
     "sync_dir",
+    "try_lock",
 ]
 
 _T = TypeVar("_T")
@@ -138,6 +139,15 @@ class Reminder:
         return True
 
 
+def try_lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Takes a lock on an open file or folder, unless others keep us from it: whether it is ours now."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def is_locked(folder: Path, kind: int) -> bool:
     """Whether others keep us from a lock on a folder at this moment; false if there is no such folder.
 
@@ -150,11 +160,7 @@ def is_locked(folder: Path, kind: int) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
+        return not try_lock(fd, kind)
     finally:
         os.close(fd)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import attrs
 
 from pytest_vmbottle import host
-from pytest_vmbottle._os import Deadline, Reminder, format_size, private_dir
+from pytest_vmbottle._os import Deadline, Reminder, format_size, private_dir, try_lock
 from pytest_vmbottle.errors import CatalogError, SpecError
 
 __all__ = ["Budget"]
@@ -161,7 +161,7 @@ class Budget:
         """Holds the folder locked for a moment."""
         fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if not deadline.poll(lambda: _locked(fd), every=0.02, first=0.001):
+            if not deadline.poll(lambda: try_lock(fd), every=0.02, first=0.001):
                 raise CatalogError(f"the folder {self._folder} was locked by another process for {deadline.seconds:.0f} s")
             yield
         finally:
@@ -192,14 +192,6 @@ def _described(turns: list[_Turn], turn: _Turn, limit: int) -> str:
     return f"of the memory budget of {format_size(limit)}, {format_size(held.total())} are held by {who or 'nobody'}{queue}"
 
 
-def _locked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _is_alive(path: Path) -> bool:
     """Whether the process that made a file lives; if not, the file is removed."""
     try:
@@ -207,7 +199,7 @@ def _is_alive(path: Path) -> bool:
     except OSError:
         return False  # given back a moment ago
     try:
-        if not _locked(fd):
+        if not try_lock(fd):
             return True
         path.unlink(missing_ok=True)
         return False

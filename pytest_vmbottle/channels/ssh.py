@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished, Keys, not_run
+from pytest_vmbottle.backend import Command, Finished, Keys
+from pytest_vmbottle.channels.outputs import Outputs
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 
 __all__ = ["HostKeyMismatch", "SshChannel", "SshProcess", "SshTerminal", "new_keys"]
@@ -80,20 +81,6 @@ class _Transport(paramiko.Transport):
         **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]  # noqa: SLF001
         _MSG_CHANNEL_REQUEST: _on_request,
     }
-
-
-class _Head:
-    """Keeps the first `MAX_OUTPUT` bytes of what it is given, and knows whether there was more."""
-
-    def __init__(self) -> None:
-        self.kept = bytearray()
-        self.truncated = False
-
-    def write(self, data: bytes) -> int:
-        room = MAX_OUTPUT - len(self.kept)
-        self.kept += data[:room]
-        self.truncated = self.truncated or len(data) > room
-        return len(data)
 
 
 class SshChannel:
@@ -217,8 +204,8 @@ class SshChannel:
         return SshProcess(session, stdout, stderr, alive=self._alive)
 
     def _execute(self, command: Command, source: BinaryIO, sink: BinaryIO | None, deadline: Deadline, *, killing: bool = False) -> Finished:
-        out, err = _Head(), _Head()
-        process = self.start(command, stdout=(sink or out).write, stderr=err.write, deadline=deadline)
+        outputs = Outputs()
+        process = self.start(command, stdout=(sink or outputs.stdout).write, stderr=outputs.stderr.write, deadline=deadline)
         process.feed(source)
         timed_out = not process.wait_for_all(deadline)
         if timed_out and not killing:  # a guest that does not even answer this is not asked again and again
@@ -230,16 +217,7 @@ class SshChannel:
             process.close()
         if process.unwritten:
             raise process.unwritten[0]
-        return not_run(
-            Finished(
-                returncode=-9 if status is None else status,
-                stdout=bytes(out.kept),
-                stderr=bytes(err.kept),
-                truncated=out.truncated or err.truncated,
-                timed_out=timed_out,
-            ),
-            command,
-        )
+        return outputs.finished(command, status=status, timed_out=timed_out)
 
     @property
     def lost(self) -> bool:

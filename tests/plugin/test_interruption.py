@@ -55,38 +55,41 @@ def test_who_handles_a_signal_already_keeps_it(run: Run, pytester: pytest.Pytest
     assert "<lambda>" in (pytester.path / "after").read_text()
 
 
-def test_an_interrupted_run_ends_its_machines_before_any_teardown(run: Run, pytester: pytest.Pytester) -> None:
-    text = """
-import os, signal
-
+LATE = """
 @pytest.fixture(scope="session")
 def late(session_vm):
     yield
     with open("state", "w") as file:
         file.write(session_vm.state)
+"""
+
+
+def test_an_interrupted_run_ends_its_machines_before_any_teardown(run: Run, pytester: pytest.Pytester) -> None:
+    text = (
+        LATE
+        + """
+import os, signal
 
 @pytest.mark.vm("debian-12")
 def test_it(late):
     os.kill(os.getpid(), signal.SIGTERM)
     signal.pause()
 """
+    )
     run(text, status=pytest.ExitCode.INTERRUPTED)
     assert (pytester.path / "state").read_text() == "off"
 
 
 def test_a_run_that_stops_at_a_failure_tears_down_with_its_machines_on(run: Run, pytester: pytest.Pytester) -> None:
-    text = """
-@pytest.fixture(scope="session")
-def late(session_vm):
-    yield
-    with open("state", "w") as file:
-        file.write(session_vm.state)
-
+    text = (
+        LATE
+        + """
 @pytest.mark.vm("debian-12")
 def test_it(late): assert 0
 
 @pytest.mark.vm("debian-12")
 def test_other(late): pass
 """
+    )
     run(text, "-x", status=pytest.ExitCode.TESTS_FAILED, failed=1)
     assert (pytester.path / "state").read_text() == "running"

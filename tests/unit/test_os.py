@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, private_dir, run_tool, size_on_disk, sparse_digest
+from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, is_locked, private_dir, run_tool, size_on_disk, sparse_digest, try_lock
 
 BLOCK = 1 << 16
 PIECES = st.lists(
@@ -248,3 +249,16 @@ def test_a_tool_is_given_its_words_as_they_are_and_its_status_never_raises() -> 
     assert run_tool(["printf", "\\377"], timeout=10).output == "\N{REPLACEMENT CHARACTER}"
     with pytest.raises(FileNotFoundError):
         run_tool(["/nowhere/at/all"], timeout=1)
+
+
+def test_a_lock_is_taken_unless_another_holder_keeps_us_from_it(tmp_path: Path) -> None:
+    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    try:
+        assert try_lock(first, fcntl.LOCK_SH)
+        assert try_lock(second, fcntl.LOCK_SH), "those who share keep nobody from sharing"
+        assert not try_lock(second)
+        assert is_locked(tmp_path, fcntl.LOCK_EX)
+        os.close(first)
+        assert try_lock(second)
+    finally:
+        os.close(second)

@@ -20,10 +20,13 @@ import pytest
 from pytest_vmbottle import MachineDied, MachineTimeout
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Command, Finished, Keys
-from pytest_vmbottle.channels import ssh
+from pytest_vmbottle.channels import outputs, ssh
 from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel, new_keys
 
 Handler = Callable[[paramiko.Channel, str], None]
+
+# What paramiko raises of a client that has gone: the second where the socket itself refuses.
+GONE = (OSError, EOFError)
 
 
 def execute(channel: paramiko.Channel, command: str) -> None:
@@ -39,7 +42,7 @@ def execute(channel: paramiko.Channel, command: str) -> None:
         _give(process.stderr, channel.sendall_stderr)
         threads[1].join()
         status = process.wait()
-        with suppress(OSError):
+        with suppress(*GONE):
             if status < 0:
                 _tell_signal(channel, {9: "KILL", 15: "TERM", 6: "ABRT"}[-status])
             else:
@@ -49,7 +52,7 @@ def execute(channel: paramiko.Channel, command: str) -> None:
 
 
 def _take(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
-    with suppress(OSError):
+    with suppress(*GONE):
         while data := channel.recv(1 << 15):
             assert process.stdin is not None
             process.stdin.write(data)
@@ -60,7 +63,7 @@ def _take(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
 
 
 def _give(source: Any, send: Callable[[bytes], object]) -> None:
-    with suppress(OSError):
+    with suppress(*GONE):
         while data := source.read1(1 << 15):
             send(data)
 
@@ -285,7 +288,7 @@ def test_a_command_that_does_not_read_its_input_ends_all_the_same(channel: SshCh
 
 
 def test_output_of_any_size_goes_to_a_file(channel: SshChannel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "MAX_OUTPUT", 1000)
+    monkeypatch.setattr(outputs, "MAX_OUTPUT", 1000)
     sink = BytesIO()
     finished = channel.get(command("head", "-c", "300000", "/dev/zero"), sink, deadline=Deadline(20))
 
@@ -297,7 +300,7 @@ def test_output_of_any_size_goes_to_a_file(channel: SshChannel, monkeypatch: pyt
 def test_output_is_kept_up_to_the_limit_and_the_command_still_ends(
     channel: SshChannel, monkeypatch: pytest.MonkeyPatch, size: int, truncated: object, stream: str
 ) -> None:
-    monkeypatch.setattr(ssh, "MAX_OUTPUT", 1000)
+    monkeypatch.setattr(outputs, "MAX_OUTPUT", 1000)
     redirect = "" if stream == "stdout" else " >&2"
     finished = run(channel, "sh", "-c", f"head -c {size} /dev/zero | tr '\\0' x{redirect}; exit 3")
 
@@ -357,7 +360,7 @@ def drip(channel: paramiko.Channel, command: str) -> None:
     if "/proc/" in command:  # ours, to kill the other one
         execute(channel, command)
         return
-    with suppress(OSError):
+    with suppress(*GONE):
         while True:
             channel.sendall(b"x")
             time.sleep(0.05)

@@ -23,8 +23,9 @@ from io import BytesIO
 from typing import IO, BinaryIO
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, MAX_OUTPUT, Command, Finished, not_run
+from pytest_vmbottle.backend import GUEST_PATH, Command, Finished
 from pytest_vmbottle.backends.smolvm.engine import Engine, failure, plain
+from pytest_vmbottle.channels.outputs import Outputs
 from pytest_vmbottle.errors import MachineTimeout
 
 __all__ = ["SmolvmChannel", "SmolvmProcess", "SmolvmTerminal", "Verdict"]
@@ -101,19 +102,6 @@ class Verdict:
 
 def _status(number: int, *, killed: bool) -> int:
     return _BY_SIGNAL - number if killed or number - _BY_SIGNAL in _UNSAID else number
-
-
-class _Head:
-    """The beginning of a stream, of bounded length."""
-
-    def __init__(self) -> None:
-        self.kept = bytearray()
-        self.truncated = False
-
-    def write(self, data: bytes) -> None:
-        room = MAX_OUTPUT - len(self.kept)
-        self.kept += data[:room]
-        self.truncated = self.truncated or len(data) > room
 
 
 class SmolvmProcess:
@@ -297,8 +285,8 @@ class SmolvmChannel:
         return self._execute(command, None, sink, deadline)
 
     def _execute(self, command: Command, source: BinaryIO | None, sink: BinaryIO | None, deadline: Deadline) -> Finished:
-        out, err = _Head(), _Head()
-        process = self._begin(command, (sink or out).write, err.write)
+        outputs = Outputs()
+        process = self._begin(command, (sink or outputs.stdout).write, outputs.stderr.write)
         try:
             process.feed(source or BytesIO())
             status = process.wait(deadline=deadline)
@@ -310,16 +298,7 @@ class SmolvmChannel:
             process.close()
         if process.unwritten:
             raise process.unwritten[0]
-        return not_run(
-            Finished(
-                returncode=-9 if status is None else status,
-                stdout=bytes(out.kept),
-                stderr=bytes(err.kept),
-                truncated=out.truncated or err.truncated,
-                timed_out=timed_out,
-            ),
-            command,
-        )
+        return outputs.finished(command, status=status, timed_out=timed_out)
 
     def _kill(self, command: Command) -> None:
         """Ends a command with all it has started, by the tag in their environments."""

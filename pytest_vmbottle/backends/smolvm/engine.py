@@ -6,7 +6,6 @@ not tell a failure of its own from a command in a guest that ended with 1.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import attrs
 
 from pytest_vmbottle import supervisor
-from pytest_vmbottle._os import Deadline, private_dir
+from pytest_vmbottle._os import Deadline, private_dir, try_lock
 from pytest_vmbottle.backends.smolvm.program import Program
 from pytest_vmbottle.errors import MachineTimeout, SmolvmError
 
@@ -276,17 +275,9 @@ def alone(path: Path, deadline: Deadline) -> Iterator[None]:
         MachineTimeout: Others held it until the deadline.
     """
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as lock:  # noqa: PTH123 - nobody else is to hold it
-        if not deadline.poll(lambda: _locked(lock.fileno()), every=0.2, first=0.01):
+        if not deadline.poll(lambda: try_lock(lock.fileno()), every=0.2, first=0.01):
             raise MachineTimeout(f"other processes use smolvm ({path}) and were not done within {deadline.seconds:.0f} s")
         yield
-
-
-def _locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _run(argv: Sequence[str], deadline: Deadline, environment: Mapping[str, str] | None) -> str:
