@@ -127,10 +127,13 @@ def test_where_machines_cannot_be_run_tests_are_skipped_and_with_ci_or_if_told_s
     assert "QEMU is missing. Run apt-get install qemu-system-x86" in said(result)
 
 
-def test_a_backend_that_nobody_knows_is_told(run: Run) -> None:
-    result = run(ONE, "--vm-backend=vmware", "--vm-missing=fail", status=1, errors=1)
+@pytest.mark.parametrize("where", ["option", "mark"])
+def test_a_backend_that_nobody_knows_is_a_mistake_and_no_reason_to_skip(run: Run, where: str) -> None:
+    text = ONE if where == "option" else ONE.replace('vm("debian-12"', 'vm("debian-12", backend="vmware"')
+    result = run(text, *(["--vm-backend=vmware"] if where == "option" else []), "--vm-missing=skip", status=1, errors=1)
 
-    assert "there is no backend 'vmware'. Choose qemu or smolvm, or install the plugin that brings it" in said(result)
+    assert "SpecError: there is no backend 'vmware': choose qemu or smolvm, or install the plugin that brings it" in said(result)
+    assert "INFRA" not in said(result)
 
 
 def test_rebuild_makes_every_pack_again_once(run: Run) -> None:
