@@ -56,7 +56,7 @@ def test_two(vm): pass
     assert "MachineError: the pack of web could not be built earlier in this run" in result
     assert result.count("--- the console's last lines ---") == 1
     assert "provision.py" not in result
-    assert "plugin.py" not in result
+    assert "fixtures.py" not in result
 
 
 def test_an_image_that_is_not_there_is_told_with_the_commands_that_bring_it(run: Run) -> None:
@@ -109,7 +109,7 @@ def test_the_mark_and_the_fixtures_are_listed_with_what_they_are(pytester: pytes
 
     assert "@pytest.mark.vm(source, *, name='vm'" in marks
     for name in ("vm", "vms", "vm_factory", "vm_spec", "vm_defaults", "vm_catalog", "class_vm", "module_vm", "session_vm"):
-        assert re.search(rf"^{name}( \[(session|module|class) scope\])? -- .*plugin\.py:\d+\n    \S", fixtures, re.MULTILINE), name
+        assert re.search(rf"^{name}( \[(session|module|class) scope\])? -- .*plugin/fixtures\.py:\d+\n    \S", fixtures, re.MULTILINE), name
 
 
 _PANICS = """

@@ -1,0 +1,41 @@
+"""The pytest plugin: options, the `vm` mark, fixtures, and what a run says about its machines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_vmbottle import hookspec
+from pytest_vmbottle.plugin.collection import Sorting
+from pytest_vmbottle.plugin.options import Options
+from pytest_vmbottle.plugin.reports import LastWords, Outcomes
+from pytest_vmbottle.plugin.session import SESSION, Interrupted, Session
+from pytest_vmbottle.spec import SIGNATURE
+
+if TYPE_CHECKING:
+    import pytest
+
+# Their hooks and fixtures; pytest registers them with this module.
+pytest_plugins = [f"{__name__}.{part}" for part in ("options", "session", "collection", "fixtures", "reports")]
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Offers the hooks of `hookspec`."""
+    pluginmanager.add_hookspecs(hookspec)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the mark and checks the options; makes nothing."""
+    config.addinivalue_line("markers", f"{SIGNATURE}: run the test on a real machine made from an image or a layer.")
+    session = config.stash[SESSION] = Session(config, Options.read(config))
+    config.pluginmanager.register(Sorting(), "vmbottle-sorting")
+    config.pluginmanager.register(Interrupted(session), "vmbottle-interrupted")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")
+        config.pluginmanager.register(LastWords(), "vmbottle-ledger")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leaves the process as it was."""
+    session = config.stash.get(SESSION, None)
+    if session is not None:
+        session.interruption.restore()

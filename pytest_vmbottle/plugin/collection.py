@@ -1,0 +1,161 @@
+"""Which tests there are, in which order, and which of them cannot be: told before anything runs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pytest_vmbottle.errors import SpecError, VMBottleError
+from pytest_vmbottle.plugin.plans import Plan, parameter, plans_of
+from pytest_vmbottle.plugin.session import SESSION, Session
+from pytest_vmbottle.spec import SIGNATURE, MachineSpec
+
+__all__ = ["SHARED", "Sorting"]
+
+SHARED = ("session_vm", "module_vm", "class_vm")
+"""The fixtures of machines that several tests use."""
+
+_RESET = "_vm_reset"
+_FIXTURES = (*SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
+_ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives a test its plan as a parameter; only a list of sources shows in the node id."""
+    names = [name for name in (*SHARED, "_vm_plan") if name in metafunc.fixturenames]
+    if not names:
+        return
+    try:
+        plans = plans_of(metafunc.definition)
+    except SpecError:
+        return  # told in pytest_collection_modifyitems, for all tests together
+    single = len(plans) == 1
+    ids = [pytest.HIDDEN_PARAM if single else plan.label for plan in plans]
+    for name in names if single else names[:1]:
+        metafunc.parametrize(name, plans, indirect=True, ids=ids)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuses wrong marks, all of them at once, before anything runs."""
+    session = config.stash[SESSION]
+    for item in items:
+        _plan_reset(item)
+        if item.get_closest_marker("vm") is not None:
+            try:
+                plans_of(item)
+            except SpecError as error:
+                told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
+                session.problems.update(dict.fromkeys(("wrong vm marks:", f"{item.nodeid}: {told}")))
+    if session.problems:
+        _refuse(config, items)
+
+
+def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        raise config.stash[SESSION].misuse() from None
+    items.clear()  # xdist takes a usage error in a worker for a crash: its controller raises it, see reports.pytest_sessionfinish
+
+
+def _plan_reset(item: pytest.Item) -> None:
+    """Has a test that uses a shared machine look whether it is to be fresh, as soon as the machine is there."""
+    names: list[str] = getattr(item, "fixturenames", [])
+    shared = [index for index, name in enumerate(names) if name in SHARED]
+    if shared and _RESET not in names:
+        names.insert(shared[-1] + 1, _RESET)
+
+
+class Sorting:
+    """Brings tests that share a session's machine next to each other, after all others have had their say about the order."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Sorts the tests that use `session_vm`, stably, among the places they have; all other tests stay where they are."""
+        places = [index for index, item in enumerate(items) if "session_vm" in getattr(item, "fixturenames", ())]
+        first: dict[str, int] = {}
+        for index in places:
+            first.setdefault(_session_key(items[index]), index)
+        ordered = sorted((items[index] for index in places), key=lambda item: first[_session_key(item)])
+        for index, item in zip(places, ordered, strict=True):
+            items[index] = item
+        _prepare(config, items)
+
+
+def _session_key(item: pytest.Item) -> str:
+    plan = parameter(item, "session_vm")
+    return plan.key if isinstance(plan, Plan) else ""
+
+
+def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sees to what tests with machines need. Only now it is known which tests are left: for none of these, nothing is asked of the host."""
+    session = config.stash[SESSION]
+    session.has_machines = any(_uses_machine(item) for item in items) and not _is_only_asked(config)
+    if not session.has_machines:
+        return
+    try:
+        _ = session.declared
+    except SpecError as error:
+        session.has_machines = False
+        session.problems[str(error)] = None
+        _refuse(config, items)
+    session.interruption.install()
+    _tell_controller(config)
+    session.unable = _leave_out_what_cannot_be(session, items)
+
+
+def _uses_machine(item: pytest.Item) -> bool:
+    return item.get_closest_marker("vm") is not None or bool(set(_FIXTURES) & set(getattr(item, "fixturenames", ())))
+
+
+def _is_only_asked(config: pytest.Config) -> bool:
+    return any(config.getoption(name, default=False) for name in _ONLY_ASKED)
+
+
+def _tell_controller(config: pytest.Config) -> None:
+    """Has the controller know that there are tests with machines."""
+    flag = getattr(config, "workerinput", {}).get("vmbottle_flag")
+    if flag is not None:
+        with suppress(OSError):
+            Path(flag).write_text("machines")
+
+
+def _leave_out_what_cannot_be(session: Session, items: list[pytest.Item]) -> dict[str, int]:
+    """Skips the tests whose machine their backend cannot make whatever the host, or has them fail; how many, by what it cannot."""
+    unable: dict[str, int] = {}
+    for item in items:
+        why = _refusal(session, item)
+        if why is not None:
+            unable[why] = unable.get(why, 0) + 1
+            if session.options.skips_missing:
+                item.add_marker(pytest.mark.skip(reason=why))
+    return unable
+
+
+def _refusal(session: Session, item: pytest.Item) -> str | None:
+    """Why the backend cannot make a machine that the marks of a test ask for, as far as they tell."""
+    if item.get_closest_marker("vm") is None:
+        return None
+    plan = next((given for name in (*SHARED, "_vm_plan") if isinstance(given := parameter(item, name), Plan)), None)
+    for wish in plan.wishes.values() if plan is not None else ():
+        keywords = {"source": "", **session.options.defaults, **wish}
+        session.wanted.add(session.backend_name(keywords.get("backend", "auto")))
+        source = keywords.pop("source") or session.stand_in
+        with suppress(VMBottleError, pytest.UsageError):
+            spec = MachineSpec.resolve(source, keywords)
+            why = session.refusal(spec)
+            if why is not None:
+                return why
+    return None
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Says what machines run on, if there are any to run."""
+    session = config.stash[SESSION]
+    if not session.has_machines:
+        return []
+    session.told.update(session.describe_hosts())
+    becomes = "are skipped" if session.options.skips_missing else "fail"
+    unable = [f"vmbottle: {count} tests {becomes}: {why}" for why, count in session.unable.items()]
+    return [*session.told, *unable]

@@ -1,0 +1,178 @@
+"""The fixtures that give a test its machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+
+from pytest_vmbottle.errors import BackendUnavailable, SpecError
+from pytest_vmbottle.infra import RETRIES
+from pytest_vmbottle.plugin.collection import SHARED
+from pytest_vmbottle.plugin.plans import Plan, named_layer, parameter, plans_of
+from pytest_vmbottle.plugin.session import SESSION
+from pytest_vmbottle.spec import MachineSpec, Source
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.backend import Start
+    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.lan import Lans
+    from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.packs import Snapshot
+    from pytest_vmbottle.provision import Provisioner
+
+
+@pytest.fixture(scope="session")
+def vm_defaults(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Defaults for the keywords of the vm mark, from the ini file. Override it, session-scoped, to add your own."""
+    return dict(request.config.stash[SESSION].options.defaults)
+
+
+@pytest.fixture(scope="session")
+def vm_catalog(request: pytest.FixtureRequest) -> Catalog:
+    """The folder that holds images and packs, shared by all workers and runs."""
+    return request.config.stash[SESSION].catalog
+
+
+@pytest.fixture
+def _vm_plan(request: pytest.FixtureRequest) -> Plan:
+    given = (getattr(request, "param", None), *(parameter(request.node, name) for name in SHARED))
+    # Asked for by getfixturevalue, nothing was parametrised.
+    return next((plan for plan in given if isinstance(plan, Plan)), None) or plans_of(request.node)[0]
+
+
+@pytest.fixture
+def vm_spec(request: pytest.FixtureRequest, _vm_plan: Plan, vm_defaults: dict[str, Any]) -> MachineSpec:
+    """What the test's machine is to be, complete. Parametrise it (or `vm`) indirectly with a source, keywords, or a `MachineSpec`."""
+    given = getattr(request, "param", None) or parameter(request.node, "vm")
+    if isinstance(given, MachineSpec):
+        return given
+    wish = dict(_vm_plan.wishes[_vm_plan.primary])
+    if given is not None:
+        wish.update(given if isinstance(given, Mapping) else {"source": given})
+    return _resolve(request.config, wish, vm_defaults, request.node)
+
+
+@pytest.fixture
+def _vm_lans() -> Iterator[Lans]:
+    """The private LANs of a test, which outlast its machines."""
+    from pytest_vmbottle.lan import Lans
+
+    with closing(Lans()) as lans:
+        yield lans
+
+
+@pytest.fixture
+def vms(
+    request: pytest.FixtureRequest, _vm_plan: Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any], _vm_lans: Lans
+) -> Iterator[dict[str, Machine]]:
+    """The test's machines by name, each fresh: one for each `name=` among its vm marks."""
+    with ExitStack() as stack:
+        specs = {
+            name: vm_spec if name == _vm_plan.primary else _resolve(request.config, wish, vm_defaults, request.node)
+            for name, wish in _vm_plan.wishes.items()
+        }
+        yield {name: _enter(request, stack, spec, _vm_lans) for name, spec in specs.items()}
+
+
+@pytest.fixture
+def vm(vms: dict[str, Machine], _vm_plan: Plan) -> Machine:
+    """The test's own machine: fresh, running, and gone after the test."""
+    return vms[_vm_plan.primary]
+
+
+@pytest.fixture
+def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[Callable[..., Machine]]:
+    """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
+    with ExitStack() as stack:
+
+        def make(source: Source | MachineSpec | Snapshot, **keywords: Any) -> Machine:
+            from pytest_vmbottle.packs import Snapshot
+
+            if isinstance(source, Snapshot):
+                return _enter(request, stack, source.of(**keywords), _vm_lans, source.start)
+            if isinstance(source, MachineSpec):
+                spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
+            else:
+                spec = _resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
+            return _enter(request, stack, spec, _vm_lans)
+
+        yield make
+
+
+@pytest.fixture(scope="class")
+def class_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Machine]:
+    """A machine shared by the tests of a class."""
+    yield from _shared(request, vm_defaults)
+
+
+@pytest.fixture(scope="module")
+def module_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Machine]:
+    """A machine shared by the tests of a module."""
+    yield from _shared(request, vm_defaults)
+
+
+@pytest.fixture(scope="session")
+def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[Machine]:
+    """A machine shared by all tests that ask for the same one, per worker."""
+    yield from _shared(request, vm_defaults)
+
+
+def _shared(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterator[Machine]:
+    plan: Plan | None = getattr(request, "param", None)
+    with ExitStack() as stack:
+        yield _enter(request, stack, _resolve(request.config, plan.wishes[plan.primary] if plan else {}, defaults, None))
+
+
+@pytest.fixture
+def _vm_reset(request: pytest.FixtureRequest) -> None:
+    for name in SHARED:
+        if name in request.fixturenames:
+            request.config.stash[SESSION].freshen(request.getfixturevalue(name))
+
+
+def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
+    keywords = dict(wish)
+    backend = keywords.get("backend", defaults.get("backend", "auto"))
+    if config.stash[SESSION].backend_name(backend) == "smolvm":
+        keywords.setdefault("source", defaults.get("source", "smolvm"))
+    if "source" not in keywords and "source" not in defaults:
+        raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
+    keywords.setdefault("source", defaults.get("source"))
+    changed = config.hook.pytest_vmbottle_spec(item=item, keywords=keywords)
+    keywords = dict(changed if changed is not None else keywords)
+    source = keywords.pop("source")
+    if isinstance(source, str) and item is not None:
+        source = named_layer(item, source)
+    return MachineSpec.resolve(source, keywords, defaults={key: value for key, value in defaults.items() if key != "source"})
+
+
+def _enter(
+    request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec, lans: Lans | None = None, start: Start | None = None
+) -> Machine:
+    session = request.config.stash[SESSION]
+    try:
+        with _counting_retries(request, session.provisioner(spec.backend)) as provisioner:
+            machine = stack.enter_context(provisioner.machine(spec, start=start, lans=lans))
+    except BackendUnavailable as error:
+        if not session.options.skips_missing:
+            raise
+        pytest.skip(f"no machine can be run here: {error}")
+    session.machines.append(machine)
+    stack.callback(session.machines.remove, machine)
+    return machine
+
+
+@contextmanager
+def _counting_retries(request: pytest.FixtureRequest, provisioner: Provisioner) -> Iterator[Provisioner]:
+    """Notes with a test how many machines more than one had to be started for it."""
+    before = provisioner.tally.retried
+    try:
+        yield provisioner
+    finally:
+        properties = getattr(request.node, "user_properties", None)  # a class, a module and a session have none
+        if properties is not None and provisioner.tally.retried > before:
+            properties.append((RETRIES, str(provisioner.tally.retried - before)))

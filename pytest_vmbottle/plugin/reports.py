@@ -1,0 +1,156 @@
+"""What a run says about its machines, from whichever of its processes."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_vmbottle.errors import VMBottleError
+from pytest_vmbottle.infra import PROPERTY, cause_of, cause_told
+from pytest_vmbottle.plugin.session import SESSION, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["LastWords", "Outcomes"]
+
+_WORTH_TELLING = 1.0
+"""Seconds of waiting for memory below which the summary does not mention it."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tells a worker where its words about long work are seen."""
+    capture = node.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
+    node.workerinput["vmbottle_flag"] = node.config.stash[SESSION].flag()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any) -> None:
+    """Makes the controller end in order too, if its workers have machines."""
+    ours = node.config.stash[SESSION]
+    if ours.is_flagged:
+        ours.interruption.install()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands what a worker knows to the controller, which refuses the wrong marks that its workers have found."""
+    ours = session.config.stash[SESSION]
+    output = getattr(session.config, "workeroutput", None)
+    if output is None:
+        ours.clean_up()
+    ours.collect()
+    if output is not None:
+        output["vmbottle"] = {
+            "tallies": ours.tallies,
+            "told": list(ours.told),
+            "problems": list(ours.problems),
+            "ledger": ours.ledger.sent(),
+        }
+    elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise ours.misuse()
+    elif ours.ledger.left and session.exitstatus == pytest.ExitCode.OK and ours.options.fail_on_leak:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Takes what a worker knows, and sees to what it left if it crashed."""
+    output = getattr(node, "workeroutput", {}).get("vmbottle", {})
+    ours = node.config.stash[SESSION]
+    if error:
+        ours.clean_up()
+    ours.tallies.extend(output.get("tallies", ()))
+    ours.told.update(dict.fromkeys(output.get("told", ())))
+    ours.problems.update(dict.fromkeys(output.get("problems", ())))
+    ours.ledger.add(output.get("ledger", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says what became of machines and packs."""
+    ours = config.stash[SESSION]
+    total = {key: sum(tally[key] for tally in ours.tallies) for key in (ours.tallies or [{}])[0]}
+    if any(total.values()):
+        if hasattr(config.option, "dist") and config.option.dist != "no":
+            for line in ours.told:
+                terminalreporter.write_line(line)
+        terminalreporter.write_line(
+            f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
+            f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
+            + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
+        )
+    infra = ours.infra.summary(int(total.get("retried", 0)))
+    if infra:
+        terminalreporter.write_line(f"vmbottle: {infra}", red=True)
+
+
+class LastWords:
+    """What the ledger of a run has to say, after all other summaries."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
+        """Says what the run made, kept, reclaimed and left behind."""
+        yield
+        for line in config.stash[SESSION].ledger.lines():
+            terminalreporter.write_line(f"vmbottle: {line}", red=line.startswith("LEAK"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
+    cause = cause_of(call.excinfo.value if call.excinfo else None)
+    if cause and (PROPERTY, cause) not in item.user_properties:
+        item.user_properties.append((PROPERTY, cause))
+    report: pytest.TestReport = yield  # type: ignore[assignment]
+    if cause:
+        setattr(report, PROPERTY, cause)
+    if call.when == "call":
+        _fail_for_panics(report, item.config.stash[SESSION])
+    if (
+        call.when == "setup"
+        and call.excinfo is not None
+        and isinstance(call.excinfo.value, VMBottleError)
+        and not item.config.option.fulltrace
+    ):
+        report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+    return report  # type: ignore[return-value]
+
+
+def _fail_for_panics(report: pytest.TestReport, session: Session) -> None:
+    """Fails a test that passed although the kernel of a machine was in trouble; a machine counts in the first test that sees it."""
+    for machine in session.machines:
+        panic = machine.panic if machine.spec.panic == "fail" else None
+        if not panic or machine.id in session.blamed:
+            continue
+        session.blamed.add(machine.id)
+        if report.passed:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"The test passed, but the kernel of its machine {machine.name!r} was in trouble: {panic}\n"
+                'If that is what the test wants, say panic="expected" in the mark.'
+            )
+            report.sections.append((f"console of {machine.name}", machine.console.tail(40)))
+
+
+class Outcomes:
+    """Tells INFRA apart where reports are shown: in the only process, or in the controller of several."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._infra, self._in_full = config.stash[SESSION].infra, config.option.fulltrace
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Counts a test without a machine, before anybody shows or stores it."""
+        self._infra.take(report, in_full=self._in_full)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: Any) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+    """Gives a test without a machine a letter and a word of its own, among the errors."""
+    return ("error", "I", ("INFRA", {"red": True})) if isinstance(report, pytest.TestReport) and cause_told(report) else None
