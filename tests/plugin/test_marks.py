@@ -237,6 +237,22 @@ def test_renamed(vm, vms):
     )
 
 
+@pytest.mark.parametrize("marks", [("", 'name="server", cpus=2'), ('name="server", cpus=2', "")])
+def test_a_mark_that_says_nothing_is_the_machine_vm_of_the_defaults_beside_others(
+    run: Run, marks: tuple[str, str], pytester: pytest.Pytester
+) -> None:
+    pytester.makeini("[pytest]\nvm_defaults = source = debian-12\n")
+    above, below = marks
+    text = f"""
+@pytest.mark.vm({above})
+@pytest.mark.vm({below})
+def test_two(vm, vms):
+    assert vms["vm"] is vm
+    assert (vm.name, vm.spec.cpus, vms["server"].spec.cpus) == ("vm", 1, 2)
+"""
+    run(text, passed=1)
+
+
 def test_tests_with_machines_are_selected_by_their_mark(run: Run) -> None:
     text = '@pytest.mark.vm("debian-12")\ndef test_with(vm): pass\n\ndef test_without(): pass\n'
     run(text, "-m", "vm", passed=1, deselected=1)
