@@ -116,7 +116,7 @@ class Floor:
     def __init__(self, provisioner: Provisioner, backend: QemuBackend, spec: MachineSpec) -> None:
         self._backend, self._spec = backend, spec
         pack = provisioner.pack(spec)
-        self._start: Start = provisioner._start(spec, pack)
+        self._start: Start = provisioner.start(spec, pack)
         self._saved = pack.path
 
     @contextmanager

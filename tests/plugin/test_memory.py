@@ -49,4 +49,4 @@ def test_a_machine_that_can_never_fit_into_the_budget_is_an_error_at_once(run: R
     text = said(run(ONE, "--vm-memory-budget=512M", status=1, errors=1))
 
     assert "memory=1.0 GiB for the machine 'vm' is more than the memory budget of 512 MiB: ask for less" in text
-    assert "provision.py" not in text
+    assert "provisioner.py" not in text

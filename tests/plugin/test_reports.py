@@ -55,7 +55,7 @@ def test_two(vm): pass
     assert "--- the console's last lines ---\nvm started" in result
     assert "MachineError: the pack of web could not be built earlier in this run" in result
     assert result.count("--- the console's last lines ---") == 1
-    assert "provision.py" not in result
+    assert "provisioner.py" not in result
     assert "fixtures.py" not in result
 
 
@@ -71,13 +71,13 @@ def test_more_memory_than_the_host_has_is_told_in_words(run: Run) -> None:
     result = said(run('@pytest.mark.vm("debian-12", memory="900T")\ndef test_it(vm): pass\n', status=1, errors=1))
 
     assert "is more than this host's" in result
-    assert "provision.py" not in result
+    assert "provisioner.py" not in result
 
 
 def test_a_full_traceback_shows_where_it_came_from_when_it_is_asked_for(run: Run) -> None:
     result = said(run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', "--full-trace", status=1, errors=1))
 
-    assert "provision.py" in result
+    assert "provisioner.py" in result
 
 
 def test_a_failing_command_shows_its_output_and_no_frame_of_ours(run: Run) -> None:

@@ -54,7 +54,7 @@ def test_an_error_of_a_machine_comes_through_from_a_worker_in_words(run: Run) ->
     result = run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', "-n2", status=1, errors=1)
 
     assert "there is no image 'my-image' in the catalog" in result.stdout.str()
-    assert "provision.py" not in result.stdout.str()
+    assert "provisioner.py" not in result.stdout.str()
 
 
 def test_no_run_leaves_a_folder_of_machines_behind(run: Run, catalog: Path) -> None:

@@ -35,7 +35,8 @@ from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.images import Image, ImageStore, Traits
 from pytest_vmbottle.lan import Lans
-from pytest_vmbottle.provision import Provisioner, Settings, _build_spec
+from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.provision.plan import build_spec
 from pytest_vmbottle.spec import host_arch
 from pytest_vmbottle.supervisor import Record
 from pytest_vmbottle.testing import FakeBackend, FakeInstance
@@ -718,8 +719,8 @@ def test_packages_are_installed_with_the_network_on_and_the_machine_itself_keeps
     layered = Layer(source="debian-12", function=None, keywords={"packages": ["nginx"]}, name="served")
 
     assert marked.network is False
-    assert _build_spec(marked, marked.steps[-1]).network is True
-    assert _build_spec(MachineSpec(source=layered), layered).network is True
+    assert build_spec(marked, marked.steps[-1]).network is True
+    assert build_spec(MachineSpec(source=layered), layered).network is True
 
 
 # -- trying again ----------------------------------------------------------------------------------------------------------------------

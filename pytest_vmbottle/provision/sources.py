@@ -1,0 +1,115 @@
+"""Which image a spec means: one of the backend's own, a file, one that the project declares, or one of the catalog, made if it can be."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_vmbottle import images
+from pytest_vmbottle.backend import OwnImage, OwnImages
+from pytest_vmbottle.errors import CatalogError, SpecError
+from pytest_vmbottle.images import Image, ImageStore
+from pytest_vmbottle.provision.context import BUILD_SECONDS
+from pytest_vmbottle.spec import host_arch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from pytest_vmbottle.images import DeclaredImage
+    from pytest_vmbottle.provision.context import Context
+    from pytest_vmbottle.spec import MachineSpec
+
+__all__ = ["Sources"]
+
+
+class Sources:
+    """The images that machines are made from."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._store = ImageStore(context.catalog.images)
+        self._held: set[Path] = set()
+
+    def image(self, spec: MachineSpec) -> Image:
+        """The image that a spec means; one of the catalog is not removed before the context is closed.
+
+        Raises:
+            CatalogError: There is none, and it cannot be made.
+            SpecError: It is for another processor.
+        """
+        source = spec.image
+        if isinstance(self._context.backend, OwnImages):
+            return _own_image(self._context.backend.find_image(source), spec)
+        if isinstance(source, Path) or "/" in source:
+            return self._store.import_path(Path(source), arch=spec.arch)
+        declared = self._context.settings.declared.get(source)
+        found = self._named(source, spec.arch) if declared is None else declared.get(self._store) or self._make_declared(declared)
+        self._hold(found)
+        if found.arch != spec.arch:
+            raise SpecError(
+                f"the image {found.name!r} is for {found.arch}, and the machine {spec.name!r} was to be {spec.arch}: "
+                f"say arch={found.arch!r} in the mark, or get the image for {spec.arch} as {source}-{spec.arch}"
+            )
+        return found
+
+    def _hold(self, image: Image) -> None:
+        folder = image.disk.parent
+        if folder not in self._held:
+            with suppress(FileNotFoundError):
+                self._context.hold(folder)
+                self._held.add(folder)
+
+    def _named(self, name: str, arch: str) -> Image:
+        names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)
+        found = (image for each in names if (image := self._sound(each, again=images.can_build(name))))
+        return next(found, None) or self._build(name)
+
+    def _sound(self, name: str, *, again: bool) -> Image | None:
+        """The image of a name, if there is one; a damaged one that can be made again is moved out of the way."""
+        try:
+            return self._store.get(name)
+        except CatalogError as error:
+            if not again:
+                raise
+            catalog = self._context.catalog
+            self._store.put_aside(name, catalog.quarantine)
+            self._context.settings.warn(f"{str(error).partition('. Remove it')[0]}; it was moved to {catalog.root / 'quarantine'}")
+            return None
+
+    def _build(self, name: str) -> Image:
+        if not images.can_build(name):
+            there = ", ".join(sorted({*(image.name for image in self._store.list()), *self._context.settings.declared})) or "none"
+            official = name in images.CLOUD_IMAGES
+            how = f"Download it: vmbottle image pull {name}" if official else f"Add one: vmbottle image add FILE --name {name}"
+            raise CatalogError(
+                f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
+            )
+        with self._making(name, BUILD_SECONDS) as tell:
+            return self._sound(name, again=True) or images.build(self._store, name, progress=tell)
+
+    def _make_declared(self, declared: DeclaredImage) -> Image:
+        with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else BUILD_SECONDS) as tell:
+            return declared.get(self._store) or declared.make(self._store, progress=tell)
+
+    def _making(self, name: str, seconds: float) -> AbstractContextManager[Callable[[str], None]]:
+        return self._context.alone(f"image-{name}", f"the image {name}", seconds)
+
+
+def _own_image(found: OwnImage, spec: MachineSpec) -> Image:
+    """An image of the backend's as one of the catalog, of which there is no disk."""
+    return Image(
+        name=found.name,
+        sha256=found.digest,
+        key=found.digest,
+        disk=Path(),
+        format="raw",
+        virtual_size=0,
+        arch=spec.arch,
+        readiness="channel",
+        prepared=True,
+        own=found.reference,
+        is_own=True,
+        quick=found.quick,
+    )
