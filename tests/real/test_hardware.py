@@ -40,7 +40,7 @@ if "-accel" in words:
         if words[cpu] in {refused!r}:
             print("qemu: error: failed to set MSR 0x10a to 0x69", file=sys.stderr, flush=True)
             os.abort()
-        words[accelerator], words[cpu] = "tcg,thread=multi,tb-size=256", "max,la57=off"
+        words[accelerator], words[cpu] = "tcg,thread=multi,tb-size=256", "max,la57=off,erms=off,fsrm=off"
     else:
         words += ["-d", "nochain"]
 os.execv({real!r}, [{real!r}, *words])

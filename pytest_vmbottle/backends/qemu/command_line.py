@@ -34,8 +34,8 @@ __all__ = [
     "sandbox",
 ]
 
-FORMAT = 3
-"""Part of every fingerprint: packs made with another set of devices are not restored."""
+FORMAT = 4
+"""Part of every fingerprint: packs made with another processor or another set of devices are not restored."""
 
 SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 """The empty PCI Express ports, each for one device that is plugged in while the machine runs: a disk, a network card."""
@@ -98,8 +98,9 @@ _BOARDS = (
         arch="x86_64",
         package="qemu-system-x86",
         machine="q35,vmport=off,smbus=off,sata=off,usb=off,graphics=off",
-        # All that TCG emulates, but for 57-bit addresses: page tables of five levels only cost time.
-        tcg=_tcg("max,la57=off"),
+        # All that TCG emulates but what only costs time: page tables of five levels (57-bit addresses), and the advice to move strings
+        # byte by byte (ERMS, FSRM), which processors do fast and TCG does not: without it a guest boots in a seventh less time.
+        tcg=_tcg("max,la57=off,erms=off,fsrm=off"),
         serial=("-device", "isa-serial,chardev=console,id=serial"),
         quick_hotplug=True,
         display=("-device", "VGA,id=screen"),  # its keyboard (PS/2) is part of the board
