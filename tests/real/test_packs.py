@@ -239,13 +239,3 @@ def test_a_cold_machine_boots_with_keys_of_its_own_and_what_its_mark_says(vm: Ma
     assert vm.exec(["nproc"]).stdout == "2\n"
     assert int(vm.exec("df --output=size -B1 / | tail -1").stdout) > 8.5 * 2**30
     assert "Valid cloud-config" in vm.exec(["cloud-init", "schema", "--system"], timeout=200).stdout
-
-
-@pytest.mark.vm("debian-12", user_data={"bootcmd": ["rm -f /usr/sbin/qemu-ga"]})
-def test_a_guest_without_the_agent_is_spoken_to_by_ssh_and_poured_all_the_same(vm: Machine, tmp_path: Path) -> None:
-    assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"], check=False).stdout != "active\n"
-    assert type(vm._channel).__name__ == "SshChannel"
-    assert abs(float(vm.exec(["date", "+%s"]).stdout) - time.time()) < 5
-    (tmp_path / "f").write_text("there and back")
-    vm.cp(tmp_path / "f", vm.path("/root/f"))
-    assert vm.path("/root/f").read_text() == "there and back"
