@@ -10,17 +10,29 @@ from collections.abc import Callable
 import pytest
 
 from pytest_vmbottle import Machine
+from pytest_vmbottle.result import Result
 
 REPORT = "/root/report.xml"
 MINUTES = 10
 LEAST = 20
 """Tests that the suite has at least: with fewer, it was not found."""
+CRASHED = "the process that ran it is gone"
+"""What is said of a machine whose hypervisor has ended by itself."""
 
 
 def outcomes(report: bytes) -> Counter[str]:
-    """How many tests of a JUnit report passed, failed, had an error or were skipped."""
-    cases = ET.fromstring(report).iter("testcase")
-    return Counter(next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed") for case in cases)
+    """How many tests of a JUnit report passed, failed for whatever reason, or met a machine that was gone."""
+    troubles: dict[tuple[str, ...], list[ET.Element]] = {}
+    for case in ET.fromstring(report).iter("testcase"):  # one whose teardown failed too is there twice
+        test = (case.get("classname", ""), case.get("name", ""))
+        troubles.setdefault(test, []).extend(child for child in case if child.tag in ("failure", "error", "skipped"))
+    return Counter(_outcome(each) for each in troubles.values())
+
+
+def _outcome(troubles: list[ET.Element]) -> str:
+    if not troubles:
+        return "passed"
+    return "crashed" if all(CRASHED in "".join(each.itertext()) for each in troubles) else troubles[0].tag
 
 
 @pytest.fixture
@@ -35,6 +47,13 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     return tell
 
 
+def suite(vm: Machine, told: Callable[[str], None], *more: str) -> Result:
+    """Runs the suite in a guest. With one worker: in emulation within emulation, each machine that only waits takes much of a processor."""
+    options = ["--vm-backend=smolvm", "--vm-missing=fail", f"--junitxml={REPORT}", "--color=no", "--durations=10", *more]
+    command = ["python3", "-m", "pytest", "-v", "-m", "smolvm", "--timeout=300", *options, "tests/smolvm"]
+    return vm.exec(command, cwd="/srv", timeout=60 * MINUTES, check=False, stream=told)
+
+
 @pytest.mark.vm("engine")
 def test_a_clone_of_a_guest_with_kvm_has_it_at_once(vm: Machine) -> None:
     assert "kvm" in vm.exec(["lsmod"]).stdout
@@ -44,12 +63,25 @@ def test_a_clone_of_a_guest_with_kvm_has_it_at_once(vm: Machine) -> None:
 @pytest.mark.vm("suite", timeout=600)
 @pytest.mark.timeout(60 * (MINUTES + 5))
 def test_the_suite_of_smolvm_passes_on_the_real_engine(vm: Machine, told: Callable[[str], None]) -> None:
-    options = ["--vm-backend=smolvm", "--vm-missing=fail", f"--junitxml={REPORT}", "--color=no", "--durations=10"]
-    # One worker: in emulation within emulation, each machine that only waits takes a good part of a processor.
-    command = ["python3", "-m", "pytest", "-v", "-m", "smolvm", "--timeout=300", *options, "tests/smolvm"]
-    done = vm.exec(command, cwd="/srv", timeout=60 * MINUTES, check=False, stream=told)
-    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-60:])
+    done = suite(vm, told)
     found = outcomes(vm.path(REPORT).read_bytes())
+    if found["crashed"] and not found["failure"] + found["error"]:
+        # On a processor that is emulated, smolvm's own process ends by itself now and then. All tests of that machine miss it.
+        told(f"smolvm's process for a machine has ended by itself: {found['crashed']} tests are tried again, once\n")
+        done = suite(vm, told, "--last-failed")
+        again = outcomes(vm.path(REPORT).read_bytes())
+        assert again.total() == found.pop("crashed"), "what was tried again is what had crashed"
+        found += again
+    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-60:])
     told(f"{found.total()} tests on the real engine: {dict(found)}\n")
     assert found.keys() == {"passed"}
     assert found["passed"] >= LEAST
+
+
+def test_only_a_test_whose_every_trouble_is_a_machine_that_ended_by_itself_counts_as_crashed() -> None:
+    gone, other = f"<failure>E MachineDied: {CRASHED}</failure>", "<error>E assert 1 == 2</error>"
+    skipped = "<skipped>no</skipped>"
+    cases = [("a", ""), ("b", gone), ("c", other), ("d", gone + other), ("e", skipped), ("f", gone), ("f", gone), ("g", gone), ("g", other)]
+    report = "<testsuites>" + "".join(f'<testcase name="{name}">{case}</testcase>' for name, case in cases) + "</testsuites>"
+
+    assert outcomes(report.encode()) == {"passed": 1, "crashed": 2, "error": 1, "failure": 2, "skipped": 1}
