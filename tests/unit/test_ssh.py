@@ -81,6 +81,20 @@ def _tell_signal(channel: paramiko.Channel, name: str) -> None:
     channel.transport._send_user_message(message)  # type: ignore[union-attr]
 
 
+def _start_when_answered(channel: paramiko.Channel, thread: threading.Thread) -> None:
+    """Starts a thread when the client was told that its command begins: a command that ended before would have no beginning."""
+    transport: Any = channel.transport
+    send = transport._send_user_message
+
+    def send_and_start(message: paramiko.Message) -> None:
+        send(message)
+        if message.asbytes()[:1] == bytes([99]):  # SSH_MSG_CHANNEL_SUCCESS
+            transport._send_user_message = send
+            thread.start()
+
+    transport._send_user_message = send_and_start
+
+
 class Server(paramiko.ServerInterface):
     """An SSH server that knows one key, and notes who tries what."""
 
@@ -132,7 +146,7 @@ class Server(paramiko.ServerInterface):
             time.sleep(2)
         thread = threading.Thread(target=self.handler, args=(channel, command.decode()), daemon=True)
         self._threads.append(thread)
-        thread.start()
+        _start_when_answered(channel, thread)
         return True
 
     def close(self) -> None:
@@ -140,7 +154,8 @@ class Server(paramiko.ServerInterface):
         for transport in self.transports:
             transport.close()
         for thread in self._threads:
-            thread.join(5)
+            if thread.ident is not None:
+                thread.join(5)
 
 
 @pytest.fixture(scope="module")
