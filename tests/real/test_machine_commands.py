@@ -231,7 +231,7 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
     before = termios.tcgetattr(person.terminal)
     shell = commands.begin("shell", web, stdin=person.terminal, stdout=person.terminal, stderr=person.terminal)
     person.sees(re.escape("Ctrl-]"))
-    person.type("tty; stty size; sleep 3000\r")
+    person.type("sh -c 'tty; stty size; exec sleep 3000'\r")  # between two commands of its own, the shell would lose the key
     person.sees("/dev/pts/")
     person.sees("30 100")
     person.type("\x03")
