@@ -33,8 +33,8 @@ _LARGEST = 1 << 20
 """Bytes beyond which a file is no record."""
 _LATE = 1.0
 """Seconds in which a process may still show up that was being started when its owner died."""
-_MOMENT = 0.2
 _UNKILLABLE = 5.0
+"""Seconds in which a process ends that was killed."""
 _ENDING = 20.0
 """Seconds that a machine's own command may take to end it."""
 
@@ -76,13 +76,13 @@ class Identity(NamedTuple):
             os.close(fd)
 
     def names(self, folder: Path) -> bool:
-        """Whether its command line names a folder, or something in it."""
-        until = time.monotonic() + _MOMENT
+        """Whether it is still there, and its command line names a folder or something in it."""
+        until = time.monotonic() + _UNKILLABLE
         with suppress(OSError):
-            # While a process begins to run another program, it has none.
-            while not (words := Path(f"/proc/{self.pid}/cmdline").read_bytes()) and time.monotonic() < until:
+            # It has none while it begins to run another program, and while it ends, which takes the longer the more memory it had.
+            while not (words := Path(f"/proc/{self.pid}/cmdline").read_bytes()) and self.is_running and time.monotonic() < until:
                 time.sleep(0.001)
-            return os.fsencode(folder) in words
+            return os.fsencode(folder) in words and self.is_running
         return False
 
 
@@ -196,11 +196,11 @@ def _proven(folder: Path, records: dict[str, Record]) -> tuple[dict[Identity, st
     found, doubts = _carriers(folder), {}
     for name, record in records.items():
         process = record.process
-        if process is None or process in found or not process.is_running:
+        if process is None or process in found:
             continue
         if process.names(folder / name):
             found[process] = name
-        elif not record.ending:  # else it is left to that
+        elif process.is_running and not record.ending:  # else it is left to that
             doubts[name] = f"process {process.pid} was its hypervisor, and does not name its folder any more"
     return found, doubts
 

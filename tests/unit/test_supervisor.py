@@ -24,6 +24,19 @@ from pytest_vmbottle.supervisor import Identity, Record, Supervisor, reap
 SLEEP = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"]
 Spawn = Callable[..., subprocess.Popen[bytes]]
 
+# Gives up the memory that its command line is in, as one that is killed does first of all, and ends a second later.
+ENDING = """
+import ctypes, mmap, os, time
+words = open("/proc/self/stat").read().rpartition(")")[2].split()
+first, last = (int(word) // mmap.PAGESIZE * mmap.PAGESIZE for word in words[45:47])  # arg_start and arg_end: man 5 proc
+munmap = ctypes.CDLL(None).munmap
+munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+munmap(first, last - first + mmap.PAGESIZE)
+os.write(1, b"done")
+time.sleep(1)
+os._exit(0)
+"""
+
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
@@ -139,6 +152,19 @@ def test_a_process_that_its_record_names_but_nothing_proves_is_kept_with_all_tha
     process.kill()
     process.wait()
     assert [each.kept for each in catalog.gc()] == [()]
+    assert not owner.exists()
+
+
+def test_a_process_that_is_about_to_end_and_has_no_command_line_any_more_is_waited_for(catalog: Catalog, owner: Path) -> None:
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", ENDING, str(owner / "vm-1")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == b"done"
+        assert Path(f"/proc/{process.pid}/cmdline").read_bytes() == b""
+        machine(owner, "vm-1", process=identity(process))
+
+        (reaped,) = catalog.gc()
+
+    assert (reaped.machines, reaped.processes, reaped.kept) == (("vm-1",), (), ())
     assert not owner.exists()
 
 

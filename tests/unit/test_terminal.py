@@ -18,8 +18,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # A guest's terminal that is the far end of a socket, and a main thread that gives it this terminal.
 _PROGRAM = """
-import socket, sys
+import signal, socket, sys
 from pytest_vmbottle.terminal import attach
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its children
 
 class Far:
     status = {status}
