@@ -10,6 +10,28 @@ import pytest
 from pytest_vmbottle import LaunchError, Machine
 from pytest_vmbottle.spec import host_arch
 
+REWRITING = """
+import os, signal, time
+
+ping, pong = os.pipe(), os.pipe()
+os.write(ping[1], b"x")
+others = []
+for source, sink in ((ping[0], pong[1]), (pong[0], ping[1])): # each wakes the other, on and on
+    others.append(os.fork())
+    while not others[-1]:
+        os.write(sink, os.read(source, 1))
+end, rounds = time.monotonic() + 10, 0
+while time.monotonic() < end:
+    for state in "10":
+        with open("/sys/kernel/tracing/events/sched/enable", "w") as switch:
+            switch.write(state)
+    rounds += 1
+for other in others:
+    os.kill(other, signal.SIGKILL)
+print(rounds)
+"""
+"""What has a kernel write over code that its processors are running: the scheduler's points to trace are switched on and off."""
+
 
 def features(cpuinfo: str) -> set[str]:
     """What proc_cpuinfo(5) says that the first processor of an x86 computer has."""
@@ -29,10 +51,21 @@ def test_an_emulated_guest_has_all_but_what_only_costs_time_and_any_other_what_i
 
 
 def test_a_processor_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: Callable[..., Machine]) -> None:
-    with pytest.raises(LaunchError, match="unable to find CPU model 'Transistor'"):
+    with pytest.raises(LaunchError) as caught:
         vm_factory("debian-12", cpu="Transistor,+svm", fresh="boot")
+    assert str(caught.value).splitlines()[0].endswith("could run: unable to find CPU model 'Transistor'")
 
 
 def test_a_feature_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: Callable[..., Machine]) -> None:
     with pytest.raises(LaunchError, match=r"cpu\.flying-carpet' not found"):
         vm_factory("debian-12", cpu="max,+flying-carpet", fresh="boot")
+
+
+@pytest.mark.vm("debian-12", cpus=2, fresh="boot")
+def test_a_kernel_that_rewrites_its_code_goes_on_with_two_processors(vm: Machine) -> None:
+    vm.exec("mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing")
+
+    rounds = vm.exec(["python3", "-c", REWRITING], timeout=120).stdout
+
+    assert int(rounds) > 0
+    assert vm.exec("nproc").stdout == "2\n"

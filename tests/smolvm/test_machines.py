@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import signal
 import socket
@@ -23,7 +22,6 @@ from pytest_vmbottle.backends.smolvm.engine import Creation
 from pytest_vmbottle.backends.smolvm.vmm import Vmm
 
 pytestmark = pytest.mark.vm(backend="smolvm", memory="256M", timeout=300)
-EXAMPLE = Path(__file__).parents[2] / "examples" / "test_portable.py"
 
 
 @layer("smolvm", backend="smolvm", memory="256M", run=["echo one > /root/one"], timeout=300)
@@ -160,16 +158,6 @@ def test_ram_goes_by_checkpoint_to_a_machine_that_those_of_tests_are_branched_fr
     ended = subprocess.run(argv, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 passed" in ended.stdout
-
-
-def test_the_examples_for_both_backends_pass_on_this_one_and_so_does_that_of_its_page(environment: dict[str, str], tmp_path: Path) -> None:
-    page = EXAMPLE.parents[1] / "docs" / "smolvm.md"
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL) if page.exists() else []
-    (tmp_path / "test_page.py").write_text("\n".join(blocks))
-    argv = [sys.executable, "-m", "pytest", "-q", "--vm-backend=smolvm", str(EXAMPLE), str(tmp_path)]
-    ended = subprocess.run(argv, check=False, cwd=EXAMPLE.parents[1], env=environment, capture_output=True, text=True, timeout=500)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert f"{10 + len(blocks)} passed" in ended.stdout
 
 
 def test_a_machine_that_runs_is_packed_only_if_it_may_be_stopped(engine: Engine, tmp_path: Path, environment: dict[str, str]) -> None:

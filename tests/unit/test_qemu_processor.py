@@ -13,10 +13,15 @@ from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec
 
 TCG = BOARDS["x86_64"].tcg
+VERSION = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
+
+
+def chosen(accelerator: Accelerator, modules: Path, *, version: str = VERSION, **keywords: Any) -> Accelerator:
+    return accelerator_for(MachineSpec(source="x", arch="x86_64", **keywords), accelerator, version=version, modules=modules)
 
 
 def cpu(accelerator: Accelerator, modules: Path, **keywords: Any) -> str:
-    return accelerator_for(MachineSpec(source="x", arch="x86_64", **keywords), accelerator, modules=modules).cpu
+    return chosen(accelerator, modules, **keywords).cpu
 
 
 def module(folder: Path, name: str, nested: str) -> Path:
@@ -27,7 +32,20 @@ def module(folder: Path, name: str, nested: str) -> Path:
 
 def test_a_machine_that_asks_for_nothing_is_run_as_the_host_runs_all(tmp_path: Path) -> None:
     for accelerator in (TCG, KVM, HVF):
-        assert accelerator_for(MachineSpec(source="x"), accelerator, modules=tmp_path) == accelerator
+        assert chosen(accelerator, tmp_path) == accelerator
+
+
+@pytest.mark.parametrize("version", [VERSION, "QEMU emulator version 8.0.5", "QEMU emulator version of somebody's own"])
+def test_several_emulated_processors_take_turns_where_qemu_misses_code_that_one_of_them_writes(version: str, tmp_path: Path) -> None:
+    assert "thread=single" in chosen(TCG, tmp_path, version=version, cpus=2).option
+    assert "thread=multi" in chosen(TCG, tmp_path, version=version, cpus=2, nested=True).option  # it would be too slow for its guests
+    assert "thread=multi" in chosen(TCG, tmp_path, version=version).option
+    assert chosen(KVM, tmp_path, version=version, cpus=2) == KVM
+
+
+@pytest.mark.parametrize("version", ["QEMU emulator version 8.1.0", "QEMU emulator version 10.0.8 (Debian 1:10.0.8+ds-0+deb13u1)"])
+def test_several_emulated_processors_run_at_once_where_qemu_misses_nothing(version: str, tmp_path: Path) -> None:
+    assert chosen(TCG, tmp_path, version=version, cpus=2) == TCG
 
 
 def test_a_model_that_was_asked_for_is_taken_as_it_was_written(tmp_path: Path) -> None:
@@ -38,7 +56,7 @@ def test_a_model_that_was_asked_for_is_taken_as_it_was_written(tmp_path: Path) -
 def test_emulation_gives_amds_virtualisation_to_any_model(tmp_path: Path) -> None:
     assert cpu(TCG, tmp_path, nested=True).endswith(",+svm,+npt")
     assert cpu(TCG, tmp_path, nested=True, cpu="Opteron_G5") == "Opteron_G5,+svm,+npt"
-    assert "tb-size=512" in accelerator_for(MachineSpec(source="x", arch="x86_64", nested=True), TCG, modules=tmp_path).option
+    assert "tb-size=512" in chosen(TCG, tmp_path, nested=True).option
 
 
 @pytest.mark.parametrize(("name", "switch", "features"), [("kvm_amd", "1", ",+svm,+npt"), ("kvm_intel", "Y", ",+vmx")])

@@ -211,8 +211,9 @@ class QemuBackend:
     def _programs(self, spec: MachineSpec) -> Programs:
         """The same, with the processor that a machine is to have."""
         programs = self.programs(spec.arch)
-        emulator = attrs.evolve(programs.emulator, accelerator=accelerator_for(spec, programs.emulator.accelerator))
-        return attrs.evolve(programs, emulator=emulator)
+        version = self._prover(spec.arch).proof.version
+        accelerator = accelerator_for(spec, programs.emulator.accelerator, version=version)
+        return attrs.evolve(programs, emulator=attrs.evolve(programs.emulator, accelerator=accelerator))
 
     def fingerprint(self, spec: MachineSpec) -> str:
         """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
