@@ -152,7 +152,7 @@ class Catalog:
         try:
             free(lambda: _acquired(lock, min(_MOMENT, deadline.remaining)))
             if _inode(path) != before:  # a new file: somebody may hold one that was removed under him
-                free(lambda: not _is_held_without_name(path))
+                free(lambda: bool(Deadline(min(_MOMENT, deadline.remaining)).poll(lambda: not _is_held_without_name(path))))
             self.ledger.locks.add(name)
             since = time.time()
             records.note_holder(holder, since=since)
@@ -437,7 +437,6 @@ def _is_held_without_name(path: Path) -> bool:
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
             if os.readlink(link) == f"{path} (deleted)":  # noqa: PTH115 - Path would take the end for a suffix
-                time.sleep(_MOMENT / 10)
                 return True
     return False
 

@@ -11,7 +11,6 @@ import shlex
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO, StringIO
@@ -308,12 +307,14 @@ class SshProcess:
 
     def _sendable(self, deadline: Deadline) -> bool:
         """Whether it takes input now, asked until the deadline; also if it never will again."""
-        while not (self._session.send_ready() or self._session.status_event.is_set() or self._session.eof_sent):
+
+        def takes() -> bool:
+            if self._session.send_ready() or self._session.status_event.is_set() or self._session.eof_sent:
+                return True
             self._alive()
-            if deadline.expired:
-                return False
-            time.sleep(0.02)
-        return True
+            return False
+
+        return bool(deadline.poll(takes, every=0.02))
 
     def close_input(self) -> None:
         """Ends its input; may be called again."""

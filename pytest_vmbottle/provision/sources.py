@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,11 +81,14 @@ class Sources:
 
     def _build(self, name: str) -> Image:
         if not images.can_build(name):
-            there = ", ".join(sorted({*(image.name for image in self._store.list()), *self._context.settings.declared})) or "none"
+            there = sorted({*(image.name for image in self._store.list()), *self._context.settings.declared})
             official = name in images.CLOUD_IMAGES
+            near = [] if official else difflib.get_close_matches(name, [*there, *images.RECIPES, *images.CLOUD_IMAGES], n=1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
             how = f"Download it: vmbottle image pull {name}" if official else f"Add one: vmbottle image add FILE --name {name}"
             raise CatalogError(
-                f"there is no image {name!r} in the catalog (there: {there}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
+                f"there is no image {name!r} in the catalog{hint} "
+                f"(there: {', '.join(there) or 'none'}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
             )
         with self._making(name, BUILD_SECONDS) as tell:
             return self._sound(name, again=True) or images.build(self._store, name, progress=tell)

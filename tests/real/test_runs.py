@@ -193,7 +193,7 @@ def _one_test(inner: pytest.Pytester, mark: str, *options: str) -> str:
 
 def test_an_unknown_image_is_told_with_the_commands_that_bring_one(inner: pytest.Pytester) -> None:
     output = _one_test(inner, '"debain-12"')
-    assert "there is no image 'debain-12'" in output
+    assert "there is no image 'debain-12' in the catalog: did you mean 'debian-12'?" in output
     assert "vmbottle image add" in output
 
 

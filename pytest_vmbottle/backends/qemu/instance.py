@@ -48,6 +48,8 @@ _SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
 _CONSOLE = "console.log"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
+_LAST_WORDS = 300
+"""Characters of what QEMU printed last that the first sentence of an error has."""
 """Bytes that a disk which has no room for a state may still have free."""
 
 
@@ -661,11 +663,13 @@ def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | No
 def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
     status = process.wait(Deadline(1))
     ending = "does not answer" if status is None else f"ended with status {status}{_signal_hint(status)}"
+    output = process.output
+    last = output.strip().rpartition("\n")[2].rpartition(f"{Path(process.argv[0]).name}: ")[2][:_LAST_WORDS]
     return LaunchError(
-        f"QEMU {ending} before the machine {spec.name!r} could run",
+        f"QEMU {ending} before the machine {spec.name!r} could run{last and f': {last}'}",
         argv=process.argv,
         exitcode=status,
-        output=process.output,
+        output=output,
         machine=spec.name,
     )
 
