@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_vmbottle import Machine
+from pytest_vmbottle import CommandTimeout, Machine, MachineDied
 from pytest_vmbottle.result import Result
 
 REPORT = "/root/report.xml"
-MINUTES = 10
+MINUTES = 12
 LEAST = 20
 """Tests that the suite has at least: with fewer, it was not found."""
 CRASHED = "the process that ran it is gone"
@@ -54,16 +54,27 @@ def suite(vm: Machine, told: Callable[[str], None], *more: str) -> Result:
     return vm.exec(command, cwd="/srv", timeout=60 * MINUTES, check=False, stream=told)
 
 
+def suite_in_a_guest_that_lasts(vm: Machine, told: Callable[[str], None]) -> Result:
+    """Runs the suite; once more where the guest is lost on the way, as two emulated processors may stand still or run astray."""
+    try:
+        return suite(vm, told)
+    except (CommandTimeout, MachineDied) as lost:
+        told(f"the guest is lost, and all is tried once more in one that is new: {str(lost).partition(chr(10))[0]}\n")
+    vm.restore()
+    return suite(vm, told)
+
+
 @pytest.mark.vm("engine")
 def test_a_clone_of_a_guest_with_kvm_has_it_at_once(vm: Machine) -> None:
     assert "kvm" in vm.exec(["lsmod"]).stdout
     assert vm.path("/dev/kvm").exists()
+    assert vm.host.service("held").is_running
 
 
 @pytest.mark.vm("suite", timeout=600)
-@pytest.mark.timeout(60 * (MINUTES + 5))
+@pytest.mark.timeout(60 * (2 * MINUTES + 5))
 def test_the_suite_of_smolvm_passes_on_the_real_engine(vm: Machine, told: Callable[[str], None]) -> None:
-    done = suite(vm, told)
+    done = suite_in_a_guest_that_lasts(vm, told)
     found = outcomes(vm.path(REPORT).read_bytes())
     if found["crashed"] and not found["failure"] + found["error"]:
         # On a processor that is emulated, smolvm's own process ends by itself now and then. All tests of that machine miss it.
