@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -71,18 +71,13 @@ def test_the_keywords_of_exec_hold_and_a_program_that_is_not_there_ends_with_127
 
 
 def test_several_run_beside_each_other_and_beside_commands(session_vm: Machine) -> None:
-    said: dict[int, list[str]] = {}
+    def said(number: int) -> list[str]:
+        return list(session_vm.spawn(f"for i in 1 2 3; do echo {number}-$i; sleep 0.1; done").stdout)
 
-    def work(number: int) -> None:
-        said[number] = list(session_vm.spawn(f"for i in 1 2 3; do echo {number}-$i; sleep 0.1; done").stdout)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    assert session_vm.exec(["echo", "here"]).stdout == "here\n"
-    for thread in threads:
-        thread.join()
-    assert said == {number: [f"{number}-{i}\n" for i in (1, 2, 3)] for number in range(4)}
+    with ThreadPoolExecutor(4) as pool:
+        all_said = pool.map(said, range(4))
+        assert session_vm.exec(["echo", "here"]).stdout == "here\n"
+        assert list(all_said) == [[f"{number}-{i}\n" for i in (1, 2, 3)] for number in range(4)]
 
 
 def test_output_that_nobody_reads_does_not_hold_the_command_up_and_its_end_is_kept(session_vm: Machine) -> None:
