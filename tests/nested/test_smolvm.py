@@ -16,8 +16,10 @@ REPORT = "/root/report.xml"
 MINUTES = 12
 LEAST = 20
 """Tests that the suite has at least: with fewer, it was not found."""
-CRASHED = "the process that ran it is gone"
-"""What is said of a machine whose hypervisor has ended by itself."""
+CRASHED = ("the process that ran it is gone", "boot process exited (code 0) before the agent was ready")
+"""What is said of a machine whose hypervisor has ended by itself: by us, and by smolvm if it was only just begun."""
+ATTEMPTS = 3
+"""How often a test may meet such a machine. All tests of that machine miss it."""
 
 
 def outcomes(report: bytes) -> Counter[str]:
@@ -32,7 +34,8 @@ def outcomes(report: bytes) -> Counter[str]:
 def _outcome(troubles: list[ET.Element]) -> str:
     if not troubles:
         return "passed"
-    return "crashed" if all(CRASHED in "".join(each.itertext()) for each in troubles) else troubles[0].tag
+    crashed = all(any(words in "".join(each.itertext()) for words in CRASHED) for each in troubles)
+    return "crashed" if crashed else troubles[0].tag
 
 
 @pytest.fixture
@@ -76,9 +79,11 @@ def test_a_clone_of_a_guest_with_kvm_has_it_at_once(vm: Machine) -> None:
 def test_the_suite_of_smolvm_passes_on_the_real_engine(vm: Machine, told: Callable[[str], None]) -> None:
     done = suite_in_a_guest_that_lasts(vm, told)
     found = outcomes(vm.path(REPORT).read_bytes())
-    if found["crashed"] and not found["failure"] + found["error"]:
-        # On a processor that is emulated, smolvm's own process ends by itself now and then. All tests of that machine miss it.
-        told(f"smolvm's process for a machine has ended by itself: {found['crashed']} tests are tried again, once\n")
+    for _ in range(1, ATTEMPTS):
+        if found.keys() != {"passed", "crashed"}:
+            break
+        # On a processor that is emulated, smolvm's own process ends by itself now and then.
+        told(f"smolvm's process for a machine has ended by itself: {found['crashed']} tests are tried again\n")
         done = suite(vm, told, "--last-failed")
         again = outcomes(vm.path(REPORT).read_bytes())
         assert again.total() == found.pop("crashed"), "what was tried again is what had crashed"
@@ -90,9 +95,19 @@ def test_the_suite_of_smolvm_passes_on_the_real_engine(vm: Machine, told: Callab
 
 
 def test_only_a_test_whose_every_trouble_is_a_machine_that_ended_by_itself_counts_as_crashed() -> None:
-    gone, other = f"<failure>E MachineDied: {CRASHED}</failure>", "<error>E assert 1 == 2</error>"
-    skipped = "<skipped>no</skipped>"
-    cases = [("a", ""), ("b", gone), ("c", other), ("d", gone + other), ("e", skipped), ("f", gone), ("f", gone), ("g", gone), ("g", other)]
+    gone, begun = (f"<failure>E {words}</failure>" for words in CRASHED)
+    other, skipped = "<error>E assert 1 == 2</error>", "<skipped>no</skipped>"
+    cases = [
+        ("a", ""),
+        ("b", gone),
+        ("c", other),
+        ("d", gone + other),
+        ("e", skipped),
+        ("f", gone),
+        ("f", begun),
+        ("g", gone),
+        ("g", other),
+    ]
     report = "<testsuites>" + "".join(f'<testcase name="{name}">{case}</testcase>' for name, case in cases) + "</testsuites>"
 
     assert outcomes(report.encode()) == {"passed": 1, "crashed": 2, "error": 1, "failure": 2, "skipped": 1}
