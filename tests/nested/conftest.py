@@ -22,7 +22,7 @@ os.fork() or signal.pause()
 """
 """A machine that never runs. With the first one, and with the first processor whose interrupt controller is off, KVM switches code of the
 kernel, and back with the last. Two processors that an older QEMU emulates may miss that and stand still: after 150 machines made one after
-another, where 2,500 went well beside this one, twice."""
+another, where 2,500 went well beside this one."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
