@@ -16,9 +16,10 @@ import pytest
 
 from pytest_vmbottle import Machine, MachineDied, MachineError, SmolvmError, layer
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Terminals
+from pytest_vmbottle.backend import PackKind, Terminals
 from pytest_vmbottle.backends.smolvm import Engine
 from pytest_vmbottle.backends.smolvm.engine import Creation
+from pytest_vmbottle.backends.smolvm.instance import Maker
 from pytest_vmbottle.backends.smolvm.vmm import Vmm
 
 pytestmark = pytest.mark.vm(backend="smolvm", memory="256M", timeout=300)
@@ -122,15 +123,20 @@ def test_a_shell_runs_on_a_terminal_of_the_guests(session_vm: Machine) -> None:
 
 
 def test_four_at_once_make_five_machines_each(engine: Engine) -> None:
+    maker = Maker(engine=engine, kind=PackKind.DISK, warn=print, source_of=lambda *_: "")
+    small = Creation(memory=128 << 20)
+
     def make(number: int) -> bool:
         names = [f"many-{number}-{each}" for each in range(5)]
-        for name in names:
-            engine.create(name, Creation(memory=128 << 20))
-        vmm = Vmm(engine.start(names[0]), leash=True)
         try:
-            return vmm.is_running
+            for name in names:
+                engine.create(name, small)
+            vmm = Vmm(maker.start_twice(names[0], small, deadline=Deadline(300)), leash=True)
+            try:
+                return vmm.is_running
+            finally:
+                vmm.let_go()
         finally:
-            vmm.let_go()
             for name in names:
                 engine.delete(name)
 
