@@ -57,14 +57,14 @@ def suite(vm: Machine, told: Callable[[str], None], *more: str) -> Result:
     return vm.exec(command, cwd="/srv", timeout=60 * MINUTES, check=False, stream=told)
 
 
-def suite_in_a_guest_that_lasts(vm: Machine, told: Callable[[str], None]) -> Result:
-    """Runs the suite; once more where the guest is lost on the way, as two emulated processors may stand still or run astray."""
+def in_a_guest_that_lasts(vm: Machine, told: Callable[[str], None], work: Callable[[], Result]) -> Result:
+    """Does it; once more where the guest is lost on the way, as two emulated processors may stand still or run astray."""
     try:
-        return suite(vm, told)
+        return work()
     except (CommandTimeout, MachineDied) as lost:
         told(f"the guest is lost, and all is tried once more in one that is new: {str(lost).partition(chr(10))[0]}\n")
     vm.restore()
-    return suite(vm, told)
+    return work()
 
 
 @pytest.mark.vm("engine")
@@ -74,10 +74,22 @@ def test_a_clone_of_a_guest_with_kvm_has_it_at_once(vm: Machine) -> None:
     assert vm.host.service("held").is_running
 
 
+@pytest.mark.vm("engine")
+def test_what_is_done_in_a_guest_that_is_lost_on_the_way_is_done_again_as_if_it_had_never_begun(vm: Machine) -> None:
+    told: list[str] = []
+
+    def work() -> Result:
+        vm.exec("test ! -e /root/begun && touch /root/begun")
+        return vm.exec("true" if told else "echo c > /proc/sysrq-trigger; sleep 60")
+
+    assert in_a_guest_that_lasts(vm, told.append, work).ok
+    assert ["the guest is lost" in line for line in told] == [True]
+
+
 @pytest.mark.vm("suite", timeout=600)
 @pytest.mark.timeout(60 * (2 * MINUTES + 5))
 def test_the_suite_of_smolvm_passes_on_the_real_engine(vm: Machine, told: Callable[[str], None]) -> None:
-    done = suite_in_a_guest_that_lasts(vm, told)
+    done = in_a_guest_that_lasts(vm, told, lambda: suite(vm, told))
     found = outcomes(vm.path(REPORT).read_bytes())
     for _ in range(1, ATTEMPTS):
         if found.keys() != {"passed", "crashed"}:

@@ -48,9 +48,9 @@ _SAVED, _STATE, _RAM = "saved.json", "state.bin", "ram.img"
 _CONSOLE = "console.log"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
+"""Bytes that a disk which has no room for a state may still have free."""
 _LAST_WORDS = 300
 """Characters of what QEMU printed last that the first sentence of an error has."""
-"""Bytes that a disk which has no room for a state may still have free."""
 
 
 @attrs.frozen(kw_only=True)
