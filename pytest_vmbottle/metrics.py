@@ -88,7 +88,8 @@ class Sample:
         rss_bytes: Bytes of the host's RAM that it holds. What clones share of their pack counts in each of them.
         threads: How many threads it has.
         read_bytes: Bytes that the host read from storage for it; what was in the host's cache costs none.
-        write_bytes: Bytes that it had the host write to storage; files in RAM (tmpfs) do not count.
+        write_bytes: Bytes that it had the host write to storage; files in RAM (tmpfs) do not count. What is written again before the
+            host has written it out counts once (Linux counts a page of its cache when it has to be written from then on).
         guest: The guest's own figures, or None if it did not answer, or was not asked at this moment.
     """
 
