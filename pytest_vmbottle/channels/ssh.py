@@ -293,17 +293,18 @@ class SshProcess:
 
     def write(self, data: bytes, *, deadline: Deadline) -> None:
         """Gives it input (see `Running.write`)."""
+        left = memoryview(data)  # parts of it are no copies
         with self._writing:
-            while data:
+            while left:
                 if not self._sendable(deadline):
-                    raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s: {len(data)} bytes are left")
+                    raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s: {len(left)} bytes are left")
                 try:
-                    sent = 0 if self._session.status_event.is_set() else self._session.send(data[:_CHUNK])
+                    sent = 0 if self._session.status_event.is_set() else self._session.send(bytes(left[:_CHUNK]))
                 except OSError:
                     sent = 0
                 if not sent:
                     raise BrokenPipeError("the command has ended, or its input was closed, and takes no more")
-                data = data[sent:]
+                left = left[sent:]
 
     def _sendable(self, deadline: Deadline) -> bool:
         """Whether it takes input now, asked until the deadline; also if it never will again."""
