@@ -219,7 +219,7 @@ def test_a_disk_that_a_machine_has_is_nobody_elses(root: Path, base: Path, tmp_p
     with qemu(root, disk) as first:
         assert first.poll() is None
         with qemu(root, disk) as second:
-            assert second.wait(10) == 1
+            assert second.wait(60) == 1
             assert second.stderr is not None
             assert b'Failed to get "write" lock' in second.stderr.read()
         commands = [("commit", disk), ("snapshot", "-c", "now", disk), ("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, disk)]

@@ -172,7 +172,7 @@ def test_a_symbolic_link_in_the_place_of_a_file_of_ours_is_not_followed(catalog:
         if lock != link:
             lock.touch(mode=0o600)
     link.symlink_to(file)
-    with suppress(CatalogError), catalog.lock("thing", deadline=Deadline(5), waiting=print):
+    with suppress(CatalogError), catalog.lock("thing", deadline=Deadline(60), waiting=print):
         catalog.gc()
     catalog.gc()
 

@@ -121,7 +121,7 @@ def test_a_lock_whose_file_is_removed_is_still_nobody_elses(root: Path, catalog:
                 pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with catalog.lock("thing", deadline=Deadline(5), waiting=quiet):
+        with catalog.lock("thing", deadline=Deadline(60), waiting=quiet):
             assert (root / "locks" / "thing.lock").exists()
 
 
@@ -130,8 +130,8 @@ def test_no_hold_is_passed_on_to_a_process_that_is_started_meanwhile(root: Path,
     pack.mkdir(parents=True)
     hold = catalog.lease(pack)
     with (
-        catalog.lock("thing", deadline=Deadline(5), waiting=quiet),
-        Budget(catalog.budget, limit=1 << 30).share(1 << 30, name="vm", deadline=Deadline(5), waiting=quiet),
+        catalog.lock("thing", deadline=Deadline(60), waiting=quiet),
+        Budget(catalog.budget, limit=1 << 30).share(1 << 30, name="vm", deadline=Deadline(60), waiting=quiet),
         catalog.rundir("vm"),
         subprocess.Popen(["sleep", "60"], close_fds=False) as child,
     ):

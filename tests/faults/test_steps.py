@@ -35,7 +35,7 @@ def die_before(zygote: Any, root: Path, tmp_path: Path) -> Callable[[int, str], 
 def clean_up(root: Path, left: Callable[[], object]) -> Callable[[], object]:
     """What the next run does; in the first steps there was no supervisor yet."""
     catalog = Catalog(root)
-    return lambda: Deadline(5).poll(lambda: not left() or (catalog.gc() and not left()), every=0.02)
+    return lambda: Deadline(60).poll(lambda: not left() or (catalog.gc() and not left()), every=0.02)
 
 
 def every(steps: range) -> range:

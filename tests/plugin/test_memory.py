@@ -28,7 +28,7 @@ def said(result: pytest.RunResult) -> str:
 def test_a_run_waits_for_memory_that_another_process_holds_and_says_for_how_long(run: Run, catalog: Path) -> None:
     other = Budget(catalog / "budget", limit=1 << 30)
     with ExitStack() as stack:
-        stack.enter_context(other.share(1 << 30, name="other", deadline=Deadline(5), waiting=print))
+        stack.enter_context(other.share(1 << 30, name="other", deadline=Deadline(60), waiting=print))
 
         def give_back() -> None:
             Deadline(60).poll(lambda: list((catalog / "budget").glob("*.waiting")))

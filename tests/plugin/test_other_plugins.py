@@ -72,7 +72,7 @@ def test_other(vm): pass
 
 
 def test_a_time_out_by_signal_fails_the_test_and_ends_its_machine(run: Run, catalog: Path) -> None:
-    result = run(SLOW, "-p", "pytest_timeout", "--timeout=2", "--timeout-method=signal", status=1, failed=1, passed=1)
+    result = run(SLOW, "-p", "pytest_timeout", "--timeout=5", "--timeout-method=signal", status=1, failed=1, passed=1)
 
     assert "Timeout" in said(result)
     assert CLEAN in said(result)
@@ -80,14 +80,14 @@ def test_a_time_out_by_signal_fails_the_test_and_ends_its_machine(run: Run, cata
 
 
 def test_a_time_out_by_thread_ends_the_process_and_yet_leaves_nothing(run: Run, catalog: Path) -> None:
-    result = run(SLOW, "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread", status=1)
+    result = run(SLOW, "-p", "pytest_timeout", "--timeout=5", "--timeout-method=thread", status=1)
 
     assert "left behind" not in said(result)  # it ended before it could say anything
     assert _nothing_left(catalog)
 
 
 def test_a_time_out_by_thread_in_a_worker_is_one_failure(run: Run, catalog: Path) -> None:
-    result = run(SLOW, "-n2", "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread", status=1, failed=1, passed=1)
+    result = run(SLOW, "-n2", "-p", "pytest_timeout", "--timeout=5", "--timeout-method=thread", status=1, failed=1, passed=1)
 
     assert "test_hangs" in said(result)
     assert CLEAN in said(result)

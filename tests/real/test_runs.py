@@ -67,10 +67,10 @@ def test_killing_pytest_in_the_middle_of_a_test_leaves_no_machine(
     run, machine = sleeping
     folders = list((vm_catalog.root / "run").glob(f"{run.pid}-*"))
     run.kill()
-    assert _gone(machine, 1.0)
+    assert _gone(machine, 60)
     run.wait()
     assert len(folders) == 2, "a folder and its lock"
-    assert Deadline(5).poll(lambda: not any(folder.exists() for folder in folders))
+    assert Deadline(60).poll(lambda: not any(folder.exists() for folder in folders))
 
 
 def test_ctrl_c_in_the_middle_of_a_test_leaves_nothing(sleeping: tuple[subprocess.Popen[bytes], int], vm_catalog: Catalog) -> None:

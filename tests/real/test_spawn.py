@@ -123,7 +123,7 @@ def test_exec_passes_its_output_on_while_it_runs_and_gives_the_same_result(sessi
 
 def test_exec_that_passes_output_on_is_killed_at_its_deadline_or_where_nobody_takes_it(session_vm: Machine) -> None:
     with pytest.raises(CommandTimeout, match=r"(?s)was killed.*begun") as caught:
-        session_vm.exec("echo begun; setsid sleep 4719 & sleep 4719", timeout=1, stream=lambda _: None)
+        session_vm.exec("echo begun; setsid sleep 4719 & sleep 4719", timeout=3, stream=lambda _: None)
     assert caught.value.result.stdout == "begun\n"
 
     def refuse(line: str) -> None:

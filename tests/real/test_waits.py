@@ -41,12 +41,12 @@ def test_a_port_and_a_file_are_waited_for(session_vm: Machine) -> None:
 
 
 def test_a_wait_in_vain_says_what_for_how_long_and_what_was_seen_last(session_vm: Machine) -> None:
-    with pytest.raises(MachineTimeout, match=r"waited 0\.5 s for something to listen on port 81"):
-        session_vm.wait_for_port(81, timeout=0.5)
-    with pytest.raises(MachineTimeout, match=r"waited 0\.5 s for /none to exist"):
-        session_vm.wait_for_file("/none", timeout=0.5)
-    with pytest.raises(TimeoutError, match=r"(?s)waited 0\.5 s for 'echo so far; false' to succeed; the last answer was.*so far"):
-        session_vm.wait_until("echo so far; false", timeout=0.5)
+    with pytest.raises(MachineTimeout, match=r"waited 2 s for something to listen on port 81"):
+        session_vm.wait_for_port(81, timeout=2)
+    with pytest.raises(MachineTimeout, match=r"waited 2 s for /none to exist"):
+        session_vm.wait_for_file("/none", timeout=2)
+    with pytest.raises(TimeoutError, match=r"(?s)waited 2 s for 'echo so far; false' to succeed; the last answer was.*so far"):
+        session_vm.wait_until("echo so far; false", timeout=2)
 
 
 def test_a_condition_of_ones_own_is_waited_for_and_its_value_returned(session_vm: Machine) -> None:
@@ -63,7 +63,7 @@ def test_a_condition_of_ones_own_is_waited_for_and_its_value_returned(session_vm
 
 def test_a_command_that_hangs_does_not_outlast_the_wait(session_vm: Machine) -> None:
     with pytest.raises(MachineTimeout, match=r"(?s)'echo begun; sleep 4713' to succeed; the last answer was.*begun"):
-        session_vm.wait_until("echo begun; sleep 4713", timeout=0.5)
+        session_vm.wait_until("echo begun; sleep 4713", timeout=2)
     assert session_vm.exec(["pgrep", "-f", "sleep 4713"], check=False).stdout == ""
 
 
@@ -72,9 +72,9 @@ def test_a_port_that_only_the_guest_itself_can_reach_is_not_taken_for_one_that_t
     session_vm.wait_for_port(8124)
     session_vm.wait_for_port(8125, forwarded=True)
     with pytest.raises(
-        MachineTimeout, match=r"(?s)waited 1 s for a connection by 127\.0\.0\.1:\d+ to the guest's port 8124.* 22, .*8124, 8125"
+        MachineTimeout, match=r"(?s)waited 3 s for a connection by 127\.0\.0\.1:\d+ to the guest's port 8124.* 22, .*8124, 8125"
     ):
-        session_vm.wait_for_port(8124, forwarded=True, timeout=1)
+        session_vm.wait_for_port(8124, forwarded=True, timeout=3)
 
 
 def test_words_on_the_console_are_awaited_one_after_another(session_vm: Machine) -> None:

@@ -110,10 +110,10 @@ def test_shares_are_given_at_once_while_there_is_room_and_leave_nothing_behind(f
 
 def test_who_waits_gets_his_share_when_another_one_is_given_back(folder: Path) -> None:
     with Taker(folder, 2 * GIB) as first, Taker(folder, GIB) as second:
-        assert first.has.wait(5)
+        assert first.has.wait(60)
         assert not second.has.wait(0.3)
         first.done.set()
-        assert second.has.wait(5)
+        assert second.has.wait(60)
 
 
 def test_the_waiting_is_told_with_how_long_it_has_been_and_who_holds_how_much(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,13 +140,13 @@ class Hasty:
 
 def test_a_small_wish_does_not_overtake_a_large_one(folder: Path) -> None:
     with Taker(folder, GIB) as holder, Taker(folder, 2 * GIB) as large, Taker(folder, GIB) as small:
-        assert holder.has.wait(5)
+        assert holder.has.wait(60)
         assert not small.has.wait(0.4)
         holder.done.set()
-        assert large.has.wait(5)
+        assert large.has.wait(60)
         assert not small.has.is_set()
         large.done.set()
-        assert small.has.wait(5)
+        assert small.has.wait(60)
 
 
 def test_the_share_of_a_killed_process_goes_to_the_next_one(folder: Path) -> None:
@@ -156,19 +156,19 @@ def test_the_share_of_a_killed_process_goes_to_the_next_one(folder: Path) -> Non
             assert not next_one.has.wait(0.3)
             holder.send_signal(signal.SIGKILL)
             holder.wait()
-            assert next_one.has.wait(5)
+            assert next_one.has.wait(60)
 
 
 def test_who_is_killed_while_he_waits_is_not_waited_for(folder: Path) -> None:
     with Taker(folder, 2 * GIB) as holder:
-        assert holder.has.wait(5)
+        assert holder.has.wait(60)
         with process(HOLD, folder, 2 * GIB, 2 * GIB) as waiter:
             assert Deadline(20).poll(lambda: len(list(folder.iterdir())) == 2)
             waiter.send_signal(signal.SIGKILL)
             waiter.wait()
         with Taker(folder, GIB) as behind:
             holder.done.set()
-            assert behind.has.wait(5)
+            assert behind.has.wait(60)
 
 
 @pytest.mark.parametrize(

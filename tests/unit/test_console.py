@@ -33,7 +33,7 @@ def guest(path: Path) -> Iterator[socket.socket]:
 
 
 def recorded(path: Path, text: str) -> bool:
-    return bool(Deadline(5).poll(lambda: text in Console(path).text, every=0.01))
+    return bool(Deadline(60).poll(lambda: text in Console(path).text, every=0.01))
 
 
 def test_what_a_guest_says_is_recorded_for_this_user_alone_and_shown_without_control_characters(path: Path, guest: socket.socket) -> None:
@@ -80,7 +80,7 @@ def test_a_cursor_gives_everything_once_across_the_change_of_files(
             seen.extend(cursor.read())
             return len(seen) >= wanted
 
-        assert Deadline(5).poll(caught_up, every=0.001)
+        assert Deadline(60).poll(caught_up, every=0.001)
     assert bytes(seen) == sent
     assert cursor.read() == b""
 

@@ -29,7 +29,7 @@ CONTENT = bytes(range(256)) * 4096
 @pytest.fixture
 def partial(tmp_path: Path) -> Iterator[Partial]:
     """A file to fetch into, held."""
-    with Downloads(tmp_path / "downloads").partial("x", deadline=Deadline(5), waiting=print) as partial:
+    with Downloads(tmp_path / "downloads").partial("x", deadline=Deadline(60), waiting=print) as partial:
         yield partial
 
 
@@ -379,7 +379,7 @@ def test_only_one_at_a_time_fetches_the_same(tmp_path: Path) -> None:
         with downloads.partial("x", deadline=Deadline(30), waiting=waiting):
             order.append("second")
 
-    with downloads.partial("x", deadline=Deadline(5), waiting=print):
+    with downloads.partial("x", deadline=Deadline(60), waiting=print):
         thread = threading.Thread(target=second)
         thread.start()
         assert held.wait(30)
@@ -393,7 +393,7 @@ def test_only_one_at_a_time_fetches_the_same(tmp_path: Path) -> None:
 def test_who_waits_too_long_for_another_one_is_told_so(tmp_path: Path) -> None:
     downloads = Downloads(tmp_path / "downloads")
     with (
-        downloads.partial("x", deadline=Deadline(5), waiting=print),
+        downloads.partial("x", deadline=Deadline(60), waiting=print),
         pytest.raises(CatalogError, match=rf"was still downloading the same after 0 s: process {os.getpid()} has been at it for"),
         downloads.partial("x", deadline=Deadline(0.1), waiting=print),
     ):
@@ -402,12 +402,12 @@ def test_who_waits_too_long_for_another_one_is_told_so(tmp_path: Path) -> None:
 
 def test_what_nobody_goes_on_with_is_removed_after_a_week_unless_it_is_held(tmp_path: Path) -> None:
     downloads, eight_days_ago = Downloads(tmp_path / "downloads"), time.time() - 8 * 86400
-    with downloads.partial("held", deadline=Deadline(5), waiting=print) as held:
+    with downloads.partial("held", deadline=Deadline(60), waiting=print) as held:
         for name, changed in (("old", eight_days_ago), ("old.json", eight_days_ago), ("new", time.time()), ("held", eight_days_ago)):
             path = held.path.with_name(name)
             path.touch()
             os.utime(path, (changed, changed))
-        with downloads.partial("other", deadline=Deadline(5), waiting=print):
+        with downloads.partial("other", deadline=Deadline(60), waiting=print):
             there = {path.name for path in held.path.parent.iterdir() if path.suffix != ".holder"}
             assert there == {"new", "held", "other"}
 

@@ -78,7 +78,7 @@ def port(monitor: Any) -> DiskPort:
 
 
 def plug(port: DiskPort, file: int = 7) -> Any:
-    return port.disk(file, serial="vmb-1", writable=False, deadline=Deadline(5))
+    return port.disk(file, serial="vmb-1", writable=False, deadline=Deadline(60))
 
 
 def test_a_disk_is_there_for_as_long_as_it_is_used_and_then_nothing_of_it(monitor: Monitor) -> None:
@@ -128,7 +128,7 @@ def test_a_machine_that_died_keeps_nobody_waiting(monitor: Any) -> None:
             raise dead[0]
 
     monitor.releases = False
-    with DiskPort(monitor, alive=alive).disk(7, serial="x", writable=True, deadline=Deadline(5)):
+    with DiskPort(monitor, alive=alive).disk(7, serial="x", writable=True, deadline=Deadline(60)):
         dead.append(MachineDied("it is gone"))
 
     assert "blockdev-del" not in monitor.asked
@@ -146,7 +146,7 @@ def test_a_port_that_is_reserved_is_empty_and_no_copy_gets_it(monitor: Monitor) 
     with plug(place):
         pass
     monitor.releases = True
-    with place.reserved(Deadline(5)):
+    with place.reserved(Deadline(60)):
         assert monitor.left == NOTHING
         with pytest.raises(NotPlugged, match="another copy"), place.disk(8, serial="y", writable=False, deadline=Deadline(0.05)):
             pytest.fail("it was plugged in")

@@ -191,7 +191,7 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     assert child.poll() is None
     known.kill()
 
-    assert child.wait(10) == -9
+    assert child.wait(60) == -9
     assert Identity.of(child.pid) is None
     assert child.stdin is not None
     child.stdin.close()

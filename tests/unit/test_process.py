@@ -102,7 +102,7 @@ def test_who_waits_for_a_line_gets_it_when_it_comes(theatre: Theatre) -> None:
     reader.start()
     theatre.say(b"a")
     theatre.say(b"b\nc")
-    assert Deadline(5).poll(lambda: seen == ["ab\n"], every=0.01)
+    assert Deadline(60).poll(lambda: seen == ["ab\n"], every=0.01)
     theatre.end(0)
     reader.join(5)
     assert seen == ["ab\n", "c"]
@@ -205,7 +205,7 @@ def test_the_end_of_a_block_kills_what_still_runs(theatre: Theatre) -> None:
 
 def test_its_input_is_what_it_is_given_at_the_start_or_later(theatre: Theatre) -> None:
     started(theatre, b"content")
-    assert Deadline(5).poll(lambda: theatre.stage.input_closed)
+    assert Deadline(60).poll(lambda: theatre.stage.input_closed)
     assert theatre.stage.written == b"content"
 
     later = Theatre()

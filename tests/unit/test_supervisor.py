@@ -90,7 +90,7 @@ def identity(process: subprocess.Popen[bytes]) -> Identity:
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:
-    return bool(Deadline(5).poll(lambda: process.poll() is not None, every=0.01))
+    return bool(Deadline(60).poll(lambda: process.poll() is not None, every=0.01))
 
 
 def test_a_process_that_its_record_names_and_that_names_its_folder_is_ended(catalog: Catalog, owner: Path, spawn: Spawn) -> None:
@@ -106,7 +106,7 @@ def test_a_process_that_its_record_names_and_that_names_its_folder_is_ended(cata
 def test_a_process_that_carries_the_mark_is_ended_even_if_no_record_names_it(catalog: Catalog, owner: Path, spawn: Spawn) -> None:
     folder = machine(owner, "vm-1")
     process = spawn(env=supervisor.environment(folder))
-    Deadline(5).poll(lambda: supervisor._carriers(owner), every=0.01)
+    Deadline(60).poll(lambda: supervisor._carriers(owner), every=0.01)
 
     (reaped,) = catalog.gc()
     assert reaped.processes == (process.pid,)
@@ -314,7 +314,7 @@ def test_the_command_fails_if_something_is_kept_and_names_machines_that_no_recor
     catalog: Catalog, owner: Path, spawn: Spawn
 ) -> None:
     stray = spawn(env=supervisor.environment(catalog.root / "run" / "5-ff" / "vm-9"))
-    Deadline(5).poll(catalog.strays, every=0.01)
+    Deadline(60).poll(catalog.strays, every=0.01)
     machine(owner, "vm-1", process=identity(spawn()))
 
     status, stdout, stderr = invoke(catalog)
