@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle import packs
 from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.backend import OwnImages, PackKind, Unwakeable
-from pytest_vmbottle.errors import CatalogError, MachineError, PackCorrupt, VMBottleError
+from pytest_vmbottle.errors import CatalogError, MachineError, PackCorrupt, SpecError, VMBottleError
 from pytest_vmbottle.packs import Manifest
 from pytest_vmbottle.provision import steps
 from pytest_vmbottle.provision.plan import plan as plan_of
@@ -67,6 +67,8 @@ class Bottler:
         try:
             with self._context.explained():
                 return self._find(plan) or self._make_once(plan)
+        except SpecError:
+            raise  # a mistake of each test that describes such a machine
         except VMBottleError as error:
             self._failed.setdefault(plan.key, error)
             raise

@@ -269,6 +269,21 @@ def test_a_guest_that_never_comes_up_is_told_at_its_deadline_with_its_console(
     assert "the console's last lines" in output
 
 
+def test_a_qemu_that_does_not_start_is_told_with_what_it_said_last(inner: pytest.Pytester) -> None:
+    inner.makeconftest("import resource\nresource.setrlimit(resource.RLIMIT_AS, (5 << 29, resource.RLIM_INFINITY))")
+    output = _one_test(inner, '"debian-12", memory="3G"')
+    assert "LaunchError: QEMU ended with status 1 before the machine 'vm' could run: " in output
+    assert "Cannot allocate memory" in output
+    assert "the hypervisor's command line" in output
+    assert "vmbottle: INFRA: 1 test without a machine" in output
+
+
+def test_a_processor_that_qemu_does_not_know_is_the_tests_own_mistake(inner: pytest.Pytester) -> None:
+    output = _one_test(inner, '"debian-12", cpu="Transistor"')
+    assert "SpecError: cpu='Transistor': unable to find CPU model 'Transistor'" in output
+    assert "INFRA" not in output
+
+
 def test_a_catalog_that_cannot_be_used_is_told(inner: pytest.Pytester, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = _one_test(inner, '"debian-12"', f"--vm-catalog={tmp_path / 'file'}")

@@ -33,7 +33,7 @@ from pytest_vmbottle.backends.qemu.waker import Waker
 from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel
 from pytest_vmbottle.console import Console, Cursor, Recorder, kernel_trouble
-from pytest_vmbottle.errors import GuestPanic, LaunchError, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.errors import GuestPanic, LaunchError, MachineDied, MachineError, MachineTimeout, SpecError
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["Programs", "QemuInstance", "start"]
@@ -51,6 +51,8 @@ _FULL = 1 << 20
 """Bytes that a disk which has no room for a state may still have free."""
 _LAST_WORDS = 300
 """Characters of what QEMU printed last that the first sentence of an error has."""
+_UNKNOWN_PROCESSOR = re.compile(r"unable to find CPU model|-cpu\.\S+' not found")
+"""What QEMU, from 7.2 to 10.0 at least, says to a model and to a feature that it does not know."""
 
 
 @attrs.frozen(kw_only=True)
@@ -567,6 +569,7 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
     """Starts a machine, restored and awake or just booting.
 
     Raises:
+        SpecError: QEMU does not know the processor.
         LaunchError: QEMU did not start.
         MachineError: The saved state could not be restored, or the guest did not wake up.
     """
@@ -660,11 +663,14 @@ def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | No
     return find_uefi(spec.arch, emulator.binary) if needed else None
 
 
-def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError:
+def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError | SpecError:
     status = process.wait(Deadline(1))
     ending = "does not answer" if status is None else f"ended with status {status}{_signal_hint(status)}"
     output = process.output
-    last = output.strip().rpartition("\n")[2].rpartition(f"{Path(process.argv[0]).name}: ")[2][:_LAST_WORDS]
+    program = Path(process.argv[0]).name
+    last = output.strip().rpartition("\n")[2].rpartition(f"{program}: ")[2][:_LAST_WORDS]
+    if spec.cpu and _UNKNOWN_PROCESSOR.search(last):
+        return SpecError(f"cpu={spec.cpu!r}: {last}; `{program} -cpu help` lists what there is")
     return LaunchError(
         f"QEMU {ending} before the machine {spec.name!r} could run{last and f': {last}'}",
         argv=process.argv,
