@@ -107,12 +107,12 @@ def _grabbing() -> Iterator[None]:
 
 def test_machines_started_at_once_have_ports_of_their_own_that_only_this_host_reaches(begin: Begin, rounds: Rounds) -> None:
     for number in rounds("D1", 1):
-        with _grabbing(), ExitStack() as stack, ThreadPoolExecutor(4) as pool:
-            machines = list(pool.map(lambda n: stack.enter_context(begin(f"vm-{number}-{n}")), range(8)))  # noqa: B023 - used here only
+        with _grabbing(), ExitStack() as stack, ThreadPoolExecutor(32) as pool:
+            machines = list(pool.map(lambda n: stack.enter_context(begin(f"vm-{number}-{n}")), range(32)))  # noqa: B023 - used here only
             told = [machine.forward(port) for machine in machines for port in (22, 8080)]
             heard = {machine.pid: _listening(machine.pid) for machine in machines}
 
-        assert len(set(told)) == 16
+        assert len(set(told)) == 64
         assert sorted(each for all_of_one in heard.values() for each in all_of_one) == sorted(told)
         assert {address for address, _ in told} == {"127.0.0.1"}
 
