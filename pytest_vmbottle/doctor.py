@@ -18,7 +18,7 @@ import attrs
 
 from pytest_vmbottle import host
 from pytest_vmbottle._os import format_size, private_dir, run_tool
-from pytest_vmbottle.backends.qemu import QemuBackend, proof
+from pytest_vmbottle.backends.qemu import Account, QemuBackend, proof
 from pytest_vmbottle.backends.qemu.backend import Proof
 from pytest_vmbottle.backends.qemu.command_line import BOARDS, Board, Emulator, Wiring, board_of, command_line
 from pytest_vmbottle.backends.qemu.dialect import Dialect
@@ -94,6 +94,7 @@ def examine(catalog_root: Path, *, accel: str = "auto") -> tuple[Finding, ...]:
             "disk space": lambda: _disk_space(catalog_root),
             "memory": _memory,
             "setpriv": _setpriv,
+            "rights": _rights,
             "open files": _open_files,
             "mmdebstrap": _image_tools,
             "user namespaces": _namespaces,
@@ -372,6 +373,17 @@ def _setpriv() -> _Answer:
     if not ended.ok:
         return _degraded(f"{found} does not know --pdeathsig: {consequence}", remedy, path=found, output=ended.output[:500])
     return _ok(f"{found} ends machines with the pytest that started them", path=found)
+
+
+def _rights() -> _Answer:
+    """Whose rights a guest would have that broke out of QEMU."""
+    if os.geteuid() != 0:
+        return _ok("QEMU runs as this user, who is not root", root=False)
+    chosen = os.environ.get("VMBOTTLE_RUN_AS", "")
+    if chosen:
+        return _ok(f"QEMU runs as {Account.parse(chosen).name}, who is not root", root=False, run_as=chosen)
+    remedy = "export VMBOTTLE_RUN_AS=nobody  # or in pytest's ini file: vm_run_as = nobody"
+    return _degraded("QEMU runs as root, whose rights a guest would have that broke out of it", remedy, root=True)
 
 
 def _open_files() -> _Answer:

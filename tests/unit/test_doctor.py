@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import shutil
@@ -19,7 +20,7 @@ from pytest_vmbottle.spec import host_arch
 
 QEMU = f"qemu-system-{host_arch()}"
 TOPICS = {
-    *("system", "qemu", "qemu-img", "accelerator", "packs", "catalog", "disk space", "memory", "setpriv", "open files"),
+    *("system", "qemu", "qemu-img", "accelerator", "packs", "catalog", "disk space", "memory", "setpriv", "rights", "open files"),
     *("mmdebstrap", "user namespaces", "archive keys", "smolvm", "smolvm machines"),
 }
 
@@ -222,6 +223,25 @@ def test_a_low_limit_of_open_files_is_told_with_what_raises_it(few_files: int, t
 
 
 @pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    ("user", "chosen", "state", "told"),
+    [
+        (0, "", State.DEGRADED, "QEMU runs as root, whose rights a guest would have"),
+        (0, "nobody", State.OK, "QEMU runs as nobody, who is not root"),
+        (0, "root", State.UNKNOWN, "'root' is root"),
+        (1000, "", State.OK, "QEMU runs as this user, who is not root"),
+    ],
+)
+def test_whose_rights_qemu_has_is_told(user: int, chosen: str, state: State, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setenv("VMBOTTLE_RUN_AS", chosen)
+    found = doctor._finding("rights", doctor._rights)
+
+    assert found.state is state
+    assert told in found.text
+    assert ("VMBOTTLE_RUN_AS=nobody" in found.remedy) is (state is State.DEGRADED)
+
+
 def test_a_question_that_breaks_is_unknown_and_the_others_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> int:
         raise ZeroDivisionError("no memory to speak of")
