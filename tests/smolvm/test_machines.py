@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -122,23 +124,35 @@ def test_a_shell_runs_on_a_terminal_of_the_guests(session_vm: Machine) -> None:
         terminal.close()
 
 
-def test_four_at_once_make_five_machines_each(engine: Engine) -> None:
-    maker = Maker(engine=engine, kind=PackKind.DISK, warn=print, source_of=lambda *_: "")
-    small = Creation(memory=128 << 20)
+@contextmanager
+def known(engine: Engine, name: str) -> Iterator[Creation]:
+    """A small machine that smolvm knows, for the length of a block."""
+    made_of = Creation(memory=256 << 20)
+    try:
+        engine.create(name, made_of)
+        yield made_of
+    finally:
+        engine.delete(name)
 
-    def make(number: int) -> bool:
-        names = [f"many-{number}-{each}" for each in range(5)]
+
+@contextmanager
+def running(engine: Engine, name: str) -> Iterator[Vmm]:
+    """One that runs, for the length of a block."""
+    maker = Maker(engine=engine, kind=PackKind.DISK, warn=print, source_of=lambda *_: "")
+    with known(engine, name) as made_of:
+        vmm = Vmm(maker.start_twice(name, made_of, deadline=Deadline(300)), leash=True)
         try:
-            for name in names:
-                engine.create(name, small)
-            vmm = Vmm(maker.start_twice(names[0], small, deadline=Deadline(300)), leash=True)
-            try:
-                return vmm.is_running
-            finally:
-                vmm.let_go()
+            yield vmm
         finally:
-            for name in names:
-                engine.delete(name)
+            vmm.let_go()
+
+
+def test_four_at_once_make_five_machines_each(engine: Engine) -> None:
+    def make(number: int) -> bool:
+        with ExitStack() as stack:
+            for each in range(4):
+                stack.enter_context(known(engine, f"many-{number}-{each}"))
+            return stack.enter_context(running(engine, f"many-{number}-runs")).is_running
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(make, range(4))) == [True] * 4
@@ -167,10 +181,7 @@ def test_ram_goes_by_checkpoint_to_a_machine_that_those_of_tests_are_branched_fr
 
 
 def test_a_machine_that_runs_is_packed_only_if_it_may_be_stopped(engine: Engine, tmp_path: Path, environment: dict[str, str]) -> None:
-    name = "frozen"
-    engine.create(name, Creation(memory=256 << 20))
-    vmm = Vmm(engine.start(name), leash=True)
-    argv = [sys.executable, "-c", "from pytest_vmbottle.cli import main; main()", "pack", "build", "--from-machine", name]
+    argv = [sys.executable, "-c", "from pytest_vmbottle.cli import main; main()", "pack", "build", "--from-machine", "frozen"]
     argv += ["--state-dir", str(engine.state), "-o", str(tmp_path / "dev")]
 
     def build(*words: str) -> subprocess.CompletedProcess[str]:
@@ -178,16 +189,13 @@ def test_a_machine_that_runs_is_packed_only_if_it_may_be_stopped(engine: Engine,
             [*argv, *words], check=False, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
         )
 
-    try:
+    with running(engine, "frozen") as vmm:
         assert "say --yes or --no-stop" in build().stderr
         assert "was not packed" in build("--no-stop").stderr
         done = build("--yes")
         assert done.stdout.strip() == str(tmp_path / "dev.smolmachine"), done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["dev.smolmachine"]
         assert vmm.wait(Deadline(30))
-    finally:
-        vmm.let_go()
-        engine.delete(name)
 
 
 def test_killing_pytest_leaves_no_machine_neither_running_nor_known_to_smolvm(
