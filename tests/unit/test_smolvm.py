@@ -26,6 +26,7 @@ from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.supervisor import Identity, Record, reap
 
 NOTE = "note: no packed assets found for 'smol-vmm' (looked for a 'smol-vmm.smolmachine' sidecar next to the executable); running as ..."
+REFUSES = """echo '{{"error":{{"code":"SMOLVM_ERROR","message":"{}"}}}}' >&2; exit 1"""
 HELP = "Usage: smolvm machine [OPTIONS] <COMMAND>\n\nCommands:\n" + "".join(
     f"  {verb:10}  does it\n" for verb in ("run", "exec", "create", "start", "branch", "checkpoint", "stop", "delete", "cp")
 )
@@ -127,18 +128,33 @@ def test_what_is_not_there_is_no_failure_to_remove(engine: Callable[[str], Engin
     assert engine("""echo '{"error":{"code":"NOT_FOUND","message":"vm not found: m1"}}' >&2; exit 1""").delete("m1") is False
 
 
-@pytest.mark.parametrize("said", ["database is locked", "guest did not confirm; left the VM alive for retry: deadline exceeded"])
-def test_what_smolvm_says_may_pass_is_tried_again_and_another_failure_is_not(
-    engine: Callable[[str], Engine], tmp_path: Path, said: str
-) -> None:
+def test_a_locked_database_is_tried_again_and_another_failure_is_not(engine: Callable[[str], Engine], tmp_path: Path) -> None:
     count = tmp_path / "count"
-    passing = f"""echo '{{"error":{{"code":"SMOLVM_ERROR","message":"{said}"}}}}' >&2; exit 1"""
-    body = f'echo x >> {count}; [ "$(wc -l < {count})" -ge 3 ] || {{ {passing}; }}'
+    locked = """echo '{"error":{"code":"DATABASE_ERROR","message":"database is locked"}}' >&2; exit 1"""
+    body = f'echo x >> {count}; [ "$(wc -l < {count})" -ge 3 ] || {{ {locked}; }}'
     engine(body).stop("m1")
     assert count.read_text() == "x\n" * 3
     with pytest.raises(SmolvmError, match="other"):
         engine(f"echo x >> {count}; echo other >&2; exit 1").stop("m1")
     assert count.read_text() == "x\n" * 4
+
+
+@pytest.mark.parametrize("meanwhile", ["true", REFUSES.format("m1 is not running")])
+def test_a_machine_that_does_not_write_its_files_out_in_time_is_stopped_again_when_it_has(
+    engine: Callable[[str], Engine], tmp_path: Path, meanwhile: str
+) -> None:
+    verbs = tmp_path / "verbs"
+    late = REFUSES.format("guest did not confirm; left the VM alive for retry: deadline exceeded")
+    engine(f'echo "$2" >> {verbs}; case $(wc -l < {verbs}) in 1) {late} ;; 2) {meanwhile} ;; esac').stop("m1")
+    assert verbs.read_text().split() == ["stop", "exec", "stop"]
+
+
+def test_a_machine_that_does_not_answer_is_not_cut_off_by_stopping_it_again(engine: Callable[[str], Engine], tmp_path: Path) -> None:
+    verbs = tmp_path / "verbs"
+    late, silent = REFUSES.format("left the VM alive for retry: deadline exceeded"), REFUSES.format("it does not answer")
+    with pytest.raises(SmolvmError, match="it does not answer"):
+        engine(f'echo "$2" >> {verbs}; case $2 in stop) {late} ;; exec) {silent} ;; esac').stop("m1")
+    assert verbs.read_text().split() == ["stop", "exec"]
 
 
 def test_a_command_that_takes_too_long_is_ended_and_says_so(engine: Callable[[str], Engine]) -> None:

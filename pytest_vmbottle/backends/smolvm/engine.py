@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 _QUICK = 60.0
 _SLOW = 600.0
-_PASSING = ("database is locked", "left the VM alive for retry")
-"""What smolvm says of a failure that may pass: others used its database; a guest did not write its files out in time, and runs on."""
+_LOCKED = "database is locked"
+_RUNS_ON, _ENDED = "left the VM alive for retry", "is not running"
+"""What `stop` says of a machine that did not write its files out within 5 s, and `exec` of one that has ended."""
 _TRIES = 8
 _PID = re.compile(r"PID: (\d+)")
 _NOTE = b"note: no packed assets found"
@@ -148,8 +149,22 @@ class Engine:
         return pid
 
     def stop(self, name: str, *, deadline: Deadline | None = None) -> None:
-        """Has a machine shut down; one that is not running stays as it is."""
-        self._do("machine", "stop", "--name", name, seconds=_SLOW, deadline=deadline)
+        """Has a machine write its files out and shut down, however long that takes it; one that is not running stays as it is."""
+        try:
+            self._do("machine", "stop", "--name", name, seconds=_SLOW, deadline=deadline)
+        except SmolvmError as error:
+            if _RUNS_ON not in error.stderr:
+                raise
+            self._await_sync(name, deadline)
+            self._do("machine", "stop", "--name", name, seconds=_SLOW, deadline=deadline)
+
+    def _await_sync(self, name: str, deadline: Deadline | None) -> None:
+        """Waits for a guest's files to be written out: stopped while it does not answer, it is cut off, and loses what is not."""
+        try:
+            self._do("machine", "exec", "--name", name, "--", "sync", seconds=_SLOW, deadline=deadline)
+        except SmolvmError as error:
+            if _ENDED not in error.stderr:  # if it has, it did at last what it had been asked
+                raise
 
     def delete(self, name: str, *, deadline: Deadline | None = None) -> bool:
         """Removes a machine, running or not; whether there was one."""
@@ -247,16 +262,16 @@ class Engine:
         return [str(self.program.path), group, verb, "--error-format", "json", *state, *words]
 
     def _do(self, group: str, verb: str, *words: str, seconds: float, deadline: Deadline | None = None) -> str:
-        """Runs a subcommand, again where smolvm says that what failed may pass; returns what it wrote on stdout."""
+        """Runs a subcommand, again where another one had the database locked; returns what it wrote on stdout."""
         limit = Deadline(min(seconds, deadline.remaining) if deadline is not None else seconds)
         argv = self._argv(group, verb, *words)
         for attempt in range(1, _TRIES + 1):
             try:
                 return _run(argv, limit, self._environment)
             except SmolvmError as error:
-                if not any(words in error.stderr for words in _PASSING) or attempt == _TRIES or limit.expired:
+                if _LOCKED not in error.stderr or attempt == _TRIES or limit.expired:
                     raise
-                log.info("attempt %d of %d: %s", attempt, _TRIES, error.args[0])
+                log.info("smolvm's database was locked, attempt %d of %d", attempt, _TRIES)
                 time.sleep(min(limit.remaining, 0.05 * 2**attempt * random.uniform(0.5, 1.5)))  # noqa: S311 - no secret
         raise AssertionError("unreachable")
 

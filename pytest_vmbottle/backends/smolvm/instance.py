@@ -29,7 +29,7 @@ PACK, CHECKPOINT = "machine.smolmachine", "machine.checkpoint"
 
 _RECORD, _CONSOLE, _AGENT_LOG = "smolvm.json", "console.log", "agent-console.log"
 _FLAKE = "boot process exited (code 0) before the agent was ready"
-"""What a start says that fails now and then for no reason of the machine's; the same call then works."""
+"""What a start says that fails for no reason of the machine's, as it may where processors are emulated; the same call then works."""
 _POWERED_OFF = (b"reboot: Power down", b"reboot: System halted", b"reboot: Restarting system")
 _READY = Command(argv=("true",), env=(("PATH", GUEST_PATH),))
 _SYNC = Command(argv=("sync",), env=(("PATH", GUEST_PATH),))
