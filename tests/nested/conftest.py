@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in ours]
 
 
-@layer("debian-12", nested=True, cpus=2, memory="4G", env={"PYTHONPATH": "/opt/libraries:/opt/project"}, depends=[ENGINE / "libraries.txt"])
+@layer("debian-12", nested=True, cpus=3, memory="4G", env={"PYTHONPATH": "/opt/libraries:/opt/project"}, depends=[ENGINE / "libraries.txt"])
 def engine(vm: Machine) -> None:
     """Pytest, the libraries of this project, and smolvm; nothing of them comes over a network."""
     vm.cp(ENGINE / "libraries", vm.path("/opt/libraries"))

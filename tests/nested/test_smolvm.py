@@ -21,6 +21,10 @@ LEAST = 20
 """Tests that the suite has at least: with fewer, it was not found."""
 CRASHED = ("the process that ran it is gone", "boot process exited (code 0) before the agent was ready")
 """What is said of a machine whose hypervisor has ended by itself: by us, and by smolvm if it was only just begun."""
+PROCESSORS = "1,2"
+"""Those that run machines. Not the first one: each other one that restores a floating-point unit writes into its flags, and takes no care
+(cpu_clear_ignne in target/i386/tcg/sysemu/fpu_helper.c of QEMU 7.2, and still in 2026). Then it runs a machine without the page tables of
+its own, or itself with them: one in ten of smolvm's machines shut down, and none of 34 that were kept off it."""
 ATTEMPTS = 3
 """How often a test may meet such a machine. All tests of that machine miss it."""
 
@@ -56,7 +60,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
 def suite(vm: Machine, told: Callable[[str], None], tests: list[str]) -> Result:
     """Runs the suite in a guest. With one worker: in emulation within emulation, each machine that only waits takes much of a processor."""
     options = ["--vm-backend=smolvm", "--vm-missing=fail", f"--junitxml={REPORT}", "--color=no", "--durations=10"]
-    command = ["python3", "-m", "pytest", "-v", "-m", "smolvm", "--timeout=300", *options, *tests]
+    command = ["taskset", "--cpu-list", PROCESSORS, "python3", "-m", "pytest", "-v", "-m", "smolvm", "--timeout=300", *options, *tests]
     return vm.exec(command, cwd="/srv", timeout=60 * MINUTES, check=False, stream=told)
 
 
@@ -101,7 +105,6 @@ def test_the_suite_of_smolvm_passes_on_the_real_engine(vm: Machine, told: Callab
     for _ in range(1, ATTEMPTS):
         if found.keys() - {"passed"} != {"crashed"}:
             break
-        # On a processor that is emulated, smolvm's own process ends by itself now and then.
         told(f"smolvm's process for a machine has ended by itself: {found['crashed']} tests are tried again, in a guest that is new\n")
         crashed = list(json.loads(vm.path(FAILED).read_text()))
         assert len(crashed) == found["crashed"], "what is tried again is what had crashed"
