@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmbottle import GuestPanic, Machine
-
-if TYPE_CHECKING:
-    pass
 
 pytestmark = pytest.mark.vm("debian-12")
 
