@@ -21,7 +21,7 @@ from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel, SmolvmTermina
 from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation
 from pytest_vmbottle.backends.smolvm.program import VARIABLE, judge
 from pytest_vmbottle.backends.smolvm.vmm import Follower, Vmm, is_dead, me
-from pytest_vmbottle.errors import BackendUnavailable, SmolvmError, SpecError
+from pytest_vmbottle.errors import BackendUnavailable, MachineDied, SmolvmError, SpecError
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.supervisor import Identity, Record, reap
 
@@ -231,6 +231,19 @@ def test_a_failure_of_smolvm_is_never_taken_for_a_status_of_1(engine: Callable[[
     failing = engine("""echo '{"error":{"code":"NOT_FOUND","message":"vm not found: m1"}}' >&2; exit 1""")
     with pytest.raises(SmolvmError, match="vm not found: m1"):
         SmolvmChannel(failing, "m1", alive=lambda: None).run(Command(argv=("true",)), deadline=Deadline(30))
+
+
+def test_a_machine_that_ends_during_a_command_is_told_of_although_its_process_is_seen_for_a_moment(engine: Callable[[str], Engine]) -> None:
+    asked: list[int] = []
+
+    def alive() -> None:
+        asked.append(1)
+        if len(asked) > 3:
+            raise MachineDied("it has ended")
+
+    cut_off = engine("""echo '{"error":{"code":"SMOLVM_ERROR","message":"io operation failed: connection closed"}}' >&2; exit 1""")
+    with pytest.raises(MachineDied, match="it has ended"):
+        SmolvmChannel(cut_off, "m1", alive=alive).run(Command(argv=("true",)), deadline=Deadline(30))
 
 
 def test_at_a_deadline_the_command_is_killed_and_what_it_had_printed_is_there(script: Script, tmp_path: Path) -> None:

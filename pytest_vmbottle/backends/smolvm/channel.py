@@ -32,6 +32,8 @@ __all__ = ["SmolvmChannel", "SmolvmProcess", "SmolvmTerminal", "Verdict"]
 
 _CHUNK = 1 << 16
 _GRACE = 10.0
+_CUT_OFF, _DYING = b"connection closed", 3.0
+"""What smolvm says where its machine ends meanwhile, and for how many seconds that machine's process may still be seen."""
 _EVIDENCE = 8192
 """Bytes of the end of stderr that are kept for the case that smolvm itself failed."""
 # The command comes by a variable, so that who looks for a process by its words does not find this shell. Of a child that a signal ended the
@@ -157,7 +159,7 @@ class SmolvmProcess:
         for reader in self._readers:
             reader.join(_GRACE)
         if self._verdict.returncode is None:
-            self._alive()
+            Deadline(_DYING if _CUT_OFF in self._verdict.evidence else 0).poll(self._alive)
             raise failure(self._argv, self._process.returncode, self._verdict.evidence)
         return self._verdict.returncode
 
