@@ -24,8 +24,8 @@ _SAFE_THREADS = (8, 1)
 ever: a kernel puts a breakpoint into its own code while it changes it (text_poke_bp in arch/x86/kernel/alternative.c), and may meet that
 breakpoint again and again after it is gone. With one thread for all processors nothing is missed. Measured: with two processors that
 switched what of the scheduler is traced, guests of QEMU 7.2 stopped within 20 times, those of QEMU 10.0 ran 500 times and more.
-A guest with guests keeps its threads: taking turns, it made machines five times as slowly, and it stopped at one in some hundreds. It should
-run them on other processors than its first one, into whose flags (env->hflags2) QEMU lets all others write, unlocked: see docs/machines.md."""
+A guest with guests keeps its threads: taking turns, it made machines five times as slowly, and it stopped at one in some hundreds.
+It is to run them on other processors than its first, into whose flags (env->hflags2) QEMU lets all others write: see docs/machines.md."""
 
 _FEATURES = {"kvm_amd": _NESTING_FEATURES, "kvm_intel": ",+vmx"}
 _MODULES = Path("/sys/module")
