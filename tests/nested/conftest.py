@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ os.fork() or signal.pause()
 kernel, and back with the last. Two processors that an older QEMU emulates may miss that and stand still: after 150 machines made one after
 another, where 2,500 went well beside this one."""
 
+WITNESS = "/sys/kernel/tracing/instances/witness"
+"""Where the kernel of the guest notes that a processor of one of its machines has shut down: 8 is KVM_EXIT_SHUTDOWN (linux/kvm.h)."""
+NOTE = f"mkdir {WITNESS} && cd {WITNESS}/events/kvm/kvm_userspace_exit && echo 'reason == 8' > filter && echo 1 > enable"
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks what is in this folder, and leaves it out of runs that did not ask for it."""
@@ -41,6 +46,7 @@ def engine(vm: Machine) -> None:
     vm.cp(ENGINE / "libraries", vm.path("/opt/libraries"))
     vm.exec(["/opt/libraries/smol/smol-vmm", "--version"])
     vm.exec("modprobe kvm_amd || modprobe kvm_intel")  # for the pack to have it
+    vm.exec(NOTE)
     vm.exec(["systemd-run", "--unit=held", "--property=Type=forking", "python3", "-c", HELD])
 
 
@@ -52,3 +58,9 @@ def suite(vm: Machine) -> None:
         vm.path(f"/srv/{name}").parent.mkdir(parents=True, exist_ok=True)
         vm.cp(ROOT / name, vm.path(f"/srv/{name}"))
     vm.exec("python3 -m pytest --collect-only -q -m smolvm tests/smolvm", cwd="/srv", timeout=300)
+
+
+@pytest.fixture(scope="session")
+def shutdowns() -> Callable[[Machine], list[str]]:
+    """Tells of each processor of a guest's machines that has shut down, as one does that meets a fault in a fault in a fault."""
+    return lambda vm: [line.strip() for line in vm.exec(["cat", f"{WITNESS}/trace"]).stdout.splitlines() if "KVM_EXIT_SHUTDOWN" in line]
