@@ -24,7 +24,7 @@ CRASHED = ("the process that ran it is gone", "boot process exited (code 0) befo
 PROCESSORS = "1,2"
 """Those that run machines. Not the first one: each other one that restores a floating-point unit writes into its flags, and takes no care
 (cpu_clear_ignne in target/i386/tcg/sysemu/fpu_helper.c of QEMU 7.2, and still in 2026). Then it runs a machine without the page tables of
-its own, or itself with them: one in ten of smolvm's machines shut down, and none of 34 that were kept off it."""
+its own, or itself with them: one in ten of smolvm's machines shut down, and none of 74 that were kept off it."""
 ATTEMPTS = 3
 """How often a test may meet such a machine. All tests of that machine miss it."""
 
