@@ -247,58 +247,118 @@ class GuestPath:
 
     @property
     def shell(self) -> Shell:
-        """The machine it is on, as far as a path sees it."""
+        """The machine it is on, as far as a path sees it.
+
+        Example:
+            >>> vm.path("/etc").shell is vm
+            True
+        """
         return self._shell
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part.
+
+        Example:
+            >>> vm.path("/srv/www.tar.gz").name
+            'www.tar.gz'
+        """
         return self._pure.name
 
     @property
     def stem(self) -> str:
-        """The last part without its suffix."""
+        """The last part without its suffix.
+
+        Example:
+            >>> vm.path("/srv/www.tar.gz").stem
+            'www.tar'
+        """
         return self._pure.stem
 
     @property
     def suffix(self) -> str:
-        """The last part from its last dot on, or nothing."""
+        """The last part from its last dot on, or nothing.
+
+        Example:
+            >>> vm.path("/srv/www.tar.gz").suffix
+            '.gz'
+        """
         return self._pure.suffix
 
     @property
     def suffixes(self) -> list[str]:
-        """All suffixes: `[".tar", ".gz"]`."""
+        """All suffixes: `[".tar", ".gz"]`.
+
+        Example:
+            >>> vm.path("/srv/www.tar.gz").suffixes
+            ['.tar', '.gz']
+        """
         return self._pure.suffixes
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Its parts; the first is `"/"`."""
+        """Its parts; the first is `"/"`.
+
+        Example:
+            >>> vm.path("/srv/www").parts
+            ('/', 'srv', 'www')
+        """
         return self._pure.parts
 
     @property
     def parent(self) -> GuestPath:
-        """The folder it is in."""
+        """The folder it is in.
+
+        Example:
+            >>> vm.path("/srv/www").parent
+            GuestPath('/srv')
+        """
         return self._at(self._pure.parent)
 
     @property
     def parents(self) -> tuple[GuestPath, ...]:
-        """The folders it is in, up to `/`."""
+        """The folders it is in, up to `/`.
+
+        Example:
+            >>> vm.path("/srv/www").parents
+            (GuestPath('/srv'), GuestPath('/'))
+        """
         return tuple(self._at(folder) for folder in self._pure.parents)
 
     def joinpath(self, *others: str | PurePosixPath) -> GuestPath:
-        """The path with others after it; an absolute one takes its place, as in pathlib."""
+        """The path with others after it; an absolute one takes its place, as in pathlib.
+
+        Example:
+            >>> vm.path("/srv").joinpath("www", "index.html")
+            GuestPath('/srv/www/index.html')
+        """
         return self._at(self._pure.joinpath(*others))
 
     def with_name(self, name: str) -> GuestPath:
-        """The path with another last part."""
+        """The path with another last part.
+
+        Example:
+            >>> vm.path("/srv/a.txt").with_name("b.txt")
+            GuestPath('/srv/b.txt')
+        """
         return self._at(self._pure.with_name(name))
 
     def with_stem(self, stem: str) -> GuestPath:
-        """The path with another stem and the same suffix."""
+        """The path with another stem and the same suffix.
+
+        Example:
+            >>> vm.path("/srv/a.txt").with_stem("b")
+            GuestPath('/srv/b.txt')
+        """
         return self._at(self._pure.with_stem(stem))
 
     def with_suffix(self, suffix: str) -> GuestPath:
-        """The path with another suffix."""
+        """The path with another suffix.
+
+        Example:
+            >>> vm.path("/srv/a.txt").with_suffix(".bak")
+            GuestPath('/srv/a.bak')
+        """
         return self._at(self._pure.with_suffix(suffix))
 
     def relative_to(self, other: str | PurePosixPath | GuestPath) -> PurePosixPath:
@@ -306,19 +366,38 @@ class GuestPath:
 
         Raises:
             ValueError: This path is not below the other.
+
+        Example:
+            >>> str(vm.path("/srv/www/a.txt").relative_to("/srv"))
+            'www/a.txt'
         """
         return self._pure.relative_to(str(other))
 
     def is_relative_to(self, other: str | PurePosixPath | GuestPath) -> bool:
-        """Whether it is the other path or below it."""
+        """Whether it is the other path or below it.
+
+        Example:
+            >>> vm.path("/srv/www").is_relative_to("/srv")
+            True
+        """
         return self._pure.is_relative_to(str(other))
 
     def match(self, pattern: str) -> bool:
-        """Whether the path's end matches a pattern, as `pathlib.PurePath.match` does."""
+        """Whether the path's end matches a pattern, as `pathlib.PurePath.match` does.
+
+        Example:
+            >>> vm.path("/srv/www/a.txt").match("www/*.txt")
+            True
+        """
         return self._pure.match(pattern)
 
     def as_posix(self) -> str:
-        """The path as text."""
+        """The path as text.
+
+        Example:
+            >>> vm.path("/srv//www").as_posix()
+            '/srv/www'
+        """
         return str(self._pure)
 
     def __truediv__(self, other: str | PurePosixPath) -> GuestPath:
@@ -345,15 +424,24 @@ class GuestPath:
     # -- contents --------------------------------------------------------------------------------------------------------------------
 
     def read_bytes(self) -> bytes:
-        """The file's content.
+        r"""The file's content.
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: As `pathlib.Path.read_bytes` does.
+
+        Example:
+            >>> vm.path("/etc/hostname").read_bytes().endswith(b"\n")
+            True
         """
         return self._output(raise_for, _READ)
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        r"""The file's content as text. Line ends stay as they are: `"\r\n"` is not made `"\n"`."""
+        r"""The file's content as text. Line ends stay as they are: `"\r\n"` is not made `"\n"`.
+
+        Example:
+            >>> vm.path("/proc/sys/kernel/ostype").read_text()
+            'Linux\n'
+        """
         return self.read_bytes().decode(encoding, errors)
 
     def write_bytes(self, data: bytes | bytearray | memoryview, *, mode: int | None = None, owner: str | int | None = None) -> int:
@@ -372,6 +460,10 @@ class GuestPath:
             FileNotFoundError: Its folder does not exist.
             IsADirectoryError, PermissionError, OSError: As `pathlib.Path.write_bytes` does; `errno` is `ENOSPC` for a full disk.
             LookupError: There is no such user or group in the guest.
+
+        Example:
+            >>> vm.path("/srv/blob").write_bytes(bytes(1024), mode=0o600)
+            1024
         """
         content = bytes(memoryview(data))
         words = (str(len(content)), "" if mode is None else mode_word(mode), owner_word(owner))
@@ -381,7 +473,12 @@ class GuestPath:
     def write_text(
         self, data: str, encoding: str = "utf-8", errors: str = "strict", *, mode: int | None = None, owner: str | int | None = None
     ) -> int:
-        """Replaces the file's content with text, as `write_bytes` does; returns the number of characters."""
+        """Replaces the file's content with text, as `write_bytes` does; returns the number of characters.
+
+        Example:
+            >>> vm.path("/srv/app.ini").write_text("[app]", owner="nobody")
+            5
+        """
         if isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"data must be text, not {type(data).__name__}: bytes are written by write_bytes()")
         self.write_bytes(data.encode(encoding, errors), mode=mode, owner=owner)
@@ -396,6 +493,11 @@ class GuestPath:
         Raises:
             ValueError: The algorithm is none of these.
             FileNotFoundError, IsADirectoryError, PermissionError: As `read_bytes` does.
+
+        Example:
+            >>> _ = vm.path("/srv/abc").write_text("abc")
+            >>> vm.path("/srv/abc").hash("md5")
+            '900150983cd24fb0d6963f7d28e17f72'
         """
         if algorithm not in _HASHES:
             raise ValueError(f"{algorithm!r} is not an algorithm for this: use one of {', '.join(_HASHES)}")
@@ -409,11 +511,20 @@ class GuestPath:
 
         Raises:
             FileNotFoundError, PermissionError: As `pathlib.Path.stat` does.
+
+        Example:
+            >>> oct(vm.path("/etc/passwd").stat().st_mode)
+            '0o100644'
         """
         return _stat_result(self._check(self._shell.script(_STAT, str(self), "-L")).stdout)
 
     def lstat(self) -> os.stat_result:
-        """The same of a symbolic link itself."""
+        """The same of a symbolic link itself.
+
+        Example:
+            >>> stat.S_ISLNK(vm.path("/bin").lstat().st_mode)
+            True
+        """
         return _stat_result(self._check(self._shell.script(_STAT, str(self), "")).stdout)
 
     def exists(self) -> bool:
@@ -421,19 +532,38 @@ class GuestPath:
 
         Raises:
             PermissionError: The user may not know. So do `is_file` and its like.
+
+        Example:
+            >>> vm.path("/etc/passwd").exists(), vm.path("/nothing").exists()
+            (True, False)
         """
         return self._mode(self.stat) is not None
 
     def is_file(self) -> bool:
-        """Whether it is a regular file, or a symbolic link to one."""
+        """Whether it is a regular file, or a symbolic link to one.
+
+        Example:
+            >>> vm.path("/etc/passwd").is_file()
+            True
+        """
         return stat.S_ISREG(self._mode(self.stat) or 0)
 
     def is_dir(self) -> bool:
-        """Whether it is a folder, or a symbolic link to one."""
+        """Whether it is a folder, or a symbolic link to one.
+
+        Example:
+            >>> vm.path("/etc").is_dir()
+            True
+        """
         return stat.S_ISDIR(self._mode(self.stat) or 0)
 
     def is_symlink(self) -> bool:
-        """Whether it is a symbolic link, wherever that leads."""
+        """Whether it is a symbolic link, wherever that leads.
+
+        Example:
+            >>> vm.path("/bin").is_symlink()
+            True
+        """
         return stat.S_ISLNK(self._mode(self.lstat) or 0)
 
     def _mode(self, ask: Callable[[], os.stat_result]) -> int | None:
@@ -445,11 +575,21 @@ class GuestPath:
             raise
 
     def owner(self) -> str:
-        """The name of the user that it belongs to, or `"UNKNOWN"`."""
+        """The name of the user that it belongs to, or `"UNKNOWN"`.
+
+        Example:
+            >>> vm.path("/etc/shadow").owner()
+            'root'
+        """
         return self._check(self._shell.script(_OWNER, str(self), "%U")).stdout.rstrip("\n")
 
     def group(self) -> str:
-        """The name of the group that it belongs to, or `"UNKNOWN"`."""
+        """The name of the group that it belongs to, or `"UNKNOWN"`.
+
+        Example:
+            >>> vm.path("/etc/shadow").group()
+            'shadow'
+        """
         return self._check(self._shell.script(_OWNER, str(self), "%G")).stdout.rstrip("\n")
 
     def readlink(self) -> PurePosixPath:
@@ -458,6 +598,10 @@ class GuestPath:
         Raises:
             FileNotFoundError: Nothing is there.
             OSError: It is no symbolic link (`EINVAL`).
+
+        Example:
+            >>> vm.path("/bin").readlink()
+            PurePosixPath('usr/bin')
         """
         return PurePosixPath(self._check(self._shell.script(_READLINK, str(self))).stdout[:-1])
 
@@ -473,6 +617,10 @@ class GuestPath:
 
         Raises:
             FileNotFoundError, NotADirectoryError, PermissionError: Of the folder itself, as `pathlib.Path.iterdir` does.
+
+        Example:
+            >>> [(entry.name, entry.type) for entry in vm.path("/etc/apt").scan() if entry.name == "sources.list.d"]
+            [('sources.list.d', 'dir')]
         """
         if depth is not None and depth < 1:
             raise ValueError(f"depth={depth}: 1 is the folder alone, None is without a limit")
@@ -489,6 +637,10 @@ class GuestPath:
 
         Raises:
             FileNotFoundError, NotADirectoryError, PermissionError: As `pathlib.Path.iterdir` does.
+
+        Example:
+            >>> vm.path("/etc/passwd") in vm.path("/etc").iterdir()
+            True
         """
         return iter([entry.path for entry in self.scan()])
 
@@ -502,6 +654,10 @@ class GuestPath:
 
         Raises:
             FileNotFoundError, NotADirectoryError, PermissionError: Of this folder.
+
+        Example:
+            >>> sum(len(files) for folder, dirs, files in vm.path("/etc").walk()) > 100
+            True
         """
         inside: dict[GuestPath, tuple[list[str], list[str]]] = {}
         for entry in self.scan(depth=depth):
@@ -528,6 +684,10 @@ class GuestPath:
         Raises:
             ValueError: The pattern is empty, absolute, or has `..` in it.
             PermissionError: The folder in which it begins may not be read.
+
+        Example:
+            >>> list(vm.path("/etc").glob("pass*d"))
+            [GuestPath('/etc/passwd')]
         """
         parts = PurePosixPath(pattern).parts
         if not parts or parts[0] == "/" or ".." in parts:
@@ -546,7 +706,12 @@ class GuestPath:
         return iter([e.path for e in found if _matches(e.path.parts[skip:], matchers) and (e.type == "dir" or not folders)])
 
     def rglob(self, pattern: str) -> Iterator[GuestPath]:
-        """What is anywhere below the folder and matches a pattern: `glob` with `**/` before it."""
+        """What is anywhere below the folder and matches a pattern: `glob` with `**/` before it.
+
+        Example:
+            >>> vm.path("/etc/ssh/sshd_config") in vm.path("/etc").rglob("sshd_*")
+            True
+        """
         if pattern.startswith("/"):
             raise ValueError(f"{pattern!r} is not a pattern below a folder")
         return self.glob(f"**/{pattern}")
@@ -563,6 +728,9 @@ class GuestPath:
 
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.mkdir` does.
+
+        Example:
+            >>> vm.path("/srv/made/below").mkdir(parents=True, exist_ok=True)
         """
         words = ("1" if exist_ok else "", "1" if parents else "", mode_word(mode))
         self._check(self._shell.script(_MKDIR, str(self), *words))
@@ -572,6 +740,11 @@ class GuestPath:
 
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.touch` does.
+
+        Example:
+            >>> vm.path("/srv/touched").touch()
+            >>> vm.path("/srv/touched").stat().st_size
+            0
         """
         self._check(self._shell.script(_TOUCH, str(self), mode_word(mode), "1" if exist_ok else ""))
 
@@ -580,6 +753,12 @@ class GuestPath:
 
         Raises:
             FileNotFoundError, IsADirectoryError, PermissionError: As `pathlib.Path.unlink` does.
+
+        Example:
+            >>> vm.path("/srv/gone").touch()
+            >>> vm.path("/srv/gone").unlink()
+            >>> vm.path("/srv/gone").exists()
+            False
         """
         self._remove('exec unlink "$1"', missing_ok=missing_ok)
 
@@ -589,6 +768,10 @@ class GuestPath:
         Raises:
             OSError: It is not empty (`ENOTEMPTY`).
             FileNotFoundError, NotADirectoryError, PermissionError: As `pathlib.Path.rmdir` does.
+
+        Example:
+            >>> vm.path("/srv/empty").mkdir()
+            >>> vm.path("/srv/empty").rmdir()
         """
         self._remove('exec rmdir "$1"')
 
@@ -599,6 +782,12 @@ class GuestPath:
             FileNotFoundError, PermissionError: As `shutil.rmtree` does.
             NotADirectoryError: It is a file, or a symbolic link.
             ValueError: It is `/`.
+
+        Example:
+            >>> vm.path("/srv/tree/below").mkdir(parents=True)
+            >>> vm.path("/srv/tree").rmtree()
+            >>> vm.path("/srv/tree").exists()
+            False
         """
         if not self._pure.name or ".." in self.parts:
             raise ValueError(f"{self} is not removed with all that is in it: name the folder plainly")
@@ -618,6 +807,11 @@ class GuestPath:
             OSError: The target is on another file system (`EXDEV`), or a folder that is not empty (`ENOTEMPTY`).
             FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError: As `pathlib.Path.rename` does.
             ValueError: The target is not absolute, or on another machine.
+
+        Example:
+            >>> vm.path("/srv/old").touch()
+            >>> vm.path("/srv/old").rename("/srv/new")
+            GuestPath('/srv/new')
         """
         final = self._beside(target)
         if final != self:
@@ -627,7 +821,13 @@ class GuestPath:
         return final
 
     def replace(self, target: str | PurePosixPath | GuestPath) -> GuestPath:
-        """The same as `rename`, as it is in pathlib on a POSIX system."""
+        """The same as `rename`, as it is in pathlib on a POSIX system.
+
+        Example:
+            >>> vm.path("/srv/next").touch()
+            >>> vm.path("/srv/next").replace("/srv/current")
+            GuestPath('/srv/current')
+        """
         return self.rename(target)
 
     def _beside(self, target: str | PurePosixPath | GuestPath) -> GuestPath:
@@ -642,6 +842,11 @@ class GuestPath:
 
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.symlink_to` does.
+
+        Example:
+            >>> vm.path("/srv/link").symlink_to("/etc/passwd")
+            >>> vm.path("/srv/link").read_text() == vm.path("/etc/passwd").read_text()
+            True
         """
         _check_text(str(target))
         raise_for(self._shell.script(_LINK, str(self), str(target), "-s"), str(target), self)
@@ -651,6 +856,12 @@ class GuestPath:
 
         Raises:
             FileExistsError, FileNotFoundError, PermissionError: As `pathlib.Path.hardlink_to` does.
+
+        Example:
+            >>> vm.path("/srv/first").touch()
+            >>> vm.path("/srv/second").hardlink_to(vm.path("/srv/first"))
+            >>> vm.path("/srv/first").stat().st_nlink
+            2
         """
         there = self._beside(target)
         raise_for(self._shell.script(_LINK, str(self), str(there), ""), there, self)
@@ -660,6 +871,12 @@ class GuestPath:
 
         Raises:
             FileNotFoundError, PermissionError: As `pathlib.Path.chmod` does.
+
+        Example:
+            >>> vm.path("/srv/script").touch()
+            >>> vm.path("/srv/script").chmod(0o755)
+            >>> oct(vm.path("/srv/script").stat().st_mode)
+            '0o100755'
         """
         self._check(self._shell.script(_CHMOD, str(self), mode_word(mode)))
 
@@ -670,6 +887,12 @@ class GuestPath:
             LookupError: There is no such user or group in the guest.
             FileNotFoundError, PermissionError: As `shutil.chown` does.
             ValueError: Neither is given.
+
+        Example:
+            >>> vm.path("/srv/theirs").touch()
+            >>> vm.path("/srv/theirs").chown("nobody", "nogroup")
+            >>> vm.path("/srv/theirs").owner()
+            'nobody'
         """
         if user is None and group is None:
             raise ValueError("user and/or group must be set")

@@ -120,6 +120,10 @@ class Machine:
 
         Raises:
             MachineError: The machine is off.
+
+        Example:
+            >>> vm.instance.pid == vm.pid
+            True
         """
         return self._power.instance
 
@@ -139,6 +143,10 @@ class Machine:
 
         Raises:
             MachineError: The machine is off.
+
+        Example:
+            >>> Path(f"/proc/{vm.pid}").is_dir()
+            True
         """
         return self._instance.pid
 
@@ -148,6 +156,10 @@ class Machine:
 
         None if it did not since it was booted or restored last, or where the backend does not tell. Without `panic="expected"` in the mark
         every call raises `GuestPanic` then.
+
+        Example:
+            >>> vm.panic is None
+            True
         """
         return self._power.panic
 
@@ -161,7 +173,8 @@ class Machine:
         """What it is doing: `"running"`, `"paused"`, `"off"`, or `"died"` if its kernel panicked or its hypervisor failed.
 
         Example:
-            ``assert vm.state == "running"``
+            >>> vm.state
+            <State.RUNNING: 'running'>
         """
         return self._power.state
 
@@ -203,8 +216,10 @@ class Machine:
             ValueError: A word has a NUL byte in it or is no text, or all of it is longer than Linux takes.
 
         Example:
-            >>> vm.exec(["uname", "-s"]).stdout.strip()  # doctest: +SKIP
+            >>> vm.exec(["uname", "-s"]).stdout.strip()
             'Linux'
+            >>> vm.exec("test -e /nothing", check=False).returncode
+            1
         """
         __tracebackhide__ = True
         argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
@@ -234,9 +249,11 @@ class Machine:
             ValueError: As for `exec`.
 
         Example:
-            >>> server = vm.spawn(["python3", "-um", "http.server"])  # doctest: +SKIP
-            >>> vm.wait_for_port(8000)  # doctest: +SKIP
-            >>> server.kill("TERM")  # doctest: +SKIP
+            >>> server = vm.spawn(["python3", "-um", "http.server"])
+            >>> vm.wait_for_port(8000)
+            >>> server.kill("TERM")
+            >>> server.wait(timeout=30)
+            -15
         """
         __tracebackhide__ = True
         argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
@@ -338,7 +355,12 @@ class Machine:
     # -- files -----------------------------------------------------------------------------------------------------------------------
 
     def path(self, path: str | PurePosixPath) -> GuestPath:
-        """An absolute path in the guest."""
+        """An absolute path in the guest.
+
+        Example:
+            >>> vm.path("/etc") / "passwd"
+            GuestPath('/etc/passwd')
+        """
         return GuestPath(path, shell=self)
 
     def write_files(
@@ -354,8 +376,6 @@ class Machine:
         All of them are in the guest before the first is renamed to its final name. So a full disk, a name that is a folder's, or a folder
         that may not be written leave everything as it was.
 
-            vm.write_files({"/srv/app/run.py": Path("run.py"), "/srv/app/conf/app.ini": "[app]\n"}, owner="www-data")
-
         Args:
             files: Text, bytes, or a file of the host, by absolute path in the guest.
             clean: Whether to remove what is in the folders of these files beforehand: in each folder that has one of them in it directly,
@@ -369,6 +389,11 @@ class Machine:
             OSError: A file could not be written: `filename` says which, `errno` why.
             LookupError: There is no such owner.
             ValueError: A path is relative or has `..` in it, two of them make no sense together, or `clean` is refused.
+
+        Example:
+            >>> vm.write_files({"/srv/app/run.sh": "exec true\n", "/srv/app/conf/app.ini": b"[app]\n"}, owner="nobody")
+            >>> vm.path("/srv/app/conf").owner()
+            'nobody'
         """
         __tracebackhide__ = True
         placed = {self.path(str(path)): content for path, content in files.items()}
@@ -383,9 +408,6 @@ class Machine:
         1 MiB on the data goes over a disk that the machine gets for the copy. The logger `pytest_vmbottle` tells every 5 s how far a long
         copy is.
 
-        Example:
-            `vm.cp("dist/app", vm.path("/opt"))`, `vm.cp(vm.path("/var/log"), tmp_path)`
-
         Args:
             src: Where from.
             dst: Where to. Exactly one of the two is a `GuestPath`.
@@ -396,6 +418,12 @@ class Machine:
             TransferError: The copy broke off, or the guest sent what must not be written on the host.
             MachineError: The guest was lost, or did not answer in time.
             TypeError: Both sides are on the host, or both in a guest.
+
+        Example:
+            >>> vm.cp(vm.path("/etc/ssh"), tmp_path)
+            >>> (tmp_path / "ssh" / "sshd_config").is_file()
+            True
+            >>> vm.cp(tmp_path / "ssh", vm.path("/root"))
         """
         __tracebackhide__ = True
         if isinstance(dst, GuestPath) and not isinstance(src, GuestPath):
@@ -419,10 +447,7 @@ class Machine:
     ) -> Matches:
         """Finds the lines that have a pattern in them, in a file of the guest or in all files below a folder, with the guest's GNU grep.
 
-        Binary files, devices, and what may not be read are left out, and symbolic links below the folder are not followed::
-
-            found = vm.search("PermitRootLogin", "/etc/ssh", include="*.conf")
-            assert "/etc/ssh/sshd_config" not in found.by_path()
+        Binary files, devices, and what may not be read are left out, and symbolic links below the folder are not followed.
 
         Args:
             pattern: Literal text, without a newline.
@@ -439,6 +464,11 @@ class Machine:
             ValueError: The pattern is no regular expression, or has a NUL byte or a newline in it.
             OSError: The guest's grep is not GNU grep.
             MachineError: The guest is gone.
+
+        Example:
+            >>> found = vm.search("root", "/etc", include="pass*d")
+            >>> str(found[0].path), found[0].line
+            ('/etc/passwd', 1)
         """
         __tracebackhide__ = True
         query = Query(
@@ -462,9 +492,6 @@ class Machine:
         In the archive everything is below the folder's name, in the order of names, and belongs to root: equal folders give equal archives.
         What the guest may not send by `cp`, it may not have packed either.
 
-        Example:
-            `vm.archive("/var/log", tmp_path / "logs.zip", format="zip")`
-
         Args:
             root: The folder.
             dest: The file. It gets this name when it is complete.
@@ -475,6 +502,10 @@ class Machine:
             IsADirectoryError: On the host the file's name is that of a folder.
             TransferError: The copy broke off, or the guest sent what must not be packed.
             ValueError: There is no such format.
+
+        Example:
+            >>> vm.archive("/etc/ssh", tmp_path / "ssh.zip", format="zip").name
+            'ssh.zip'
         """
         __tracebackhide__ = True
         return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), Path(dest), format)
@@ -498,7 +529,8 @@ class Machine:
             MachineDied: The machine is gone.
 
         Example:
-            >>> vm.wait_until("systemctl is-system-running")  # doctest: +SKIP
+            >>> vm.wait_until("systemctl is-system-running --quiet || test -d /run/systemd").ok
+            True
         """
         __tracebackhide__ = True
         wait = self._wait(timeout)
@@ -512,7 +544,7 @@ class Machine:
             MachineTimeout: It was not active in time.
 
         Example:
-            >>> vm.wait_for_unit("ssh.service")  # doctest: +SKIP
+            >>> vm.wait_for_unit("ssh.service")
         """
         __tracebackhide__ = True
         self._wait(timeout).unit(unit)
@@ -530,7 +562,7 @@ class Machine:
             MachineTimeout: Nothing did in time.
 
         Example:
-            >>> vm.wait_for_port(80, forwarded=True)  # doctest: +SKIP
+            >>> vm.wait_for_port(22, forwarded=True)
         """
         __tracebackhide__ = True
         wait = self._wait(timeout)
@@ -543,7 +575,8 @@ class Machine:
             MachineTimeout: It did not in time.
 
         Example:
-            >>> vm.wait_for_file("/run/app.pid").read_text()  # doctest: +SKIP
+            >>> vm.wait_for_file("/etc/hostname").is_file()
+            True
         """
         __tracebackhide__ = True
         return self._wait(timeout).file(path if isinstance(path, GuestPath) else self.path(path))
@@ -562,7 +595,9 @@ class Machine:
             MachineTimeout: It did not in time.
 
         Example:
-            >>> vm.wait_for_console(re.compile("([a-z]+) login: "))[1]  # doctest: +SKIP
+            >>> _ = vm.exec("echo ready at last > /dev/ttyS0")
+            >>> vm.wait_for_console(re.compile("ready at ([a-z]+)"))[1]
+            'last'
         """
         __tracebackhide__ = True
         return self._wait(timeout).output(pattern)
@@ -576,8 +611,8 @@ class Machine:
             MachineError: The backend does not tell.
 
         Example:
-            >>> vm.exec("systemctl poweroff --no-block")  # doctest: +SKIP
-            >>> vm.wait_for_shutdown()  # doctest: +SKIP
+            >>> _ = vm.exec("systemctl poweroff --no-block")
+            >>> vm.wait_for_shutdown()
         """
         __tracebackhide__ = True
         if self.state is State.OFF:
@@ -591,16 +626,17 @@ class Machine:
     def metrics(self) -> Sample:
         """What the machine takes now: of the host, and, in the sample's `guest`, as its guest sees it.
 
-        Processor time is counted from one call to the next, so the first sample has none. For example::
-
-            before = vm.metrics()
-            vm.exec("dd if=/dev/zero of=/root/zeros bs=1M count=64 conv=fsync")
-            after = vm.metrics()
-            assert after.guest.disk_write_bytes - before.guest.disk_write_bytes >= 64 << 20
+        Processor time is counted from one call to the next, so the first sample has none.
 
         Raises:
             MachineDied: Its process has ended.
             MachineError: The machine is off.
+
+        Example:
+            >>> before = vm.metrics()
+            >>> _ = vm.exec("dd if=/dev/zero of=/root/zeros bs=1M count=64 conv=fsync")
+            >>> vm.metrics().guest.disk_write_bytes - before.guest.disk_write_bytes >= 64 << 20
+            True
         """
         if self._meter is None or self._meter.pid != self.pid:
             self._meter = self._new_meter()
@@ -612,13 +648,6 @@ class Machine:
     def record(self, every: float = 0.5, *, guest_every: float | None = None) -> Recording:
         """Samples the machine in the background for the length of a `with` block.
 
-        For example::
-
-            with vm.record() as recording:
-                vm.exec("make -C /srv/project")
-            assert recording.summary["rss_bytes"].max < 1 << 30
-            print(recording.plot())
-
         Args:
             every: Seconds from one sample of the host's view to the next.
             guest_every: Seconds between two questions to the guest, each of which has it run `cat`. By default they become fewer the longer
@@ -627,6 +656,12 @@ class Machine:
         Raises:
             ValueError: A number of seconds is not above 0.
             MachineError: The machine is off.
+
+        Example:
+            >>> with vm.record(every=0.1) as recording:
+            ...     _ = vm.exec("dd if=/dev/zero of=/dev/null bs=1M count=64")
+            >>> recording.summary["rss_bytes"].max > 0
+            True
         """
         return Recording(self._new_meter(), every=every, guest_every=guest_every)
 
@@ -647,7 +682,10 @@ class Machine:
             MachineError: It is off.
 
         Example:
-            ``vm.exec("echo overcommit_memory=1 > /etc/sysctl.d/x.conf"); vm.reboot()``
+            >>> boot = vm.path("/proc/sys/kernel/random/boot_id").read_text()
+            >>> vm.reboot()
+            >>> vm.path("/proc/sys/kernel/random/boot_id").read_text() == boot
+            False
         """
         __tracebackhide__ = True
         self._power.reboot(self._deadline(timeout))
@@ -664,7 +702,9 @@ class Machine:
             MachineError: It is off already.
 
         Example:
-            ``vm.poweroff(); vm.start()``
+            >>> vm.poweroff()
+            >>> vm.state
+            <State.OFF: 'off'>
         """
         __tracebackhide__ = True
         self._power.off(Deadline(timeout * self._factor))
@@ -680,7 +720,10 @@ class Machine:
             MachineError: It is on.
 
         Example:
-            ``vm.power_cut(); vm.start()``
+            >>> vm.power_cut()
+            >>> vm.start()
+            >>> vm.exec(["true"]).ok
+            True
         """
         __tracebackhide__ = True
         self._power.start(self._deadline(timeout))
@@ -693,7 +736,9 @@ class Machine:
             MachineError: It is off already.
 
         Example:
-            ``vm.exec("dd if=/dev/urandom of=/srv/db bs=1M count=8"); vm.power_cut(); vm.start()``
+            >>> vm.power_cut()
+            >>> vm.state
+            <State.OFF: 'off'>
         """
         __tracebackhide__ = True
         self._power.cut()
@@ -705,7 +750,9 @@ class Machine:
             MachineError: It is off.
 
         Example:
-            ``vm.pause(); time.sleep(5); vm.resume()``
+            >>> vm.pause()
+            >>> vm.state
+            <State.PAUSED: 'paused'>
         """
         self._power.pause()
 
@@ -714,6 +761,12 @@ class Machine:
 
         Raises:
             MachineError: It is off.
+
+        Example:
+            >>> vm.pause()
+            >>> vm.resume()
+            >>> vm.exec(["true"]).ok
+            True
         """
         self._power.resume()
 
@@ -731,7 +784,11 @@ class Machine:
             MachineError: The machine is off or paused, or its guest has no Python 3, which wakes it after a restore.
 
         Example:
-            ``before = vm.snapshot("before"); vm.exec("rm -rf /srv"); vm.restore(before)``
+            >>> before = vm.snapshot("before")
+            >>> vm.path("/srv").rmtree()
+            >>> vm.restore(before)
+            >>> vm.path("/srv").is_dir()
+            True
         """
         __tracebackhide__ = True
         if self._place is None:
@@ -757,7 +814,10 @@ class Machine:
             MachineError: It could not be restored, and the machine is off.
 
         Example:
-            ``vm.restore()``
+            >>> vm.path("/srv").rmtree()
+            >>> vm.restore()
+            >>> vm.path("/srv").is_dir()
+            True
         """
         __tracebackhide__ = True
         self._power.restore(pack)
@@ -777,12 +837,14 @@ class Machine:
 
         The guest is not asked: where nothing listens, a connection is closed at once.
 
-        Example:
-            ``urllib.request.urlopen("http://{}:{}/".format(*vm.forward(80)))``
-
         Raises:
             ValueError: It is no port number.
             MachineError: The backend cannot, or the machine is gone.
+
+        Example:
+            >>> with socket.create_connection(vm.forward(22), timeout=60) as connection:
+            ...     connection.recv(4)
+            b'SSH-'
         """
         if type(port) is not int or not 0 < port <= _MAX_PORT:
             raise ValueError(f"port={port!r}: takes the number of a TCP port in the guest, from 1 to {_MAX_PORT}")
@@ -797,11 +859,14 @@ class Machine:
         Without it nothing from outside gets an answer: forwarded ports, `ssh_config`, `shell`, and large copies, which go over SSH.
         Commands still run where the guest has the QEMU guest agent, as `debian-12` does.
 
-        Example:
-            ``vm.link(False)``, then see how the service takes it, then ``vm.link(True)``
-
         Raises:
             MachineError: The backend cannot, or the machine is gone.
+
+        Example:
+            >>> vm.link(False)
+            >>> vm.wait_until("! grep -qx 1 /sys/class/net/e*/carrier").ok
+            True
+            >>> vm.link(True)
         """
         if not isinstance(self._instance, Link):
             raise self._lacking("has no network cable to pull")
@@ -833,7 +898,8 @@ class Machine:
         """Its IPv4 address on its private LAN; None if it is on none.
 
         Example:
-            `vms["web"].exec(["ping", "-c1", vms["db"].address])`
+            >>> vms["one"].exec(["getent", "hosts", "two"]).stdout.split()[0] == vms["two"].address
+            True
         """
         return None if self._place is None else self._place.address
 
@@ -849,7 +915,9 @@ class Machine:
             ValueError: A number makes no sense.
 
         Example:
-            `vms["db"].impair(delay=0.1, loss=0.2)`
+            >>> vms["two"].impair(delay=0.1)
+            >>> vms["one"].exec(["bash", "-c", "exec 3<>/dev/tcp/two/22"]).duration > 0.2
+            True
         """
         if self._place is None:
             raise MachineError('it is on no private LAN: put network="lan" into its mark', machine=self.name)
@@ -858,14 +926,15 @@ class Machine:
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 
     def screenshot(self, path: str | Path) -> Path:
-        """Writes what the screen shows to a file on the host, as PNG, and returns its path.
-
-        Example:
-            ``vm.screenshot(tmp_path / "login.png")``
+        r"""Writes what the screen shows to a file on the host, as PNG, and returns its path.
 
         Raises:
             MachineError: The machine has no display (`display=True` in its mark), its QEMU writes no PNG, or it is gone.
             OSError: The file cannot be written.
+
+        Example:
+            >>> vm.screenshot(tmp_path / "login.png").read_bytes()[:4]
+            b'\x89PNG'
         """
         image, dest = self._display().screenshot(), Path(path)
         with atomic_file(dest, mode=0o644) as file:
@@ -879,12 +948,12 @@ class Machine:
         down together (`"ctrl-alt-f2"`). Anything else is text, typed on a US keyboard, where a newline is the return key. Names
         are QEMU's. To type a word that is a key's name, give its characters one by one: `*"home"`.
 
-        Example:
-            ``vm.send_keys("ctrl-alt-f2", "root\n", "secret", "ret")``
-
         Raises:
             ValueError: A combination has an unknown key in it, or a character is not on that keyboard; then nothing is typed.
             MachineError: The machine has no display (`display=True` in its mark), is paused, or is gone.
+
+        Example:
+            >>> vm.send_keys("ctrl-alt-f2", "root\n")
         """
         pressed = keyboard.chords(keys)
         self._display().press(pressed)
@@ -899,17 +968,19 @@ class Machine:
     # -- other clients ---------------------------------------------------------------------------------------------------------------
 
     def ssh_config(self) -> Path:
-        """Writes an OpenSSH configuration in which the machine goes by its name, and returns its path.
+        r"""Writes an OpenSSH configuration in which the machine goes by its name, and returns its path.
 
         With it `ssh`, `scp`, `sftp`, `rsync`, Ansible and what else builds on OpenSSH log in as root, with the machine's own key and only
         if it shows its own host key. All files are private, and go with the machine. It holds for the machine's life, unless another
         program takes its port while it is off: ask again then.
 
-        Example:
-            ``subprocess.run(["rsync", "-a", "-e", f"ssh -F {vm.ssh_config()}", "site/", f"{vm.name}:/srv/"], check=True)``
-
         Raises:
             MachineError: The backend offers no SSH, OpenSSH cannot be given the path of the machine's folder, or the machine is gone.
+
+        Example:
+            >>> command = ["ssh", "-F", vm.ssh_config(), vm.name, "uname"]
+            >>> subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            'Linux\n'
         """
         if not isinstance(self._instance, SecureShell):
             raise self._lacking("offers no SSH")
@@ -942,11 +1013,12 @@ class Machine:
     def host(self) -> Host:
         """The machine as a host of pytest-testinfra, which takes the extra `testinfra`; its commands run as `exec`'s do.
 
-        Example:
-            ``assert vm.host.service("ssh").is_running``
-
         Raises:
             BackendUnavailable: pytest-testinfra is not installed.
+
+        Example:
+            >>> vm.host.service("ssh").is_running
+            True
         """
         try:
             from pytest_vmbottle.testinfra import connect  # noqa: PLC0415 - an extra, and it loads much

@@ -1,0 +1,83 @@
+"""The examples in the docstrings of what a test has of a machine: each member has one, and each is run on a real machine."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+import socket
+import stat
+import subprocess
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from pytest_vmbottle import GuestPath, Machine
+
+WITHOUT = {
+    "Machine.shell": "takes a terminal: it is tested with one",
+    **dict.fromkeys(
+        (f"Machine.{name}" for name in ("bulk", "close", "command", "feed", "fetch", "kill", "on", "script")),
+        "is there for the modules of this package",
+    ),
+}
+"""Members without an example, and why."""
+ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
+KNOWN = {"Path": Path, "PurePosixPath": PurePosixPath, "re": re, "socket": socket, "stat": stat, "subprocess": subprocess}
+
+
+def examples(kind: type) -> dict[str, doctest.DocTest]:
+    """The examples of a class's public members, by the member's name."""
+    members = [name for name, _ in inspect.getmembers_static(kind) if not name.startswith("_")]
+    parser = doctest.DocTestParser()
+    found = {}
+    for name in members:
+        text = inspect.getdoc(inspect.getattr_static(kind, name)) or ""
+        found[f"{kind.__name__}.{name}"] = parser.get_doctest(text, {}, f"{kind.__name__}.{name}", None, None)
+    return found
+
+
+PATHS, MACHINES = examples(GuestPath), examples(Machine)
+
+
+def run(test: doctest.DocTest, **known: Any) -> None:
+    said: list[str] = []
+    test.globs = {**KNOWN, **known}
+    ended = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert not ended.failed, "".join(said)
+
+
+def of(tests: dict[str, doctest.DocTest]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("test", [pytest.param(test, id=name) for name, test in tests.items() if test.examples])
+
+
+def test_every_public_member_has_an_example_that_is_run() -> None:
+    tests = {**PATHS, **MACHINES}
+    assert {name for name, test in tests.items() if not test.examples} == WITHOUT.keys()
+    assert not [name for name, test in tests.items() for each in test.examples if doctest.SKIP in each.options]
+
+
+@pytest.mark.vm("debian-12")
+@of(PATHS)
+def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machine) -> None:
+    run(test, vm=session_vm)
+
+
+@pytest.mark.vm("debian-12")
+@of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY})
+def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
+    run(test, vm=vm, tmp_path=tmp_path)
+
+
+@pytest.mark.vm("debian-12", display=True)
+@of({name: MACHINES[name] for name in sorted(WITH_A_DISPLAY)})
+def test_the_example_of_a_machine_with_a_display_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
+    run(test, vm=vm, tmp_path=tmp_path)
+
+
+@pytest.mark.vm("debian-12", name="one", network="lan")
+@pytest.mark.vm("debian-12", name="two", network="lan")
+@of({name: MACHINES[name] for name in sorted(ON_A_LAN)})
+def test_the_example_of_machines_on_a_lan_is_right(test: doctest.DocTest, vms: dict[str, Machine]) -> None:
+    run(test, vms=vms)
