@@ -22,7 +22,8 @@ pytest_collect_file = (_docstrings + _pages).pytest()
 
 
 @pytest.fixture
-def pytester(pytester: pytest.Pytester) -> pytest.Pytester:
-    """Runs tests in the order in which they stand: pytest-randomly takes effect wherever it is installed."""
-    pytester.plugins.append("no:randomly")
+def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Runs tests with this plugin and no other one that happens to be installed; `-p` names more."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p vmbottle")
     return pytester

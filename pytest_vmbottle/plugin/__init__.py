@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle import hookspec
+from pytest_vmbottle.plugin import collection, fixtures, options, reports, session
 from pytest_vmbottle.plugin.collection import Sorting
 from pytest_vmbottle.plugin.options import Options
 from pytest_vmbottle.plugin.reports import LastWords, Outcomes
@@ -14,21 +15,25 @@ from pytest_vmbottle.spec import SIGNATURE
 if TYPE_CHECKING:
     import pytest
 
-# Their hooks and fixtures; pytest registers them with this module.
-pytest_plugins = [f"{__name__}.{part}" for part in ("options", "session", "collection", "fixtures", "reports")]
+_PARTS = (options, session, collection, fixtures, reports)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Offers the hooks of `hookspec`."""
+    """Offers the hooks of `hookspec`, and registers the parts of the plugin.
+
+    Not by `pytest_plugins`: pytest would want to rewrite the assertions of modules that are imported already, and warn of it.
+    """
     pluginmanager.add_hookspecs(hookspec)
+    for part in _PARTS:
+        pluginmanager.register(part, part.__name__)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the mark and checks the options; makes nothing."""
     config.addinivalue_line("markers", f"{SIGNATURE}: run the test on a real machine made from an image or a layer.")
-    session = config.stash[SESSION] = Session(config, Options.read(config))
+    ours = config.stash[SESSION] = Session(config, Options.read(config))
     config.pluginmanager.register(Sorting(), "vmbottle-sorting")
-    config.pluginmanager.register(Interrupted(session), "vmbottle-interrupted")
+    config.pluginmanager.register(Interrupted(ours), "vmbottle-interrupted")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")
         config.pluginmanager.register(LastWords(), "vmbottle-ledger")
@@ -36,6 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leaves the process as it was."""
-    session = config.stash.get(SESSION, None)
-    if session is not None:
-        session.interruption.restore()
+    ours = config.stash.get(SESSION, None)
+    if ours is not None:
+        ours.interruption.restore()

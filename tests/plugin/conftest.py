@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+import pytest_vmbottle.provision
+import pytest_vmbottle.testing  # noqa: F401 - a run in this process forgets what it imports, and what is compiled cannot be imported twice
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.images import ImageStore
 
@@ -27,8 +29,13 @@ def pytest_vmbottle_make_backend(config, name):
 class Run(Protocol):
     """Runs pytest on a test file."""
 
-    def __call__(self, text: str, *args: str, conftest: str = "", status: int = 0, **outcomes: int) -> pytest.RunResult:
-        """Returns the run, which must have ended with this status and, if any are given, these outcomes."""
+    def __call__(
+        self, text: str, *args: str, conftest: str = "", status: int = 0, process: bool = False, **outcomes: int
+    ) -> pytest.RunResult:
+        """Returns the run, which must have ended with this status and, if any are given, these outcomes.
+
+        It is within this process, which takes a tenth of the time, unless it has workers, or the process is what the test is about.
+        """
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +58,18 @@ def catalog(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs pytest in a process of its own, strictly, with the backend "fake"."""
+    """Runs pytest strictly, with the backend "fake"."""
     assert catalog.is_dir()
     monkeypatch.setenv("VMBOTTLE_BACKEND", "fake")
 
-    def run(text: str, *args: str, conftest: str = "", status: int = 0, **outcomes: int) -> pytest.RunResult:
+    def run(
+        text: str, *args: str, conftest: str = "", status: int = 0, process: bool = False, **outcomes: int
+    ) -> pytest.RunResult:
         pytester.makeconftest(CONFTEST + conftest)
         pytester.makepyfile(test_it=f"import pytest\nfrom pytest_vmbottle import layer, MachineSpec\n{text}")
-        quick = ("-p", "no:hypothesispytest", "-p", "no:timeout", *(() if "-n2" in args else ("-p", "no:xdist")))
-        result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", *quick, *args)
+        workers = ("-p", "xdist") if "-n2" in args else ()
+        start = pytester.runpytest_subprocess if process or "-n2" in args else pytester.runpytest_inprocess
+        result = start("-W", "error", "--strict-markers", *workers, *args)
         assert result.ret == status, said(result)
         assert "INTERNALERROR" not in said(result)
         if outcomes:

@@ -40,7 +40,7 @@ def run(pytester: pytest.Pytester, tmp_path_factory: pytest.TempPathFactory) -> 
     catalog = tmp_path_factory.mktemp("catalog")
 
     def call(*words: str) -> pytest.RunResult:
-        return pytester.runpytest_subprocess("--vm-backend=small", f"--vm-catalog={catalog}", "-rs", *words)
+        return pytester.runpytest_inprocess("--vm-backend=small", f"--vm-catalog={catalog}", "-rs", *words)
 
     return call
 
@@ -63,13 +63,13 @@ def test_where_nothing_may_be_missing_it_is_an_error_with_the_same_reason(run: C
 def test_what_names_stand_for_has_to_be_said_with_an_equals_sign(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nvm_smolvm_images = debian-12")
     pytester.makepyfile("def test_it(): pass")
-    result = pytester.runpytest_subprocess()
+    result = pytester.runpytest_inprocess()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "vm_smolvm_images: 'debian-12' is not of the form name = reference" in result.stdout.str() + result.stderr.str()
 
 
 def test_qemu_refuses_a_list_of_networks_in_a_sentence(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import pytest\n@pytest.mark.vm('debian-12', network=['10.0.0.0/8'])\ndef test_it(vm): pass")
-    result = pytester.runpytest_subprocess("--vm-missing=skip", "-rs")
+    result = pytester.runpytest_inprocess("--vm-missing=skip", "-rs")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*the user network of QEMU lets a guest reach all or nothing*"])

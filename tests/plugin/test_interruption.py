@@ -33,25 +33,26 @@ def test_signals_are_handled_while_there_are_tests_with_machines_and_not_after(r
     run(
         LOOK + "\n@pytest.mark.vm('debian-12')\ndef test_it(vm): assert handled() == [True, True]\n",
         conftest=TELL.format(before=""),
+        process=True,
         passed=1,
     )
     assert (pytester.path / "after").read_text().split() == ["0", "0"]
 
 
 def test_a_run_without_machines_handles_no_signal(run: Run) -> None:
-    run(LOOK + "\ndef test_it(): assert handled() == [False, False]\n", passed=1)
+    run(LOOK + "\ndef test_it(): assert handled() == [False, False]\n", process=True, passed=1)
 
 
 def test_a_run_whose_tests_with_machines_are_deselected_handles_no_signal(run: Run) -> None:
     text = "\n@pytest.mark.vm('debian-12')\ndef test_vm(vm): pass\n\ndef test_it(): assert handled() == [False, False]\n"
-    run(LOOK + text, "-m", "not vm", passed=1, deselected=1)
+    run(LOOK + text, "-m", "not vm", process=True, passed=1, deselected=1)
 
 
 def test_who_handles_a_signal_already_keeps_it(run: Run, pytester: pytest.Pytester) -> None:
     before = "signal.signal(signal.SIGTERM, lambda *_: None)\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
     text = "\n@pytest.mark.vm('debian-12')\ndef test_it(vm):\n    assert signal.getsignal(signal.SIGTERM).__name__ == '<lambda>'\n"
     text += "    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
-    run(LOOK + text, conftest=TELL.format(before=before), passed=1)
+    run(LOOK + text, conftest=TELL.format(before=before), process=True, passed=1)
     assert "<lambda>" in (pytester.path / "after").read_text()
 
 
@@ -76,7 +77,7 @@ def test_it(late):
     signal.pause()
 """
     )
-    run(text, status=pytest.ExitCode.INTERRUPTED)
+    run(text, status=pytest.ExitCode.INTERRUPTED, process=True)
     assert (pytester.path / "state").read_text() == "off"
 
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     Run = Callable[..., pytest.RunResult]
 
 HEAVY = ("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "urllib3", "yaml")
-PURE = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
 PROBE = f"""
 import atexit, sys
 
@@ -39,13 +38,12 @@ def test_marked(vm, class_vm, session_vm, vm_factory): pass
 @pytest.fixture
 def bare(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
     """Runs pytest with this plugin and no other one, and says which heavy modules it imported; the default catalog is watched too."""
-    monkeypatch.setenv(PURE, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def bare(text: str, *args: str, status: int = 0, conftest: str = "") -> str:
         pytester.makeconftest("import pytest\n" + PROBE + conftest)
         pytester.makepyfile(test_it=text)
-        result = pytester.runpytest_subprocess("-p", "pytest_vmbottle.plugin", "-p", "no:cacheprovider", *args)
+        result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *args)
         assert result.ret == status, result.stdout.str() + result.stderr.str()
         assert "vmbottle:" not in result.stdout.str()
         return (pytester.path / "heavy").read_text()
@@ -90,6 +88,6 @@ def test_a_layer_and_the_public_names_can_be_imported_without_any_cost(bare: Cal
 
 
 def test_a_suite_with_a_machine_does_import_what_it_needs(run: Run, pytester: pytest.Pytester) -> None:
-    run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', conftest=PROBE, passed=1)
+    run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', conftest=PROBE, process=True, passed=1)
 
     assert {"paramiko", "filelock", "psutil"} <= set((pytester.path / "heavy").read_text().split())

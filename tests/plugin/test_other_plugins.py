@@ -72,7 +72,7 @@ def test_other(vm): pass
 
 
 def test_a_time_out_by_signal_fails_the_test_and_ends_its_machine(run: Run, catalog: Path) -> None:
-    result = run(SLOW, "-p", "pytest_timeout", "--timeout=5", "--timeout-method=signal", status=1, failed=1, passed=1)
+    result = run(SLOW, "-p", "pytest_timeout", "--timeout=2", "--timeout-method=signal", status=1, process=True, failed=1, passed=1)
 
     assert "Timeout" in said(result)
     assert CLEAN in said(result)
@@ -80,14 +80,14 @@ def test_a_time_out_by_signal_fails_the_test_and_ends_its_machine(run: Run, cata
 
 
 def test_a_time_out_by_thread_ends_the_process_and_yet_leaves_nothing(run: Run, catalog: Path) -> None:
-    result = run(SLOW, "-p", "pytest_timeout", "--timeout=5", "--timeout-method=thread", status=1)
+    result = run(SLOW, "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread", status=1, process=True)
 
     assert "left behind" not in said(result)  # it ended before it could say anything
     assert _nothing_left(catalog)
 
 
 def test_a_time_out_by_thread_in_a_worker_is_one_failure(run: Run, catalog: Path) -> None:
-    result = run(SLOW, "-n2", "-p", "pytest_timeout", "--timeout=5", "--timeout-method=thread", status=1, failed=1, passed=1)
+    result = run(SLOW, "-n2", "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread", status=1, failed=1, passed=1)
 
     assert "test_hangs" in said(result)
     assert CLEAN in said(result)
@@ -104,7 +104,7 @@ def test_flaky(vm):
         file.seek(0)
         assert len(set(file.read().split())) == 3
 """
-    result = run(text, "--reruns=5", *workers)
+    result = run(text, "-p", "rerunfailures", "--reruns=5", *workers)
 
     assert "1 passed, 2 rerun" in said(result)
     assert len(set((pytester.path / "ids").read_text().split())) == 3
@@ -121,7 +121,7 @@ def pytest_vmbottle_make_backend(config, name):
 
 def test_only_the_last_of_several_runs_of_a_test_counts_as_infra(run: Run) -> None:
     test = '@pytest.mark.vm("debian-12", fresh="boot")\ndef test_it(vm): pass\n'
-    text = said(run(test, "--reruns=2", conftest=DOWN, status=1))
+    text = said(run(test, "-p", "rerunfailures", "--reruns=2", conftest=DOWN, status=1))
 
     assert "1 error, 2 rerun" in text
     assert "INFRA: 1 test without a machine, not judged (1 LaunchError); 3 machines tried again" in text
@@ -154,7 +154,7 @@ def test_in_the_debugger_the_machine_of_the_failed_test_is_still_there(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile('import pytest\n@pytest.mark.vm("debian-12")\ndef test_it(vm):\n    assert vm.exec("x").stdout == "y"\n')
-    argv = (sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:randomly", "--pdb")
+    argv = (sys.executable, "-m", "pytest", "--pdb")
     result = pytester.run(*argv, stdin=b"p vm.exec('ask').argv, vm.state\nc\n")
 
     assert "(('sh', '-eu', '-c', 'ask'), <State.RUNNING: 'running'>)" in said(result)

@@ -52,7 +52,7 @@ def _nothing_is_left(vm_catalog: Catalog) -> Iterator[None]:
 @pytest.fixture
 def inner(pytester: pytest.Pytester, vm_catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """Pytest runs inside the test, which know nothing of this one but its catalog."""
-    for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST", "PYTEST_ADDOPTS"))]:
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("VMBOTTLE_CATALOG", str(vm_catalog.root))
     return pytester

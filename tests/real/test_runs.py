@@ -144,7 +144,7 @@ def test_two_workers_make_a_pack_once_and_each_uses_it(inner: pytest.Pytester) -
             assert vm.path("/root/built").read_text() == "x"
         """
     )
-    result = inner.runpytest_subprocess("-n2", "-p", "no:cacheprovider")
+    result = inner.runpytest_subprocess("-p", "xdist", "-n2", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["*vmbottle: 4 machines poured, 0 booted; 1 packs built, *"])
     assert result.stderr.str().count("vmbottle: building the template pack of counted") == 1
