@@ -137,7 +137,7 @@ def test_a_pack_is_never_pruned_under_a_machine_that_is_being_made_of_it(root: P
     with subprocess.Popen([sys.executable, "-c", PRUNE, str(root)], stdout=subprocess.PIPE, text=True) as pruner:
         assert pruner.stdout is not None
         assert pruner.stdout.readline() == "ready\n"
-        for _ in rounds("C4", 20):
+        for _ in rounds("C4", 5):
             provisioner = Provisioner(catalog, backend, name="fake", settings=Settings())
             with provisioner.machine(MachineSpec(source="debian-12")):
                 used = backend.launched[-1].saved
@@ -156,7 +156,7 @@ def test_every_pack_with_one_changed_bit_is_refused(catalog: Catalog, tmp_path: 
     provisioner.close()
     refused, chance = 0, random.Random(5)
     bad = tmp_path / good.key
-    times = rounds("C5", 60)
+    times = rounds("C5", 20)
     for _ in times:
         shutil.copytree(good.path, bad)
         flip(chance.choice([path for path in sorted(bad.iterdir()) if path.stat().st_size]), chance)

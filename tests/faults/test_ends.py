@@ -198,7 +198,7 @@ def test_a_cancelled_ci_job_leaves_nothing(
 
 
 def test_ctrl_c_twice_leaves_nothing(start: Start, nothing_left: Callable[[], float], rounds: Rounds) -> None:
-    for turn in rounds("A5", 2):
+    for turn in rounds("A5", 1):
         run = start(SLEEPING.format(workers=2), "-n2")
         run.await_machines(4)
         run.signal_group(signal.SIGINT)
@@ -277,7 +277,7 @@ def test_what_is_left_when_worker_and_supervisor_die_together_goes_with_the_next
     start: Start, root: Path, nothing_left: Callable[[], float], rounds: Rounds, measured: Callable[[str, Iterable[float]], None]
 ) -> None:
     seconds = []
-    for _ in rounds("A6", 2):
+    for _ in rounds("A6", 1):
         run = start(SLEEPING.format(workers=1), plugins=())
         machines = run.await_machines(2)
         for pid in (*run.supervisors(), *run.workers()):
@@ -327,7 +327,7 @@ def test_time():
     print("seconds", time.monotonic() - began[0], "seconds")
 """
     seconds: dict[int, list[float]] = {4: [], 8: []}
-    for _ in rounds("A9", 2):
+    for _ in rounds("A9", 1):
         for count, each in seconds.items():
             run = start(text.replace("COUNT", str(count)), "-s", plugins=())
             assert run.wait() == 0, run.said()
@@ -349,7 +349,7 @@ def test_four(vm_factory):
     time.sleep(600)
 """
     off, clean = [], []
-    for _ in rounds("four", 2):
+    for _ in rounds("four", 1):
         run = start(text, plugins=())
         machines = run.await_machines(4)
         time.sleep(0.3)

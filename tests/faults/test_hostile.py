@@ -262,7 +262,7 @@ WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categori
 
 
 def test_any_words_reach_a_program_as_they_are(rounds: Rounds) -> None:
-    @settings(max_examples=len(rounds("D5", 100)), deadline=None)
+    @settings(max_examples=len(rounds("D5", 40)), deadline=None)
     @given(WORDS)
     def arrive(words: list[str]) -> None:
         line = ssh._remote(Command(argv=("printf", "%s\\0", *words), env=(("PATH", os.environ["PATH"]),)))

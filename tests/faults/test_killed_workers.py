@@ -111,7 +111,7 @@ def test_nothing_is_left_of_workers_that_are_killed_at_any_moment(  # noqa: PLR0
 ) -> None:
     whole, chance = lasting(zygote, order), random.Random(4711)
     gone: list[float] = []
-    for _ in rounds("A1", 200)[::AT_ONCE]:
+    for _ in rounds("A1", 30)[::AT_ONCE]:
         workers = [Worker(zygote.fork(**order), chance.uniform(0, whole * 1.5), catalog.root) for _ in range(AT_ONCE)]
         gone += kill_each(workers)
         assert [zygote.wait(worker.pid) for worker in workers] == [-signal.SIGKILL] * AT_ONCE

@@ -74,7 +74,7 @@ def test_what_a_killed_process_held_goes_to_the_next_one_at_once(root: Path, tex
         holder = stack.enter_context(process(text, root))
         assert line(holder) == "waits"
         float(line(holder))
-        for _ in rounds("B5", 8):
+        for _ in rounds("B5", 2):
             waiter = stack.enter_context(process(text, root))
             assert line(waiter) == "waits"
             time.sleep(0.15)  # until it waits in earnest
@@ -103,7 +103,7 @@ def test_a_holder_that_is_stopped_is_named_when_the_time_is_over(root: Path, cat
 @pytest.mark.usefixtures("catalog")
 def test_no_two_of_many_processes_are_ever_in_the_same_lock(root: Path, rounds: Rounds) -> None:
     (root / "counter").write_text("0")
-    times = len(rounds("B7", 50))
+    times = len(rounds("B7", 10))
     with ExitStack() as stack:
         running = [stack.enter_context(process(OCCUPY, root, str(times))) for _ in range(4)]
         assert [each.wait(600) for each in running] == [0] * 4
@@ -114,7 +114,7 @@ def test_a_lock_whose_file_is_removed_is_still_nobody_elses(root: Path, catalog:
     with process(TAKE, root) as holder:
         assert line(holder) == "waits"
         float(line(holder))
-        for _ in rounds("B8", 3):
+        for _ in rounds("B8", 1):
             for path in (root / "locks").iterdir():
                 path.unlink()
             with pytest.raises(CatalogError, match="was not to be had"), catalog.lock("thing", deadline=Deadline(0.2), waiting=quiet):

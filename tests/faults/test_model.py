@@ -318,7 +318,7 @@ def test_whatever_happens_the_catalog_is_what_the_model_says(monkeypatch: pytest
         run_state_machine_as_test(
             partial(Model, monkeypatch),  # type: ignore[arg-type]  # whatever makes one will do
             settings=settings(
-                max_examples=len(rounds("F1", 100)),
+                max_examples=len(rounds("F1", 30)),
                 stateful_step_count=50,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

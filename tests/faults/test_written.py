@@ -44,7 +44,7 @@ def test_no_record_is_half_written_by_killed_writers_and_what_they_left_is_swept
     path.parent.mkdir()
     records.write(path, {"number": -1})
     corrupt = 0
-    for _ in rounds("B10", 10):
+    for _ in rounds("B10", 4):
         with subprocess.Popen([sys.executable, "-c", WRITE, str(root)], stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
             writer.stdout.readline()
@@ -55,7 +55,7 @@ def test_no_record_is_half_written_by_killed_writers_and_what_they_left_is_swept
         except ValueError:
             corrupt += 1
     temporary = list(path.parent.glob(".*"))
-    record_property("B10", f"{corrupt} corrupt records and {len(temporary)} temporary files after {len(rounds('B10', 10))} kills")
+    record_property("B10", f"{corrupt} corrupt records and {len(temporary)} temporary files after {len(rounds('B10', 4))} kills")
     assert corrupt == 0
     for each in temporary:
         os.utime(each, (1, 1))
