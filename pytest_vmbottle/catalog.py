@@ -434,11 +434,15 @@ def _inode(path: Path) -> int | None:
 
 def _is_held_without_name(path: Path) -> bool:
     """Whether a process of this user has a file open that had this name and was removed, as those who tidy up /tmp do."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if os.readlink(link) == f"{path} (deleted)":  # noqa: PTH115 - Path would take the end for a suffix
-                return True
-    return False
+    return any(f"{path} (deleted)" in _open_files(process) for process in Path("/proc").glob("[0-9]*"))
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    """The names of what a process has open, as its folder in /proc tells: nothing of one that has ended, or is another user's."""
+    with suppress(OSError):
+        for link in (process / "fd").iterdir():
+            with suppress(OSError):
+                yield os.readlink(link)  # noqa: PTH115 - Path would take the end for a suffix
 
 
 def _check(root: Path) -> None:

@@ -62,9 +62,7 @@ def run(pytester: pytest.Pytester, catalog: Path, monkeypatch: pytest.MonkeyPatc
     assert catalog.is_dir()
     monkeypatch.setenv("VMBOTTLE_BACKEND", "fake")
 
-    def run(
-        text: str, *args: str, conftest: str = "", status: int = 0, process: bool = False, **outcomes: int
-    ) -> pytest.RunResult:
+    def run(text: str, *args: str, conftest: str = "", status: int = 0, process: bool = False, **outcomes: int) -> pytest.RunResult:
         pytester.makeconftest(CONFTEST + conftest)
         pytester.makepyfile(test_it=f"import pytest\nfrom pytest_vmbottle import layer, MachineSpec\n{text}")
         workers = ("-p", "xdist") if "-n2" in args else ()

@@ -456,3 +456,11 @@ def test_a_closed_catalog_has_no_trace_of_this_process_and_can_be_used_again(cat
         catalog.close()
         catalog.close()
         assert list((catalog.root / "run").iterdir()) == []
+
+
+def test_a_process_that_ends_while_open_files_are_looked_through_has_none(tmp_path: Path) -> None:
+    with (tmp_path / "open").open("w"):
+        assert str(tmp_path / "open") in catalog_module._open_files(Path("/proc/self"))
+    with process("pass") as ended:
+        ended.wait()
+    assert list(catalog_module._open_files(Path("/proc", str(ended.pid)))) == []
