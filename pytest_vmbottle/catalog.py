@@ -2,7 +2,7 @@
 
 ::
 
-    images/      the image store                 packs/KEY/   published packs, never changed
+    images/      the image store                 packs/KEY/   published packs, never changed; KEY.2/ has replaced one
     run/OWNER/   machines of one process         staging/     packs being built
     locks/       one file per lock, never deleted  quarantine/  what was found damaged
     proofs/      what was proved about this host  machines/NAME/  machines that run without pytest
@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -29,8 +28,8 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from pytest_vmbottle import host, records, supervisor
-from pytest_vmbottle._os import Deadline, Reminder, atomic_file, is_locked, private_dir, sync_dir
+from pytest_vmbottle import generations, host, records, supervisor
+from pytest_vmbottle._os import Deadline, Reminder, atomic_file, private_dir, sync_dir
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.ledger import Ledger
 from pytest_vmbottle.supervisor import Identity, Reaped, Record, Supervisor
@@ -212,8 +211,10 @@ class Catalog:
             yield folder
 
     def publish(self, built: Path, key: str) -> Path:
-        """Gives a folder of files its final name, all at once; returns that. What had the name before is kept if it is there."""
-        final = private_dir(self.packs) / key
+        """Makes a folder of files the pack of a key, all at once; returns where it is.
+
+        What was there before stays for as long as somebody holds it.
+        """
         for path in built.iterdir():
             fd = os.open(path, os.O_RDONLY)
             try:
@@ -221,67 +222,46 @@ class Catalog:
             finally:
                 os.close(fd)
         sync_dir(built)
-        try:
-            built.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
+        final = generations.add(built, private_dir(self.packs), key)
         self.ledger.packs.add(key)
-        sync_dir(self.packs)
+        generations.sweep(self.packs)
         return final
 
-    def quarantine(self, path: Path) -> Path:
-        """Moves something damaged out of the way and returns where it is now."""
+    def pack(self, key: str) -> Path:
+        """The folder of the pack of a key, which need not be there."""
+        there = generations.every(self.packs, key)
+        return there[-1] if there else self.packs / key
+
+    def quarantine(self, path: Path) -> Path | None:
+        """Moves something damaged out of the way and returns where it is now; None if somebody holds it, and it stays."""
         aside = private_dir(self.root / "quarantine") / f"{path.name}-{secrets.token_hex(4)}"
-        path.rename(aside)
-        return aside
+        if not path.is_dir():
+            return path.rename(aside)
+        return aside if generations.remove(path, aside=aside) else None
 
     def set_aside(self) -> tuple[Path, ...]:
         """What `quarantine` has moved out of the way."""
         aside = self.root / "quarantine"
         return tuple(aside.iterdir()) if aside.is_dir() else ()
 
-    def discard(self, pack: Path, *, held: bool = False) -> bool:
-        """Removes a published pack; returns whether it is gone.
+    def discard(self, pack: Path) -> bool:
+        """Removes a published pack, with those that it replaced, unless somebody holds one of them; returns whether it is gone."""
+        return generations.remove_all(self._generations(pack))
 
-        Args:
-            pack: Its folder.
-            held: Whether it goes even if somebody holds it: machines that run keep the files they have open.
-        """
-        try:
-            fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            if not held:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Out of sight first: nobody finds half a pack.
-            shutil.rmtree(self.quarantine(pack))
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
-
-    def lease(self, pack: Path) -> int:
-        """Holds a pack so that it is not removed; returns the descriptor whose closing ends the hold, as the end of the process does.
+    def lease(self, folder: Path) -> int:
+        """Holds a pack, an image or a snapshot so that it is not removed; returns the descriptor whose closing ends the hold.
 
         Raises:
             FileNotFoundError: It is gone.
         """
-        fd = os.open(pack, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        try:
-            if os.path.samestat(os.fstat(fd), pack.stat()):
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # removed, or made anew, while we waited
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(pack))
+        return generations.hold(folder)
 
     def in_use(self, pack: Path) -> bool:
-        """Whether somebody holds a pack at this moment."""
-        return is_locked(pack, fcntl.LOCK_EX)
+        """Whether somebody holds a pack at this moment, or one that it has replaced."""
+        return any(map(generations.is_held, self._generations(pack)))
+
+    def _generations(self, pack: Path) -> list[Path]:
+        return generations.every(pack.parent, generations.name_of(pack))
 
     def gc(self, *, dry_run: bool = False) -> tuple[Reaped, ...]:
         """Ends and removes what processes left that are dead, which their locks prove; returns what that was, and what had to be kept.
@@ -308,7 +288,11 @@ class Catalog:
         return supervisor.strays(self.root / "run")
 
     def _sweep(self) -> None:
-        """Removes files that were to be renamed, and folders that something was proved in, by who was killed before that."""
+        """Removes files that were to be renamed, and folders that something was proved in, by who was killed before that.
+
+        So are packs that others have replaced and nobody holds any more.
+        """
+        generations.sweep(self.packs)
         for place in self.proofs.glob("proving-*"):
             with suppress(OSError), _held_at_once(place) as is_free:
                 if is_free and time.time() - place.lstat().st_mtime > _STALE:
@@ -359,6 +343,7 @@ class _Owner:
         self.lock, self._fd = self._claim(run)
         self.folder = self.lock.with_suffix("")
         self._supervisor: Supervisor | None = None
+        self._ended: set[Path] = set()
         try:
             self.supervise()  # before there is anything that it would have to remove
             private_dir(self.folder)
@@ -396,14 +381,17 @@ class _Owner:
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[Path]:
-        """Makes a folder, and removes it at the end of the block, before its record; in a forked child it is left alone."""
+        """Makes a folder, and removes it at the end of the block, before its record; in a forked child it is left alone.
+
+        While another machine runs from a snapshot in it, it stays, until the next one ends.
+        """
         private_dir(folder)
         try:
             yield folder
         finally:
             if self.is_us:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+                self._ended.add(folder)
+                self._ended = {each for each in self._ended if not _removed(each)}
 
     def close(self) -> None:
         """Removes folder and lock; in a forked child only gives up its copy of the hold on them."""
@@ -413,6 +401,16 @@ class _Owner:
         if self._supervisor is not None:
             self._supervisor.close()
         os.close(self._fd)
+
+
+def _removed(folder: Path) -> bool:
+    """Removes the folder of a machine that has ended, unless somebody holds a snapshot in it; returns whether it is gone."""
+    snapshots = folder / generations.SNAPSHOTS
+    if snapshots.is_dir() and not generations.remove_all(snapshots.iterdir()):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+    return True
 
 
 def _acquired(lock: filelock.BaseFileLock, seconds: float) -> bool:

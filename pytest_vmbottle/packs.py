@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import cattrs
 
-from pytest_vmbottle import records
+from pytest_vmbottle import generations, records
 from pytest_vmbottle._os import atomic_file, size_on_disk, sparse_digest
 from pytest_vmbottle.backend import Start
 from pytest_vmbottle.errors import CatalogError, PackCorrupt, SpecError
@@ -131,7 +131,7 @@ class Pack:
 
 @attrs.frozen(kw_only=True)
 class Snapshot(Pack):
-    """A pack made of a machine in the middle of a test; it is in that machine's folder, and gone with it.
+    """A pack made of a machine in the middle of a test; it is in that machine's folder, and gone with it and all that run from it.
 
     Attributes:
         spec: What the machine is.
@@ -191,7 +191,7 @@ def read(path: Path) -> Pack:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} cannot be read: {type(error).__name__}") from error
     if manifest.check != manifest.body() or cattrs.unstructure(manifest) != facts:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} is damaged: it is not what was published")
-    if manifest.format != FORMAT or manifest.key != path.name:
+    if manifest.format != FORMAT or manifest.key != generations.name_of(path):
         raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another's name")
     return Pack(path=path, manifest=manifest)
 
@@ -200,14 +200,19 @@ def scan(folder: Path) -> tuple[tuple[Pack, ...], Mapping[str, PackCorrupt]]:
     """All packs in the folder of published ones, oldest first; and by their names those whose manifest cannot be read."""
     found: list[Pack] = []
     damaged: dict[str, PackCorrupt] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in _latest(folder):
         try:
             found.append(read(path))
         except PackCorrupt as error:
-            damaged[path.name] = error
+            damaged[generations.name_of(path)] = error
         except (FileNotFoundError, NotADirectoryError):
             continue  # removed a moment ago, or no pack at all
     return tuple(sorted(found, key=lambda pack: (pack.manifest.created, pack.key))), dict(sorted(damaged.items()))
+
+
+def _latest(folder: Path) -> list[Path]:
+    """The folders of all packs, damaged or not; of each key the last one."""
+    return [there[-1] for there in generations.all_in(folder).values()]
 
 
 def find(folder: Path, prefix: str) -> Path:
@@ -216,8 +221,7 @@ def find(folder: Path, prefix: str) -> Path:
     Raises:
         CatalogError: There is none, or more than one.
     """
-    names = folder.iterdir() if prefix and folder.is_dir() else ()
-    found = sorted(path for path in names if path.name.startswith(prefix) and path.is_dir())
+    found = sorted(path for path in _latest(folder) if prefix and path.name.startswith(prefix))
     if not found:
         raise CatalogError(f"there is no pack whose key begins with {prefix!r}: `vmbottle pack ls` shows those that are there")
     if len(found) > 1:
@@ -236,7 +240,8 @@ def check_parent(pack: Pack) -> None:
     if pack.manifest.parent is None:
         return
     try:
-        same = read(pack.path.with_name(pack.manifest.parent)).seal == pack.manifest.parent_seal
+        there = generations.every(pack.path.parent, pack.manifest.parent)
+        same = bool(there) and read(there[-1]).seal == pack.manifest.parent_seal
     except (FileNotFoundError, PackCorrupt):
         same = False
     if not same:

@@ -18,6 +18,7 @@ from pytest_vmbottle._os import Deadline, format_size, private_dir
 from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Disk, Instance, PackKind, Powered, Snapshots, Start, State, Watching
 from pytest_vmbottle.channels.bulk import Bulk
 from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.generations import SNAPSHOTS
 from pytest_vmbottle.spec import MachineSpec
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class Power:
         instance = self.instance
         if not isinstance(instance, Snapshots):
             raise self._error("cannot be written down: its backend makes no snapshots")
-        folder = private_dir(supply.folder / "snapshots" / secrets.token_hex(32))
+        folder = private_dir(supply.folder / SNAPSHOTS / secrets.token_hex(32))
         try:
             instance.snapshot(folder, deadline=Deadline(supply.patience))
             packs.seal(folder, self._manifest(folder.name, name))

@@ -7,8 +7,10 @@ import hashlib
 import inspect
 import ipaddress
 import json
+import os
 import platform
 import re
+import stat
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -294,13 +296,17 @@ class Layer:
             raise SpecError(f"the layer {self.name} has no image at its bottom")
         return bottom
 
-    def recipe(self) -> str:
+    def recipe(self, *, skipped: Callable[[Path], object] = lambda _: None) -> str:
         """A digest of what this layer does, without what it stands on.
+
+        Args:
+            skipped: Told of what cannot be read as a file: sockets, FIFOs and devices.
 
         Raises:
             SpecError: The function's source or a file it depends on cannot be read.
         """
-        return digest(_function_source(self), [_content_digest(path) for path in self.depends], self.version, _prepared(self.keywords))
+        depends = [_content(path, skipped) for path in self.depends]
+        return digest(_function_source(self), depends, self.version, _prepared(self.keywords, skipped))
 
 
 def layer(
@@ -343,19 +349,58 @@ def _function_source(layer: Layer) -> str:
         raise SpecError(f"the source text of the layer {layer.name} cannot be read ({error}): define it in a file") from error
 
 
-def _content_digest(path: Path) -> list[object]:
-    if path.is_dir():
-        return [path.name, [_content_digest(child) for child in sorted(path.iterdir()) if child.name != "__pycache__"]]
+def _content(path: Path, skipped: Callable[[Path], object]) -> list[object]:
+    """What is in a file or a tree: names, modes, contents, and where links lead to.
+
+    A link that is named itself counts as what it leads to as well, unless there is no such thing or it leads upwards; links in a tree are
+    never followed, so that all comes to an end.
+    """
     try:
-        return [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+        found: list[object] = [_entry(path, path.name, skipped)]
+        start = Path(os.path.realpath(path)) if path.is_symlink() else path  # resolve() raises for a circle of links
+        if path.is_symlink():
+            if not path.exists() or start in (path.parent.resolve(), *path.parent.resolve().parents):
+                return found
+            found.append(_entry(start, "", skipped))
+        folders = [start] if start.is_dir() else []
+        while folders:
+            for child in sorted(folders.pop().iterdir()):
+                if child.name != "__pycache__":
+                    found.append(_entry(child, str(child.relative_to(start)), skipped))
+                    folders += [child] if child.is_dir() and not child.is_symlink() else []
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+    return found
 
 
-def _prepared(keywords: Mapping[str, Any]) -> list[object]:
+def _entry(path: Path, name: str, skipped: Callable[[Path], object]) -> list[object]:
+    """One file, folder or link, under the name that it has for us."""
+    status = path.lstat()
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFLNK:
+        return [name, "link", str(path.readlink())]
+    if kind == stat.S_IFDIR:
+        return [name, "folder", stat.S_IMODE(status.st_mode)]
+    if kind != stat.S_IFREG:
+        skipped(path)
+        return [name, "skipped"]
+    return [name, "file", stat.S_IMODE(status.st_mode), _file_digest(path, status.st_size)]
+
+
+def _file_digest(path: Path, size: int) -> str:
+    """The sha256 of a file as long as it was: what grows meanwhile keeps nobody, nor does what has just taken its place."""
+    value = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 - opened already
+        while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+            value.update(chunk)
+            size -= len(chunk)
+    return value.hexdigest()
+
+
+def _prepared(keywords: Mapping[str, Any], skipped: Callable[[Path], object]) -> list[object]:
     """What the preparation keywords come to, with the contents of local files in place of their paths."""
     files = [
-        (path, _content_digest(content)) if isinstance(content, Path) else (path, repr(content))
+        (path, _content(content, skipped)) if isinstance(content, Path) else (path, repr(content))
         for path, content in _files(keywords.get("files", {}))
     ]
     return [list(keywords.get("packages", ())), files, list(keywords.get("run", ()))]

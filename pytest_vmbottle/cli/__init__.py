@@ -93,6 +93,8 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
     """
     catalog = open_catalog()
     reaped = catalog.gc(dry_run=dry_run)
+    if not dry_run:
+        images.sweep(catalog)
     if as_json:
         emit([each._asdict() for each in reaped])
     else:

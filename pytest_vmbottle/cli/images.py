@@ -80,6 +80,11 @@ def _images(catalog: Catalog) -> ImageStore:
     return ImageStore(catalog.images)
 
 
+def sweep(catalog: Catalog) -> None:
+    """Removes images without a name that nobody holds any more."""
+    _images(catalog).sweep()
+
+
 @image.command(
     epilog=examples(
         "vmbottle image build debian-12",

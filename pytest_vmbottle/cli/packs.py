@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from pytest_vmbottle.cli.command import (
     undisturbed,
 )
 from pytest_vmbottle.errors import PackCorrupt
+from pytest_vmbottle.generations import Holds, name_of
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog import Catalog
@@ -152,7 +152,7 @@ def _parents(catalog: Catalog, found: Pack) -> list[dict[str, Any]]:
     key = found.manifest.parent
     while key is not None and key not in {parent["key"] for parent in parents}:
         try:
-            below = packs.read(catalog.packs / key).manifest
+            below = packs.read(catalog.pack(key)).manifest
         except (PackCorrupt, FileNotFoundError):
             return [*parents, {"key": key, "name": None, "kind": None}]
         parents.append({"key": key, "name": below.name, "kind": below.kind})
@@ -174,20 +174,18 @@ def verify_packs(*, keys: tuple[str, ...]) -> None:
         paths = [packs.find(catalog.packs, key) for key in keys]
     else:
         found, damaged = packs.scan(catalog.packs)
-        paths = [*(each.path for each in found), *(catalog.packs / key for key in damaged)]
-    check_each({path.name: (f"pack {path.name[:SHORT]}", partial(_verify, catalog, path)) for path in paths})
+        paths = [*(each.path for each in found), *map(catalog.pack, damaged)]
+    check_each({name_of(path): (f"pack {path.name[:SHORT]}", partial(_verify, path)) for path in paths})
 
 
-def _verify(catalog: Catalog, path: Path) -> None:
+def _verify(path: Path) -> None:
     from pytest_vmbottle import packs
 
-    hold = catalog.lease(path)
-    try:
+    with Holds() as holds:
+        holds.take(path)
         found = packs.read(path)
         found.verify()
         packs.check_parent(found)
-    finally:
-        os.close(hold)
 
 
 @pack.command("rm", epilog=examples("vmbottle pack rm 140eda", "vmbottle pack rm 140eda 573fc2"))
@@ -204,12 +202,12 @@ def remove_packs(*, keys: tuple[str, ...]) -> None:
     for path in (*(path for path in paths if path not in ordered), *ordered):
         if not _discard(catalog, path):
             raise Failure(f"the pack {path.name[:SHORT]} is in use by now: try again when the test run that uses it has ended")
-        click.echo(path.name)
+        click.echo(name_of(path))
 
 
 def _check_removable(catalog: Catalog, paths: Iterable[Path], found: Sequence[Pack]) -> None:
     """Refuses the whole if one cannot go: nothing half done."""
-    names = {path.name for path in paths}
+    names = set(map(name_of, paths))
     above = [each for each in found if each.manifest.parent in names and each.key not in names]
     if above:
         those = ", ".join(f"{each.key[:SHORT]} ({each.manifest.name})" for each in above)
@@ -250,7 +248,7 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
     made, used = (None if age is None else time.time() - age for age in (older_than, unused_for))
     chosen = packs.prunable(found, held=lambda each: catalog.in_use(each.path), made_before=made, used_before=used, keep_size=keep_size)
     taken = packs.sizes(chosen)
-    gone = [key for key in damaged if dry_run or _discard(catalog, catalog.packs / key)]
+    gone = [key for key in damaged if dry_run or _discard(catalog, catalog.pack(key))]
     stays: set[str | None] = set()
     for each in chosen:
         if each.key not in stays and (dry_run or _discard(catalog, each.path)):

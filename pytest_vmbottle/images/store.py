@@ -3,7 +3,8 @@
 Below the store's folder::
 
     sha256/<digest of the disk>/    disk.qcow2 or disk.raw, vmlinuz, initrd.img, image.json (the sha256 of every file)
-    names/<name>.json               the digest a name stands for
+    sha256/<the same digest>.2/     the same disk with another kernel, or of which something else is known
+    names/<name>.json               the folder a name stands for
     seen/<digest of a path>.json    the digest of a disk that is used in place, and what its file looked like then
 """
 
@@ -25,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from pytest_vmbottle import records
-from pytest_vmbottle._os import copy_sparse, private_dir, sync_dir
+from pytest_vmbottle import generations, records
+from pytest_vmbottle._os import copy_sparse, private_dir
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.images.disk import DiskFormat, inspect, opened
 from pytest_vmbottle.spec import digest, host_arch
@@ -60,6 +61,7 @@ _RECORD = "image.json"
 _FRESH = 60  # seconds in which a new folder may not be claimed yet
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FOLDER = re.compile(r"[0-9a-f]{64}(\.[1-9][0-9]{0,8})?")
 
 
 def _typed(kind: type) -> Any:
@@ -237,7 +239,10 @@ def abandoned(folder: Path) -> bool:
 
 
 class ImageStore:
-    """The images that have names here. Nothing in it is ever changed: files are added under the digest of the disk, and removed."""
+    """The images that have names here. Nothing in it is ever changed: files are added under the digest of the disk, and removed.
+
+    What somebody holds stays, with or without a name, until nobody does.
+    """
 
     def __init__(self, root: Path) -> None:
         """Takes the store's folder, which is made when the first image is added."""
@@ -311,7 +316,7 @@ class ImageStore:
             )
 
     def remove(self, name: str) -> None:
-        """Removes a name, and the files that no name stands for any more.
+        """Removes a name, and the files that no name stands for any more and nobody holds.
 
         Raises:
             CatalogError: There is no such name.
@@ -409,7 +414,7 @@ class ImageStore:
         folder = self._blobs / address
         try:
             manifest = _Manifest(**records.read(folder / _RECORD))
-            matches = manifest.sha256 == address
+            matches = manifest.sha256 == generations.name_of(folder)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise _damaged(name, f"{folder / _RECORD} cannot be read: {error}") from None
         if not matches:
@@ -464,47 +469,49 @@ class ImageStore:
 
     def _check_free(self, name: str, sha256: str, *, replace: bool) -> None:
         named = self._names / f"{name}.json"
-        if named.exists() and not replace and _address_or_none(named) != sha256:
+        if named.exists() and not replace and (_address_or_none(named) or "").partition(".")[0] != sha256:
             raise CatalogError(f"there is another image named {name!r}: remove it with `vmbottle image rm {name}`, or choose another name")
 
     def _place(self, folder: Path, manifest: _Manifest, name: str, *, replace: bool) -> Image:
-        final = self._blobs / manifest.sha256
-        names = [other for other in self.names() if _address_or_none(self._names / f"{other}.json") == final.name]
-        if final.exists() and replace and names == [name] and not _alike(final, manifest):
-            final.rename(self._blobs / f".old-{secrets.token_hex(8)}")  # the same disk, and only this name's: what else is known is new
-        if final.exists():
-            manifest = self._same(final, manifest, names)
-        else:
-            folder.rename(final)
-            sync_dir(self._blobs)
-        records.write(self._names / f"{name}.json", {"sha256": manifest.sha256})
+        there = generations.every(self._blobs, manifest.sha256)
+        stored = next(((each, found) for each in there if (found := _alike(each, manifest)) is not None), None)
+        if stored is None:
+            self._check_alone(name, [each.name for each in there], replace=replace)
+            stored = generations.add(folder, self._blobs, manifest.sha256), manifest
+        final, manifest = stored
+        where = {} if final.name == manifest.sha256 else {"folder": final.name}
+        records.write(self._names / f"{name}.json", {"sha256": manifest.sha256, **where})
         self._sweep()
         return manifest.image(name, final)
 
-    def _same(self, folder: Path, manifest: _Manifest, names: Sequence[str]) -> _Manifest:
-        """The record of a disk that is stored already, if it boots in the same way."""
-        stored = _alike(folder, manifest)
-        if stored is None:
+    def _check_alone(self, name: str, folders: Sequence[str], *, replace: bool) -> None:
+        """Refuses a disk that others know otherwise: two names for one disk that boots in two ways are a mistake."""
+        names = [other for other in self.names() if _address_or_none(self._names / f"{other}.json") in folders]
+        if names and not (replace and names == [name]):
             raise CatalogError(
-                f"this disk is stored already as {' and '.join(names) or 'an image without a name'}, with another kernel, command line, "
-                f"architecture, firmware or user, or damaged: remove that first with `vmbottle image rm {' '.join(names) or 'NAME'}`"
+                f"this disk is stored already as {' and '.join(names)}, with another kernel, command line, architecture, firmware or user, "
+                f"or damaged: remove that first with `vmbottle image rm {' '.join(names)}`"
             )
-        return stored
+
+    def sweep(self) -> None:
+        """Removes what no name stands for and nobody holds any more."""
+        if self._names.is_dir():
+            with suppress(OSError), self._exclusive():
+                self._sweep()
 
     def _sweep(self) -> None:
-        """Deletes what no name stands for, and what was never finished; folders that are being filled are left alone."""
+        """Deletes what no name stands for, and what was never finished; what is being filled or held is left alone."""
         for folder in self._blobs.glob(".new-*"):
             if abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-        for folder in self._blobs.glob(".old-*"):  # whoever put it there does not get to it: we hold the lock
-            shutil.rmtree(folder, ignore_errors=True)
         named = {_address_or_none(self._names / f"{name}.json") for name in self.names()}
         if None in named:  # a damaged record may stand for any of them
             return
-        for folder in self._blobs.iterdir():
-            if _SHA256.fullmatch(folder.name) and folder.name not in named:
-                # Under its name it is whole or not there.
-                shutil.rmtree(folder.rename(self._blobs / f".old-{secrets.token_hex(8)}"), ignore_errors=True)
+        for there in generations.all_in(self._blobs).values():
+            for folder in there:
+                if folder.name not in named:
+                    generations.remove(folder)
+        generations.sweep_gone(self._blobs)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -562,8 +569,10 @@ def _check_size(name: str, path: Path, size: int) -> None:
 
 
 def _address(path: Path) -> str:
-    address = records.read(path)["sha256"]
-    if not _SHA256.fullmatch(address):
+    """The folder that a name's record speaks of."""
+    facts = records.read(path)
+    address = facts.get("folder", facts["sha256"])
+    if not _FOLDER.fullmatch(address):
         raise ValueError("it holds no sha256")
     return str(address)
 

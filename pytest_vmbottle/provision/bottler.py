@@ -10,6 +10,7 @@ from pytest_vmbottle import packs
 from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.backend import OwnImages, PackKind, Unwakeable
 from pytest_vmbottle.errors import CatalogError, MachineError, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.generations import Holds
 from pytest_vmbottle.packs import Manifest
 from pytest_vmbottle.provision import steps
 from pytest_vmbottle.provision.plan import plan as plan_of
@@ -38,6 +39,7 @@ class Bottler:
         self._context, self._sources, self._launcher = context, sources, launcher
         self._shelf = Shelf(context)
         self._failed: dict[str, VMBottleError] = {}
+        self._skipped: set[Path] = set()
 
     def pack(self, spec: MachineSpec, kind: PackKind) -> Pack:
         """The pack that machines of a spec are poured from, made if need be; what failed once in this process is not tried again.
@@ -47,11 +49,21 @@ class Bottler:
             CatalogError: There is no such image, or the catalog cannot be used.
         """
         fingerprint = self._context.backend.fingerprint(spec)
-        return self._get(plan_of(spec, kind, image=self._sources.image(spec), fingerprint=fingerprint))
+        image = self._sources.image(spec)
+        return self._get(plan_of(spec, kind, image=image, fingerprint=fingerprint, skipped=self._skip))
+
+    def _skip(self, path: Path) -> None:
+        """Says once that something which a layer depends on does not count."""
+        if path not in self._skipped:
+            self._skipped.add(path)
+            self._context.settings.warn(f"{path} is a socket, a FIFO or a device: no layer that depends on it is built again because of it")
 
     def start(self, spec: MachineSpec, pack: Pack, *, building: bool = False) -> Start:
         """How a machine starts from a pack."""
-        return start(self._sources.image(spec), pack, self._shelf.checked, building=building)
+        image = self._sources.image(spec)
+        if image.sha256 != pack.manifest.image:
+            raise CatalogError(f"the disk {image.disk} was changed since the pack of {pack.manifest.name} was made of it: try again")
+        return start(image, pack, self._shelf.checked, building=building)
 
     def condemn(self, pack: Pack) -> None:
         """Puts a pack aside that could not be poured."""
@@ -85,7 +97,6 @@ class Bottler:
             already = self._shelf.get_or_put_aside(plan.key)
             if already is not None:
                 return already
-            self._context.catalog.discard(self._context.catalog.packs / plan.key, held=True)
             self._make(plan, parent, tell)
             return self._shelf.made(plan.key)
 
@@ -112,8 +123,10 @@ class Bottler:
                 disk_size=source.disk_size,
             )
             packs.seal(staged, manifest)
-            context.hold(staged)  # before anybody else sees it, so that it cannot be pruned before it was ever used
-            final = context.catalog.publish(staged, plan.key)
+            with Holds() as holds:
+                holds.take(staged)  # before anybody else sees it, so that it cannot be pruned before it was ever used
+                final = context.catalog.publish(staged, plan.key)
+                context.holds.take(final)
         size = format_size(packs.read(final).size)
         context.settings.report(f"built the {kind} pack of {plan.name} in {time.monotonic() - began:.0f} s, {size}")
 

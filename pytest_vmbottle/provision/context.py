@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,11 +12,11 @@ import attrs
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Keeping
 from pytest_vmbottle.errors import CatalogError, VMBottleError
+from pytest_vmbottle.generations import Holds
 from pytest_vmbottle.spec import host_arch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from pytest_vmbottle.backend import Backend, Capabilities
     from pytest_vmbottle.catalog import Catalog
@@ -74,27 +73,18 @@ class Tally:
 
 
 class Context:
-    """One backend and one catalog, with what is held in it."""
+    """One backend and one catalog, with what a run holds of it: its machines have holds of their own."""
 
     def __init__(self, catalog: Catalog, backend: Backend, *, name: str, settings: Settings) -> None:
         self.catalog, self.backend, self.name, self.settings = catalog, backend, name, settings
         self.tally = Tally()
-        self._leases: list[int] = []
+        self.holds = Holds()
 
     def close(self) -> None:
         """Gives up what is held; may be called again."""
-        while self._leases:
-            os.close(self._leases.pop())
+        self.holds.close()
         if isinstance(self.backend, Keeping):
             self.backend.close()
-
-    def hold(self, folder: Path) -> None:
-        """Keeps a pack or an image from being removed until this is closed.
-
-        Raises:
-            FileNotFoundError: It is gone.
-        """
-        self._leases.append(self.catalog.lease(folder))
 
     @property
     def capabilities(self) -> Capabilities:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Command, Detached, Keeping
 from pytest_vmbottle.errors import MachineTimeout
+from pytest_vmbottle.generations import Holds
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.power import Supply
 from pytest_vmbottle.spec import host_arch
@@ -50,9 +51,9 @@ class Launcher:
         """
         backend = self._context.backend
         ending = {"ending": backend.ending} if isinstance(backend, Detached) else {}
-        with self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", **ending) as rundir:
+        with self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", **ending) as rundir, Holds() as holds:
             try:
-                machine = self._furnish(spec, start, rundir, Deadline(self.patience(spec)))
+                machine = self._furnish(spec, start, rundir, holds, Deadline(self.patience(spec)))
                 try:
                     yield machine
                 finally:
@@ -67,21 +68,32 @@ class Launcher:
         factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if self._sources.image(spec).prepared else _FOREIGN_FACTOR)
         return spec.timeout * self._context.settings.timeout_factor * factor
 
-    def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> Machine:
+    def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, holds: Holds, deadline: Deadline) -> Machine:
         """Starts a machine in a folder and gives it what it can be started again with."""
         context = self._context
-        instance, channel = self._launch(spec, start, rundir, deadline)
+
+        def launch(source: Start, deadline: Deadline) -> tuple[Instance, Channel]:
+            self._hold(source, holds)
+            return self._launch(spec, source, rundir, deadline)
+
+        instance, channel = launch(start, deadline)
         supply = Supply(
             start=start,
             folder=rundir,
             patience=self.patience(spec),
-            launch=lambda source, deadline: self._launch(spec, source, rundir, deadline),
+            launch=launch,
             await_boot=lambda instance, channel, deadline: self._await_boot(instance, channel, spec, deadline),
             image=self._sources.image(spec).sha256,
             backend=context.label(spec),
         )
         factor = context.settings.timeout_factor
         return Machine(instance, spec, id=rundir.name, backend=context.name, channel=channel, factor=factor, supply=supply)
+
+    def _hold(self, start: Start, holds: Holds) -> None:
+        """Holds what a machine starts from: images, packs and snapshots; not what lies in somebody's own folders."""
+        folders = [disk.path.parent for disk in start.disks] + ([start.saved] if start.saved else [])
+        with self._context.explained():
+            holds.take(*(folder for folder in folders if self._context.catalog.root in folder.parents))
 
     def _launch(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> tuple[Instance, Channel]:
         context = self._context

@@ -10,6 +10,9 @@ from pytest_vmbottle import packs
 from pytest_vmbottle.spec import BOOT, Layer, MachineSpec, digest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from pytest_vmbottle.backend import PackKind
     from pytest_vmbottle.images import Image
 
@@ -45,15 +48,23 @@ class Plan:
         return self.steps[-1].name if self.steps else self.image.name
 
 
-def plan(spec: MachineSpec, kind: PackKind, *, image: Image, fingerprint: str) -> Plan:
-    """The pack that machines of a spec are poured from; `fingerprint` is of all in the host and its backend that makes a difference."""
+def plan(spec: MachineSpec, kind: PackKind, *, image: Image, fingerprint: str, skipped: Callable[[Path], object] = lambda _: None) -> Plan:
+    """The pack that machines of a spec are poured from.
+
+    Args:
+        spec: What is wanted.
+        kind: What is to be in the pack.
+        image: What is beneath all.
+        fingerprint: Of all in the host and its backend that makes a difference.
+        skipped: Told of what layers depend on and what cannot be read: see `Layer.recipe`.
+    """
     # An image that was not made for us gets what it lacks, if its machines reach the network anyway.
     base = MachineSpec(source=spec.image, network=spec.nat and not image.prepared, **_boots(spec))
     key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.key, base.network, spec.boot_digest(), fingerprint)
     made = Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
     for step in spec.steps:
         build = build_spec(spec, step)
-        key = digest(made.key, step.recipe(), build.network, build.env, build.user)
+        key = digest(made.key, step.recipe(skipped=skipped), build.network, build.env, build.user)
         parent = made if made.steps or not image.quick else None
         made = Plan(key=key, kind=kind, spec=build, image=image, steps=(*made.steps, step), parent=parent)
     return made

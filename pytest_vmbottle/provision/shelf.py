@@ -9,6 +9,8 @@ from pytest_vmbottle import packs
 from pytest_vmbottle.errors import PackCorrupt
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pytest_vmbottle.packs import Pack
     from pytest_vmbottle.provision.context import Context
 
@@ -29,12 +31,12 @@ class Shelf:
         Raises:
             PackCorrupt: It is damaged.
         """
+        before = self._context.settings.rebuild_before
         try:
+            if before is not None and packs.read(self._context.catalog.pack(key)).manifest.created < before:
+                return None  # and is not taken up: it goes when nobody else needs it
             pack = self.checked(key)
         except FileNotFoundError:
-            return None
-        before = self._context.settings.rebuild_before
-        if before is not None and pack.manifest.created < before:
             return None
         if key not in self._counted:
             self._counted.add(key)
@@ -47,10 +49,18 @@ class Shelf:
             return self.get(key)
         except PackCorrupt as error:
             with suppress(OSError):
-                aside = self._context.catalog.quarantine(self._context.catalog.packs / key)
-                self._context.catalog.ledger.keep(aside, "a damaged pack")
-                self._context.settings.warn(f"{error}; it was moved to {aside} and is built again")
+                aside = self._put_aside(self._context.catalog.pack(key), "a damaged pack")
+                where = f"it was moved to {aside} and" if aside else "it stays for those who use it, and"
+                self._context.settings.warn(f"{error}; {where} is built again")
             return None
+
+    def _put_aside(self, folder: Path, why: str) -> Path | None:
+        """Moves a pack out of the way, unless somebody else holds it: then it stays until that ends."""
+        self._context.holds.release(folder)
+        aside = self._context.catalog.quarantine(folder)
+        if aside is not None:
+            self._context.catalog.ledger.keep(aside, why)
+        return aside
 
     def checked(self, key: str) -> Pack:
         """The pack of this key and, beneath it, the very packs it was made on: read wholly the first time, afterwards by a glance.
@@ -64,15 +74,25 @@ class Shelf:
             if known is not None and known[0] == known[1].stamp():
                 self._usable[key] = known
                 return known[1]
-        folder = self._context.catalog.packs / key
-        self._context.hold(folder)
-        pack = packs.read(folder)
+        pack = packs.read(self._taken_up(key))
         pack.verify()
         if pack.manifest.parent is not None:
             self._check_parent(pack, pack.manifest.parent)
         pack.note_use()
         self._usable[key] = (pack.stamp(), pack)
         return pack
+
+    def _taken_up(self, key: str) -> Path:
+        """The folder of a pack, held; somebody may replace the pack while we reach for it."""
+        while True:
+            folder = self._context.catalog.pack(key)
+            try:
+                self._context.holds.take(folder)
+            except FileNotFoundError:
+                if self._context.catalog.pack(key) == folder:
+                    raise
+            else:
+                return folder
 
     def made(self, key: str) -> Pack:
         """The pack of this key, which was made a moment ago."""
@@ -84,7 +104,7 @@ class Shelf:
         """Puts a pack aside that could not be poured."""
         self._usable.pop(pack.key, None)
         with suppress(OSError):
-            self._context.catalog.ledger.keep(self._context.catalog.quarantine(pack.path), "a pack that could not be poured")
+            self._put_aside(pack.path, "a pack that could not be poured")
 
     def _check_parent(self, pack: Pack, parent: str) -> None:
         # A disk is only right on top of the very one it was written on. One made again by the same recipe has the same key, other content.

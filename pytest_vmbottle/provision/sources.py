@@ -31,10 +31,11 @@ class Sources:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._store = ImageStore(context.catalog.images)
-        self._held: set[Path] = set()
+        self._store.sweep()
+        self._taken: dict[tuple[str, str], Image] = {}
 
     def image(self, spec: MachineSpec) -> Image:
-        """The image that a spec means; one of the catalog is not removed before the context is closed.
+        """The image that a spec means; one of the catalog is the same, and is held, until the context is closed.
 
         Raises:
             CatalogError: There is none, and it cannot be made.
@@ -46,8 +47,10 @@ class Sources:
         if isinstance(source, Path) or "/" in source:
             return self._store.import_path(Path(source), arch=spec.arch)
         declared = self._context.settings.declared.get(source)
-        found = self._named(source, spec.arch) if declared is None else declared.get(self._store) or self._make_declared(declared)
-        self._hold(found)
+        if declared is not None and declared.kind == "path":
+            found = declared.make(self._store)
+        else:
+            found = self._taken.get((source, spec.arch)) or self._take_up(source, spec.arch)
         if found.arch != spec.arch:
             raise SpecError(
                 f"the image {found.name!r} is for {found.arch}, and the machine {spec.name!r} was to be {spec.arch}: "
@@ -55,12 +58,14 @@ class Sources:
             )
         return found
 
-    def _hold(self, image: Image) -> None:
-        folder = image.disk.parent
-        if folder not in self._held:
-            with suppress(FileNotFoundError):
-                self._context.hold(folder)
-                self._held.add(folder)
+    def _take_up(self, source: str, arch: str) -> Image:
+        """The image of a name, held: what the name stands for later is for later runs."""
+        declared = self._context.settings.declared.get(source)
+        while True:
+            found = self._named(source, arch) if declared is None else declared.get(self._store) or self._make_declared(declared)
+            with suppress(FileNotFoundError):  # replaced while we reached for it
+                self._context.holds.take(found.disk.parent)
+                return self._taken.setdefault((source, arch), found)
 
     def _named(self, name: str, arch: str) -> Image:
         names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)

@@ -53,7 +53,7 @@ class Owner:
     catalog: Catalog
     budget: Budget
     machines: dict[Path, AbstractContextManager[Path]] = attrs.field(factory=dict)
-    leases: list[tuple[str, int]] = attrs.field(factory=list)
+    leases: list[tuple[Path, int]] = attrs.field(factory=list)
     shares: list[AbstractContextManager[None]] = attrs.field(factory=list)
 
     @property
@@ -84,7 +84,7 @@ class Model(RuleBasedStateMachine):
         self.viewer = Catalog(self.root)
         self.owners: list[Owner] = []
         self.graveyard = []  # what the dead held is not to be tidied up by the end of their variables
-        self.packs: dict[str, bytes] = {}
+        self.packs: dict[str, dict[Path, bytes]] = {}
         self.corrupt: set[Path] = set()
         self.aside = 0
         self.patch, self.clock = patch, 0.0
@@ -94,8 +94,13 @@ class Model(RuleBasedStateMachine):
     def owner(self, pick: int) -> Owner:
         return self.owners[pick % len(self.owners)]
 
-    def leased(self, key: str) -> bool:
-        return any(held == key for owner in self.owners for held, _ in owner.leases)
+    def leased(self, pack: Path) -> bool:
+        return any(held == pack for owner in self.owners for held, _ in owner.leases)
+
+    def forget_what_was_replaced(self) -> None:
+        for key, generations in self.packs.items():
+            last = list(generations)[-1]
+            self.packs[key] = {pack: content for pack, content in generations.items() if pack == last or self.leased(pack)}
 
     # -- processes
 
@@ -167,8 +172,10 @@ class Model(RuleBasedStateMachine):
     def publish(self, pick: int, key: str, content: bytes) -> None:
         with self.owner(pick).catalog.staging() as folder:
             (folder / "disk").write_bytes(content)
-            self.owner(pick).catalog.publish(folder, key)
-        self.packs.setdefault(key, content)
+            final = self.owner(pick).catalog.publish(folder, key)
+        assert final not in self.packs.get(key, {}), "what is there is never changed"
+        self.packs.setdefault(key, {})[final] = content
+        self.forget_what_was_replaced()
 
     @precondition(lambda self: self.owners)
     @rule(pick=PICK, key=KEYS)
@@ -189,10 +196,11 @@ class Model(RuleBasedStateMachine):
     def restore(self, pick: int, key: str) -> None:
         owner = self.owner(pick)
         if key in self.packs:
-            owner.leases.append((key, owner.catalog.lease(owner.catalog.packs / key)))
+            pack = owner.catalog.pack(key)
+            owner.leases.append((pack, owner.catalog.lease(pack)))
         else:
             with pytest.raises(FileNotFoundError):
-                owner.catalog.lease(owner.catalog.packs / key)
+                owner.catalog.lease(owner.catalog.pack(key))
 
     @precondition(lambda self: any(owner.leases for owner in self.owners))
     @rule(pick=PICK)
@@ -206,9 +214,12 @@ class Model(RuleBasedStateMachine):
     @rule(pick=PICK, key=KEYS)
     def delete(self, pick: int, key: str) -> None:
         catalog = self.owner(pick).catalog
-        assert catalog.discard(catalog.packs / key) is not (key in self.packs and self.leased(key))
-        if not self.leased(key):
-            self.packs.pop(key, None)
+        generations = self.packs.pop(key, {})
+        first = next((number for number, pack in enumerate(generations) if self.leased(pack)), len(generations))
+        left = dict(list(generations.items())[first:])
+        assert catalog.discard(catalog.pack(key)) is not bool(left)
+        if left:
+            self.packs[key] = left
 
     # -- memory
 
@@ -246,6 +257,7 @@ class Model(RuleBasedStateMachine):
             assert not each.kept
             assert set(each.machines) == {folder.name for folder in dead[self.root / "run" / each.owner].machines}
         if not dry_run:
+            self.forget_what_was_replaced()
             self.aside += sum(folder in self.corrupt for owner in dead.values() for folder in owner.machines)
             for owner in self.graveyard:
                 owner.machines.clear()
@@ -274,9 +286,11 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def packs_are_what_was_published_and_in_use_while_they_are_held(self) -> None:
         catalog = self.viewer
-        assert {path.name: (path / "disk").read_bytes() for path in catalog.packs.glob("*")} == self.packs
-        for key in self.packs:
-            assert catalog.in_use(catalog.packs / key) is self.leased(key)
+        there = {pack: content for generations in self.packs.values() for pack, content in generations.items()}
+        assert {path: (path / "disk").read_bytes() for path in catalog.packs.glob("*")} == there
+        for key, generations in self.packs.items():
+            assert catalog.pack(key) == list(generations)[-1]
+            assert catalog.in_use(catalog.pack(key)) is any(map(self.leased, generations))
 
     @invariant()
     def memory_is_held_by_the_living_alone(self) -> None:

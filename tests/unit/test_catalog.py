@@ -18,6 +18,7 @@ from pytest_vmbottle import CatalogError
 from pytest_vmbottle import catalog as catalog_module
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.catalog import Catalog, default_reason, default_root
+from pytest_vmbottle.generations import SNAPSHOTS
 from pytest_vmbottle.supervisor import Identity, Record
 from tests.conftest import line, process
 
@@ -387,11 +388,30 @@ def test_a_published_pack_is_there_whole_and_its_building_place_is_gone(catalog:
     assert list(catalog.root.rglob("staging-*")) == []
 
 
-def test_publishing_over_an_existing_pack_keeps_that_one(catalog: Catalog) -> None:
+def test_a_pack_that_is_made_again_takes_the_place_of_one_that_nobody_holds(catalog: Catalog) -> None:
     publish(catalog, "first")
+    again = publish(catalog, "second")
 
-    assert (publish(catalog, "second") / "disk").read_text() == "first"
+    assert catalog.pack("key") == again
+    assert (again / "disk").read_text() == "second"
+    assert list(catalog.packs.iterdir()) == [again]
     assert list(catalog.root.rglob("staging-*")) == []
+
+
+def test_a_pack_that_is_made_again_stands_beside_the_one_that_is_held_until_its_last_holder_has_gone(catalog: Catalog) -> None:
+    first = publish(catalog, "first")
+    holds = [catalog.lease(first), catalog.lease(first)]
+    second, third = publish(catalog, "second"), publish(catalog, "third")
+
+    assert catalog.pack("key") == third
+    assert (first / "disk").read_text() == "first"
+    assert not second.exists(), "nobody held it"
+    for hold in holds:
+        catalog.gc()
+        assert first.exists()
+        os.close(hold)
+    catalog.gc()
+    assert list(catalog.packs.iterdir()) == [third]
 
 
 def test_a_pack_that_could_not_be_built_leaves_nothing(catalog: Catalog) -> None:
@@ -403,7 +423,7 @@ def test_a_pack_that_could_not_be_built_leaves_nothing(catalog: Catalog) -> None
     assert not catalog.packs.exists()
 
 
-def test_a_pack_that_is_held_is_not_discarded_unless_it_must(catalog: Catalog) -> None:
+def test_a_pack_that_is_held_is_not_discarded(catalog: Catalog) -> None:
     pack = publish(catalog, "x")
     hold, other = catalog.lease(pack), catalog.lease(pack)
     assert not catalog.discard(pack)
@@ -413,12 +433,47 @@ def test_a_pack_that_is_held_is_not_discarded_unless_it_must(catalog: Catalog) -
     os.close(other)
 
     assert catalog.discard(pack)
-    assert not pack.exists()
-    again = publish(catalog, "y")
-    hold = catalog.lease(again)
-    assert catalog.discard(again, held=True)
-    assert not again.exists()
+    assert list(catalog.packs.iterdir()) == []
+
+
+def test_a_pack_is_in_use_while_one_that_it_replaced_is_so_that_no_old_one_comes_back(catalog: Catalog) -> None:
+    hold = catalog.lease(publish(catalog, "old"))
+    pack = publish(catalog, "new")
+
+    assert catalog.in_use(pack)
+    assert not catalog.discard(pack)
+    assert (catalog.pack("key") / "disk").read_text() == "new"
     os.close(hold)
+    assert catalog.discard(pack)
+    assert list(catalog.packs.iterdir()) == []
+
+
+def test_what_is_damaged_and_held_stays_where_it_is(catalog: Catalog) -> None:
+    pack = publish(catalog, "x")
+    hold = catalog.lease(pack)
+
+    assert catalog.quarantine(pack) is None
+    assert (pack / "disk").read_text() == "x"
+    os.close(hold)
+    aside = catalog.quarantine(pack)
+    assert aside is not None
+    assert (aside / "disk").read_text() == "x"
+    assert not pack.exists()
+
+
+def test_the_folder_of_a_machine_that_has_ended_stays_while_another_one_runs_from_its_snapshot(catalog: Catalog) -> None:
+    with catalog.rundir("vm-1") as first:
+        snapshot = first / SNAPSHOTS / "one"
+        snapshot.mkdir(parents=True)
+        hold = catalog.lease(snapshot)
+    with catalog.rundir("vm-2"):
+        assert snapshot.exists()
+    os.close(hold)
+    with catalog.rundir("vm-3"):
+        pass
+
+    assert not first.exists()
+    assert not first.with_name("vm-1.json").exists()
 
 
 def test_the_hold_of_a_killed_process_ends_with_it(catalog: Catalog) -> None:
@@ -441,7 +496,7 @@ def test_a_pack_that_is_not_there_cannot_be_held_and_is_gone_already(catalog: Ca
 
 
 def test_what_is_damaged_is_moved_aside_and_kept_each_time_under_another_name(catalog: Catalog) -> None:
-    aside = [catalog.quarantine(publish(catalog, text)) for text in ("one", "two")]
+    aside = [path for text in ("one", "two") if (path := catalog.quarantine(publish(catalog, text)))]
 
     assert [(path / "disk").read_text() for path in aside] == ["one", "two"]
     assert not (catalog.packs / "key").exists()

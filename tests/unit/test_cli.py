@@ -571,7 +571,7 @@ def test_a_pack_without_a_manifest_is_told_verified_as_bad_and_can_be_removed(st
 def test_a_pack_is_removed_wholly(stock: Stock) -> None:
     assert done("pack", "rm", stock.web.key[:12], stock.web.key) == f"{stock.web.key}\n"
     assert stock.there() == {stock.base.key, stock.db.key}
-    assert not list((stock.catalog.root / "quarantine").iterdir())
+    assert {path.name for path in stock.catalog.packs.iterdir()} == stock.there(), "nothing of it is left under another name"
 
 
 def test_a_pack_that_others_stand_on_goes_only_with_them(stock: Stock) -> None:

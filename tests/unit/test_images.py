@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from pytest_vmbottle import records, spec
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
+from pytest_vmbottle.generations import Holds
 from pytest_vmbottle.images import RECIPES, Image, ImageStore, Traits, build, can_build, disk_format
 from pytest_vmbottle.images import builder as building
 from pytest_vmbottle.images.apt import apt_sources, keyrings
@@ -407,6 +408,34 @@ class TestStore:
         with pytest.raises(CatalogError, match=r"no image named '../names/debian-12'"):
             store.remove("../names/debian-12")
         assert store.names() == ("debian-12",)
+
+    def test_an_image_that_is_held_stays_whatever_becomes_of_its_name(self, store: ImageStore, tmp_path: Path) -> None:
+        images = {}
+        with Holds() as holds:
+            for fill in (b"removed", b"replaced", b"kept"):
+                (tmp_path / "disk").write_bytes(raw(fill=fill))
+                images[fill] = store.add(tmp_path / "disk", name="mine", replace=True)
+                holds.take(images[fill].disk.parent)
+                if fill == b"removed":
+                    store.remove("mine")
+            store.sweep()
+            for fill, image in images.items():
+                assert fill in image.disk.read_bytes()
+        store.sweep()
+        assert [image.disk.exists() for image in images.values()] == [False, False, True]
+
+    def test_the_same_disk_of_which_more_is_known_stands_beside_the_one_that_is_held(self, store: ImageStore, disk: Path) -> None:
+        old = store.add(disk, name="mine")
+        with Holds() as holds:
+            holds.take(old.disk.parent)
+            new = store.add(disk, name="mine", traits=Traits(user="admin"), replace=True)
+            assert new.disk != old.disk
+            assert old.disk.read_bytes() == new.disk.read_bytes()
+            assert store.get("mine") == new
+            store.verify("mine")
+        store.sweep()
+        assert not old.disk.exists()
+        assert store.get("mine") == new
 
     def test_holes_stay_holes(self, store: ImageStore, tmp_path: Path) -> None:
         path = tmp_path / "sparse.img"

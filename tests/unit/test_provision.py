@@ -33,6 +33,7 @@ from pytest_vmbottle import (
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start, Unwakeable
 from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.generations import is_held
 from pytest_vmbottle.images import Image, ImageStore, Traits
 from pytest_vmbottle.lan import Lans
 from pytest_vmbottle.provision import Provisioner, Settings
@@ -87,6 +88,13 @@ def make(catalog: Catalog, backend: FakeBackend, said: list[str], request: pytes
 def pour(provisioner: Provisioner, source: str | Layer = IMAGE, **keywords: Any) -> Machine:
     with provisioner.machine(MachineSpec.resolve(source, keywords)) as machine:
         return machine
+
+
+def left(make: Make, source: str | Layer = IMAGE) -> None:
+    """What an earlier run, which has ended, leaves."""
+    provisioner = make()
+    pour(provisioner, source)
+    provisioner.close()
 
 
 ran: list[str] = []
@@ -372,16 +380,93 @@ def test_packs_made_before_a_moment_are_made_again_with_all_that_stands_on_them_
     assert later.tally.built == 0
 
 
-def test_an_image_that_was_replaced_gets_another_pack(make: Make, catalog: Catalog, tmp_path: Path) -> None:
+def test_an_image_that_was_replaced_is_for_later_runs_and_who_has_it_keeps_it(
+    make: Make, catalog: Catalog, backend: FakeBackend, tmp_path: Path
+) -> None:
     provisioner = make()
     pour(provisioner)
+    old = backend.launched[-1].disks[0].path
     other = disk(tmp_path / "other.raw")
     with other.open("r+b") as file:
         file.write(b"other")
-    ImageStore(catalog.images).add(other, name=IMAGE, replace=True)
+    new = ImageStore(catalog.images).add(other, name=IMAGE, replace=True)
     pour(provisioner)
 
-    assert provisioner.tally.built == 2
+    assert provisioner.tally.built == 1
+    assert backend.launched[-1].disks[0].path == old
+    assert old.exists()
+    later = make()
+    pour(later)
+    assert later.tally.built == 1
+    assert backend.launched[-1].disks[0].path == new.disk
+    provisioner.close()
+    make()
+    assert not old.exists(), "it went with its last holder"
+
+
+def test_what_a_layer_depends_on_and_cannot_be_read_is_said_once(make: Make, said: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    odd = Layer(source=IMAGE, function=None, depends=(tmp_path,), name="odd")
+    provisioner = make()
+    pour(provisioner, odd)
+    pour(provisioner, odd)
+
+    (line,) = said
+    assert str(tmp_path / "fifo") in line
+
+
+def test_packs_are_made_again_beside_those_that_another_run_uses(make: Make, catalog: Catalog, backend: FakeBackend) -> None:
+    running = make()
+    pour(running, web)
+    used = backend.launched[-1]
+    again = make(rebuild_before=time.time())
+    pour(again, web)
+    new = backend.launched[-1]
+    pour(running, web)
+
+    assert again.tally.built == 2
+    assert running.tally.built == 2
+    assert backend.launched[-1].disks == used.disks != new.disks
+    assert used.saved is not None
+    packs.read(used.saved).verify()
+    running.close()
+    catalog.gc()
+    assert {path.name for path in catalog.packs.iterdir()} == {f"{pack.key}.2" for pack in packs.scan(catalog.packs)[0]}
+    pour(make(), web)
+    assert backend.launched[-1].disks == new.disks
+
+
+def test_a_machine_holds_what_it_was_poured_from_whatever_becomes_of_the_run(make: Make, backend: FakeBackend) -> None:
+    provisioner = make()
+    with provisioner.machine(MachineSpec.resolve(web, {})):
+        provisioner.close()
+        folders = [item.path.parent for item in backend.launched[-1].disks]
+        assert len(folders) == 3
+        assert all(map(is_held, folders))
+    assert not any(map(is_held, folders))
+
+
+def test_a_disk_that_is_changed_between_its_pack_and_its_machine_is_no_machine(make: Make, tmp_path: Path) -> None:
+    own, provisioner = disk(tmp_path / "own.raw", mark=3), make()
+    spec = MachineSpec(source=own)
+    pack = provisioner.pack(spec)
+    disk(own, mark=4)
+    with pytest.raises(CatalogError, match="changed"):
+        provisioner.start(spec, pack)
+
+
+def test_a_damaged_pack_that_another_run_uses_stays_and_a_sound_one_stands_beside_it(make: Make, catalog: Catalog, said: list[str]) -> None:
+    pour(make())
+    bad = named(catalog, IMAGE)
+    flip(bad / "disk.qcow2")
+    later = make()
+    pour(later)
+
+    assert bad.exists()
+    assert later.tally.built == 1
+    assert len(said) == 1
+    packs.read(catalog.pack(bad.name)).verify()
+    assert not catalog.set_aside()
 
 
 def test_the_same_disk_with_another_kernel_is_another_image(make: Make, catalog: Catalog, tmp_path: Path) -> None:
@@ -422,7 +507,7 @@ def named(catalog: Catalog, name: str) -> Path:
 
 @pytest.mark.parametrize("name", ["ram.img", "disk.qcow2", "state.bin", "keys.json", "seed.iso"])
 def test_a_damaged_pack_is_put_aside_with_a_warning_and_made_again(make: Make, catalog: Catalog, said: list[str], name: str) -> None:
-    pour(make())
+    left(make)
     flip(named(catalog, IMAGE) / name)
     later = make()
     pour(later)
@@ -458,7 +543,7 @@ def test_a_pack_with_a_damaged_manifest_is_made_again(make: Make, catalog: Catal
 
 
 def test_a_layer_is_made_again_when_what_it_stands_on_was(make: Make, catalog: Catalog, said: list[str]) -> None:
-    pour(make(), shop)
+    left(make, shop)
     flip(named(catalog, "web") / "disk.qcow2")
     later = make()
     pour(later, shop)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import socket
 import types
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +320,90 @@ def test_a_layer_is_another_when_a_file_it_depends_on_changes_and_paths_are_seen
     (tmp_path / "conf" / "b").rename(tmp_path / "conf" / "c")
 
     assert len({before, changed, added, made.recipe()}) == 4
+
+
+def tree(folder: Path) -> Path:
+    """A folder with one of each kind."""
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("text")
+    (folder / "file").write_text("text")
+    (folder / "link").symlink_to("file")
+    (folder / "up").symlink_to("..")
+    (folder / "self").symlink_to("self")
+    (folder / "dangling").symlink_to("nowhere")
+    return folder
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a file can be run": lambda folder: (folder / "file").chmod(0o755),
+    "a file is closed to others": lambda folder: (folder / "sub" / "file").chmod(0o600),
+    "a folder is closed to others": lambda folder: (folder / "sub").chmod(0o700),
+    "a link leads elsewhere": lambda folder: relink(folder / "link", "sub/file"),
+    "a dangling link leads elsewhere": lambda folder: relink(folder / "dangling", "gone"),
+    "a link became the file": lambda folder: replace(folder / "link", "text"),
+    "an empty folder came": lambda folder: (folder / "sub" / "empty").mkdir(),
+    "a file was moved": lambda folder: (folder / "file").rename(folder / "sub" / "moved"),
+}
+
+
+def relink(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def replace(path: Path, text: str) -> None:
+    path.unlink()
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_modes_and_links_belong_to_what_a_layer_depends_on(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    folder = tree(tmp_path / "conf")
+    made = Layer(source="debian-12", function=None, depends=(folder,))
+    before = made.recipe()
+    assert made.recipe() == before
+
+    change(folder)
+    assert made.recipe() != before
+
+
+def test_what_is_no_file_is_skipped_and_told_and_never_read(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "conf")
+    os.mkfifo(folder / "fifo")
+    with closing(socket.socket(socket.AF_UNIX)) as server:
+        server.bind(str(folder / "socket"))
+    skipped: list[Path] = []
+    odd = [folder, Path("/dev/zero"), folder / "fifo", folder / "up", folder / "self", folder / "dangling"]
+    made = Layer(source="debian-12", function=None, depends=tuple(odd), keywords={"files": {"/x": folder / "fifo"}})
+
+    assert made.recipe(skipped=skipped.append) == made.recipe()
+    assert set(skipped) == {folder / "fifo", folder / "socket", Path("/dev/zero")}
+
+
+def test_a_link_that_is_listed_itself_counts_with_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("1")
+    (tmp_path / "link").symlink_to("real")
+    made = Layer(source="debian-12", function=None, depends=(tmp_path / "link",))
+    before = made.recipe()
+    (tmp_path / "real").write_text("2")
+    assert made.recipe() != before
+
+
+def test_a_tree_of_any_depth_is_read(tmp_path: Path) -> None:
+    deep = tmp_path / "conf"
+    deep.mkdir()
+    for _ in range(1100):
+        deep /= "d"
+        deep.mkdir()
+    (deep / "file").write_text("1")
+    made = Layer(source="debian-12", function=None, depends=(tmp_path / "conf",))
+    before = made.recipe()
+    (deep / "file").write_text("2")
+    assert made.recipe() != before
+    while deep != tmp_path:  # rmtree() of some Pythons goes no deeper than they can call
+        for path in deep.iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
+        deep = deep.parent
 
 
 def test_a_layer_is_another_when_a_local_file_that_it_writes_changes(tmp_path: Path) -> None:
