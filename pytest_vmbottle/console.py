@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
-from pytest_vmbottle.result import printable, tail
+from pytest_vmbottle.shown import printable, tail, visible
 
 __all__ = ["Console", "Cursor", "Recorder", "kernel_trouble"]
 
@@ -20,17 +21,37 @@ _PIECE = 4 << 20
 _LINE = 64 << 10
 """Bytes after which a line is taken for ended although it is not."""
 _PAUSE = 0.05
+_SHOWN = 1 << 19
+"""Characters of a console that its text has at most."""
+_TROUBLES, _WORDS = 16, 1000
+"""Troubles that are told of what came at once, and characters of each."""
+_STEP = 1 << 17
+"""Bytes that are searched at a time, and about what is kept of those before them: no match is longer."""
+_WHILE = 0.25
+"""Seconds after which a search leaves the rest to the next one, so that who waits sees whether time is up."""
 # What the kernel prints begins with its clock, a user's own words on the console do not. Lockups and stalls are left out: a busy host, or
-# a machine that was paused, is enough for the kernel to see one.
+# a machine that was paused, is enough for the kernel to see one. Each match takes the rest of its line: what begins like one again and
+# again would else be read as often as that.
 _TROUBLE = re.compile(
-    rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ((?:Kernel panic - not syncing|BUG: |Oops: |Oops\b.* \[#\d|general protection fault|kernel BUG at "
-    rb"|Internal error: |Unable to handle kernel |INFO: task .* blocked for more than |double fault: )[^\r\n]*)"
+    rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ((?:Kernel panic - not syncing|BUG: |Oops: |general protection fault|kernel BUG at "
+    rb"|Internal error: |Unable to handle kernel |double fault: |(?P<oops>Oops\b)|(?P<hung>INFO: task ))[^\r\n]*)"
 )
+_PANIC = re.compile(rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? (Kernel panic - not syncing[^\r\n]*)")
+_OOPS = re.compile(rb" \[#\d")
 
 
 def kernel_trouble(text: bytes) -> list[str]:
-    """The lines of a console by which a kernel says that it panicked, met a bug of its own, or that a task hangs."""
-    return [printable(line.decode("utf-8", "replace")) for line in _TROUBLE.findall(text)]
+    """The lines of a console by which a kernel says that it panicked, met a bug of its own, or that a task hangs; of many the first."""
+    found = islice(filter(_is_trouble, _TROUBLE.finditer(text)), _TROUBLES)
+    lines = dict.fromkeys(match[1] for match in (*found, *islice(_PANIC.finditer(text), 1)))
+    return [printable(line[:_WORDS].decode("utf-8", "replace")) for line in lines]
+
+
+def _is_trouble(match: re.Match[bytes]) -> bool:
+    """Whether what begins like a trouble goes on like one."""
+    if match["oops"]:
+        return _OOPS.search(match[1]) is not None
+    return not match["hung"] or b" blocked for more than " in match[1]
 
 
 def _older(path: Path) -> Path:
@@ -137,8 +158,8 @@ class Console:
 
     @property
     def text(self) -> str:
-        """What the console has said so far; of a very talkative one the last 4 MiB."""
-        return printable(Cursor(self._path).read()[-_PIECE:].decode("utf-8", "replace"))
+        """What the console has said so far; of a very talkative one the last 512 KiB."""
+        return printable(Cursor(self._path).read()[-_SHOWN:].decode("utf-8", "replace"), _SHOWN)
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of it."""
@@ -169,7 +190,7 @@ class Console:
                 time.sleep(_PAUSE)
 
     def expect(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """The next place that matches, if it is there yet; each search begins where what was found last ended."""
+        """The next place that matches, if it is found yet; each search begins where what was found last ended."""
         return self._expecter.search(pattern)
 
     def __repr__(self) -> str:
@@ -186,19 +207,33 @@ class _Expecter:
     def __init__(self, path: Path) -> None:
         """Begins at the beginning."""
         self._cursor = Cursor(path)
+        self._unread = b""  # what the console has said and no search has reached
         self._raw = b""  # the line that has no end yet
-        self._text = ""  # the lines before it, as they are shown
-        self._from = 0  # where in both, as they are shown, the next search begins
+        self._text = ""  # the lines before it, with control characters made visible
+        self._from = 0  # where in both the next search begins
 
     def search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """The next place that matches, if it is there; it will not be found again."""
-        lines, newline, self._raw = (self._raw + self._cursor.read()).rpartition(b"\n")
+        """The next place that matches, if it is found in a moment; it will not be found again."""
+        self._unread += self._cursor.read()
+        until = time.monotonic() + _WHILE
+        while (match := self._search(pattern)) is None and self._unread and time.monotonic() < until:
+            pass
+        return match
+
+    def _search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """Reads one step on, and searches."""
+        new, self._unread = self._unread[:_STEP], self._unread[_STEP:]
+        lines, newline, self._raw = (self._raw + new).rpartition(b"\n")
         if len(self._raw) > _LINE:
             lines, newline, self._raw = lines + newline + self._raw, b"", b""
-        self._text += printable((lines + newline).decode("utf-8", "replace"))
-        match = pattern.search(self._text + _shown(self._raw), self._from)
+        self._text += _visible(lines + newline)
+        match = pattern.search(self._text + _visible(self._raw.removesuffix(b"\r")), self._from)
         if match:
             self._from = match.end()
-        drop = min(self._from, len(self._text)) if match else max(0, len(self._text) - _PIECE)
+        drop = min(self._from, len(self._text)) if match else max(0, len(self._text) - _STEP)
         self._text, self._from = self._text[drop:], max(0, self._from - drop)
         return match
+
+
+def _visible(raw: bytes) -> str:
+    return visible(raw.decode("utf-8", "replace"))

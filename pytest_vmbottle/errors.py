@@ -17,7 +17,8 @@
     └── CatalogError                    the shared directory cannot be used
         └── PackCorrupt                 a pack's files differ from its manifest
 
-Errors carry their data as attributes and survive pickling, because pytest-xdist sends them between processes.
+Errors carry their data as attributes and survive pickling, because pytest-xdist sends them between processes. A guest may have had a part
+in any of their messages, so each is made safe to show as it is made.
 What Python has a word for keeps it: `FileNotFoundError` from a guest path, `ValueError` for a NUL byte.
 """
 
@@ -25,6 +26,8 @@ from __future__ import annotations
 
 import shlex
 from typing import TYPE_CHECKING, Any
+
+from pytest_vmbottle.shown import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +70,9 @@ class VMBottleError(Exception):
 
     infra: bool = False
     lasting: bool = True
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # BaseException pickles by calling the class with `args`, which fails for keyword-only parameters.
@@ -115,9 +121,9 @@ class MachineError(VMBottleError):
     def __str__(self) -> str:
         parts = [super().__str__()]
         if self.console_tail.strip():
-            parts.append(f"--- the console's last lines ---\n{self.console_tail.rstrip()}")
+            parts.append(f" --- the console's last lines ---\n{printable(self.console_tail).rstrip()}")
         if self.argv:
-            parts.append(f"--- the hypervisor's command line ---\n{shlex.join(self.argv)}")
+            parts.append(f" --- the hypervisor's command line ---\n{printable(shlex.join(self.argv))}")
         return "\n".join(parts)
 
 
@@ -138,7 +144,7 @@ class LaunchError(MachineError):
         machine: str = "",
         console_tail: str = "",
     ) -> None:
-        told = f"{message}\n--- what it printed ---\n{output.rstrip()}" if output.strip() else message
+        told = f"{message}\n --- what it printed ---\n{output.rstrip()}" if output.strip() else message
         super().__init__(told, machine=machine, console_tail=console_tail, argv=argv, exitcode=exitcode)
         self.output = output
 
@@ -161,7 +167,7 @@ class SmolvmError(MachineError):
 
     def __str__(self) -> str:
         status = "was ended because it took too long" if self.returncode is None else f"ended with status {self.returncode}"
-        return f"{VMBottleError.__str__(self)}\n--- the command, which {status} ---\n{shlex.join(self.argv)}"
+        return f"{VMBottleError.__str__(self)}\n --- the command, which {status} ---\n{printable(shlex.join(self.argv))}"
 
 
 class MachineTimeout(MachineError, TimeoutError):

@@ -18,6 +18,8 @@ from pytest_vmbottle.result import Result, printable
 
 __all__ = ["BULK", "FOLLOW", "Entry", "GuestPath", "Shell", "mode_word", "owner_word", "raise_for", "with_any_bytes"]
 
+_SAID = 2000
+"""Characters of what a program in the guest said that are told."""
 BULK = 1 << 20
 """Bytes from which on data takes the channel with the most throughput."""
 
@@ -952,9 +954,9 @@ def raise_for(result: Result, path: GuestPath | str, other: GuestPath | None = N
         return
     __tracebackhide__ = True
     if nobody := _NOBODY.search(result.stderr):
-        raise LookupError(f"{printable(nobody[1])} (in the guest), for {str(path)!r}")
+        raise LookupError(printable(f"{nobody[1][:_SAID]} (in the guest), for {str(path)!r}"))
     number = _number(result)
-    reason = os.strerror(number) if number else printable(result.stderr).strip() or f"status {result.returncode}"
+    reason = os.strerror(number) if number else printable(result.stderr.strip()[-_SAID:]) or f"status {result.returncode}"
     raise OSError(number or errno.EIO, f"{reason} (in the guest)", str(path), None, None if other is None else str(other))
 
 

@@ -31,6 +31,7 @@ from pytest_vmbottle.kept import Kept, Line, Record
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.pipes import connect
 from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.supervisor import Identity
 
@@ -161,7 +162,7 @@ class Keeper:
                 if request is not None:
                     line.send(self._answer(line, request))
         except (OSError, ValueError) as error:  # whoever asked is gone, or is none of ours
-            print(f"a request came to nothing: {error}", file=sys.stderr, flush=True)  # noqa: T201 - this is the keeper's log
+            print(printable(f"a request came to nothing: {error}"), file=sys.stderr, flush=True)  # noqa: T201 - this is the keeper's log
         finally:
             line.close()
             self._busy.discard(threading.current_thread())

@@ -1,41 +1,20 @@
-"""What a command in a guest came to, and how text from a guest is shown safely."""
+"""What a command in a guest came to, and what a search found there."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable
 
 import attrs
 
 from pytest_vmbottle.errors import CommandFailed
+from pytest_vmbottle.shown import printable, tail
 
-__all__ = ["Match", "Matches", "Result", "printable"]
+__all__ = ["Match", "Matches", "Result", "printable", "tail"]
 
-# C0 but tab and newline, DEL, C1, and the bidirectional controls that can reorder what a reader sees.
-_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# GitHub and Azure act on lines that begin like this in a job's log.
-_CI_COMMAND = re.compile(r"^(\s*)(::|##)", re.MULTILINE)
 _SHOWN_LINES = 60
-
-
-def printable(text: str) -> str:
-    r"""Returns guest text that is safe on a terminal and in a CI log: control characters become visible escapes.
-
-    >>> printable("red: \x1b[31m")
-    'red: \\x1b[31m'
-    """
-    plain = text.replace("\r\n", "\n")
-    escaped = _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], plain)
-    return _CI_COMMAND.sub(r"\1 \2", escaped)
-
-
-def tail(text: str, lines: int) -> str:
-    """Returns the last lines of a text, saying how many were left out."""
-    kept = text.splitlines()
-    if len(kept) <= lines:
-        return text
-    return "\n".join([f"[{len(kept) - lines} lines above]", *kept[-lines:]])
+_SHOWN = 1 << 16
+"""Characters of each stream that are shown."""
 
 
 @attrs.frozen(kw_only=True, repr=False)
@@ -91,7 +70,7 @@ class Result:
         parts = [f"$ {printable(shlex.join(self.argv))}", f"status {self.returncode}, after {self.duration:.2f} s"]
         for name, stream in (("stdout", self.stdout), ("stderr", self.stderr)):
             if stream:
-                parts.append(f"--- {name} ---\n{tail(printable(stream), _SHOWN_LINES).rstrip()}")
+                parts.append(f" --- {name} ---\n{printable(tail(stream, _SHOWN_LINES), _SHOWN).rstrip()}")
         return "\n".join(parts)
 
     def __repr__(self) -> str:
@@ -114,7 +93,7 @@ class Match:
 
     def __str__(self) -> str:
         """As grep shows it, control characters neutralised."""
-        return f"{printable(self.path)}:{self.line}: {printable(self.text)}"
+        return printable(f"{self.path}:{self.line}: {self.text}")
 
 
 class Matches(list[Match]):
@@ -143,5 +122,6 @@ class Matches(list[Match]):
 
     def __repr__(self) -> str:
         flags = "".join(f", {name}" for name in ("truncated", "timed_out") if getattr(self, name))
-        lines = tail("\n".join(str(match) for match in self), _SHOWN_LINES)
+        above = [f"[{len(self) - _SHOWN_LINES} matches above]"] if len(self) > _SHOWN_LINES else []
+        lines = "\n".join([*above, *map(str, self[-_SHOWN_LINES:])])
         return f"<Matches: {len(self)}{flags}\n{lines}>" if self else f"<Matches: none{flags}>"

@@ -112,7 +112,7 @@ class Query:
     def _check(self, result: Result) -> None:
         __tracebackhide__ = True
         if result.returncode == _BAD_PATTERN:
-            raise ValueError(f"{self.pattern!r} is no extended regular expression: {printable(result.stderr).strip()}")
+            raise ValueError(f"{self.pattern!r} is no extended regular expression: {printable(result.stderr.strip()[-_TEXT:])}")
         if result.returncode == _BAD_GREP:
             raise OSError("the grep of this guest is not GNU grep, whose option --null is needed: install it, for example `apk add grep`")
         if result.returncode not in {0, 1, 2, 141, *_ENDED_LATE}:  # 2: something could not be read; 141: enough was found (SIGPIPE)

@@ -115,7 +115,7 @@ class FakeInstance:
     @property
     def panic(self) -> str | None:
         """The first line of its console that a kernel in trouble would write."""
-        self._said += self._cursor.read()
+        self._said = (self._said + self._cursor.read())[-(1 << 20) :]
         return next(iter(kernel_trouble(self._said)), None)
 
     def alive(self) -> None:

@@ -124,7 +124,7 @@ class Wait:
     def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
         journal = self._ask(["journalctl", "--no-pager", "-n", "20", "-u", unit]).stdout
         return MachineError(
-            f"the unit {unit} will not become active: {_listed(state)}\n--- its journal ---\n{printable(journal)}", machine=self.machine
+            f"the unit {unit} will not become active: {_listed(state)}\n --- its journal ---\n{journal}", machine=self.machine
         )
 
     def port(self, port: int) -> None:

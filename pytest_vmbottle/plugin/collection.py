@@ -12,7 +12,7 @@ from pytest_vmbottle.plugin.plans import Plan, parameter, plans_of
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.spec import SIGNATURE, MachineSpec
 
-__all__ = ["SHARED", "Sorting"]
+__all__ = ["SHARED", "Sorting", "uses_machine"]
 
 SHARED = ("session_vm", "module_vm", "class_vm")
 """The fixtures of machines that several tests use."""
@@ -91,7 +91,7 @@ def _session_key(item: pytest.Item) -> str:
 def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sees to what tests with machines need. Only now it is known which tests are left: for none of these, nothing is asked of the host."""
     session = config.stash[SESSION]
-    session.has_machines = any(_uses_machine(item) for item in items) and not _is_only_asked(config)
+    session.has_machines = any(uses_machine(item) for item in items) and not _is_only_asked(config)
     if not session.has_machines:
         return
     try:
@@ -105,7 +105,8 @@ def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
     session.unable = _leave_out_what_cannot_be(session, items)
 
 
-def _uses_machine(item: pytest.Item) -> bool:
+def uses_machine(item: pytest.Item) -> bool:
+    """Whether a test has a machine, or may ask for one."""
     return item.get_closest_marker("vm") is not None or bool(set(_FIXTURES) & set(getattr(item, "fixturenames", ())))
 
 

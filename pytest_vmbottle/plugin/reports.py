@@ -10,7 +10,9 @@ import pytest
 
 from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.infra import PROPERTY, cause_of, cause_told
+from pytest_vmbottle.plugin.collection import uses_machine
 from pytest_vmbottle.plugin.session import SESSION, Session
+from pytest_vmbottle.shown import coloured, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if any(total.values()):
         if hasattr(config.option, "dist") and config.option.dist != "no":
             for line in ours.told:
-                terminalreporter.write_line(line)
+                terminalreporter.write_line(printable(line))
         terminalreporter.write_line(
             f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
             f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
@@ -98,7 +100,7 @@ class LastWords:
         """Says what the run made, kept, reclaimed and left behind."""
         yield
         for line in config.stash[SESSION].ledger.lines():
-            terminalreporter.write_line(f"vmbottle: {line}", red=line.startswith("LEAK"))
+            terminalreporter.write_line(printable(f"vmbottle: {line}"), red=line.startswith("LEAK"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -119,7 +121,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         and not item.config.option.fulltrace
     ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+    if uses_machine(item):
+        _make_safe(report)
     return report  # type: ignore[return-value]
+
+
+def _make_safe(report: pytest.TestReport) -> None:
+    """Takes out of a report what a guest may have put there, by what a test prints or compares, to steer a terminal or CI."""
+    report.sections = [(title, coloured(content)) for title, content in report.sections]
+    for trace, crash, _ in getattr(report.longrepr, "chain", ()):
+        if crash is not None:
+            crash.message = coloured(crash.message)
+        for entry in trace.reprentries:
+            arguments, variables = getattr(entry, "reprfuncargs", None), getattr(entry, "reprlocals", None)
+            entry.lines[:] = map(coloured, entry.lines)
+            if variables is not None:
+                variables.lines[:] = map(coloured, variables.lines)
+            if arguments is not None:
+                arguments.args = [(name, coloured(str(value))) for name, value in arguments.args]
 
 
 def _fail_for_panics(report: pytest.TestReport, session: Session) -> None:

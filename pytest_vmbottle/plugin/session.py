@@ -19,6 +19,7 @@ from pytest_vmbottle.errors import SpecError, VMBottleError
 from pytest_vmbottle.infra import Infra
 from pytest_vmbottle.interruption import Interruption
 from pytest_vmbottle.ledger import Ledger
+from pytest_vmbottle.shown import printable
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backend import Backend
@@ -162,6 +163,7 @@ class Session:
 
     def say(self, line: str) -> None:
         """Writes a line to the terminal at once, also from a worker, whatever is being captured."""
+        line = printable(f"vmbottle: {line}")
         capture = self._config.pluginmanager.getplugin("capturemanager")
         reporter = self._config.pluginmanager.getplugin("terminalreporter")
         worker = getattr(self._config, "workerinput", None)
@@ -169,10 +171,10 @@ class Session:
             if worker is not None:
                 # A worker's own streams lead nowhere, so it is told where the controller's terminal is.
                 with suppress(OSError), open(worker.get("vmbottle_terminal", os.devnull), "a") as stream:  # noqa: PTH123
-                    stream.write(f"\nvmbottle: {line}\n")
+                    stream.write(f"\n{line}\n")
             elif reporter is not None:
                 reporter.ensure_newline()
-                reporter.write_line(f"vmbottle: {line}")
+                reporter.write_line(line)
 
     def describe_hosts(self) -> dict[str, None]:
         """One line for each backend that is asked for: what machines run on, and why."""

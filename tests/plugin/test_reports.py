@@ -146,3 +146,38 @@ def test_a_test_that_passes_although_its_machines_kernel_panicked_is_failed_with
     assert result.count("console of vm") == 2
     assert "GuestPanic: the guest's kernel is in trouble: Kernel panic" in result
     assert "\x1b[31mideas" not in result
+
+
+HOSTILE = "\x1b[2J\n::error::of the guest\n  ::add-mask::x\n##vso[task.complete]\n##teamcity[x]\n--- x\n+++ y\nsection_start:1:x"
+COMMAND = re.compile(r"^\s*::|##(\[|vso\[|teamcity\[)|section_start:|^(\+\+\+|~~~|\^\^\^) |^--- [a-z]|\x1b\[2J", re.MULTILINE)
+
+
+def test_nothing_that_a_guest_says_is_a_command_to_a_terminal_or_a_ci_service_in_any_report(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "junit.xml"
+    text = f"""
+from pytest_vmbottle import CommandFailed, MachineError, Result
+
+TEXT = bytes.fromhex("{HOSTILE.encode().hex()}").decode()
+pytestmark = pytest.mark.vm("debian-12")
+
+@pytest.mark.parametrize("error", [
+    RuntimeError(TEXT),
+    FileNotFoundError(2, "none", TEXT),
+    MachineError(TEXT, console_tail=TEXT, argv=[TEXT]),
+    CommandFailed(Result(argv=(TEXT,), returncode=1, stdout=TEXT, stderr=TEXT)),
+], ids=range(4))
+def test_raised(module_vm, error): raise error
+
+def test_compared(module_vm): assert TEXT == TEXT + "x"
+
+def test_printed(module_vm):
+    said = TEXT
+    print(TEXT)
+    assert said is None
+"""
+    result = said(run(text, "-vv", "-l", "--color=yes", "--junitxml", str(file), status=1, failed=6))
+
+    assert COMMAND.search(HOSTILE)
+    assert "of the guest" in result
+    assert not COMMAND.search(result)
+    assert not COMMAND.search(file.read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from pytest_vmbottle import console
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backends.qemu.instance import _Watch
 from pytest_vmbottle.console import Console, Cursor, Recorder, kernel_trouble
 
 
@@ -119,14 +121,14 @@ def test_each_search_begins_where_the_one_before_has_ended(path: Path) -> None:
 
 
 def test_a_search_keeps_a_bounded_part_of_what_it_has_looked_through(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "_PIECE", 1000)
+    monkeypatch.setattr(console, "_STEP", 1000)
     seen = Console(path)
     with path.open("ab", buffering=0) as file:
-        for number in range(100):
+        for number in range(10):
             file.write(b"%098d\n" % number + b"y" * 70_000)
             assert seen.expect(re.compile("never")) is None
         file.write(b"now\n")
-    assert seen.expect(re.compile("now")) is not None
+    assert Deadline(60).poll(lambda: seen.expect(re.compile("now")), every=0.001)
     assert len(seen._expecter._text) <= 1000
 
 
@@ -163,3 +165,62 @@ def test_a_kernels_own_words_about_its_troubles_count(text: str, line: str) -> N
 )
 def test_a_programs_words_and_what_a_busy_host_causes_do_not(text: str) -> None:
     assert kernel_trouble(f"before\n{text}\nafter\n".encode()) == []
+
+
+HOSTILE = [
+    b"ALERT!",
+    b"ALERT! \n",
+    b"Oops ",
+    b"[ 1.0] Oops ",
+    b"[ 1.0] INFO: task ",
+    b"[ 1.0] INFO: task x blocked for more than 120 seconds.\n",
+    b"[ 1.0] Kernel panic - not syncing: ",
+    b"[ 1.0][ C1] BUG: x\r\n",
+    b"[ ",
+    b"[1",
+    b"[1.1",
+    b"\n",
+    b"\x1b",
+    b"\xff",
+    b"\xc2\x85",
+    b"(initramfs)\n",
+    b"You are in emergency mode",
+]
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_a_console_that_is_full_of_the_same_words_is_read_in_a_time_that_grows_with_its_length(path: Path, words: bytes) -> None:
+    def seconds(size: int) -> float:
+        text = (words * (size // len(words) + 1))[:size]
+        began = time.process_time()
+        assert len(kernel_trouble(text)) <= 20
+        watch = _Watch(path.with_name("none"))
+        watch._judge(text)
+        return time.process_time() - began
+
+    seconds(1 << 10)  # whatever only the first run costs
+    assert seconds(2 << 20) < 40 * seconds(1 << 18) + 1
+
+
+def test_the_end_of_a_kernel_is_noticed_among_any_number_of_its_other_troubles() -> None:
+    lines = [f"[ {number}.0] BUG: number {number}\n" for number in range(1000)]
+    found = kernel_trouble("".join([*lines, "[ 9999.0] Kernel panic - not syncing: at last\n", *lines]).encode())
+    assert found[0] == "BUG: number 0"
+    assert found[-1] == "Kernel panic - not syncing: at last"
+    assert len(found) < 100
+
+
+def test_a_search_looks_through_a_whole_long_console_a_while_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_WHILE", 0)
+    path.write_bytes(b"\x1b\n" * (1 << 20) + b"now\n")
+    seen = Console(path)
+    assert seen.expect(re.compile("now")) is None
+    assert Deadline(120).poll(lambda: seen.expect(re.compile("now")), every=0.001)
+
+
+def test_what_is_awaited_on_the_console_is_what_the_guest_writes_and_not_what_is_made_safe_for_a_log(path: Path) -> None:
+    path.write_bytes(b"-----BEGIN SSH HOST KEY\n::1 is up\n")
+    seen = Console(path)
+    assert seen.expect(re.compile("^-----BEGIN", re.MULTILINE))
+    assert seen.expect(re.compile("^::1", re.MULTILINE))
+    assert not re.search("^(---|::)", seen.text, re.MULTILINE)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from pathlib import Path
 
+import attrs
 import pytest
 
 import pytest_vmbottle
@@ -79,3 +82,22 @@ def test_a_failed_command_shows_the_command_and_both_streams() -> None:
     assert "status 1" in text
     assert "--- stdout ---\nout\\udcff" in text
     assert "--- stderr ---\nerr" in text
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_no_error_has_in_its_text_what_steers_a_terminal_or_a_ci_service(error: VMBottleError) -> None:
+    hostile = "x\x1b[2J\n::error::x\n##vso[x]\n+++ x"
+    result = attrs.evolve(RESULT, argv=(hostile,), stdout=hostile, stderr=hostile)
+    names = inspect.signature(type(error)).parameters
+    own = {"argv": [hostile], "exitcode": 1, "returncode": 1, "result": result, "timeout": 1.0, "killed": True}
+    given = {name: own.get(name, hostile) for name in names if name not in {"args", "kwargs"}}
+    hostile_error = type(error)(*([hostile] if "args" in names else ()), **given)
+
+    for text in (str(hostile_error), repr(hostile_error), str(pickle.loads(pickle.dumps(hostile_error)))):
+        assert "\x1b" not in text
+        assert not re.search(r"^\s*::|##vso\[|^\+\+\+|^---", text, re.MULTILINE)
+
+
+def test_an_errors_text_is_no_longer_than_can_be_read() -> None:
+    endless = "x" * (8 << 20)
+    assert len(str(errors.MachineDied(endless, console_tail=endless))) < 1 << 20

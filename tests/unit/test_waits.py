@@ -40,7 +40,7 @@ def test_a_wait_in_vain_says_what_for_how_long_what_it_last_saw_and_what_the_con
     with pytest.raises(MachineTimeout) as caught:
         wait(console).until(lambda: None, "the tide", last=lambda: "low water")
     assert (
-        str(caught.value) == "waited 0.1 s for the tide; the last answer was\nlow water\n--- the console's last lines ---\nthe last words"
+        str(caught.value) == "waited 0.1 s for the tide; the last answer was\nlow water\n --- the console's last lines ---\nthe last words"
     )
     assert caught.value.machine == "vm"
 

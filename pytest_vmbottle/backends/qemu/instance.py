@@ -34,11 +34,14 @@ from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel
 from pytest_vmbottle.console import Console, Cursor, Recorder, kernel_trouble
 from pytest_vmbottle.errors import GuestPanic, LaunchError, MachineDied, MachineError, MachineTimeout, SpecError
+from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["Programs", "QemuInstance", "start"]
 
-_FATAL = re.compile(rb"You are in emergency mode[^\r\n]*|ALERT![^\r\n]*Dropping to a shell!|^\(initramfs\)", re.MULTILINE)
+# Each takes the rest of its line, so that one which begins like this again and again is read once.
+_FATAL = re.compile(rb"You are in emergency mode[^\r\n]*|ALERT![^\r\n]*|^\(initramfs\)", re.MULTILINE)
+_ALERT, _GIVES_UP = b"ALERT!", b"Dropping to a shell!"
 _GRACE = 10.0
 _MOMENT = 2.0
 """Seconds in which a QEMU whose monitor is closed has ended."""
@@ -50,7 +53,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
 """Bytes that a disk which has no room for a state may still have free."""
 _LAST_WORDS = 300
-"""Characters of what QEMU printed last that the first sentence of an error has."""
+"""Characters of what QEMU printed last, or a guest, that the first sentence of an error has."""
 _UNKNOWN_PROCESSOR = re.compile(r"unable to find CPU model|-cpu\.\S+' not found")
 """What QEMU, from 7.2 to 10.0 at least, says to a model and to a feature that it does not know."""
 
@@ -552,10 +555,12 @@ class _Watch:
             if self.trouble is None or line.startswith(self.trouble):  # the rest of the line may have come only now
                 self.trouble = line
             self.is_over = self.is_over or line.startswith("Kernel panic")
-        stuck = _FATAL.search(text)
-        if stuck:
-            why = stuck[0].decode("ascii", "replace").strip()
-            self.stuck = "its initial RAM disk gave up and waits at a prompt" if why == "(initramfs)" else why
+        for stuck in _FATAL.finditer(text):
+            said, gives_up, _ = stuck[0].partition(_GIVES_UP)
+            if gives_up or not said.startswith(_ALERT):
+                why = printable((said[:_LAST_WORDS] + gives_up).decode("ascii", "replace")).strip()
+                self.stuck = "its initial RAM disk gave up and waits at a prompt" if why == "(initramfs)" else why
+                return
 
     def forget(self) -> None:
         """What was said so far does not count any more."""

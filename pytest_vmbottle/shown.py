@@ -1,0 +1,94 @@
+"""Text from a guest, made safe to show: on a terminal, in a report, in an error, and in the log of a CI job.
+
+What runs jobs acts on lines of their logs, and a guest that could write one could set variables, hide what follows, or end the job well.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["MOST", "coloured", "printable", "tail", "visible"]
+
+MOST = 1 << 18
+"""Characters of a text that are shown at most."""
+# C0 but tab and newline, DEL, C1, what else ends lines, and the bidirectional controls that can reorder what a reader sees. Surrogates have
+# a way of their own.
+_CONTROLS = (0x61C, 0x200E, 0x200F, *range(9), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES = {number: ascii(chr(number))[1:-1] for number in _CONTROLS}
+_UNSAFE = re.compile(f"[{''.join(map(chr, _CONTROLS))}\ud800-\udfff]")
+# GitHub's runner trims a line before it looks for `::`. By what .NET takes for blanks, now or in older versions.
+_GITHUB = re.compile(
+    "^[\\t\\v\\f\\r\\x1c- \\x85\\xa0\u1680\u180e\u2000-\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff]*:(?=:)", re.MULTILINE
+)
+# Azure's agent, TeamCity's and the older commands of GitHub's runner are found anywhere in a line, GitLab's too.
+_ANYWHERE = re.compile(r"#(?=#(?:\[|vso\[|teamcity\[))|section_(?=(?:start|end):)", re.IGNORECASE)
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+_BUILDKITE = ("---", "+++", "~~~", "^^^")
+
+
+def visible(text: str) -> str:
+    r"""Makes control characters visible escapes, however long the text is.
+
+    >>> visible("red: \x1b[31m")
+    'red: \\x1b[31m'
+    """
+    plain = text.replace("\r\n", "\n")
+    if _UNSAFE.search(plain) is None:
+        return plain
+    return plain.encode("utf-8", "backslashreplace").decode().translate(_ESCAPES)
+
+
+def printable(text: str, most: int = MOST) -> str:
+    r"""Makes guest text safe to show: no control characters, no commands to a CI service, and no more than is shown of any text.
+
+    Args:
+        text: What a guest may have had a part in.
+        most: Characters of it that are shown, half of them from its end.
+
+    >>> printable("one\n  ::error::\x1b[31mtwo")
+    'one\n  : :error::\\x1b[31mtwo'
+    """
+    if text.isascii() and text.isprintable() and text[:1] not in " :-+~^" and "##" not in text and "section_" not in text:
+        return _shortened(text, most)  # one plain line, as most are
+    plain = _shortened(text, most).replace("\r\n", "\n")
+    if "::" in plain:
+        plain = _GITHUB.sub(_broken, plain)
+    return visible(_indented(_ANYWHERE.sub(_broken, plain)))
+
+
+def coloured(text: str) -> str:
+    r"""Makes text safe to show that pytest has put together of its own words, a test's and a guest's: all of it, and with its colours.
+
+    >>> coloured("\x1b[31m##[error]\x1b[0m \x1b[2J")
+    '\x1b[31m# #[error]\x1b[0m \\x1b[2J'
+    """
+    parts = _COLOUR.split(text)
+    parts[::2] = (printable(part, len(part)) for part in parts[::2])
+    return "".join(parts)
+
+
+def _broken(match: re.Match[str]) -> str:
+    return f"{match[0]} "  # four times as fast as a template
+
+
+def _indented(text: str) -> str:
+    """The same with a blank before what would be a heading in a log of Buildkite's, which knows them at the beginning of a line alone."""
+    text = f"\n{text}"
+    for mark in _BUILDKITE:
+        text = text.replace(f"\n{mark}", f"\n {mark}")
+    return text[1:]
+
+
+def _shortened(text: str, most: int) -> str:
+    left_out = len(text) - most
+    return text if left_out <= 0 else f"{text[: most // 2]}\n[{left_out} characters left out]\n{text[-(most // 2) :]}"
+
+
+def tail(text: str, lines: int) -> str:
+    """Returns the last lines of a text, saying how many were left out."""
+    at = end = len(text) - text.endswith("\n")
+    for _ in range(lines):
+        at = text.rfind("\n", 0, at)
+        if at < 0:
+            return text
+    return f"[{text.count(chr(10), 0, at) + 1} lines above]\n{text[at + 1 : end]}"
