@@ -15,6 +15,7 @@
     ├── CommandTimeout (TimeoutError)   a command in the guest was killed at its deadline
     ├── TransferError                   a copy between host and guest was not completed
     └── CatalogError                    the shared directory cannot be used
+        ├── ImageMissing                there is no image of a name
         └── PackCorrupt                 a pack's files differ from its manifest
 
 Errors carry their data as attributes and survive pickling, because pytest-xdist sends them between processes. A guest may have had a part
@@ -41,6 +42,7 @@ __all__ = [
     "CommandFailed",
     "CommandTimeout",
     "GuestPanic",
+    "ImageMissing",
     "LaunchError",
     "MachineDied",
     "MachineError",
@@ -65,10 +67,12 @@ class VMBottleError(Exception):
 
     Attributes:
         infra: Whether it kept a test from getting its machine, so that nothing was judged: the outcome INFRA.
+        origin: The key of the pack that could not be made, where that was it: errors of the same origin are one and the same.
         lasting: Whether a fresh machine would meet it again, as with a layer that fails by its own doing: then none is tried.
     """
 
     infra: bool = False
+    origin: str = ""
     lasting: bool = True
 
     def __init__(self, *args: object) -> None:
@@ -230,6 +234,18 @@ class TransferError(VMBottleError):
 
 class CatalogError(VMBottleError):
     """The catalog directory cannot be used, or what was looked up in it is not there."""
+
+
+class ImageMissing(CatalogError):
+    """There is no image of a name, and none can be made.
+
+    Attributes:
+        name: The name.
+    """
+
+    def __init__(self, message: str, *, name: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class PackCorrupt(CatalogError):

@@ -10,10 +10,11 @@ from pytest_vmbottle.errors import VMBottleError
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["PROPERTY", "RETRIES", "Infra", "cause_of", "cause_told"]
+__all__ = ["PROPERTY", "RETRIES", "Infra", "cause_of", "cause_told", "note"]
 
 PROPERTY = "vmbottle_infra"
 """The property, in JUnit's XML too, of a test without its machine: the cause in one line."""
+_ORIGIN = "vmbottle_origin"
 RETRIES = "vmbottle_infra_retries"
 """The property of a test for whose machines more than one had to be started: how many more."""
 
@@ -24,6 +25,14 @@ def cause_of(error: BaseException | None) -> str:
         return ""
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first}"
+
+
+def note(report: pytest.TestReport, error: BaseException | None) -> None:
+    """Has a report say why its test has no machine, also in a process that it is sent to."""
+    cause = cause_of(error)
+    if cause:
+        setattr(report, PROPERTY, cause)
+        setattr(report, _ORIGIN, getattr(error, "origin", "") or cause)
 
 
 def cause_told(report: pytest.TestReport) -> str:
@@ -50,7 +59,8 @@ class Infra:
         if not cause:
             return
         self._kinds[cause.partition(":")[0]] += 1
-        first = self._first.setdefault(cause, report.nodeid)
+        # What kept a pack from being made may be told in other words by another worker.
+        first = self._first.setdefault(getattr(report, _ORIGIN, cause), report.nodeid)
         if first != report.nodeid and not in_full:
             report.longrepr = f"INFRA: {cause} (told in full for {first})"
             report.sections.clear()

@@ -25,7 +25,7 @@ from pytest_vmbottle.errors import SpecError
 if TYPE_CHECKING:
     from pytest_vmbottle.machine import Machine
 
-__all__ = ["SIGNATURE", "Layer", "MachineSpec", "Source", "check_keywords", "digest", "layer"]
+__all__ = ["SIGNATURE", "Layer", "MachineSpec", "Source", "check_keywords", "digest", "layer", "mistakes"]
 
 Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
@@ -323,8 +323,7 @@ def layer(
     Raises:
         SpecError: A keyword is unknown or its value makes no sense.
     """
-    _source(source)
-    check_keywords(keywords, signature=SIGNATURE.replace("vm(source, *", "layer(source, *, depends=(), version=''"))
+    check_keywords({"source": source, **keywords}, signature=SIGNATURE.replace("vm(source, *", "layer(source, *, depends=(), version=''"))
 
     def decorate(function: Prepare) -> Layer:
         folder = Path(inspect.getfile(function)).parent
@@ -463,10 +462,15 @@ class MachineSpec:
 
     def __attrs_post_init__(self) -> None:
         """Checks what concerns several keywords."""
+        wrong = []
         if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
-            raise _fail("name", self.name, f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes")
+            takes = f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes"
+            wrong.append(_fail("name", self.name, takes))
         if self.nested and self.arch != "x86_64":
-            raise _fail("nested", self.nested, f"works in guests for x86_64, and this one is for {self.arch}: say arch='x86_64'")
+            takes = f"works in guests for x86_64, and this one is for {self.arch}: say arch='x86_64'"
+            wrong.append(_fail("nested", self.nested, takes))
+        if wrong:
+            raise SpecError("\n  ".join(map(str, wrong)))
 
     @property
     def nat(self) -> bool:
@@ -521,15 +525,29 @@ def check_keywords(keywords: Mapping[str, Any], *, signature: str = SIGNATURE) -
     """Checks names and values of spec keywords.
 
     Raises:
-        SpecError: With the keyword, what it takes, and a suggestion for a misspelt name.
+        SpecError: With all that is wrong: the keyword, what it takes, and a suggestion for a misspelt name.
     """
-    known = [field.name for field in attrs.fields(MachineSpec) if field.name != "source"]
-    for keyword in keywords:
-        if keyword not in known:
-            near = difflib.get_close_matches(keyword, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SpecError(f"unknown keyword {keyword!r}{hint}\n  the signature is {signature}")
+    wrong = mistakes(keywords)
+    if wrong:
+        raise SpecError("\n  ".join([*wrong, f"the signature is {signature}"]))
+
+
+def mistakes(keywords: Mapping[str, Any]) -> list[str]:
+    """All that is wrong with spec keywords, with a source among them or without: a sentence for each."""
+    fields = {field.name: field for field in attrs.fields(MachineSpec)}
+    wrong = []
+    for keyword, value in keywords.items():
+        if keyword not in fields:
+            near = difflib.get_close_matches(keyword, fields, n=1)
+            wrong.append(f"unknown keyword {keyword!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        else:
+            wrong += _refusals(fields[keyword].converter, value)
+    return wrong or _refusals(lambda value: MachineSpec(**value), {"source": "checked", **keywords})
+
+
+def _refusals(check: Any, value: object) -> list[str]:
     try:
-        MachineSpec(source="checked", **keywords)
+        check(value)
     except SpecError as error:
-        raise SpecError(f"{error}\n  the signature is {signature}") from None
+        return [str(error)]
+    return []

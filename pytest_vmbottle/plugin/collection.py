@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmbottle.errors import SpecError, VMBottleError
-from pytest_vmbottle.plugin.plans import Plan, parameter, plans_of
+from pytest_vmbottle.plugin.plans import SHARED, Plan, given_plan, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.spec import SIGNATURE, MachineSpec
 
-__all__ = ["SHARED", "Sorting", "uses_machine"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-SHARED = ("session_vm", "module_vm", "class_vm")
-"""The fixtures of machines that several tests use."""
+__all__ = ["Sorting", "uses_machine"]
 
 _RESET = "_vm_reset"
 _FIXTURES = (*SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
@@ -23,7 +24,10 @@ _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_te
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives a test its plan as a parameter; only a list of sources shows in the node id."""
+    """Gives a test its plan as a parameter; only a list of sources shows in the node id.
+
+    Of a matrix, one fixture gets it: each of the others would be tried with each source again.
+    """
     names = [name for name in (*SHARED, "_vm_plan") if name in metafunc.fixturenames]
     if not names:
         return
@@ -40,17 +44,46 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuses wrong marks, all of them at once, before anything runs."""
-    session = config.stash[SESSION]
     for item in items:
         _plan_reset(item)
-        if item.get_closest_marker("vm") is not None:
-            try:
-                plans_of(item)
-            except SpecError as error:
-                told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
-                session.problems.update(dict.fromkeys(("wrong vm marks:", f"{item.nodeid}: {told}")))
+    _settle(config, items)
+
+
+def _settle(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sees that every test has the plan that its marks come to, or refuses all wrong marks at once."""
+    session = config.stash[SESSION]
+    for item in items:
+        try:
+            _settle_one(item)
+        except SpecError as error:
+            told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
+            session.problems.update(dict.fromkeys(("wrong vm marks:", f"{item.nodeid}: {told}")))
     if session.problems:
         _refuse(config, items)
+
+
+def _settle_one(item: pytest.Item) -> None:
+    asked = {*SHARED, "_vm_plan"} & set(getattr(item, "fixturenames", ()))
+    if not asked:
+        plans_of(item)  # for what may be wrong with a mark, which is wrong also where it is of no use
+        return
+    plan = plan_of(item)
+    for name in (*SHARED, "_vm_plan"):
+        if isinstance(parameter(item, name), Plan):
+            item.callspec.params[name] = plan  # type: ignore[attr-defined] # it has one
+        elif name in asked and name != "_vm_plan":
+            _check_shared(item, name, plan)
+
+
+def _check_shared(item: pytest.Item, name: str, plan: Plan) -> None:
+    """Refuses a shared machine for which the test has no parameter, unless its marks are those of its class: unittest has no parameters."""
+    if given_plan(item) is not None:
+        raise SpecError(f"a list of sources makes a matrix of one shared machine, and {name} would be a second: ask for one of them")
+    if name != "class_vm":
+        raise SpecError(f"{name} cannot know the marks of a unittest.TestCase: use class_vm there, with the mark on the class")
+    shared_by = item.getparent(pytest.Class) or item
+    if plan not in plans_of(shared_by):
+        raise SpecError("class_vm in a unittest.TestCase is what the marks of its class say: put this mark on the class")
 
 
 def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,9 +103,14 @@ def _plan_reset(item: pytest.Item) -> None:
 class Sorting:
     """Brings tests that share a session's machine next to each other, after all others have had their say about the order."""
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Sorts the tests that use `session_vm`, stably, among the places they have; all other tests stay where they are."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+        """Sorts the tests that use `session_vm`, stably, among the places they have; all other tests stay where they are.
+
+        Whatever marks others have added by now counts too.
+        """
+        yield
+        _settle(config, items)
         places = [index for index, item in enumerate(items) if "session_vm" in getattr(item, "fixturenames", ())]
         first: dict[str, int] = {}
         for index in places:
@@ -138,7 +176,7 @@ def _refusal(session: Session, item: pytest.Item) -> str | None:
     """Why the backend cannot make a machine that the marks of a test ask for, as far as they tell."""
     if item.get_closest_marker("vm") is None:
         return None
-    plan = next((given for name in (*SHARED, "_vm_plan") if isinstance(given := parameter(item, name), Plan)), None)
+    plan = given_plan(item)
     for wish in plan.wishes.values() if plan is not None else ():
         keywords = {"source": "", **session.options.defaults, **wish}
         session.wanted.add(session.backend_name(keywords.get("backend", "auto")))

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 
-from pytest_vmbottle.errors import BackendUnavailable, SpecError
+from pytest_vmbottle.errors import BackendUnavailable, ImageMissing, SpecError
 from pytest_vmbottle.infra import RETRIES
-from pytest_vmbottle.plugin.collection import SHARED
-from pytest_vmbottle.plugin.plans import Plan, named_layer, parameter, plans_of
+from pytest_vmbottle.plugin.plans import SHARED, Plan, named_layer, near_layers, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION
 from pytest_vmbottle.spec import MachineSpec, Source
 
@@ -38,10 +37,10 @@ def vm_catalog(request: pytest.FixtureRequest) -> Catalog:
 
 
 @pytest.fixture
-def _vm_plan(request: pytest.FixtureRequest) -> Plan:
-    given = (getattr(request, "param", None), *(parameter(request.node, name) for name in SHARED))
-    # Asked for by getfixturevalue, nothing was parametrised.
-    return next((plan for plan in given if isinstance(plan, Plan)), None) or plans_of(request.node)[0]
+def _vm_plan(request: pytest.FixtureRequest) -> Iterator[Plan]:
+    plan = plan_of(request.node)
+    yield plan
+    _check_kept(request, plan, "vm")
 
 
 @pytest.fixture
@@ -122,16 +121,37 @@ def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
 
 
 def _shared(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterator[Machine]:
-    plan: Plan | None = getattr(request, "param", None)
+    plan: Plan = getattr(request, "param", None) or _plan_of_class(request)
     with ExitStack() as stack:
-        yield _enter(request, stack, _resolve(request.config, plan.wishes[plan.primary] if plan else {}, defaults, None))
+        yield _enter(request, stack, _resolve(request.config, plan.wishes[plan.primary], defaults, None))
+
+
+def _plan_of_class(request: pytest.FixtureRequest) -> Plan:
+    """The plan of a class whose tests have no parameters, those of unittest.
+
+    Raises:
+        SpecError: The test got none because pytest did not know in time that it would ask.
+    """
+    test, name = request.config.stash[SESSION].test, request.fixturename
+    if test is None or name not in getattr(test, "fixturenames", ()):
+        raise SpecError(
+            f"{name} is asked for while the test runs, when it can no longer be told which machine the marks of this test mean: name it "
+            f"among the arguments of the test or of its fixture, or write @pytest.mark.usefixtures({name!r})"
+        )
+    return plans_of(request.node)[0]
 
 
 @pytest.fixture
 def _vm_reset(request: pytest.FixtureRequest) -> None:
     for name in SHARED:
         if name in request.fixturenames:
+            _check_kept(request, parameter(request.node, name), name)
             request.config.stash[SESSION].freshen(request.getfixturevalue(name))
+
+
+def _check_kept(request: pytest.FixtureRequest, plan: object, name: str) -> None:
+    if isinstance(plan, Plan) and plan != plan_of(request.node):
+        raise SpecError(f"a vm mark was added to the test when its {name} was there already: have the hook add it at collection")
 
 
 def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
@@ -161,6 +181,11 @@ def _enter(
         if not session.options.skips_missing:
             raise
         pytest.skip(f"no machine can be run here: {error}")
+    except ImageMissing as error:
+        near = near_layers(session.test, error.name) if session.test is not None else []
+        if not near:
+            raise
+        raise SpecError(f"there is no image and no layer {error.name!r}: did you mean the layer {' or '.join(map(repr, near))}?") from None
     session.machines.append(machine)
     stack.callback(session.machines.remove, machine)
     return machine

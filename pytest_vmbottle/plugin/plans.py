@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +12,26 @@ import attrs
 import pytest
 
 from pytest_vmbottle.errors import SpecError
-from pytest_vmbottle.spec import Layer, MachineSpec, check_keywords, digest
+from pytest_vmbottle.spec import Layer, MachineSpec, digest, mistakes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_vmbottle.spec import Source
 
-__all__ = ["Plan", "named_layer", "parameter", "plans_of"]
+__all__ = ["SHARED", "Plan", "given_plan", "named_layer", "near_layers", "parameter", "plan_of", "plans_of"]
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Plan:
-    """The machines that one test's marks ask for: the keywords of each by its name. Equal plans are one object."""
+    """The machines that one test's marks ask for: the keywords of each by its name. Plans of the same machines are equal."""
 
-    wishes: Mapping[str, Mapping[str, Any]]
-    label: str
     key: str
+    wishes: Mapping[str, Mapping[str, Any]] = attrs.field(eq=False)
+    label: str = attrs.field(eq=False)
+    sources: tuple[Source | None, ...] = attrs.field(eq=False)
+    alone: bool = attrs.field(eq=False)
+    """Whether it is all that the marks come to, rather than one of a matrix."""
 
     @property
     def primary(self) -> str:
@@ -33,42 +39,75 @@ class Plan:
         return "vm" if "vm" in self.wishes else next(iter(self.wishes))
 
 
-_PLANS: pytest.StashKey[dict[str, Plan]] = pytest.StashKey()
+SHARED = ("session_vm", "module_vm", "class_vm")
+"""The fixtures of machines that several tests use."""
 
 
-def plans_of(test: pytest.Item) -> list[Plan]:
-    """What a test's marks come to: one plan, or one for each combination of sources that they list.
+def plans_of(node: pytest.Item | pytest.Collector) -> list[Plan]:
+    """What the marks of a test, or of a class or module, come to: one plan, or one for each combination of sources that they list.
 
     Raises:
         SpecError: A mark makes no sense.
     """
-    wishes = _merged(test) or {"vm": {}}
-    choices = [[(name, source) for source in _sources(test, wish)] for name, wish in wishes.items()]
-    plans = []
-    for combination in itertools.product(*choices):
-        chosen = {name: {**wishes[name], **({} if source is None else {"source": source})} for name, source in combination}
-        for wish in chosen.values():
-            if "source" in wish:  # checked together, so that a layer's keywords and the mark's are known to fit
-                MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
-        label = "-".join(_label(source) for _, source in combination)
-        plans.append(_plan(test.config, chosen, label))
-    return plans
+    wishes = _merged(node) or {"vm": {}}
+    choices = [_sources(node, wish) for wish in wishes.values()]
+    combinations = list(itertools.product(*choices))
+    return [_plan(wishes, combination, alone=len(combinations) == 1) for combination in combinations]
 
 
-def named_layer(test: pytest.Item, name: str) -> Source:
+def plan_of(test: pytest.Item) -> Plan:
+    """The plan that a test runs with: that of its parameter, with all that its marks say by now.
+
+    Marks of a parameter set, and those that hooks add, come after pytest was told which parameters there are.
+
+    Raises:
+        SpecError: A mark makes no sense, or lists sources where there can be no test for each.
+    """
+    plans, given = plans_of(test), given_plan(test)
+    if given is None and len(plans) > 1:
+        raise SpecError(
+            f"a list of sources makes no matrix here ({', '.join(plan.label for plan in plans)}): have the test name its fixture among its "
+            'arguments or in @pytest.mark.usefixtures("vm"); in a unittest.TestCase write one source, and a class for each'
+        )
+    if given is None or (given.alone and plans[0].alone):
+        return plans[0]
+    same = [plan for plan in plans if plan.sources == given.sources]
+    if given.alone or not same:
+        raise SpecError(
+            "a parameter set, or a hook, changes what sources the mark lists, when the tests are made already: list them in the mark on "
+            "the function, the class or the module, and one at most in a parameter set or a hook"
+        )
+    return same[0]
+
+
+def given_plan(test: pytest.Item) -> Plan | None:
+    """The plan that a test has as a parameter, if any."""
+    given = (parameter(test, name) for name in (*SHARED, "_vm_plan"))
+    return next((plan for plan in given if isinstance(plan, Plan)), None)
+
+
+def named_layer(node: pytest.Item | pytest.Collector, name: str) -> Source:
     """The layer of this name in the test's module or in a conftest above it; else the name is an image's."""
-    module = getattr(test, "module", None)
+    found = (getattr(place, name, None) for place in _places(node)) if name.isidentifier() else ()
+    return next((each for each in found if isinstance(each, Layer)), name)
+
+
+def near_layers(node: pytest.Item | pytest.Collector, name: str) -> list[str]:
+    """The names, nearest first, of layers that a test could have meant by a name."""
+    there = {each for place in _places(node) for each, value in vars(place).items() if isinstance(value, Layer)}
+    return difflib.get_close_matches(name, sorted(there), n=3)
+
+
+def _places(node: pytest.Item | pytest.Collector) -> list[object]:
+    """The test's module, and the conftests above it, the closest first."""
     conftests = [
         plugin
-        for plugin in test.config.pluginmanager.get_plugins()
-        if Path(str(getattr(plugin, "__file__", None) or "")).name == "conftest.py" and Path(plugin.__file__).parent in test.path.parents
+        for plugin in node.config.pluginmanager.get_plugins()
+        if Path(str(getattr(plugin, "__file__", None) or "")).name == "conftest.py" and Path(plugin.__file__).parent in node.path.parents
     ]
     conftests.sort(key=lambda plugin: len(Path(plugin.__file__).parts), reverse=True)
-    for place in (module, *conftests):
-        found = getattr(place, name, None) if name.isidentifier() else None
-        if isinstance(found, Layer):
-            return found
-    return name
+    module = getattr(node, "module", None)
+    return [*([module] if module is not None else []), *conftests]
 
 
 def parameter(node: object, name: str) -> object:
@@ -77,40 +116,81 @@ def parameter(node: object, name: str) -> object:
     return None if callspec is None else callspec.params.get(name)
 
 
-def _merged(test: pytest.Item) -> dict[str, dict[str, Any]]:
-    """The keywords of all marks on a test, by the machine's name; of the same keyword the closest mark's."""
+def _merged(node: pytest.Item | pytest.Collector) -> dict[str, dict[str, Any]]:
+    """The keywords of all marks on a test, by the machine's name; of the same keyword the nearest mark's."""
+    marks = [*_nearest_first(node)][::-1]
+    wrong = dict.fromkeys(mistake for mark in marks for mistake in _mistakes(mark))
+    if wrong:
+        raise SpecError("\n  ".join(wrong))
     wishes: dict[str, dict[str, Any]] = {}
-    for mark in reversed(list(test.iter_markers("vm"))):
-        keywords = dict(mark.kwargs)
-        if len(mark.args) > 1:
-            raise SpecError(f"the vm mark takes one source, not {len(mark.args)}")
-        if mark.args and "source" in keywords:
-            raise SpecError("the source is given twice: by place and by name")
-        if mark.args:
-            keywords["source"] = mark.args[0]
-        check_keywords({key: value for key, value in keywords.items() if key != "source"})
+    for mark in marks:
+        keywords = {**({"source": mark.args[0]} if mark.args else {}), **mark.kwargs}
         wishes.setdefault(keywords.get("name", "vm"), {}).update(keywords)
     return wishes
 
 
-def _sources(test: pytest.Item, wish: Mapping[str, Any]) -> list[Source | None]:
+def _nearest_first(node: pytest.Item | pytest.Collector) -> Iterator[pytest.Mark]:
+    """The marks of a test's parameter set, of its function, of its classes in the order in which Python looks attributes up, of its module.
+
+    One that a hook has added counts as the farthest of those of its test, or as the nearest, as the hook said.
+    """
+    for each in reversed(node.listchain()):
+        depths = _depths(each)
+        yield from sorted((mark for mark in each.own_markers if mark.name == "vm"), key=lambda mark: depths.get(id(mark), 0))
+
+
+def _depths(node: object) -> dict[int, int]:
+    """How far away from a test marks of its own node are, by their ids, where pytest has them the other way round; 0 for all others."""
+    callspec = getattr(node, "callspec", None)
+    if callspec is not None:
+        return dict.fromkeys(map(id, callspec.marks), -1)
+    bases: tuple[type, ...] = node.obj.__mro__ if isinstance(node, pytest.Class) else ()
+    return {id(mark): depth for depth, base in reversed([*enumerate(bases)]) for mark in _marks_on(base)}
+
+
+def _marks_on(kind: type) -> list[object]:
+    marks = kind.__dict__.get("pytestmark", ())
+    return [getattr(mark, "mark", mark) for mark in (marks if isinstance(marks, list | tuple) else (marks,))]
+
+
+def _mistakes(mark: pytest.Mark) -> list[str]:
+    """All that is wrong with a mark by itself."""
+    keywords = {key: value for key, value in mark.kwargs.items() if key != "source"}
+    sources = [*mark.args, *([mark.kwargs["source"]] if "source" in mark.kwargs else [])]
+    wrong = []
+    if len(mark.args) > 1:
+        wrong.append(f"the vm mark takes one source, not {len(mark.args)}")
+    elif len(sources) > 1:
+        wrong.append("the source is given twice: by place and by name")
+    else:
+        listed = [each for source in sources for each in (source if isinstance(source, list | tuple) else [source])]
+        if sources and not listed:
+            wrong.append("source=[]: takes at least one source")
+        wrong += [mistake for source in listed for mistake in mistakes({"source": source})]
+    return [*wrong, *mistakes(keywords)]
+
+
+def _sources(node: pytest.Item | pytest.Collector, wish: Mapping[str, Any]) -> list[Source | None]:
     source = wish.get("source")
     if source is None:
         return [None]
-    sources = list(source) if isinstance(source, list | tuple) else [source]
-    if not sources:
-        raise SpecError("source=[]: takes at least one source")
-    return [named_layer(test, each) if isinstance(each, str) else each for each in sources]
+    sources = source if isinstance(source, list | tuple) else [source]
+    return [named_layer(node, each) if isinstance(each, str) else each for each in sources]
 
 
-def _plan(config: pytest.Config, wishes: Mapping[str, Mapping[str, Any]], label: str) -> Plan:
+def _plan(wishes: Mapping[str, Mapping[str, Any]], sources: tuple[Source | None, ...], *, alone: bool) -> Plan:
+    """The plan of one choice among the sources, of which it is known that a layer's keywords and the mark's fit together."""
+    given = [{} if source is None else {"source": source} for source in sources]
+    chosen = {name: {**wish, **source} for (name, wish), source in zip(wishes.items(), given, strict=True)}
+    for wish in chosen.values():
+        if "source" in wish:
+            MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
     named = {
         name: {key: repr(sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in wish.items()}
-        for name, wish in wishes.items()
+        for name, wish in chosen.items()
     }
-    layers = [id(wish.get("source")) for wish in wishes.values() if isinstance(wish.get("source"), Layer)]
-    key = digest(named, layers)
-    return config.stash.setdefault(_PLANS, {}).setdefault(key, Plan(wishes, label, key))
+    layers = [id(source) for source in sources if isinstance(source, Layer)]
+    return Plan(digest(named, layers), chosen, "-".join(map(_label, sources)), sources, alone)
 
 
 def _label(source: Source | None) -> str:

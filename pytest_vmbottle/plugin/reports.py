@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_vmbottle.errors import VMBottleError
-from pytest_vmbottle.infra import PROPERTY, cause_of, cause_told
+from pytest_vmbottle.infra import PROPERTY, cause_of, cause_told, note
 from pytest_vmbottle.plugin.collection import uses_machine
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.shown import coloured, printable
@@ -110,8 +110,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if cause and (PROPERTY, cause) not in item.user_properties:
         item.user_properties.append((PROPERTY, cause))
     report: pytest.TestReport = yield  # type: ignore[assignment]
-    if cause:
-        setattr(report, PROPERTY, cause)
+    note(report, call.excinfo.value if call.excinfo else None)
     if call.when == "call":
         _fail_for_panics(report, item.config.stash[SESSION])
     if (

@@ -57,6 +57,7 @@ class Session:
         self.blamed: set[str] = set()
         self.unable: dict[str, int] = {}
         self.wanted: set[str] = set()
+        self.test: pytest.Item | None = None
         self._used: WeakSet[Machine] = WeakSet()
 
     @property
@@ -228,6 +229,12 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
     from pytest_vmbottle.backends.qemu import QemuBackend
 
     return QemuBackend(accelerator=options.accelerator, pack_kind=options.pack_kind, account=options.account, proofs=session.catalog.proofs)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Notes which test it is that shared fixtures are asked by: they only know their class, module or session."""
+    item.config.stash[SESSION].test = item
 
 
 class Interrupted:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from copy import copy
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle import packs
 from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.backend import OwnImages, PackKind, Unwakeable
-from pytest_vmbottle.errors import CatalogError, MachineError, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.errors import CatalogError, PackCorrupt, SpecError, VMBottleError
 from pytest_vmbottle.generations import Holds
 from pytest_vmbottle.packs import Manifest
 from pytest_vmbottle.provision import steps
@@ -75,13 +76,14 @@ class Bottler:
 
     def _get(self, plan: Plan) -> Pack:
         if plan.key in self._failed:
-            raise _once_more(plan.name, self._failed[plan.key], machine=plan.spec.name)
+            raise _once_more(self._failed[plan.key])
         try:
             with self._context.explained():
                 return self._find(plan) or self._make_once(plan)
         except SpecError:
             raise  # a mistake of each test that describes such a machine
         except VMBottleError as error:
+            error.origin = error.origin or plan.key
             self._failed.setdefault(plan.key, error)
             raise
 
@@ -169,8 +171,8 @@ class Bottler:
         return plan.kind
 
 
-def _once_more(name: str, error: VMBottleError, *, machine: str) -> MachineError:
-    """In one line what was told in full already."""
-    again = MachineError(f"the pack of {name} could not be built earlier in this run: {str(error).splitlines()[0]}", machine=machine)
+def _once_more(error: VMBottleError) -> VMBottleError:
+    """An error for one more who meets it, who need not try again; the error itself would gather the stacks of all of them."""
+    again = copy(error)
     again.lasting = True
     return again

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_vmbottle import images
 from pytest_vmbottle.backend import OwnImage, OwnImages
-from pytest_vmbottle.errors import CatalogError, SpecError
+from pytest_vmbottle.errors import CatalogError, ImageMissing, SpecError
 from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.provision.context import BUILD_SECONDS
 from pytest_vmbottle.spec import host_arch
@@ -91,9 +91,10 @@ class Sources:
             near = [] if official else difflib.get_close_matches(name, [*there, *images.RECIPES, *images.CLOUD_IMAGES], n=1)
             hint = f": did you mean {near[0]!r}?" if near else ""
             how = f"Download it: vmbottle image pull {name}" if official else f"Add one: vmbottle image add FILE --name {name}"
-            raise CatalogError(
+            raise ImageMissing(
                 f"there is no image {name!r} in the catalog{hint} "
-                f"(there: {', '.join(there) or 'none'}; can be built: {', '.join(sorted(images.RECIPES))}). {how}"
+                f"(there: {', '.join(there) or 'none'}; can be built: {', '.join(sorted(images.RECIPES))}). {how}",
+                name=name,
             )
         with self._making(name, BUILD_SECONDS) as tell:
             return self._sound(name, again=True) or images.build(self._store, name, progress=tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,39 @@ def test_layer(vm): pass
     assert "1 test without a machine, not judged (1 MachineError); 0 machines tried again" in said(result)
     assert "ERROR test_it.py::test_fixture" in said(result)
     assert "INFRA test_it.py::test_layer" in said(result)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+def test_a_failed_layer_is_told_in_full_exactly_once_and_all_others_name_that_test(run: Run, workers: tuple[str, ...]) -> None:
+    text = """
+import os, time
+
+@layer("debian-12")
+def broken(vm): raise RuntimeError(f"attempt {os.getpid()} at {time.time()}\\nthe reason")
+
+@layer(broken)
+def above(vm): pass
+
+@pytest.mark.vm(above)
+class TestAbove:
+    @pytest.mark.parametrize("n", range(3))
+    def test_own(self, vm, n): pass
+    def test_shared(self, class_vm): pass
+    def test_shared_too(self, class_vm): pass
+
+@pytest.mark.vm(broken)
+@pytest.mark.parametrize("n", range(3))
+def test_broken(vm, n): pass
+
+def test_made(vm_factory): vm_factory(broken)
+"""
+    result = said(run(text, *workers, status=1))
+
+    assert len(re.findall("^(E +)?the reason", result, re.MULTILINE)) == 1
+    named = re.findall(r"\(told in full for (\S+)\)\n", result)
+    assert len(named) >= 8
+    assert len(set(named)) == 1
+    assert result.count("--- the console's last lines ---") == 1
 
 
 def test_a_description_that_makes_no_sense_is_not_infra(run: Run) -> None:

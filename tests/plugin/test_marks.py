@@ -48,6 +48,322 @@ def vm_defaults(vm_defaults):
     )
 
 
+def test_the_nearest_class_wins_among_bases_and_mixins_and_a_parameter_set_wins_over_all(run: Run) -> None:
+    run(
+        """
+shared = pytest.mark.vm(env={"FROM": "far"})
+
+@pytest.mark.vm("debian-12", cpus=2, memory="64M", user="base", timeout=1)
+class Base:
+    pass
+
+@shared
+@pytest.mark.vm(cpus=3, user="mixin")
+class Mixin:
+    pass
+
+class Middle(Mixin, Base):
+    pytestmark = pytest.mark.vm(cpus=4, timeout=4)
+
+class TestLeaf(Middle):
+    pytestmark = [pytest.mark.vm(cpus=5)]
+
+    def test_class(self, vm, module_vm):
+        for machine in (vm, module_vm):
+            spec = machine.spec
+            assert (spec.cpus, spec.memory, spec.user, spec.timeout, dict(spec.env)) == (5, 64 << 20, "mixin", 4, {"FROM": "far"})
+
+    @pytest.mark.vm(cpus=6, user="function")
+    def test_function(self, class_vm):
+        assert (class_vm.spec.cpus, class_vm.spec.user, class_vm.spec.timeout) == (6, "function", 4)
+
+    class TestInner(Base):
+        def test_nested(self, vm):
+            assert (vm.spec.cpus, vm.spec.user) == (2, "base")
+
+    @pytest.mark.parametrize(
+        ("cpus", "user"),
+        [
+            (6, "function"),
+            pytest.param(7, "function", marks=pytest.mark.vm(cpus=7)),
+            pytest.param(8, "set", marks=[pytest.mark.vm(cpus=8), pytest.mark.vm(user="set")]),
+        ],
+    )
+    @pytest.mark.vm(cpus=6, user="function")
+    def test_parameter_set(self, cpus, user, vm, session_vm):
+        for machine in (vm, session_vm):
+            assert (machine.spec.cpus, machine.spec.user, machine.spec.timeout) == (cpus, user, 4)
+
+@shared
+class TestOther(TestLeaf):
+    def test_class(self, vm):
+        assert (vm.spec.cpus, dict(vm.spec.env)) == (5, {"FROM": "far"})
+    test_function = test_parameter_set = TestInner = None
+""",
+        passed=7,
+    )
+
+
+def test_a_parameter_set_can_be_all_that_describes_a_machine_and_goes_with_a_matrix(run: Run) -> None:
+    run(
+        """
+@layer("debian-12")
+def web(vm): pass
+
+machine = pytest.mark.vm("debian-12", user="nobody")
+
+@pytest.mark.parametrize("n", [pytest.param(1, marks=machine), pytest.param(2, marks=pytest.mark.vm("web", name="db"))])
+def test_alone(vm, session_vm, n):
+    assert vm.spec == session_vm.spec
+    assert (vm.spec.user, len(vm.spec.steps)) == (("nobody", 0) if n == 1 else ("root", 1))
+
+@pytest.mark.vm([web, "debian-12"])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.vm(cpus=2))])
+@pytest.mark.parametrize("fixture", ["vm", "session_vm"])
+def test_matrix(vm, session_vm, fixture, request, n):
+    spec = request.getfixturevalue(fixture).spec
+    assert spec.cpus == n
+    assert len(spec.steps) == ("web" in request.node.name)
+""",
+        passed=10,
+    )
+
+
+@pytest.mark.parametrize("hook", ["pytest_collection_modifyitems(items)", "pytest_itemcollected(item)", "pytest_runtest_setup(item)"])
+def test_a_mark_that_a_hook_adds_counts_behind_those_of_the_function_or_before_them(run: Run, hook: str) -> None:
+    run(
+        """
+def test_unmarked(vm):
+    assert (vm.spec.cpus, vm.spec.user, vm.spec.image) == (2, "first", "debian-12")
+
+@pytest.mark.vm(cpus=3, user="function")
+class TestClass:
+    def test_class(self, vm): assert (vm.spec.cpus, vm.spec.user) == (2, "first")
+
+    @pytest.mark.vm(cpus=4, user="function")
+    def test_function(self, vm): assert (vm.spec.cpus, vm.spec.user) == (4, "first")
+
+    def test_dynamic(self, request): assert request.getfixturevalue("vm").spec.cpus == 2
+""",
+        conftest=f"""
+@pytest.hookimpl(trylast="runtest" not in {hook!r})
+def {hook}:
+    for each in {"items" if "items" in hook else "[item]"}:
+        each.add_marker(pytest.mark.vm("debian-12", cpus=2))
+        each.add_marker(pytest.mark.vm(user="first"), append=False)
+""",
+        passed=4,
+    )
+
+
+def test_a_mark_that_a_hook_adds_counts_for_shared_machines_too_and_is_refused_where_it_comes_too_late(run: Run) -> None:
+    result = run(
+        """
+pytestmark = pytest.mark.vm("debian-12", memory="64M")
+ids = set()
+
+def test_one(session_vm):
+    ids.add(session_vm.id)
+    assert session_vm.spec.cpus == 2
+
+def test_two(session_vm):
+    ids.add(session_vm.id)
+    assert session_vm.spec.cpus == 1
+
+def test_three(session_vm):
+    ids.add(session_vm.id)
+    assert (session_vm.spec.cpus, len(ids)) == (2, 1)
+
+def test_late(session_vm): pass
+def test_later(vm): pass
+""",
+        conftest="""
+def pytest_itemcollected(item):
+    if item.name in ("test_one", "test_three"):
+        item.add_marker(pytest.mark.vm(cpus=2))
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    if item.name == "test_late":
+        item.add_marker(pytest.mark.vm(cpus=3))
+    yield
+    if item.name == "test_later":
+        item.add_marker(pytest.mark.vm(cpus=3))
+""",
+        status=1,
+        passed=4,
+        errors=2,
+    )
+
+    assert said(result).count("SpecError: a vm mark was added") >= 2
+
+
+def test_a_list_of_sources_that_cannot_be_honoured_is_refused_with_what_to_write(run: Run) -> None:
+    result = run(
+        """
+import unittest
+two = pytest.mark.vm(["debian-12", "debian-13"])
+
+@pytest.mark.parametrize("n", [pytest.param(1, marks=two)])
+def test_parameter_set(vm, n): pass
+
+@pytest.mark.vm("debian-12")
+def test_hook(vm): pass
+
+@two
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.vm("debian-11"))])
+def test_changed(vm, n): pass
+
+@two
+def test_two_shared(class_vm, module_vm): pass
+
+@two
+class TestCase(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def machine(self, vm): pass
+    def test_unittest(self): pass
+
+@two
+def test_that_uses_none(): open("ran", "w").close()
+""",
+        conftest="""
+def pytest_itemcollected(item):
+    if item.name == "test_hook":
+        item.add_marker(pytest.mark.vm(["debian-12", "debian-13"]), append=False)
+""",
+        status=4,
+    )
+
+    for name, advice in {
+        "test_parameter_set[1]": "one at most in a parameter set",
+        "test_hook": "one at most in a parameter set",
+        "test_changed[debian-12-1]": "one at most in a parameter set",
+        "test_two_shared[debian-12]": "ask for one of them",
+        "TestCase::test_unittest": "a class for each",
+    }.items():
+        assert re.search(rf"^test_it.py::{re.escape(name)}: .*{advice}", said(result), re.MULTILINE), name
+    assert "test_that_uses_none" not in said(result)
+
+
+def test_a_machine_of_a_matrix_or_a_shared_one_is_refused_where_it_is_asked_for_while_the_test_runs(run: Run) -> None:
+    result = run(
+        """
+@pytest.mark.vm(["debian-12", "debian-13"])
+@pytest.mark.parametrize("name", ["vm", "vms", "vm_spec"])
+def test_matrix(request, name): request.getfixturevalue(name)
+
+@pytest.mark.vm("debian-12")
+@pytest.mark.parametrize("name", ["class_vm", "module_vm", "session_vm"])
+def test_shared(request, name): request.getfixturevalue(name)
+
+@pytest.mark.vm(["debian-12", "debian-13"])
+@pytest.mark.usefixtures("vm")
+def test_that_says_so(request):
+    assert request.getfixturevalue("vm").spec.image in request.node.name
+""",
+        "-k",
+        "not 13",
+        status=1,
+        failed=6,
+        passed=1,
+    )
+
+    assert said(result).count('@pytest.mark.usefixtures("vm")') >= 3
+    for name in ("class_vm", "module_vm", "session_vm"):
+        assert f"@pytest.mark.usefixtures('{name}')" in said(result)
+
+
+def test_in_unittest_the_machine_of_a_class_is_what_the_marks_of_the_class_say(run: Run) -> None:
+    text = """
+import unittest
+
+class Base(unittest.TestCase):
+    pytestmark = pytest.mark.vm("debian-12", cpus=2, user="base")
+
+    @pytest.fixture(autouse=True)
+    def machine(self, {fixture}):
+        self.spec = {fixture}.spec
+
+@pytest.mark.vm(cpus=3)
+class TestNear(Base):
+    def test_it(self): assert (self.spec.cpus, self.spec.user) == (3, "base")
+
+class TestFar(Base):
+    def test_it(self): assert self.spec.cpus == 2
+    {mark}
+    def test_other(self): assert self.spec.cpus == {cpus}
+"""
+    run(text.format(fixture="class_vm", mark="", cpus=2), passed=3)
+    run(text.format(fixture="vm", mark="@pytest.mark.vm(cpus=4)", cpus=4), passed=3)
+    on_method = run(text.format(fixture="class_vm", mark="@pytest.mark.vm(cpus=4)", cpus=4), status=4)
+    session = run(text.format(fixture="session_vm", mark="", cpus=2), status=4)
+
+    assert "test_it.py::TestFar::test_other: class_vm" in said(on_method)
+    assert "TestFar::test_it" not in said(on_method)
+    assert said(session).count("use class_vm there") == 3
+
+
+def test_all_that_is_wrong_with_a_mark_is_told_together(run: Run) -> None:
+    result = run(
+        """
+@pytest.mark.vm(5, "debian-13", cpuss=1, memory="lots", network="my lan")
+@pytest.mark.vm(user="Not A User")
+def test_many(vm): pass
+
+@pytest.mark.vm(["debian-12", 5, 6], cpus="2")
+def test_sources(vm): pass
+""",
+        status=4,
+    )
+
+    for mistake in (
+        "one source, not 2",
+        "'cpuss'",
+        "memory='lots'",
+        "network='my lan'",
+        "'Not A User'",
+        "source=5",
+        "source=6",
+        "cpus='2'",
+    ):
+        assert said(result).count(mistake) == 1, mistake
+    assert said(result).count("the signature is") == 2
+
+
+def test_a_misspelt_layer_is_the_tests_mistake_and_near_ones_are_named(run: Run) -> None:
+    result = run(
+        """
+@layer("debian-12")
+def web_server(vm): pass
+
+@layer("web_server")
+def above(vm): pass
+
+@pytest.mark.vm("web_sever")
+def test_own(vm): pass
+
+@pytest.mark.vm("databse")
+def test_of_conftest(session_vm): pass
+
+@pytest.mark.vm("above")
+def test_layer_beneath(vm): pass
+
+def test_factory(vm_factory): vm_factory("webserver")
+
+@pytest.mark.vm("nothing-like-it")
+def test_no_image(vm): pass
+""",
+        conftest='\n@layer("debian-12")\ndef database(vm): pass\n',
+        status=1,
+        errors=4,
+        failed=1,
+    )
+
+    assert said(result).count("did you mean the layer 'web_server'?") >= 3
+    assert "did you mean the layer 'database'?" in said(result)
+    assert re.findall(r"^INFRA (\S+)", said(result), re.MULTILINE) == ["test_it.py::test_no_image"]
+
+
 def test_an_ini_value_need_not_be_quoted(run: Run, pytester: pytest.Pytester) -> None:
     pytester.makeini(
         "[pytest]\nvm_defaults =\n    source = debian-12\n    memory = 64M\n    cpus = 2\n    network = true\n    ports = [80]\n"

@@ -30,6 +30,7 @@ EXAMPLES: list[VMBottleError] = [
     errors.CommandTimeout(RESULT, 2.5),
     errors.TransferError("it broke off", src=Path("/here"), dst="/there"),
     errors.CatalogError("not writable"),
+    errors.ImageMissing("there is none", name="debain-12"),
     errors.PackCorrupt("flipped"),
 ]
 

@@ -627,21 +627,22 @@ def above(_: Machine) -> None:
     ran.append("above")
 
 
-def test_a_failing_layer_raises_once_in_full_then_shortly_and_is_tried_again_by_the_next_run(
+def test_a_failing_layer_fails_alike_for_all_who_need_it_and_is_tried_again_by_the_next_run(
     make: Make, backend: FakeBackend, catalog: Catalog
 ) -> None:
     provisioner = make()
     with pytest.raises(MachineError) as full:
         pour(provisioner, failing)
-    with pytest.raises(MachineError) as short:
+    with pytest.raises(MachineError) as again:
         pour(provisioner, failing)
 
     assert "the layer failing could not be built: RuntimeError: the shelf\nis empty" in str(full.value)
     assert full.value.console_tail == "vm started"
     assert isinstance(full.value.__cause__, RuntimeError)
-    assert str(short.value) == (
-        "the pack of failing could not be built earlier in this run: the layer failing could not be built: RuntimeError: the shelf"
-    )
+    assert (str(again.value), again.value.origin) == (str(full.value), full.value.origin)
+    assert again.value.origin
+    assert again.value is not full.value
+    assert again.value.lasting
     assert ran == ["failing"]
     assert backend.stopped == len(backend.launched)
     assert [packs.read(path).manifest.name for path in catalog.packs.iterdir()] == [IMAGE]
@@ -652,10 +653,13 @@ def test_a_failing_layer_raises_once_in_full_then_shortly_and_is_tried_again_by_
 
 def test_a_layer_on_a_failing_layer_is_not_begun(make: Make) -> None:
     provisioner = make()
-    for _ in range(2):
-        with pytest.raises(MachineError, match="could not be built"):
-            pour(provisioner, above)
+    origins = set()
+    for needed in (above, failing, above):
+        with pytest.raises(MachineError) as error:
+            pour(provisioner, needed)
+        origins.add(error.value.origin)
 
+    assert len(origins) == 1
     assert ran == ["failing"]
 
 
