@@ -1,21 +1,34 @@
-"""The cloud-init seed of a machine: a NoCloud ISO with its identity, its keys, and the user's own cloud-config.
+"""The cloud-init seed of a machine: a NoCloud ISO with its identity, its keys, and the user's own user-data.
 
-Format: https://cloudinit.readthedocs.io/en/latest/reference/datasources/nocloud.html
+Format: https://cloudinit.readthedocs.io/en/latest/reference/datasources/nocloud.html and, of the user-data,
+https://cloudinit.readthedocs.io/en/latest/explanation/format.html
 """
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import suppress
+from email import message_from_bytes
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
 from io import BytesIO
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pycdlib
 import yaml
 
 from pytest_vmbottle.backend import GUEST_MAC, Keys
 from pytest_vmbottle.errors import SpecError
+from pytest_vmbottle.spec import POWER_IN_FIRST_BOOT, ends_first_boot, script_ends_first_boot
+
+if TYPE_CHECKING:
+    from email.message import Message
+    from pathlib import Path
 
 __all__ = ["write_seed"]
 
+_HEADER = b"#cloud-config\n"
 # Everything a guest does not need in order to be reached is left to the image. By its address the card is found whoever sets it up: only
 # netplan and networkd know patterns for names, others would look for a card of the name that stands here (cloudinit/net/network_state.py).
 _NETWORK = {"version": 2, "ethernets": {"nic": {"match": {"macaddress": GUEST_MAC}, "dhcp4": True}}}
@@ -28,44 +41,139 @@ def write_seed(path: Path, *, hostname: str, keys: Keys, user_data: str | None =
         path: Where; only this user can read it.
         hostname: The guest's name, which also names the instance to cloud-init.
         keys: What it is to let us in with, and to identify itself by.
-        user_data: A cloud-config document whose keys are added to ours and win over them.
+        user_data: What cloud-init takes. It wins over ours, but for what we are let in by.
 
     Raises:
-        SpecError: `user_data` is not valid YAML, or not a mapping.
+        SpecError: It is not what it says it is, or would end the first boot.
     """
-    config = {**_ours(hostname, keys), **_theirs(user_data)}
     files = {
-        "user-data": "#cloud-config\n" + yaml.safe_dump(config, sort_keys=False),
-        "meta-data": yaml.safe_dump({"instance-id": f"vmbottle-{hostname}", "local-hostname": hostname}),
-        "network-config": yaml.safe_dump(_NETWORK, sort_keys=False),
+        "user-data": _user_data(hostname, keys, user_data),
+        "meta-data": _dump({"instance-id": f"vmbottle-{hostname}", "local-hostname": hostname}),
+        "network-config": _dump(_NETWORK),
     }
     path.touch(mode=0o600)
-    _write_iso(path, {name: text.encode() for name, text in files.items()})
+    _write_iso(path, files)
 
 
-def _ours(hostname: str, keys: Keys) -> dict[str, object]:
-    return {
-        "hostname": hostname,
+def _user_data(hostname: str, keys: Keys, theirs: str | None) -> bytes:
+    ours: dict[str, object] = {"hostname": hostname, "ssh_pwauth": False, "ssh_deletekeys": True}
+    if theirs is None or _is_config(theirs):
+        config = _read_config(theirs) if theirs is not None else {}
+        return _HEADER + _dump(_opened({**ours, **config}, keys))
+    message = MIMEMultipart()
+    # Parts are merged in their order: a later one wins, but for lists that are said to be appended to (cloudinit/handlers/cloud_config.py).
+    opened = _opened({}, keys)
+    append = {"ssh_authorized_keys": opened.pop("ssh_authorized_keys"), "merge_how": "list(append)+dict(no_replace,recurse_list)+str()"}
+    for part in (_part(_HEADER + _dump(ours)), _checked_part(theirs), *(_part(_HEADER + _dump(each)) for each in (opened, append))):
+        message.attach(part)
+    return message.as_bytes()
+
+
+def _opened(config: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    """A cloud-config that lets us in as root, whatever it says of others."""
+    own = {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public}
+    named = _as_list(config.get("ssh_authorized_keys"))
+    opened = {
+        **config,
         "disable_root": False,
-        "ssh_pwauth": False,
-        "ssh_deletekeys": True,
-        "ssh_keys": {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public},
+        "ssh_keys": {**(config.get("ssh_keys") or {}), **own},
         # For root too, since it is not disabled. Named among the `users`, root would get its password locked, and an sshd without PAM, as
         # Alpine's, lets nobody in whose password is (cloudinit/config/cc_ssh.py, cloudinit/distros/__init__.py).
-        "ssh_authorized_keys": [keys.user_public],
+        "ssh_authorized_keys": [*named, keys.user_public],
     }
+    if "user" in config:
+        opened["user"] = _unlocked(config["user"])
+    if "users" in config:
+        users = config["users"]
+        opened["users"] = _unlocked(re.split(r"\s*,\s*", users) if isinstance(users, str) else users)
+    passwords = config.get("chpasswd")
+    if isinstance(passwords, dict) and re.search(r"\broot\b", str(passwords)):
+        opened["chpasswd"] = {**passwords, "expire": False}  # whose password has expired cannot run anything until it is changed
+    return opened
 
 
-def _theirs(user_data: str | None) -> dict[str, object]:
-    if user_data is None:
-        return {}
-    try:
-        config = yaml.safe_load(user_data)
-    except yaml.YAMLError as error:
-        raise SpecError(f"user_data is not valid YAML: {error}") from error
+def _unlocked(users: object) -> object:
+    """What a cloud-config says of users, but that root is one who can log in."""
+    if isinstance(users, list):
+        return [_unlocked(each) for each in users]
+    if users == "root":
+        users = {"name": "root"}
+    if not isinstance(users, dict):
+        return users
+    if isinstance(users.get("root"), dict):  # by their names
+        return {**users, "root": _without_lock(users["root"])}
+    return _without_lock(users) if users.get("name") == "root" else users
+
+
+def _without_lock(user: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in user.items() if key != "ssh_redirect_user"} | {"lock_passwd": False}
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_config(text: str) -> bool:
+    """Whether it is a cloud-config, rather than another kind that cloud-init knows."""
+    return re.match(r"#cloud-config(?!-archive|-jsonp)", text, re.IGNORECASE) is not None
+
+
+def _read_config(text: str) -> dict[str, Any]:
+    config = _read_yaml(text)
     if not isinstance(config, dict):
         raise SpecError("user_data must be a mapping at its top level")
+    _refuse_power(ends_first_boot(config))
     return config
+
+
+def _read_yaml(text: str) -> object:
+    with suppress(ValueError):  # YAML's reader takes the JSON of characters beyond 16 bits for two each
+        return json.loads(text.partition("\n")[2])
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"user_data is not valid YAML: {error}") from error
+
+
+def _checked_part(text: str) -> Message:
+    """Somebody else's user-data as a part of ours, if it leaves the guest running."""
+    if not text.startswith("#"):
+        message = message_from_bytes(text.encode())
+        for part in message.walk():
+            content = part.get_payload(decode=True)
+            if isinstance(content, bytes):
+                text = content.decode(errors="replace")
+                _check(text)
+                if part.get_content_maintype() == "text":  # cloud-init would read characters beyond ASCII wrongly, as they are
+                    del part["Content-Transfer-Encoding"]
+                    part.set_payload(text, "utf-8")
+        return message
+    _check(text)
+    return _part(text.encode())
+
+
+def _check(text: str) -> None:
+    if _is_config(text):
+        _read_config(text)
+    elif text.lower().startswith("#cloud-config-archive"):
+        for entry in _as_list(_read_yaml(text)):
+            content = entry.get("content") if isinstance(entry, dict) else entry
+            _check(content if isinstance(content, str) else "")
+    elif text.startswith(("#!", "#cloud-boothook", "##")) and script_ends_first_boot(text):
+        _refuse_power(text.partition("\n")[0])
+
+
+def _refuse_power(found: str) -> None:
+    if found:
+        raise SpecError(f"user_data={found!r}: {POWER_IN_FIRST_BOOT}")
+
+
+def _part(content: bytes) -> Message:
+    return MIMEText(content.decode(), _charset="utf-8")  # its first line says what it is
+
+
+def _dump(value: object) -> bytes:
+    return yaml.safe_dump(value, sort_keys=False).encode()
 
 
 def _write_iso(path: Path, files: dict[str, bytes]) -> None:

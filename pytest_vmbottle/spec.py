@@ -10,10 +10,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import stat
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +27,19 @@ from pytest_vmbottle.errors import SpecError
 if TYPE_CHECKING:
     from pytest_vmbottle.machine import Machine
 
-__all__ = ["SIGNATURE", "Layer", "MachineSpec", "Source", "check_keywords", "digest", "layer", "mistakes"]
+__all__ = [
+    "POWER_IN_FIRST_BOOT",
+    "SIGNATURE",
+    "Layer",
+    "MachineSpec",
+    "Source",
+    "check_keywords",
+    "digest",
+    "ends_first_boot",
+    "layer",
+    "mistakes",
+    "script_ends_first_boot",
+]
 
 Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
@@ -46,6 +60,21 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
 _CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CPU_FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9._-]{0,40}|[a-z0-9][a-z0-9._-]{0,40}=(on|off)")
+# What cloud-init knows the kinds of user-data by (cloudinit/handlers/__init__.py, cloudinit/user_data.py).
+_USER_DATA = re.compile(
+    r"#cloud-config|#cloud-boothook|#include|#part-handler|#!|## template: *jinja|(?=.{0,4096}^mime-version:)[a-z-]+:",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+POWER_IN_FIRST_BOOT = (
+    "would end the first boot before the guest is ready, which is waited for: leave it out, and have a layer or the test do it, by "
+    "vm.reboot() or vm.shutdown()"
+)
+_ENDS_GUEST = re.compile(
+    r"""(?:^|[;&|({`])[\s\-\["']*"""  # where a command begins, also as an entry of a list in YAML
+    r"""(?:(?:sudo|exec|nohup|then|do|else|if|!|time|systemctl|(?:/\S*/)?(?:ba|da|k|z)?sh|-\S+|\w+=\S*)[\s"']+)*"""
+    r"""(?:/\S*/)?(?:(?:reboot|poweroff|halt|shutdown|kexec)(?![\w.:=/-])|(?:tel)?init\s+[06]\b)|^power_state:""",
+    re.MULTILINE,
+)
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _MAX_CPUS = 64
 _MAX_PORT = 65535
@@ -249,11 +278,50 @@ def _files(value: object) -> tuple[tuple[str, Content], ...]:
 def _user_data(value: object) -> str | None:
     if value is None:
         return None
-    if isinstance(value, Mapping):  # JSON is YAML, so a mapping needs no YAML library here
-        return "#cloud-config\n" + json.dumps(value, indent=1, sort_keys=True)
-    if not isinstance(value, str) or not value.startswith("#cloud-config"):
-        raise _fail("user_data", value, "takes a mapping, or text that begins with '#cloud-config'")
+    if isinstance(value, Mapping):
+        ends = ends_first_boot(value)
+        if ends:
+            raise _fail("user_data", ends, POWER_IN_FIRST_BOOT)
+        return "#cloud-config\n" + json.dumps(_plain(value), indent=1, sort_keys=True)
+    if not isinstance(value, str) or not _USER_DATA.match(value):
+        raise _fail("user_data", value, "takes a mapping, or text that begins as cloud-init has it: '#cloud-config', '#!/bin/sh', ...")
+    _plain(value)
     return value
+
+
+def _plain(value: object, *place: object) -> object:
+    """A value that JSON can write and YAML reads as the same; `place` is where it stands in the whole."""
+    if isinstance(value, str):
+        with suppress(UnicodeEncodeError):
+            value.encode()
+            return value
+    elif isinstance(value, bool | int | None) or (isinstance(value, float) and isfinite(value)):
+        return value
+    elif isinstance(value, list | tuple):
+        return [_plain(each, *place, index) for index, each in enumerate(value)]
+    elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str(_plain(key, *place)): _plain(each, *place, key) for key, each in value.items()}
+    at = f"at {'.'.join(map(str, place))}: " if place else ""
+    raise _fail("user_data", value, f"{at}takes text, finite numbers, True, False, None, and lists, and mappings from text, of these")
+
+
+def ends_first_boot(config: Mapping[Any, Any]) -> str:
+    """What in a cloud-config would switch the guest off, or have it boot again, before it is ready; empty if there is nothing."""
+    for key in ("power_state", "package_reboot_if_required"):
+        if config.get(key):
+            return key
+    for key in ("bootcmd", "runcmd"):
+        commands = config.get(key)
+        for command in commands if isinstance(commands, list | tuple) else ():
+            script = shlex.join(map(str, command)) if isinstance(command, list | tuple) else str(command)
+            if script_ends_first_boot(script):
+                return f"{key}: {script}"
+    return ""
+
+
+def script_ends_first_boot(script: str) -> bool:
+    """Whether a command of a shell script is one that ends the guest."""
+    return bool(_ENDS_GUEST.search(script))
 
 
 def _source(value: object) -> str | Path | Layer:
@@ -429,7 +497,7 @@ class MachineSpec:
         packages: Packages installed beforehand.
         files: Files written beforehand: guest path and content.
         run: Shell commands run beforehand, after packages and files.
-        user_data: A cloud-config document that the first boot gets beside ours.
+        user_data: What cloud-init gets for the first boot beside ours: a cloud-config, or another kind that it knows.
         env: Environment variables of every command.
         user: Who runs commands.
         fresh: `"restore"` pours a pack, `"boot"` boots cold.

@@ -58,8 +58,9 @@ def plan(spec: MachineSpec, kind: PackKind, *, image: Image, fingerprint: str, s
         fingerprint: Of all in the host and its backend that makes a difference.
         skipped: Told of what layers depend on and what cannot be read: see `Layer.recipe`.
     """
-    # An image that was not made for us gets what it lacks, if its machines reach the network anyway.
-    base = MachineSpec(source=spec.image, network=spec.nat and not image.prepared, **_boots(spec))
+    # An image that was not made for us gets what it lacks, if its machines reach the network anyway; user-data may fetch something too.
+    network = spec.nat and (not image.prepared or spec.user_data is not None)
+    base = MachineSpec(source=spec.image, network=network, **_boots(spec))
     key = digest(packs.FORMAT, _SEED_FORMAT, kind, image.key, base.network, spec.boot_digest(), fingerprint)
     made = Plan(key=key, kind=kind, spec=base, image=image, steps=(), parent=None)
     for step in spec.steps:

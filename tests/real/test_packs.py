@@ -225,17 +225,34 @@ def _provisioner(catalog: Catalog, warned: list[str] | None = None) -> Provision
     return Provisioner(catalog, QemuBackend(proofs=catalog.proofs), name="qemu", settings=settings)
 
 
-OWN_CONFIG = {"write_files": [{"path": "/root/from-user-data", "content": "ours\n"}], "runcmd": ["touch /root/ran"]}
+OWN_DATA = """#cloud-config-archive
+- |
+  #cloud-config
+  write_files: [{path: /root/from-user-data, content: "ours \N{PINEAPPLE}"}]
+  disable_root: true
+  ssh_authorized_keys: [ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGJ0aGVpcnMAAAAAAAAAAAAAAAAAAAAAAAAAAAAA theirs]
+- |
+  #!/bin/sh
+  touch /root/ran
+- |
+  ## template: jinja
+  #cloud-config
+  runcmd: ["echo {{ v1.local_hostname }} > /root/rendered"]
+"""
 
 
-@pytest.mark.vm("debian-12", fresh="boot", disk="9G", cpus=2, user_data=OWN_CONFIG)
+@pytest.mark.vm("debian-12", fresh="boot", disk="9G", cpus=2, user_data=OWN_DATA)
 def test_a_cold_machine_boots_with_keys_of_its_own_and_what_its_mark_says(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
     poured = vm_factory("debian-12")
     facts = "cat /proc/sys/kernel/random/boot_id /etc/ssh/ssh_host_ed25519_key.pub /root/.ssh/authorized_keys"
     assert set(vm.exec(facts).stdout.splitlines()).isdisjoint(poured.exec(facts).stdout.splitlines())
     assert vm.exec(["cloud-init", "status"]).stdout == "status: done\n"
-    assert vm.path("/root/from-user-data").read_text() == "ours\n"
+    assert vm.path("/root/from-user-data").read_text() == "ours \N{PINEAPPLE}"
     assert vm.path("/root/ran").exists()
+    assert vm.path("/root/rendered").read_text() == "vm\n"
+    ours, theirs = sorted(vm.path("/root/.ssh/authorized_keys").read_text().splitlines(), key=lambda line: line.endswith("theirs"))
+    assert ours.startswith("ssh-ed25519 ")
+    assert theirs.startswith("ssh-ed25519 ")
     assert vm.exec(["nproc"]).stdout == "2\n"
     assert int(vm.exec("df --output=size -B1 / | tail -1").stdout) > 8.5 * 2**30
-    assert "Valid cloud-config" in vm.exec(["cloud-init", "schema", "--system"], timeout=200).stdout
+    assert "Valid cloud-config" in poured.exec(["cloud-init", "schema", "--system"], timeout=200).stdout

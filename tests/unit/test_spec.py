@@ -9,6 +9,7 @@ import socket
 import types
 from collections.abc import Callable
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,24 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"run": [None]},
         {"user_data": "packages: []"},
         {"user_data": 5},
+        {"user_data": b"#cloud-config"},
+        {"user_data": ["#cloud-config"]},
+        {"user_data": date(2026, 1, 1)},
+        {"user_data": {"a": date(2026, 1, 1)}},
+        {"user_data": {"a": [{"b": {1, 2}}]}},
+        {"user_data": {"a": b"bytes"}},
+        {"user_data": {"a": Path("/x")}},
+        {"user_data": {"a": float("nan")}},
+        {"user_data": {1: "a"}},
+        {"user_data": {"a": {None: "b"}}},
+        {"user_data": {"a": "\udc80"}},
+        {"user_data": "#cloud-config\na: \udc80"},
+        {"user_data": {"power_state": {"mode": "reboot"}}},
+        {"user_data": {"package_reboot_if_required": True}},
+        {"user_data": {"runcmd": ["reboot"]}},
+        {"user_data": {"runcmd": [["sh", "-c", "reboot"]]}},
+        {"user_data": {"runcmd": ["sudo systemctl --no-block poweroff"]}},
+        {"user_data": {"bootcmd": [["shutdown", "-h", "now"]]}},
         {"env": {"1A": "x"}},
         {"env": {"A": 1}},
         {"env": {"A": "\0"}},
