@@ -238,6 +238,8 @@ class GuestPath:
         Raises:
             ValueError: The path is not absolute, has a NUL byte in it, or a character that no name can have.
         """
+        if path == "":
+            raise ValueError("an empty path names nothing in the guest: write an absolute one, such as '/srv'")
         self._pure = PurePosixPath(path)
         self._shell = shell
         if not self._pure.is_absolute():

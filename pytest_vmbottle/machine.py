@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, TextIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO, TypeVar
 
 from pytest_vmbottle import fileset, keyboard, openssh, transfer
 from pytest_vmbottle._os import Deadline, atomic_file
@@ -195,11 +195,12 @@ class Machine:
         user: str | None = None,
         input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
         stream: Callable[[str], object] | None = None,
+        shell: Literal["sh", "bash"] = "sh",
     ) -> Result:
         """Runs a command in the guest and waits for its end.
 
         Args:
-            command: A list of words runs as it is; a string is a script for `sh -eu -c`.
+            command: A list of words runs as it is; a string is a script for `sh -eu -c`, where a pipe has its last command's status.
             check: Whether a status other than 0 raises.
             timeout: Seconds until it is killed, with everything it started.
             env: Environment variables besides the standard ones and those of the spec.
@@ -208,25 +209,29 @@ class Machine:
             input: What its standard input gives.
             stream: Gets what it prints while it runs, line by line with their ends, from both streams and fit to be shown: control
                 characters are made visible. What it raises ends the command.
+            shell: `"bash"` runs a string by `bash -euo pipefail -c`, so that a pipe fails if any of its commands does; the guest has to
+                have bash.
 
         Raises:
             CommandFailed: The status was not 0.
             CommandTimeout: It took too long; what it had printed is in the error's `result`.
             MachineError: The guest is gone.
-            ValueError: A word has a NUL byte in it or is no text, or all of it is longer than Linux takes.
+            ValueError: A word has a NUL byte in it or is no text, all of it is longer than Linux takes, or there is no such shell.
 
         Example:
             >>> vm.exec(["uname", "-s"]).stdout.strip()
             'Linux'
             >>> vm.exec("test -e /nothing", check=False).returncode
             1
+            >>> vm.exec("cat /nothing | wc -l", shell="bash", check=False).returncode
+            1
         """
         __tracebackhide__ = True
-        argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
+        argv, prepared = self._prepared(_argv(command, shell), env=env, cwd=cwd, user=user, content=input)
         result = self._run(argv, prepared, Deadline(timeout * self._factor), stream)
         return result.check() if check else result
 
-    def spawn(
+    def spawn(  # noqa: PLR0913 - as for exec
         self,
         command: str | Sequence[str],
         *,
@@ -234,6 +239,7 @@ class Machine:
         cwd: str | PurePosixPath | GuestPath | None = None,
         user: str | None = None,
         input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
+        shell: Literal["sh", "bash"] = "sh",
     ) -> Process:
         """Starts a command in the guest and returns while it runs; it ends with the machine at the latest.
 
@@ -243,6 +249,7 @@ class Machine:
             cwd: As for `exec`.
             user: As for `exec`.
             input: What its standard input gives before it ends; without it, it stays open for `Process.stdin`.
+            shell: As for `exec`.
 
         Raises:
             MachineError: The guest is gone, or the backend cannot.
@@ -256,7 +263,7 @@ class Machine:
             -15
         """
         __tracebackhide__ = True
-        argv, prepared = self._prepared(command, env=env, cwd=cwd, user=user, content=input)
+        argv, prepared = self._prepared(_argv(command, shell), env=env, cwd=cwd, user=user, content=input)
         process = self._spawn(argv, prepared)
         if input is not None and not prepared.input:
             process.stdin.close()
@@ -278,18 +285,17 @@ class Machine:
         return result
 
     def _ask(self, command: str | Sequence[str], deadline: Deadline) -> Result:
-        return self._run(*self._prepared(command, env=None, cwd=None, user=None, content=None), deadline)
+        return self._run(*self._prepared(_argv(command, "sh"), env=None, cwd=None, user=None, content=None), deadline)
 
     def _prepared(
         self,
-        command: str | Sequence[str],
+        argv: tuple[str, ...],
         *,
         env: Mapping[str, str] | None,
         cwd: str | PurePosixPath | GuestPath | None,
         user: str | None,
         content: str | bytes | None,
     ) -> tuple[tuple[str, ...], Command]:
-        argv = ("sh", "-eu", "-c", command) if isinstance(command, str) else tuple(command)
         data = content.encode() if isinstance(content, str) else content or b""
         return argv, self._command(argv, env=env or {}, cwd=None if cwd is None else str(cwd), user=user, content=data)
 
@@ -412,6 +418,8 @@ class Machine:
             src: Where from.
             dst: Where to. Exactly one of the two is a `GuestPath`.
 
+        Nothing is copied if a side is empty text: that is what a variable has that was not set.
+
         Raises:
             FileNotFoundError: The source, or the folder it is to go to, does not exist.
             PermissionError: Something may not be read, or written.
@@ -426,6 +434,8 @@ class Machine:
             >>> vm.cp(tmp_path / "ssh", vm.path("/root"))
         """
         __tracebackhide__ = True
+        if "" in (src, dst):
+            return  # as a path of this computer it would be the current folder
         if isinstance(dst, GuestPath) and not isinstance(src, GuestPath):
             transfer.copy_in(Path(src), dst)
         elif isinstance(src, GuestPath) and not isinstance(dst, GuestPath):
@@ -501,14 +511,14 @@ class Machine:
             FileNotFoundError, NotADirectoryError: The guest has no such folder, or the host none for the file.
             IsADirectoryError: On the host the file's name is that of a folder.
             TransferError: The copy broke off, or the guest sent what must not be packed.
-            ValueError: There is no such format.
+            ValueError: There is no such format, or a path is empty.
 
         Example:
             >>> vm.archive("/etc/ssh", tmp_path / "ssh.zip", format="zip").name
             'ssh.zip'
         """
         __tracebackhide__ = True
-        return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), Path(dest), format)
+        return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), _host_path(dest), format)
 
     # -- waiting ---------------------------------------------------------------------------------------------------------------------
 
@@ -931,12 +941,13 @@ class Machine:
         Raises:
             MachineError: The machine has no display (`display=True` in its mark), its QEMU writes no PNG, or it is gone.
             OSError: The file cannot be written.
+            ValueError: The path is empty.
 
         Example:
             >>> vm.screenshot(tmp_path / "login.png").read_bytes()[:4]
             b'\x89PNG'
         """
-        image, dest = self._display().screenshot(), Path(path)
+        image, dest = self._display().screenshot(), _host_path(path)
         with atomic_file(dest, mode=0o644) as file:
             file.write(image)
         return dest
@@ -1030,6 +1041,27 @@ class Machine:
 
 def _environment() -> dict[str, str]:
     return {"PATH": GUEST_PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root", "SHELL": "/bin/sh", "LANG": "C.UTF-8"}
+
+
+_SHELLS = {"sh": ("sh", "-eu", "-c"), "bash": ("bash", "-euo", "pipefail", "-c")}
+
+
+def _argv(command: str | Sequence[str], shell: str) -> tuple[str, ...]:
+    if shell not in _SHELLS:
+        raise ValueError(f"shell={shell!r}: takes {' or '.join(map(repr, _SHELLS))}; run another one as a list of words")
+    if isinstance(command, str):
+        return (*_SHELLS[shell], command)
+    if shell != "sh":
+        raise ValueError(
+            f"shell={shell!r} is for a string, and a list of words runs as it is: leave it out, or write the command as a string"
+        )
+    return tuple(command)
+
+
+def _host_path(path: str | Path) -> Path:
+    if path == "":
+        raise ValueError("an empty path names no file of this computer: write one, such as 'result.txt'")
+    return Path(path)
 
 
 def _check_words(words: Sequence[str]) -> None:

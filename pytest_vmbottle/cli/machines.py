@@ -381,6 +381,8 @@ def cp(*, src: str, dst: str) -> None:
     """
     there, here = _GUEST_SIDE.fullmatch(src), _GUEST_SIDE.fullmatch(dst)
     guest = there or here
+    if "" in (src, dst):
+        raise click.UsageError("an empty path names nothing to copy: a variable that was not set, perhaps")
     if guest is None or (there and here):
         raise click.UsageError("one side, and only one, is in a machine: write it as NAME:/PATH")
     if not guest[2].startswith("/"):

@@ -264,6 +264,15 @@ def test_a_kernel_is_added_beside_its_disk_and_not_without_a_command_line(disk: 
     assert (next(root.glob("images/sha256/*/vmlinuz"))).read_text() == "vmlinuz"
 
 
+@pytest.mark.parametrize("sides", [("", "web:/srv"), ("web:/srv", ""), ("", "")])
+def test_a_copy_of_which_a_side_is_empty_is_a_usage_error(root: Path, sides: tuple[str, str]) -> None:
+    result = run("machine", "cp", *sides)
+
+    assert result.exit_code == 2
+    assert "empty path" in result.output
+    assert not root.exists()
+
+
 def test_a_user_that_cannot_be_one_is_a_usage_error(disk: Path) -> None:
     assert "is not the name of a user" in failed(2, "image", "add", disk, "--name", "mine", "--user", "a b")
 

@@ -362,9 +362,9 @@ def test_a_guest_path_is_not_taken_for_a_host_path() -> None:
 
 @pytest.mark.parametrize("path", ["relative", "", "/nul\0byte", "/\ud800"])
 def test_paths_that_cannot_be_are_refused(path: str) -> None:
-    with pytest.raises(ValueError, match=r"not an absolute path|NUL byte|no name can have"):
+    with pytest.raises(ValueError, match=r"absolute|NUL byte|no name can have"):
         GuestPath(path, shell=NoShell())
-    with pytest.raises(ValueError, match=r"not an absolute path|NUL byte|no name can have"):
+    with pytest.raises(ValueError, match=r"absolute|NUL byte|no name can have"):
         GuestPath("/file", shell=NoShell()).rename(path)
 
 

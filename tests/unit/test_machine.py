@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +59,41 @@ def test_testinfra_runs_its_commands_as_the_machine_does_and_reads_them_as_utf_8
     assert (done.rc, done.stdout, done.stderr) == (3, "äls 'a b'", "bad")
     assert machine.host is machine.host
     assert repr(machine.host) == "<testinfra.host.Host vmbottle://web>"
+
+
+def test_a_string_runs_by_the_shell_that_is_asked_for(machine: Machine) -> None:
+    assert machine.exec("true").argv == ("sh", "-eu", "-c", "true")
+    assert machine.exec("true", shell="bash").argv == ("bash", "-euo", "pipefail", "-c", "true")
+    assert machine.spawn("true", shell="bash").argv[0] == "bash"
+
+
+@pytest.mark.parametrize(("command", "shell"), [("true", "zsh"), (["true"], "bash"), (["true"], "fish")])
+def test_a_shell_that_would_not_be_used_is_refused(machine: Machine, command: list[str] | str, shell: Any) -> None:
+    for run in (machine.exec, machine.spawn):
+        with pytest.raises(ValueError, match="shell="):
+            run(command, shell=shell)
+
+
+def test_a_copy_of_which_a_side_is_empty_does_nothing(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "content").write_text("of the current folder")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FakeChannel, "run", lambda *_, **__: pytest.fail("the guest was asked"))
+
+    machine.cp("", machine.path("/srv"))
+    machine.cp(machine.path("/srv"), "")
+    machine.cp("", "")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda machine: machine.path(""),
+        lambda machine: machine.archive("", "all.zip", "zip"),
+        lambda machine: machine.archive("/srv", ""),
+        lambda machine: machine.search("x", ""),
+        lambda machine: machine.write_files({"": "text"}),
+    ],
+)
+def test_an_empty_path_elsewhere_is_an_error_that_says_so(machine: Machine, use: Callable[[Machine], object]) -> None:
+    with pytest.raises(ValueError, match="empty path"):
+        use(machine)
