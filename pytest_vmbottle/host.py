@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 
 import attrs
@@ -11,6 +13,7 @@ __all__ = [
     "ControlGroup",
     "Process",
     "Usage",
+    "age",
     "available_memory",
     "control_groups",
     "file_system",
@@ -159,3 +162,11 @@ def _io(process: psutil.Process) -> tuple[int | None, int | None]:
     except psutil.AccessDenied:
         return None, None
     return counters.read_bytes, counters.write_bytes
+
+
+def age(pid: int) -> float:
+    """Seconds since a process was started; without end if it is gone."""
+    try:
+        return max(0.0, time.time() - psutil.Process(pid).create_time())
+    except psutil.Error:
+        return math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import attrs
 
+from pytest_vmbottle import guestlog
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Watching
 from pytest_vmbottle.console import Console
@@ -29,6 +31,14 @@ _TABLES = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true"
 _PROPERTIES = "LoadState,ActiveState,SubState,Job,Result"
 
 
+class _Unanswered(Exception):
+    """The guest did not answer a question in time."""
+
+    def __init__(self, message: str, result: Result | None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 @attrs.frozen(kw_only=True)
 class Wait:
     """One wait on a machine.
@@ -39,6 +49,7 @@ class Wait:
         alive: Raises if the machine is gone.
         run: Runs a command by a deadline, whatever its status.
         deadline: When to give up.
+        age: Tells how many seconds ago the machine was cloned or booted.
     """
 
     machine: str
@@ -46,8 +57,17 @@ class Wait:
     alive: Callable[[], None]
     run: Callable[[str | Sequence[str], Deadline], Result]
     deadline: Deadline
+    age: Callable[[], float] = lambda: math.inf
 
-    def until(self, check: Callable[[], _T | None], what: str, *, every: float = _EVERY, last: Callable[[], str] = str) -> _T:
+    def until(
+        self,
+        check: Callable[[], _T | None],
+        what: str,
+        *,
+        every: float = _EVERY,
+        last: Callable[[], str] = str,
+        more: Callable[[], str] = str,
+    ) -> _T:
         """Calls a function until it returns something true, and returns that.
 
         Args:
@@ -55,15 +75,22 @@ class Wait:
             what: What is awaited, for the message.
             every: Seconds between two calls, at most.
             last: Gives the last answer, for the message.
+            more: Gives what else may explain it, asked for at the end.
 
         Raises:
             MachineTimeout: It did not by the deadline.
             MachineDied: The machine is gone.
         """
         __tracebackhide__ = True
+        late: list[_Unanswered] = []
 
         def look() -> _T | None:
-            answer = check()
+            answer: _T | None = None
+            try:
+                answer = check()
+                late.clear()
+            except _Unanswered as error:
+                late[:] = [error]
             if not answer:
                 self.alive()
             return answer
@@ -72,11 +99,28 @@ class Wait:
         if answer:
             return answer
         seen = last().strip()
-        message = f"waited {self.deadline.seconds:g} s for {what}" + (f"; the last answer was\n{seen}" if seen else "")
+        message = f"waited {self.deadline.seconds:g} s for {what}" + "".join(f"; {error}" for error in late)
+        message += (f"; the last answer was\n{seen}" if seen else "") + more()
         raise MachineTimeout(message, machine=self.machine, console_tail=self.console.tail(20))
 
     def _ask(self, command: str | Sequence[str], *, least: float = _LEAST) -> Result:
-        return self.run(command, Deadline(max(least, self.deadline.remaining)))
+        """Asks the guest. That it is too slow to answer is no answer yet, and not the end of the wait."""
+        limit = Deadline(max(least, self.deadline.remaining))
+        try:
+            return self.run(command, limit)
+        except (CommandTimeout, MachineTimeout) as error:
+            said = error.result if isinstance(error, CommandTimeout) else None
+            raise _Unanswered(f"the guest did not answer within {limit.seconds:.3g} s", said) from error
+
+    def _troubles(self) -> str:
+        """The units that failed or were restarted since the machine was cloned, which may be why; nothing where that cannot be known."""
+        with suppress(_Unanswered, MachineError):
+            units = guestlog.troubled(self._ask(guestlog.UNITS, least=_LEAST).stdout, self.age())
+            if units:
+                journals = self._ask(["sh", "-c", guestlog.JOURNALS, "sh", *(unit.name for unit in units)]).stdout
+                listed = "\n".join(map(str, units))
+                return f"\n--- units that failed or were restarted meanwhile ---\n{listed}\n{guestlog.shortened(journals)}"
+        return ""
 
     def command(self, command: str | Sequence[str], *, every: float) -> Result:
         """Until a command succeeds."""
@@ -86,11 +130,13 @@ class Wait:
             if not (answers and self.deadline.expired):  # the last attempt may have taken all the time there was
                 try:
                     answers[:] = [self._ask(command, least=1.0)]
-                except CommandTimeout as error:
+                except _Unanswered as error:
+                    if error.result is None:
+                        raise
                     answers[:] = [error.result]
             return answers[0] if answers[0].ok else None
 
-        return self.until(succeeds, f"{command!r} to succeed", every=every, last=lambda: answers[-1].describe())  # noqa: PLW0108 - later
+        return self.until(succeeds, f"{command!r} to succeed", every=every, last=lambda: answers[-1].describe() if answers else "")
 
     def condition(self, check: Callable[[], _T | None], *, every: float) -> _T:
         """Until a function returns something true."""
@@ -102,7 +148,7 @@ class Wait:
             answers[:] = [answer]
             return answer
 
-        return self.until(asked, f"{name} to come true", every=every, last=lambda: printable(repr(answers[0]))[:1000])
+        return self.until(asked, f"{name} to come true", every=every, last=lambda: printable(repr(answers[-1]))[:1000] if answers else "")
 
     def unit(self, unit: str) -> None:
         """Until a systemd unit is active."""
@@ -122,7 +168,9 @@ class Wait:
         self.until(active, f"the unit {unit} to be active", last=lambda: _listed(state))
 
     def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
-        journal = self._ask(["journalctl", "--no-pager", "-n", "20", "-u", unit]).stdout
+        journal = ""
+        with suppress(_Unanswered):
+            journal = self._ask(["journalctl", "--no-pager", "-n", "20", "-u", unit]).stdout
         return MachineError(
             f"the unit {unit} will not become active: {_listed(state)}\n --- its journal ---\n{journal}", machine=self.machine
         )
@@ -136,7 +184,7 @@ class Wait:
             listening.update(row.port for row in self._sockets() if row.state == _LISTEN)
             return port in listening
 
-        self.until(open_, f"something to listen on port {port}", last=lambda: _ports(listening))
+        self.until(open_, f"something to listen on port {port}", last=lambda: _ports(listening), more=self._troubles)
 
     def forwarded_port(self, port: int, address: tuple[str, int]) -> None:
         """Until a connection from the host to a TCP port of the guest is taken there."""
@@ -152,7 +200,7 @@ class Wait:
                 return any(row.port == port and row.state in _CONNECTED and not row.is_local for row in rows)
             return False
 
-        self.until(reached, what, last=lambda: _ports(listening))
+        self.until(reached, what, last=lambda: _ports(listening), more=self._troubles)
 
     def _sockets(self) -> list[_Row]:
         lines = (line.split() for line in self._ask(_TABLES).stdout.splitlines())
@@ -166,9 +214,8 @@ class Wait:
     def output(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
         """Until the console has said something."""
         wanted = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
-        return self.until(
-            lambda: self.console.expect(wanted), f"{wanted.pattern if wanted is pattern else pattern!r} on the console", every=0.1
-        )
+        what = f"{wanted.pattern if wanted is pattern else pattern!r} on the console"
+        return self.until(lambda: self.console.expect(wanted), what, every=0.1, more=self._troubles)
 
     def shutdown(self, instance: Watching) -> None:
         """Until the guest has powered off."""

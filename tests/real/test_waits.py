@@ -27,6 +27,19 @@ def test_a_unit_that_failed_ends_the_wait_at_once_with_its_journal(session_vm: M
     assert time.monotonic() - began < 100
 
 
+def test_a_wait_in_vain_tells_of_units_that_failed_or_keep_being_restarted_meanwhile(session_vm: Machine) -> None:
+    session_vm.exec("systemd-run --unit=spoilt sh -c 'echo the cause; exit 3'")
+    session_vm.exec(
+        "systemd-run --unit=restless -p Restart=always -p RestartSec=100ms -p StartLimitBurst=1000 sh -c 'echo once more; exit 4'"
+    )
+    session_vm.wait_until("[ $(systemctl show -P NRestarts restless) -gt 0 ] && systemctl is-failed spoilt")
+    with pytest.raises(MachineTimeout) as caught:
+        session_vm.wait_for_port(9, timeout=0.3)
+    session_vm.exec("systemctl stop restless; systemctl reset-failed")
+    for said in ("spoilt.service", "the cause", "restless.service", "once more"):
+        assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("unit", ["no-such.service", "systemd-networkd-wait-online.service"])
 def test_a_unit_that_nobody_starts_ends_the_wait_at_once(session_vm: Machine, unit: str) -> None:
     with pytest.raises(MachineError, match=f"{unit} will not become active"):

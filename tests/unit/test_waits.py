@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import CommandTimeout, MachineDied, MachineError, MachineTimeout, Result
+from pytest_vmbottle import CommandTimeout, MachineDied, MachineError, MachineTimeout, Result, guestlog
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.console import Console
 from pytest_vmbottle.waits import Wait
@@ -145,3 +145,63 @@ def test_only_an_orderly_end_is_a_shutdown(console: Console) -> None:
         wait(console, alive=crashed.alive, seconds=60).shutdown(crashed)
     with pytest.raises(MachineTimeout, match="for the guest to power off"):
         wait(console).shutdown(Hypervisor(None))
+
+
+WAITS: dict[str, Callable[[Wait], object]] = {
+    "unit": lambda wait: wait.unit("web"),
+    "port": lambda wait: wait.port(80),
+    "file": lambda wait: wait.file("/x"),  # type: ignore[arg-type]
+    "command": lambda wait: wait.command("x", every=0.01),
+}
+
+
+@pytest.mark.parametrize("error", [CommandTimeout(result("", -9), 5), MachineTimeout("the agent does not answer")])
+@pytest.mark.parametrize("kind", WAITS)
+def test_a_guest_too_slow_to_answer_ends_no_wait_before_its_time_and_the_wait_by_its_own_error(
+    console: Console, kind: str, error: Exception
+) -> None:
+    asked: list[object] = []
+
+    def slow(command: str | Sequence[str]) -> str:
+        asked.append(command)
+        raise error
+
+    with pytest.raises(MachineTimeout, match="waited") as caught:
+        WAITS[kind](wait(console, slow))
+    assert caught.value is not error
+    assert len(asked) > 1
+
+
+def test_the_last_answer_is_told_though_the_guest_did_not_answer_again(console: Console) -> None:
+    answers = iter(["ActiveState=activating\n"])
+
+    def once(_: str | Sequence[str]) -> str:
+        if answer := next(answers, None):
+            return answer
+        raise CommandTimeout(result("", -9), 5)
+
+    with pytest.raises(MachineTimeout, match="activating"):
+        wait(console, once).unit("web")
+
+
+@pytest.mark.parametrize("kind", ["port", "console"])
+def test_a_wait_in_vain_lists_the_units_that_failed_meanwhile_with_their_journals(console: Console, kind: str) -> None:
+    def answer(command: str | Sequence[str]) -> str:
+        if command == guestlog.UNITS:
+            return "9.0 1\nId=web.service\nActiveState=failed\nSubState=failed\nResult=exit-code\nStateChangeTimestampMonotonic=8000000\n"
+        return "-- web.service:\n\x1bno such port\n" if "web.service" in command else ""
+
+    with pytest.raises(MachineTimeout) as caught:
+        wait(console, answer).port(80) if kind == "port" else wait(console, answer).output("ready")
+    assert "web.service" in str(caught.value)
+    assert "\\x1bno such port" in str(caught.value)
+
+
+def test_a_guest_that_cannot_tell_of_its_units_changes_nothing_in_the_error(console: Console) -> None:
+    def answer(command: str | Sequence[str]) -> Result | str:
+        if command == guestlog.UNITS:
+            raise MachineDied("it powered off")
+        return ""
+
+    with pytest.raises(MachineTimeout, match="waited"):
+        wait(console, answer).port(80)
