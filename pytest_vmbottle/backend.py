@@ -208,15 +208,23 @@ class NotPlugged(MachineError):
     """The machine cannot be given a device now; everything else works."""
 
 
-# Finds whatever still carries a command's tag in its environment, children of children included; for SIGKILL until nothing is left.
+_LOGINS = range(0x70000000, 0x7FFE0000)
+"""Numbers that no user has, nor any container's (UIDs and GIDs in systemd's documentation)."""
+
+# Finds what a command has started by the number of its login, or else by its mark in their environments. For SIGKILL until nothing is left:
+# all are stopped first, so that none goes on because of another's end. The agent has the number of what it started last.
 _KILL = r"""
-status=3
-for round in 1 2 3 4 5 6; do
-  found=$(grep -ls "VMBOTTLE_EXEC=$1" /proc/[0-9]*/environ) # its status also tells of processes that were gone meanwhile
+tag=$1 signal=$2 status=3
+for round in 1 2 3 4 5 6 7 8; do
+  found=$(grep -lsxe "$tag" /proc/[0-9]*/loginuid | sed s/loginuid/stat/ | xargs -r grep -Lse ') [ZX] ' -e '^[0-9]* (qemu-ga) ')
+  # Its status, which does not count, also tells of processes that were gone meanwhile.
+  [ -n "$found" ] || found=$(grep -ls "VMBOTTLE_EXEC=$tag" /proc/[0-9]*/environ)
   [ -n "$found" ] || exit $status
-  for file in $found; do pid=${file#/proc/}; kill -s "$2" "${pid%/environ}" 2>/dev/null; done
-  status=0
-  [ "$2" = KILL ] || exit 0
+  set --; status=0
+  for file in $found; do pid=${file#/proc/}; set -- "$@" "${pid%/*}"; done
+  [ "$signal" != KILL ] || kill -s STOP "$@" 2>/dev/null
+  kill -s "$signal" "$@" 2>/dev/null
+  [ "$signal" = KILL ] || exit 0
 done
 """
 
@@ -229,13 +237,15 @@ class Command:
         argv: Program and arguments; the program is looked up in the guest's standard path.
         env: The complete environment, nothing is inherited.
         input: What its standard input gives before it ends.
-        tag: Marks the processes of this command, in their environment, so that a time-out can end them all.
+        tag: The number by which all processes of this command are known, so that a time-out can end them. The kernel's audit hands down the
+            number of a login (/proc/self/loginuid), which neither another user, another session, a clean environment nor another control
+            group sheds; it is in their environment for kernels without it.
     """
 
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()
     input: bytes = b""
-    tag: str = attrs.field(factory=lambda: secrets.token_hex(8))
+    tag: str = attrs.field(factory=lambda: str(secrets.choice(_LOGINS)))
 
     @property
     def environment(self) -> tuple[tuple[str, str], ...]:
@@ -257,6 +267,7 @@ class Finished:
         stderr: Likewise.
         truncated: Whether there was more.
         timed_out: Whether it was killed at its deadline.
+        outlived: Whether it had ended by itself before, and what it had left behind, which held its output, was killed.
     """
 
     returncode: int
@@ -264,6 +275,7 @@ class Finished:
     stderr: bytes = b""
     truncated: bool = False
     timed_out: bool = False
+    outlived: bool = False
 
 
 def not_run(finished: Finished, command: Command) -> Finished:

@@ -191,6 +191,10 @@ class GuestPanic(MachineDied):
     lasting = True
 
 
+def _noted(result: Result) -> str:
+    return f": {result.note}" if result.note else ""
+
+
 class CommandFailed(VMBottleError):
     """A command in the guest ended with a status other than 0.
 
@@ -199,7 +203,7 @@ class CommandFailed(VMBottleError):
     """
 
     def __init__(self, result: Result) -> None:
-        super().__init__(f"the command ended with status {result.returncode}\n{result.describe()}")
+        super().__init__(f"the command ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
         self.result = result
 
 
@@ -213,7 +217,7 @@ class CommandTimeout(VMBottleError, TimeoutError):
 
     def __init__(self, result: Result, timeout: float, *, killed: bool = True) -> None:
         outcome = "was killed" if killed else "runs on"
-        super().__init__(f"the command did not end within {timeout:g} s and {outcome}\n{result.describe()}")
+        super().__init__(f"the command did not end within {timeout:g} s and {outcome}{_noted(result)}\n{result.describe()}")
         self.result = result
         self.timeout = timeout
 

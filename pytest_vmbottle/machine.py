@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO, TypeVar
 
-from pytest_vmbottle import fileset, keyboard, openssh, transfer
+from pytest_vmbottle import fileset, guestlog, host, keyboard, openssh, transfer
 from pytest_vmbottle._os import Deadline, atomic_file
 from pytest_vmbottle.backend import (
     GUEST_PATH,
@@ -34,7 +34,7 @@ from pytest_vmbottle.metrics import Meter, Sample
 from pytest_vmbottle.power import Power, Supply
 from pytest_vmbottle.process import Process
 from pytest_vmbottle.recording import Recording
-from pytest_vmbottle.result import Matches, Result
+from pytest_vmbottle.result import Matches, Result, printable
 from pytest_vmbottle.search import Query
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.terminal import attach
@@ -60,6 +60,12 @@ _ANSWER = 5.0
 _LOGIN_TIME = 60.0
 _MAX_PORT = 65535
 _KILL_TIME = 10.0
+_NOT_FOUND = 127
+_KILLED = (-9, 128 + 9)
+"""How a command ends that is killed, and a shell whose last command was."""
+_HELD = (
+    "the command itself had ended, but something that it left in the background held its output; give that >/dev/null 2>&1, or use spawn"
+)
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = r"""
 user=$1; shift
@@ -279,7 +285,7 @@ class Machine:
         self._alive()
         began = time.monotonic()
         finished = self._spawn(argv, prepared).relay(stream, deadline.seconds) if stream else self._channel.run(prepared, deadline=deadline)
-        result = _result(argv, finished, time.monotonic() - began)
+        result = self._result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
             raise CommandTimeout(result, deadline.seconds)
         return result
@@ -335,10 +341,37 @@ class Machine:
         self._alive()
         began = time.monotonic()
         finished = run(self._command(argv, env={"LC_ALL": "C"}, cwd=None, user=None, content=content), Deadline(_OWN_TIME * self._factor))
-        result = _result(argv, finished, time.monotonic() - began)
+        result = self._result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
             raise CommandTimeout(result, _OWN_TIME * self._factor)
         return result
+
+    def _result(self, argv: tuple[str, ...], finished: Finished, duration: float) -> Result:
+        mark = _MARK if finished.truncated else ""
+        return Result(
+            argv=argv,
+            returncode=finished.returncode,
+            stdout=finished.stdout.decode("utf-8", "surrogateescape") + mark,
+            stderr=finished.stderr.decode("utf-8", "surrogateescape"),
+            duration=duration,
+            truncated=finished.truncated,
+            note=self._note(argv[0], finished, duration),
+        )
+
+    def _note(self, program: str, finished: Finished, duration: float) -> str:
+        """What else is to be said of a command's end."""
+        if finished.outlived:
+            return _HELD
+        if finished.returncode == _NOT_FOUND and len(program.split()) > 1:
+            return f"{printable(program)!r} is one word of a list, and so the name of a program; a whole command is written as a string"
+        if finished.returncode not in _KILLED or finished.timed_out:
+            return ""
+        question = Command(argv=("/bin/sh", "-c", guestlog.KILLS), env=(("PATH", GUEST_PATH),))
+        with suppress(MachineError):
+            said = self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout.decode(errors="replace")
+            processes = ", ".join(guestlog.killed(said, duration))
+            return processes and f"the guest's OOM killer ended process {processes}"
+        return ""
 
     # -- for who keeps it ------------------------------------------------------------------------------------------------------------
 
@@ -524,7 +557,14 @@ class Machine:
 
     def _wait(self, timeout: float) -> Wait:
         deadline = Deadline(timeout * self._factor)
-        return Wait(machine=self.name, console=self.console, alive=self._alive, run=self._ask, deadline=deadline)
+        return Wait(
+            machine=self.name,
+            console=self.console,
+            alive=self._alive,
+            run=self._ask,
+            deadline=deadline,
+            age=lambda: host.age(self.pid),
+        )
 
     def wait_until(self, check: str | Sequence[str] | Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T | Result:
         """Waits until a command succeeds, or until a function returns something true; returns its result.
@@ -1077,15 +1117,3 @@ def _check_words(words: Sequence[str]) -> None:
             raise ValueError(f"{word[:80]!r} is not text: a command takes what UTF-8 can write") from None
     if total > _MAX_COMMAND:
         raise ValueError(f"the command has {total} bytes, more than {_MAX_COMMAND}: write it to a file with vm.path(), or use input=")
-
-
-def _result(argv: tuple[str, ...], finished: Finished, duration: float) -> Result:
-    mark = _MARK if finished.truncated else ""
-    return Result(
-        argv=argv,
-        returncode=finished.returncode,
-        stdout=finished.stdout.decode("utf-8", "surrogateescape") + mark,
-        stderr=finished.stderr.decode("utf-8", "surrogateescape"),
-        duration=duration,
-        truncated=finished.truncated,
-    )

@@ -260,14 +260,22 @@ class Process:
                 self.stdin.close()
             pass_on(deadline)
             status = self._wait(deadline)
+            outlived = status is not None
             if status is None or not (self.stdout.ended and self.stderr.ended):  # what it has left behind counts, too
                 self._killer.run(self._command.killer(), deadline=Deadline(_PATIENCE))
                 pass_on(Deadline(_PATIENCE))
                 status = None
         out, err = (bytes(text[:MAX_OUTPUT]) for text in kept.values())
         truncated = any(len(text) > MAX_OUTPUT for text in kept.values())
-        code = -9 if status is None else status
-        return not_run(Finished(returncode=code, stdout=out, stderr=err, truncated=truncated, timed_out=status is None), self._command)
+        finished = Finished(
+            returncode=-9 if status is None else status,
+            stdout=out,
+            stderr=err,
+            truncated=truncated,
+            timed_out=status is None,
+            outlived=status is None and outlived,
+        )
+        return not_run(finished, self._command)
 
     def close(self) -> None:
         """Kills it if it runs, and gives up the connection to it; may be called again."""

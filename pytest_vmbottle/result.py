@@ -30,6 +30,7 @@ class Result:
         stderr: Its standard error, likewise.
         duration: Seconds from sending it to having its status.
         truncated: Whether a stream was longer than 16 MiB: then its first 16 MiB are here, followed by a mark.
+        note: What else is known of its end, for people, such as that the guest's OOM killer was at work; else empty.
     """
 
     argv: tuple[str, ...]
@@ -38,6 +39,7 @@ class Result:
     stderr: str
     duration: float = 0.0
     truncated: bool = False
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -74,7 +76,7 @@ class Result:
         return "\n".join(parts)
 
     def __repr__(self) -> str:
-        return f"<Result {self.describe()}>"
+        return f"<Result {self.describe()}>" if not self.note else f"<Result {self.describe()}\n{self.note}>"
 
 
 @attrs.frozen(kw_only=True)

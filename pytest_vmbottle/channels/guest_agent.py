@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -24,7 +26,7 @@ from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["AgentRefused", "GuestAgent"]
+__all__ = ["AgentEnded", "AgentRefused", "GuestAgent"]
 
 _CHUNK = 1 << 20
 _SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")  # noqa: S108 - in the guest
@@ -34,22 +36,47 @@ _MAX_REPLY = 8 * MAX_OUTPUT
 """Bytes of one reply: both streams in base64, with room to spare. A longer one is a hostile guest."""
 
 
+log = logging.getLogger(__name__)
+
+# Moves the agent out of its unit's control group, and with it what it starts from now on. What befalls the unit is then not the end of that
+# (KillMode= in systemd.service), nor what the OOM killer does to that the end of the unit (OOMPolicy=).
+_APART = r"""
+group=/sys/fs/cgroup/vmbottle
+[ -e /sys/fs/cgroup/cgroup.procs ] || exit 0
+[ -d $group ] || mkdir $group
+echo $PPID >$group/cgroup.procs
+"""
+_Request = tuple[str, dict[str, Any]]
+
+
 class AgentRefused(MachineDied):
     """The agent answered a call with an error."""
 
 
-class GuestAgent:
-    """A conversation with the guest agent; safe to use from several threads."""
+class AgentEnded(MachineError):
+    """The agent has ended, or another has taken its place, before it had answered; the guest runs on."""
 
-    def __init__(self, sock: socket.socket, *, alive: Callable[[], None]) -> None:
+
+class GuestAgent:
+    """A conversation with the guest agent; safe to use from several threads.
+
+    Attributes:
+        login: The agent's handle of the file that says as which login it starts processes; None if it has none.
+    """
+
+    def __init__(self, sock: socket.socket, *, alive: Callable[[], None], changes: Callable[[], int] = lambda: 0) -> None:
         """Takes a connected socket.
 
         Args:
             sock: The host's end of the agent's port.
             alive: Called while waiting; raises `MachineDied` when the guest cannot answer any more.
+            changes: Tells how often an agent has opened or closed the port in the guest.
         """
         self._sock = sock
         self._alive = alive
+        self._changes = changes
+        self._settled: int | None = None
+        self.login: int | None = None
         self._buffer = bytearray()
         self._lock = threading.Lock()
         self._unread = False
@@ -107,23 +134,34 @@ class GuestAgent:
             AgentRefused: It answered with an error.
         """
         request = {key.replace("_", "-"): value for key, value in arguments.items()}
+        (line,) = self._exchange([(name, request)], deadline)
+        return _answer(name, line)
+
+    def _exchange(self, requests: list[_Request], deadline: Deadline, since: int | None = None) -> list[bytes]:
+        """Makes calls one directly after the other, and returns their answers: of the agent that was there after so many changes."""
+        last = requests[-1][0]
+        lines: list[bytes] = []
         with self._lock:
             if self._unread:
                 self._sync(deadline)
-            # Whatever ends this before the answer is there, a time-out or Ctrl-C, leaves it to whoever calls next.
+            # Whatever ends this before the answers are there, a time-out or Ctrl-C, leaves them to whoever calls next.
             self._unread = True
-            self._send(b"", name, request, deadline)
-            line = self._line(deadline)
-            self._unread = line is None
-        if line is None:
-            raise MachineTimeout(f"the guest agent did not answer {name} within {deadline.seconds:g} s")
-        try:
-            answer = json.loads(line)
-            if "error" in answer:
-                raise AgentRefused(f"the guest agent refused {name}: {answer['error'].get('desc', answer['error'])}")
-            return answer["return"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MachineDied(f"the guest agent's answer to {name} makes no sense: {bytes(line[:80])!r}") from error
+            before = self._changes() if since is None else since
+
+            def unchanged() -> None:
+                self._alive()
+                if self._changes() != before:
+                    raise AgentEnded(f"the guest agent ended before it answered {last}: it was stopped or restarted, or the guest reboots")
+
+            for name, arguments in requests:
+                self._send(b"", name, arguments, deadline)
+            for _ in requests:
+                line = self._line(deadline, unchanged)
+                if line is None:
+                    raise MachineTimeout(f"the guest agent did not answer {last} within {deadline.seconds:g} s")
+                lines.append(line)
+            self._unread = False
+        return lines
 
     def _send(self, prefix: bytes, name: str, arguments: dict[str, Any], deadline: Deadline) -> None:
         message = json.dumps({"execute": name, "arguments": arguments} if arguments else {"execute": name})
@@ -140,26 +178,26 @@ class GuestAgent:
         Deadline(2.0).poll(self._alive, every=0.05)
         return MachineDied(f"the guest agent's line is closed: {reason}")
 
-    def _line(self, deadline: Deadline) -> bytes | None:
-        """The next line, or None at the deadline."""
+    def _line(self, deadline: Deadline, check: Callable[[], None] | None = None) -> bytes | None:
+        """The next line, or None at the deadline; what is called while waiting may raise."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             if searched > _MAX_REPLY:
                 raise MachineDied(f"the guest agent sent more than {_MAX_REPLY} bytes without an end")
-            if not self._receive(deadline):
+            if not self._receive(deadline, check or self._alive):
                 return None
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         return line
 
-    def _receive(self, deadline: Deadline) -> bool:
+    def _receive(self, deadline: Deadline, check: Callable[[], None]) -> bool:
         while not deadline.expired:
             self._sock.settimeout(max(0.001, min(0.5, deadline.remaining)))
             try:
                 received = self._sock.recv(1 << 18)
             except TimeoutError:
-                self._alive()
+                check()
                 continue
             except OSError as error:
                 raise self._lost(str(error)) from error
@@ -178,11 +216,11 @@ class GuestAgent:
             return not_run(Finished(returncode=code, stderr=b"env: " + str(error).encode()), command)
         status = self._status(pid, deadline)
         if status is not None:
-            return _finished(status, timed_out=False)
-        self.run(command.killer(), deadline=Deadline(_GRACE))
+            return _finished(status)
+        self._status(self._start(command.killer(), Deadline(_GRACE)), Deadline(_GRACE))
         status = self._status(pid, Deadline(_GRACE))
         # Without a status something outlived the kill and holds the pipes, and the agent keeps to itself what they gave.
-        return Finished(returncode=-9, timed_out=True) if status is None else _finished(status, timed_out=True)
+        return Finished(returncode=-9, timed_out=True) if status is None else _killed(_finished(status))
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command with a host file as its input, by way of a file in the guest."""
@@ -233,24 +271,50 @@ class GuestAgent:
                 return
 
     def _start(self, command: Command, deadline: Deadline) -> int:
-        extra = {"input_data": base64.b64encode(command.input).decode()} if command.input else {}
-        answer = self.call(
-            "guest-exec",
-            deadline=Deadline(deadline.remaining + _GRACE),
-            path=command.argv[0],
-            arg=list(command.argv[1:]),
-            env=[f"{name}={value}" for name, value in command.environment],
-            capture_output=True,
-            **extra,
-        )
-        return int(answer["pid"])
+        limit = Deadline(deadline.remaining + _GRACE)
+        if self._settled != self._changes():
+            self._settle(limit)
+        logging_in = self._as_login(command.tag)
+        *logged_in, started = self._exchange([*logging_in, _exec(command)], limit)
+        try:
+            for (name, _), line in zip(logging_in, logged_in, strict=True):
+                _answer(name, line)
+        except AgentRefused as error:
+            log.info("what a command starts can only be told by its environment: %s", error)
+            self.login = None
+        return int(_answer("guest-exec", started)["pid"])
+
+    def adopt(self, login: int | None) -> None:
+        """Takes over an agent that was spoken to before its guest was saved, with the handle that `login` had then."""
+        self._settled, self.login = self._changes(), login
+
+    def _settle(self, deadline: Deadline) -> None:
+        """Sees to it that what an agent starts is apart from it, once in the life of that agent."""
+        found, login = self._changes(), None
+        try:
+            (started,) = self._exchange([_exec(Command(argv=("/bin/sh", "-c", _APART), env=(("PATH", GUEST_PATH),)))], deadline)
+            self._status(int(_answer("guest-exec", started)["pid"]), deadline)
+            login = int(self.call("guest-file-open", deadline=deadline, path="/proc/self/loginuid", mode="w"))
+        except AgentRefused as error:
+            log.info("what a command starts can only be told by its environment: %s", error)
+        self._settled, self.login = found, login
+
+    def _as_login(self, tag: str) -> list[_Request]:
+        """The calls that have the agent start what comes next as a login of its own: no process is needed for it, which would cost much."""
+        if self.login is None:
+            return []
+        number = base64.b64encode(tag.encode()).decode()
+        return [
+            ("guest-file-write", {"handle": self.login, "buf-b64": number}),
+            ("guest-file-seek", {"handle": self.login, "offset": 0, "whence": 0}),  # this also writes it out
+        ]
 
     def _status(self, pid: int, deadline: Deadline) -> dict[str, Any] | None:
         """How the process ended, or None if it has not by the deadline."""
-        began = time.monotonic()
+        began, since = time.monotonic(), self._changes()
         pause = 0.001
         while True:
-            status: dict[str, Any] = self.call("guest-exec-status", deadline=Deadline(deadline.remaining + _GRACE), pid=pid)
+            status = self._asked_of(pid, since, Deadline(deadline.remaining + _GRACE))
             if status["exited"]:
                 return status
             if deadline.expired:
@@ -260,16 +324,52 @@ class GuestAgent:
             # Every question costs the guest time that its command could use; what is lost by asking late is an eighth, or a few ms.
             pause = min(2 * pause, max(0.008, (time.monotonic() - began) / 8), 0.05)
 
+    def _asked_of(self, pid: int, since: int, deadline: Deadline) -> dict[str, Any]:
+        try:
+            (line,) = self._exchange([("guest-exec-status", {"pid": pid})], deadline, since)
+            status: dict[str, Any] = _answer("guest-exec-status", line)
+        except (AgentRefused, AgentEnded) as error:  # what has started a process knows it
+            raise AgentEnded(
+                "the guest agent ended while a command ran: it was stopped or restarted, or the guest reboots; "
+                "the command may run on there, but how it ends cannot be known"
+            ) from error
+        return status
+
     def close(self) -> None:
         """Closes the line."""
         self._sock.close()
 
 
-def _finished(status: dict[str, Any], *, timed_out: bool) -> Finished:
+def _exec(command: Command) -> _Request:
+    extra = {"input-data": base64.b64encode(command.input).decode()} if command.input else {}
+    return "guest-exec", {
+        "path": command.argv[0],
+        "arg": list(command.argv[1:]),
+        "env": [f"{name}={value}" for name, value in command.environment],
+        "capture-output": True,
+        **extra,
+    }
+
+
+def _answer(name: str, line: bytes) -> Any:
+    try:
+        answer = json.loads(line)
+        if "error" in answer:
+            raise AgentRefused(f"the guest agent refused {name}: {answer['error'].get('desc', answer['error'])}")
+        return answer["return"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MachineDied(f"the guest agent's answer to {name} makes no sense: {bytes(line[:80])!r}") from error
+
+
+def _finished(status: dict[str, Any]) -> Finished:
     return Finished(
-        returncode=-9 if timed_out else -status["signal"] if "signal" in status else status.get("exitcode", 0),
+        returncode=-status["signal"] if "signal" in status else status.get("exitcode", 0),
         stdout=base64.b64decode(status.get("out-data", "")),
         stderr=base64.b64decode(status.get("err-data", "")),
         truncated=bool(status.get("out-truncated") or status.get("err-truncated")),
-        timed_out=timed_out,
     )
+
+
+def _killed(finished: Finished) -> Finished:
+    """The outcome at a deadline: a command that was not ended by the kill had ended before, and left something that held its output."""
+    return attrs.evolve(finished, returncode=-9, timed_out=True, outlived=finished.returncode != -signal.SIGKILL)

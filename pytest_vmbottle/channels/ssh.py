@@ -16,6 +16,7 @@ from contextlib import suppress
 from io import BytesIO, StringIO
 from typing import BinaryIO, ClassVar
 
+import attrs
 import paramiko
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -207,6 +208,7 @@ class SshChannel:
         process = self.start(command, stdout=(sink or outputs.stdout).write, stderr=outputs.stderr.write, deadline=deadline)
         process.feed(source)
         timed_out = not process.wait_for_all(deadline)
+        outlived = timed_out and process.has_ended
         if timed_out and not killing:  # a guest that does not even answer this is not asked again and again
             self._execute(command.killer(), BytesIO(), None, Deadline(_GRACE), killing=True)
             process.wait_for_all(Deadline(_GRACE))
@@ -216,7 +218,7 @@ class SshChannel:
             process.close()
         if process.unwritten:
             raise process.unwritten[0]
-        return outputs.finished(command, status=status, timed_out=timed_out)
+        return attrs.evolve(outputs.finished(command, status=status, timed_out=timed_out), outlived=outlived)
 
     @property
     def lost(self) -> bool:
@@ -265,6 +267,11 @@ class SshProcess:
             self._alive()
             raise MachineDied("the SSH connection was lost while a command ran")
         return self._session.exit_status
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has a status, though what it has left behind may hold its output."""
+        return self._session.status_event.is_set() and self._session.exit_status != _NO_STATUS
 
     def wait(self, *, deadline: Deadline) -> int | None:
         """Waits for its status, and then a moment for the rest of its output, which a process that it has left behind may keep open."""
@@ -387,7 +394,8 @@ def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) 
 
 def _remote(command: Command) -> str:
     environment = [f"{name}={value}" for name, value in command.environment]
-    return "cd / && exec " + shlex.join(["env", "-i", *environment, *command.argv])
+    login = f"echo {command.tag} 2>/dev/null >/proc/self/loginuid"  # by the shell itself: what it becomes is a login of its own
+    return f"{login}; cd / && exec " + shlex.join(["env", "-i", *environment, *command.argv])
 
 
 def _feed(session: paramiko.Channel, source: BinaryIO) -> None:

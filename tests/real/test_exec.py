@@ -114,9 +114,38 @@ def test_a_timeout_kills_the_command_with_its_children_and_says_what_it_had_prin
         either.exec("echo before; sleep 4711 & setsid sleep 4711 & sleep 4711", timeout=2)
     assert time.monotonic() - began < 40
     assert caught.value.result.stdout == "before\n"
+    assert caught.value.result.note == ""
     assert "before" in str(caught.value)
     assert either.exec(["pgrep", "-f", "sleep 4711"], check=False).stdout == ""
     assert either.exec(["echo", "alive"]).stdout == "alive\n"
+
+
+def test_a_timeout_also_kills_what_shed_its_environment_user_and_session_and_says_that_this_held_the_output(either: Machine) -> None:
+    either.exec("sleep 4712 >/dev/null 2>&1 &")
+    shedding = (
+        "env -i setsid sleep 4711 & sudo -u nobody sleep 4711 & su -s /bin/sh nobody -c 'sleep 4711' & (setsid sh -c 'sleep 4711 &' &)"
+    )
+    with pytest.raises(CommandTimeout, match="background") as caught:
+        either.exec(f"{shedding}\necho started", timeout=5)
+    assert caught.value.result.stdout == "started\n"
+    assert either.exec("ps axo args= | grep -x 'sleep 471[0-9]'").stdout == "sleep 4712\n"
+    either.exec("pkill -f 'sleep 471[2]'")
+
+
+def test_what_the_oom_killer_ends_is_said_and_it_ends_nothing_else(either: Machine) -> None:
+    hungry = "x = b'x' * (200 << 20); open('/proc/sysrq-trigger', 'w').write('f'); import time; time.sleep(100)"
+    agent = either.exec("systemctl show -p MainPID qemu-guest-agent").stdout
+    left = either.exec("sleep 4713 >/dev/null 2>&1 & echo $!").stdout
+    result = either.exec(["python3", "-c", hungry], check=False, timeout=300)
+    assert result.returncode == -9
+    assert "OOM" in result.note
+    assert either.exec("systemctl show -p MainPID qemu-guest-agent").stdout == agent
+    either.exec(["kill", left.strip()])
+
+
+def test_a_whole_command_as_the_only_word_of_a_list_is_hinted_at(either: Machine) -> None:
+    with pytest.raises(CommandFailed, match="string"):
+        either.exec(["systemctl restart ssh"])
 
 
 @pytest.mark.parametrize("word", ["a\0b", "\ud800"])

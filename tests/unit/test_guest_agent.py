@@ -16,7 +16,7 @@ import pytest
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Command
 from pytest_vmbottle.channels import guest_agent
-from pytest_vmbottle.channels.guest_agent import AgentRefused, GuestAgent
+from pytest_vmbottle.channels.guest_agent import AgentEnded, AgentRefused, GuestAgent
 from pytest_vmbottle.errors import MachineDied, MachineTimeout
 
 Answer = Callable[[str, dict[str, Any]], bytes]
@@ -35,6 +35,7 @@ class Peer:
         answers: dict[str, Any] = {
             "guest-sync-delimited": arguments.get("id"),
             "guest-exec": {"pid": 7},
+            "guest-file-open": 1000,
             "guest-exec-status": {"exited": True, "exitcode": 0, "out-data": base64.b64encode(b"out").decode()},
         }
         prefix = b"\xff" if name == "guest-sync-delimited" else b""
@@ -165,3 +166,83 @@ def test_a_program_that_is_not_there_is_the_status_127_and_one_that_may_not_run_
     for text, status in (("No such file or directory", 127), ("Permission denied", 126)):
         peer.answer = lambda *_, text=text: json.dumps({"error": {"desc": f"Failed to execute child process: {text}"}}).encode() + b"\n"
         assert agent.run(Command(argv=("thing",)), deadline=Deadline(60)).returncode == status
+
+
+def test_each_command_is_started_as_a_login_of_its_own_by_an_agent_that_was_set_apart_once(peer: Peer, agent: GuestAgent) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def noted(name: str, arguments: dict[str, Any]) -> bytes:
+        asked.append((name, arguments))
+        return peer.healthy(name, arguments)
+
+    peer.answer = noted
+    commands = [Command(argv=("true",)), Command(argv=("true",))]
+    for command in commands:
+        agent.run(command, deadline=Deadline(60))
+
+    assert [each["path"] for name, each in asked if name == "guest-exec"] == ["/bin/sh", "true", "true"]
+    written = [base64.b64decode(each["buf-b64"]).decode() for name, each in asked if name == "guest-file-write"]
+    assert written == [command.tag for command in commands]
+    assert [each["path"] for name, each in asked if name == "guest-file-open"] == ["/proc/self/loginuid"]
+
+
+def test_an_agent_that_may_not_write_files_runs_commands_all_the_same(peer: Peer, agent: GuestAgent) -> None:
+    def forbidding(name: str, arguments: dict[str, Any]) -> bytes:
+        return b'{"error": {"desc": "disabled"}}\n' if name.startswith("guest-file") else peer.healthy(name, arguments)
+
+    peer.answer = forbidding
+    assert run(agent) == run(agent) == b"out"
+
+
+def test_a_command_whose_agent_is_another_one_by_now_is_lost_and_the_machine_is_not(peer: Peer, agent: GuestAgent) -> None:
+    def forgetful(name: str, arguments: dict[str, Any]) -> bytes:
+        unknown = name == "guest-exec-status" and arguments["pid"] == 7 and forgets
+        return b'{"error": {"desc": "Invalid parameter \'pid\'"}}\n' if unknown else peer.healthy(name, arguments)
+
+    forgets = False
+    peer.answer = forgetful
+    run(agent)
+    forgets = True
+    with pytest.raises(AgentEnded, match="restarted") as caught:
+        run(agent)
+    assert not isinstance(caught.value, MachineDied)
+
+
+def test_an_agent_that_is_stopped_is_not_waited_for(peer: Peer) -> None:
+    changes = 0
+
+    def stopping(name: str, arguments: dict[str, Any]) -> bytes:
+        nonlocal changes
+        if name != "guest-exec-status" or not stops:
+            return peer.healthy(name, arguments)
+        changes += 1
+        return b""
+
+    stops = False
+    peer.answer = stopping
+    agent = GuestAgent(peer.ours, alive=lambda: None, changes=lambda: changes)
+    run(agent)
+    stops = True
+    with pytest.raises(AgentEnded, match="stopped"):
+        run(agent, seconds=300)
+    stops = False
+    assert run(agent) == b"out"
+
+
+@pytest.mark.parametrize(("ending", "outlived"), [({"signal": 9}, False), ({"exitcode": 0}, True), ({"exitcode": 137}, True)])
+def test_at_a_deadline_a_command_that_had_ended_is_told_from_one_that_was_killed(
+    peer: Peer, agent: GuestAgent, ending: dict[str, int], *, outlived: bool
+) -> None:
+    begun: list[str] = []
+
+    def lingering(name: str, arguments: dict[str, Any]) -> bytes:
+        if name == "guest-exec":
+            begun.append(arguments["path"])
+            return json.dumps({"return": {"pid": len(begun)}}).encode() + b"\n"
+        if name == "guest-exec-status" and arguments["pid"] == 2:  # the first has set the agent apart, the third kills
+            return json.dumps({"return": {"exited": len(begun) > 2, **(ending if len(begun) > 2 else {})}}).encode() + b"\n"
+        return peer.healthy(name, arguments)
+
+    peer.answer = lingering
+    finished = agent.run(Command(argv=("thing",)), deadline=Deadline(0.05))
+    assert (finished.timed_out, finished.returncode, finished.outlived) == (True, -9, outlived)

@@ -30,6 +30,7 @@ from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed, QmpLost
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
 from pytest_vmbottle.backends.qemu.waker import Waker
+from pytest_vmbottle.channels.fallback import AgentOrSsh
 from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel
 from pytest_vmbottle.console import Console, Cursor, Recorder, kernel_trouble
@@ -68,16 +69,24 @@ class Programs:
 
 @attrs.frozen(kw_only=True)
 class _Saved:
-    """What is known of a saved machine besides its state, as its folder says."""
+    """What is known of a saved machine besides its state, as its folder says.
+
+    Attributes:
+        kind: What it was saved as.
+        nonce: What it is known by.
+        agent: Whether it has a guest agent.
+        login: See `GuestAgent.login`.
+    """
 
     kind: PackKind
     nonce: str
     agent: bool
+    login: int | None
 
     @classmethod
     def read(cls, folder: Path) -> _Saved:
         facts = json.loads((folder / _SAVED).read_bytes())
-        return cls(kind=PackKind(facts["kind"]), nonce=facts["nonce"], agent=facts["agent"])
+        return cls(kind=PackKind(facts["kind"]), nonce=facts["nonce"], agent=facts["agent"], login=facts.get("login"))
 
     def write(self, folder: Path) -> None:
         with atomic_file(folder / _SAVED) as record:
@@ -107,7 +116,10 @@ class QemuInstance:
         self.console = Console(parts.rundir / _CONSOLE, ended=lambda: self._process.exitcode is not None)
         self._recorder = parts.recorder
         self._watch = parts.watch
-        self._agent = GuestAgent(parts.lines.agent, alive=self.alive)
+        self._agent = GuestAgent(parts.lines.agent, alive=self.alive, changes=lambda: self._qmp.agent_changes)
+        self._agent_or_ssh = AgentOrSsh(
+            agent=self._agent, present=self._agent_is_there, logged_in=self._logged_in, log_in=lambda deadline: self._log_in(deadline, [""])
+        )
         self._waker = Waker(parts.lines.waker)
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
         self._cable = NIC
@@ -170,7 +182,11 @@ class QemuInstance:
         with self._lock:
             if self._has_agent is None:
                 self._has_agent = self._find_agent(deadline)
-            return self._ssh_channel(deadline) if bulk or not self._has_agent else self._agent
+            return self._ssh_channel(deadline) if bulk or not self._has_agent else self._agent_or_ssh
+
+    def _agent_is_there(self) -> bool:
+        with self._asked("whether there is a guest agent"):
+            return self._qmp.agent_is_there(deadline=Deadline(_GRACE))
 
     def _find_agent(self, deadline: Deadline) -> bool:
         """Waits for whichever channel the guest offers; true if that is the agent."""
@@ -192,19 +208,31 @@ class QemuInstance:
         if able:
             self._log_out()
             return self._agent
-        try:
-            self._ssh = self._ssh or SshChannel.attempt(
-                self.forward(22), self._source.keys, deadline=deadline, alive=self.alive, reasons=said
-            )
-        except HostKeyMismatch as error:  # the image's own key, until cloud-init has put the machine's in its place
-            said[:] = [str(error)]
-        if self._ssh is None:
+        ssh = self._log_in(deadline, said)
+        if ssh is None:
             said[-1] += " (and the agent may not run commands)" if able is False else ""
             return None
         self._agent_due = self._agent_due or Deadline(_LATE)
-        if able is None and not self._agent_due.expired and _has_agent_installed(self._ssh):
+        if able is None and not self._agent_due.expired and _has_agent_installed(ssh):
             return None  # it has not been started yet
-        return self._ssh
+        return ssh
+
+    def _logged_in(self) -> SshChannel | None:
+        with self._lock:
+            if self._ssh is not None and self._ssh.lost:
+                self._log_out()
+            return self._ssh
+
+    def _log_in(self, deadline: Deadline, said: list[str]) -> SshChannel | None:
+        """The connection by SSH, or why there is none yet."""
+        with self._lock:
+            try:
+                self._ssh = self._logged_in() or SshChannel.attempt(
+                    self.forward(22), self._source.keys, deadline=deadline, alive=self.alive, reasons=said
+                )
+            except HostKeyMismatch as error:  # the image's own key, until cloud-init has put the machine's in its place
+                said[:] = [str(error)]
+            return self._ssh
 
     def _log_out(self) -> None:
         if self._ssh is not None:
@@ -213,11 +241,9 @@ class QemuInstance:
 
     def _ssh_channel(self, deadline: Deadline) -> SshChannel:
         with self._lock:
-            if self._ssh is not None and self._ssh.lost:
-                self._log_out()
-            if self._ssh is None:
+            if self._logged_in() is None:
                 self._ssh = SshChannel.connect(self.forward(22), self._source.keys, deadline=deadline, alive=self.alive)
-            return self._ssh
+            return self._ssh  # type: ignore[return-value]
 
     def forward(self, port: int) -> tuple[str, int]:
         """The address on 127.0.0.1 that leads to a TCP port of the guest; the kernel chooses its number."""
@@ -295,8 +321,10 @@ class QemuInstance:
         self._qmp.execute("cont", deadline=deadline)
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
         self._has_agent = saved.agent
-        if self._has_agent:
+        if self._has_agent and self._agent_is_there():
             self._agent.sync(deadline=deadline)
+            if saved.login is not None:
+                self._agent.adopt(saved.login)
 
     def _migrate(self, verb: Literal["migrate", "migrate-incoming"], file: Path, kind: PackKind, deadline: Deadline) -> None:
         dialect = self._programs.emulator.dialect
@@ -326,7 +354,7 @@ class QemuInstance:
         if kind is PackKind.TEMPLATE:
             with _open(dest / _RAM, _NEW) as file:
                 copy_sparse(self._ram.fd, file)
-        _Saved(kind=kind, nonce=nonce, agent=bool(self._has_agent)).write(dest)
+        _Saved(kind=kind, nonce=nonce, agent=bool(self._has_agent), login=self._agent.login).write(dest)
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
         """Writes the machine into a folder, all of its RAM in its state; it goes on (see `Snapshots`)."""
@@ -340,7 +368,7 @@ class QemuInstance:
                 raise OSError(errno.ENOSPC if _is_full(dest) else errno.EIO, str(error)) from error
             self._waker.wake(nonce, deadline=deadline)
         _make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
-        _Saved(kind=PackKind.STREAM, nonce=nonce, agent=bool(self._has_agent)).write(dest)
+        _Saved(kind=PackKind.STREAM, nonce=nonce, agent=bool(self._has_agent), login=self._agent.login).write(dest)
 
     @contextmanager
     def _nothing_plugged(self, deadline: Deadline) -> Iterator[None]:
@@ -693,7 +721,7 @@ def _signal_hint(status: int) -> str:
     return f" (killed by {signal.Signals(-status).name})" if status < 0 else ""
 
 
-def _has_agent_installed(ssh: SshChannel) -> bool:
+def _has_agent_installed(ssh: Channel) -> bool:
     script = "command -v qemu-ga >/dev/null"
     return ssh.run(Command(argv=("sh", "-c", script), env=(("PATH", GUEST_PATH),)), deadline=Deadline(_GRACE)).returncode == 0
 

@@ -74,6 +74,13 @@ class _Counter(EventListener):
             self.count += 1
 
 
+class _Port(_Counter):
+    """Counts how often a serial port was opened or closed in the guest."""
+
+    def __init__(self, port: str) -> None:
+        super().__init__("VSERPORT_CHANGE", lambda event: event.get("data", {}).get("id") == port)  # type: ignore[attr-defined]
+
+
 class Qmp:
     """A connection to the monitor of one QEMU process."""
 
@@ -88,6 +95,8 @@ class Qmp:
         self._forgotten: dict[str, int] = {}
         self._resets = _Counter("RESET")
         self._client.register_listener(self._resets)
+        self._agent = _Port("agentport")
+        self._client.register_listener(self._agent)
         self._guard(self._client.connect(sock), deadline, "the greeting")
 
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
@@ -187,6 +196,16 @@ class Qmp:
     def resets(self) -> int:
         """How many times the machine was reset."""
         return self._resets.count
+
+    @property
+    def agent_changes(self) -> int:
+        """How often an agent has opened its port in the guest, or closed it."""
+        return self._agent.count
+
+    def agent_is_there(self, *, deadline: Deadline) -> bool:
+        """Whether an agent has its port open in the guest now."""
+        known = self.execute("query-chardev", deadline=deadline)
+        return any(each["label"] == "agent" and each["frontend-open"] for each in known)
 
     def close(self) -> None:
         """Ends the connection; QEMU runs on. May be called again."""
