@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
     Run = Callable[..., pytest.RunResult]
 
-HEAVY = ("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "urllib3", "yaml")
+OURS = ("channels", "guestpath", "images", "machine", "metrics", "packs", "process", "provision", "seed", "transfer")
+HEAVY = (
+    *("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "urllib3", "yaml"),
+    *(f"pytest_vmbottle.{name}" for name in OURS),
+)
 PROBE = f"""
 import atexit, sys
 
