@@ -23,21 +23,20 @@ import attrs
 from pytest_vmbottle import images, kept
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Backend, Powered, SecureShell, Watching
-from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.backends.smolvm import SmolvmBackend
+from pytest_vmbottle.backends.make import make
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.errors import BackendUnavailable, CommandTimeout, MachineDied, MachineError, VMBottleError
 from pytest_vmbottle.kept import Kept, Line, Record
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.pipes import connect
 from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.settings import Settings as Told
 from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.supervisor import Identity
 
 __all__ = ["Keeper", "keep", "main"]
 
-MakeBackend = Callable[[str, str, Catalog], Backend]
 _PACE = 0.5
 """Seconds after which the end of a machine is noticed."""
 _PATIENCE = 10.0
@@ -48,12 +47,11 @@ _LAST_WORDS = 3.0
 _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
 
 
-def _make(name: str, accelerator: str, catalog: Catalog) -> Backend:
-    if name == "smolvm":
-        return SmolvmBackend(state=catalog.root / "smolvm", proofs=catalog.proofs)
-    if name != "qemu":
+def _backend(name: str, told: Told, catalog: Catalog, say: Callable[[str], None]) -> Backend:
+    made = make(name, folder=catalog.root, accelerator=told.accelerator, pack_kind=told.pack_kind, account=told.account, warn=say)
+    if made is None:
         raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or say qemu or smolvm")
-    return QemuBackend(accelerator=accelerator, proofs=catalog.proofs)
+    return made
 
 
 class Keeper:
@@ -237,21 +235,20 @@ def main() -> None:
     os.set_inheritable(hold, False)  # noqa: FBT003 - it has no keyword
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
-    sys.exit(keep(Kept(folder), hold, Line(socket.socket(fileno=line)), make_backend=_make))
+    sys.exit(keep(Kept(folder), hold, Line(socket.socket(fileno=line))))
 
 
 def _leave(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def keep(place: Kept, hold: int, line: Line, *, make_backend: MakeBackend) -> int:
+def keep(place: Kept, hold: int, line: Line) -> int:
     """Starts a machine, keeps it to its end, and returns the exit status of this process.
 
     Args:
         place: Its folder.
         hold: That folder, open and locked.
         line: To who wants it: the order comes from there, and it is to stay open until the machine is ready.
-        make_backend: Makes the backend of a name.
     """
     order = line.receive()
     if order is None:
@@ -259,7 +256,7 @@ def keep(place: Kept, hold: int, line: Line, *, make_backend: MakeBackend) -> in
     with ExitStack() as stack:
         try:
             with _wanted(line) as confirmed:
-                machine, record = stack.enter_context(_provided(place, order, lambda words: line.send({"say": words}), make_backend))
+                machine, record = stack.enter_context(_provided(place, order, lambda words: line.send({"say": words})))
                 keeper = Keeper(machine)
                 server = stack.enter_context(kept.listen(hold))
                 keeper.listen(server)
@@ -303,19 +300,24 @@ def _wanted(line: Line) -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _provided(
-    place: Kept, order: Mapping[str, Any], say: Callable[[str], None], make_backend: MakeBackend
-) -> Iterator[tuple[Machine, Record]]:
+def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Machine, Record]]:
     """The machine, running and ready, and its record."""
     keywords = dict(order["keywords"])
     spec = MachineSpec.resolve(_source(keywords.pop("source")), keywords)
     catalog = Catalog(Path(order["catalog"]))
-    name = "qemu" if spec.backend == "auto" else spec.backend
-    backend = make_backend(name, order["accel"], catalog)
+    told = Told.read(lambda setting: order["settings"].get(setting.name))
+    wanted = spec.backend if spec.backend != "auto" else told.backend
+    name = "qemu" if wanted == "auto" else wanted
     settings = Settings(
-        timeout_factor=order["timeout_factor"], report=say, warn=say, declared=images.find_declared_images(Path(order["folder"]))
+        timeout_factor=told.timeout_factor,
+        rebuild_before=time.time() if told.rebuild else None,
+        report=say,
+        warn=say,
+        declared=images.find_declared_images(Path(order["folder"])),
+        memory_budget=told.memory_budget,
+        retries=told.infra_retries,
     )
-    provisioner = Provisioner(catalog, backend, name=name, settings=settings)
+    provisioner = Provisioner(catalog, _backend(name, told, catalog, say), name=name, settings=settings)
     try:
         with provisioner.machine(spec) as machine, _shown_console(place, machine):
             yield machine, _record(place, machine)

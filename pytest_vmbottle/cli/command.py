@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -151,6 +152,33 @@ def format_age(seconds: float) -> str:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+
+
+def setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the settings that hold wherever machines are started, as options and by their environment variables.
+
+    The command gets them as `settings`: by their names, those that were given, each of which makes sense.
+    """
+    from pytest_vmbottle.settings import SETTINGS, Settings
+
+    ours = [setting for setting in SETTINGS if not setting.tests_only]
+
+    @wraps(command)
+    def with_settings(**given: Any) -> None:
+        found = {setting.name: given.pop(setting.key) for setting in ours}
+        settings = {name: "true" if value is True else value for name, value in found.items() if value not in (None, False, "")}
+        try:
+            Settings.read(lambda setting: settings.get(setting.name))
+        except SpecError as error:
+            raise click.UsageError(printable(str(error))) from None
+        command(settings=settings, **given)
+
+    decorated: Callable[..., None] = with_settings
+    for setting in reversed(ours):
+        kind: dict[str, Any] = {"is_flag": True} if setting.flag else {"metavar": "|".join(setting.choices) or "TEXT"}
+        words = f"{setting.help}; also {setting.env}."
+        decorated = click.option(f"--{setting.name}", setting.key, envvar=setting.env, help=words, **kind)(decorated)
+    return decorated
 
 
 def catalog_root() -> Path:

@@ -24,6 +24,7 @@ from pytest_vmbottle.cli.command import (
     json_option,
     open_catalog,
     say,
+    setting_options,
     show_table,
 )
 from pytest_vmbottle.errors import CommandTimeout, MachineError, SpecError
@@ -95,15 +96,9 @@ _env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, c
 @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Its architecture; by default this computer's.")
 @click.option("--boot", is_flag=True, help="Boot it, rather than pour it from a pack.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="When it has to be ready; 120 by default, more if emulated.")
-@click.option("--timeout-factor", type=float, default=1.0, envvar="VMBOTTLE_TIMEOUT_FACTOR", help="Multiply all time-outs with it.")
-@click.option("--backend", default="auto", envvar="VMBOTTLE_BACKEND", help="What runs it: auto, qemu or smolvm.")
-@click.option(
-    "--accel", type=click.Choice(["auto", "kvm", "hvf", "tcg"]), default="auto", envvar="VMBOTTLE_ACCEL", help="How QEMU runs guest code."
-)
+@setting_options
 @json_option
-def start(  # noqa: PLR0913 - the others are all keywords of a spec
-    *, source: str, name: str | None, as_json: bool, accel: str, timeout_factor: float, boot: bool, **given: Any
-) -> None:
+def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str, str], boot: bool, **given: Any) -> None:
     """Start a machine from SOURCE: the name of an image, or the path of a disk image.
 
     Images are made as tests make them: one that is not there is built if a recipe is known for it, and those that the project around this
@@ -113,6 +108,7 @@ def start(  # noqa: PLR0913 - the others are all keywords of a spec
     """
     keywords = {key: value for key, value in given.items() if value is not False and value not in (None, (), {})}
     keywords |= {"fresh": "boot"} if boot else {}
+    keywords |= {"backend": settings["backend"]} if "backend" in settings else {}
     _check(source, name, keywords)
     from pytest_vmbottle.kept import Kept
 
@@ -121,8 +117,7 @@ def start(  # noqa: PLR0913 - the others are all keywords of a spec
     order = {
         "catalog": str(catalog.root),
         "folder": str(Path.cwd()),
-        "accel": accel,
-        "timeout_factor": _positive(timeout_factor),
+        "settings": settings,
         "keywords": keywords | {"source": _absolute(source), "name": place.name},
     }
     record = place.start(order, say)
@@ -137,12 +132,6 @@ def start(  # noqa: PLR0913 - the others are all keywords of a spec
 def _absolute(source: str) -> str:
     """A path as one that holds in every folder; names, and references such as `library/alpine`, as they are."""
     return str(Path(source).absolute()) if "/" in source and Path(source).exists() else source
-
-
-def _positive(factor: float) -> float:
-    if not 0 < factor < float("inf"):
-        raise click.BadParameter(f"{factor} is not a number above 0", param_hint="--timeout-factor")
-    return factor
 
 
 def _check(source: str, name: str | None, keywords: Mapping[str, Any]) -> None:

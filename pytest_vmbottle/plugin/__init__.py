@@ -31,7 +31,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the mark and checks the options; makes nothing."""
     config.addinivalue_line("markers", f"{SIGNATURE}: run the test on a real machine made from an image or a layer.")
-    ours = config.stash[SESSION] = Session(config, Options.read(config))
+    ours = config.stash[SESSION] = Session(config, Options.of(config))
     config.pluginmanager.register(Sorting(), "vmbottle-sorting")
     config.pluginmanager.register(Interrupted(ours), "vmbottle-interrupted")
     if not hasattr(config, "workerinput"):

@@ -215,20 +215,19 @@ SESSION: pytest.StashKey[Session] = pytest.StashKey()
 @pytest.hookimpl(trylast=True)
 def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | None:
     """Makes the backends of this package."""
+    from pytest_vmbottle.backends.make import make
+
     session = config.stash[SESSION]
-    options = session.options
-    if name == "smolvm":
-        from pytest_vmbottle.backends.smolvm import SmolvmBackend
-
-        root = session.catalog.root
-        return SmolvmBackend(
-            state=root / "smolvm", proofs=root / "proofs", pack_kind=options.pack_kind, images=options.smolvm_images, warn=session.say
-        )
-    if name != "qemu":
-        return None
-    from pytest_vmbottle.backends.qemu import QemuBackend
-
-    return QemuBackend(accelerator=options.accelerator, pack_kind=options.pack_kind, account=options.account, proofs=session.catalog.proofs)
+    told = session.options
+    return make(
+        name,
+        folder=session.catalog.root,
+        accelerator=told.accelerator,
+        pack_kind=told.pack_kind,
+        account=told.account,
+        images=told.smolvm_images,
+        warn=session.say,
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_vmbottle.plugin.options import Options
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -134,6 +136,16 @@ def test_a_backend_that_nobody_knows_is_a_mistake_and_no_reason_to_skip(run: Run
 
     assert "SpecError: there is no backend 'vmware': choose qemu or smolvm, or install the plugin that brings it" in said(result)
     assert "INFRA" not in said(result)
+
+
+def test_a_catalog_in_the_ini_file_is_seen_from_the_root_folder(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pytester.path / "sub").mkdir()
+    pytester.makeini("[pytest]\nvm_catalog = .vmbottle\n")
+    monkeypatch.delenv("VMBOTTLE_CATALOG", raising=False)
+    monkeypatch.chdir(pytester.path / "sub")
+    config = pytester.parseconfig("--rootdir", str(pytester.path))
+
+    assert Options.of(config).catalog == str(pytester.path / ".vmbottle")
 
 
 def test_rebuild_makes_every_pack_again_once(run: Run) -> None:

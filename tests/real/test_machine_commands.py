@@ -100,6 +100,15 @@ def test_a_started_machine_is_listed_by_another_process_with_where_its_ports_lea
     assert json.loads(commands.run("argv", web, "--json").stdout)[0].endswith("qemu-system-x86_64")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as somebody else")
+def test_the_environment_says_who_qemu_runs_as_without_pytest_too(commands: Commands, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMBOTTLE_RUN_AS", "nobody")
+    started = commands.start(name)
+
+    assert psutil.Process(started["pid"]).username() == "nobody"
+    assert commands.exec(name, "id", "-un") == "root\n"
+
+
 def test_a_keeper_has_no_terminal_no_folder_and_a_private_socket(commands: Commands, web: str) -> None:
     listed = commands.about(web)
     assert listed is not None
