@@ -83,14 +83,19 @@ def _can_be_made(folder: Path) -> bool:
 class Catalog:
     """The directory that all workers and runs of one user share. Making this object checks it; folders appear when they are needed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, make: bool = True) -> None:
         """Opens it.
+
+        Args:
+            root: Its folder.
+            make: Whether the folder is made if it is not there; without, there is nothing in it.
 
         Raises:
             CatalogError: It lies on a network file system, belongs to somebody else, or cannot be written.
         """
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow the symlink that is to be refused
-        _check(self.root)
+        if make or os.path.lexists(self.root):
+            _check(self.root)
         self.ledger = Ledger()
         self._owner: _Owner | None = None
         self._owning = threading.Lock()

@@ -249,8 +249,9 @@ class Power:
         instance = self.instance
         if not isinstance(instance, Snapshots):
             raise self._error("cannot be written down: its backend makes no snapshots")
-        folder = private_dir(supply.folder / SNAPSHOTS / secrets.token_hex(32))
+        folder = supply.folder / SNAPSHOTS / secrets.token_hex(32)
         try:
+            private_dir(folder)
             instance.snapshot(folder, deadline=Deadline(supply.patience))
             packs.seal(folder, self._manifest(folder.name, name))
             disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()
@@ -259,7 +260,7 @@ class Power:
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, MachineError):
-                raise self._unwritten(name, str(error.strerror), folder.parent) from error
+                raise self._unwritten(name, str(error.strerror), supply.folder) from error
             raise
 
     def _unwritten(self, name: str, reason: str, folder: Path) -> CatalogError:

@@ -91,7 +91,7 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
 
     One line for each machine goes to stdout: the number of the process that had it, and its name.
     """
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     reaped = catalog.gc(dry_run=dry_run)
     if not dry_run:
         images.sweep(catalog)

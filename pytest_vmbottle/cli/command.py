@@ -189,11 +189,11 @@ def catalog_root() -> Path:
     return given.expanduser() if given is not None else default_root()
 
 
-def open_catalog() -> Catalog:
-    """The catalog, made if it is not there."""
+def open_catalog(*, make: bool = True) -> Catalog:
+    """The catalog, made if it is not there, unless it is only looked at."""
     from pytest_vmbottle.catalog import Catalog
 
-    return Catalog(catalog_root())
+    return Catalog(catalog_root(), make=make)
 
 
 def check_each(checks: Mapping[str, tuple[str, Callable[[], object]]]) -> None:

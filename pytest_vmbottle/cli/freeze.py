@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,8 @@ def build(  # noqa: PLR0913 - one for each option
     del backend  # there is one
     if (machine is None) == (image is None) or (yes and no_stop):
         raise click.UsageError("say one of --from-machine and --image, and at most one of --yes and --no-stop")
+    if machine is not None and state_dir is None:
+        _refuse_others(machine)
     from pytest_vmbottle.backends.smolvm import Engine, find_program
 
     engine = Engine(find_program(), state_dir)
@@ -68,6 +71,18 @@ def build(  # noqa: PLR0913 - one for each option
         made.replace(final)
     say(f"{format_size(final.stat().st_size)}")
     click.echo(final)
+
+
+def _refuse_others(name: str) -> None:
+    """Refuses a machine of `vmbottle machine start` that another hypervisor runs, before anything is done to it."""
+    from pytest_vmbottle.errors import CatalogError
+    from pytest_vmbottle.kept import find
+
+    with suppress(CatalogError):  # there is none: it is one of smolvm's own
+        place = find(catalog_root() / "machines", name)
+        backend = place.record().backend
+        if place.is_held and backend not in ("", "smolvm"):
+            raise Failure(f"the machine {name!r} runs on {backend}, and only smolvm's can be packed: for the others write a layer")
 
 
 def _final(output: Path | None, name: str) -> Path:

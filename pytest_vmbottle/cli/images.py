@@ -277,7 +277,7 @@ def list_images(*, available: bool, as_json: bool) -> None:
     if available:
         _list_available(as_json=as_json)
         return
-    declared, store = _declared(), _images(open_catalog())
+    declared, store = _declared(), _images(open_catalog(make=False))
     records = []
     for name in store.names():
         try:
@@ -382,7 +382,7 @@ def remove_images(*, names: tuple[str, ...]) -> None:
 
     One that a test run or a machine uses is not removed.
     """
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     store = _images(catalog)
     for name in names:
         found = _stored(store, name)
@@ -397,5 +397,5 @@ def remove_images(*, names: tuple[str, ...]) -> None:
 @click.argument("names", metavar="[NAME...]", nargs=-1)
 def verify_images(*, names: tuple[str, ...]) -> None:
     """Read images, by default all, and compare them with the digests they were stored with. The exit status is 1 if one differs."""
-    store = _images(open_catalog())
+    store = _images(open_catalog(make=False))
     check_each({name: (name, partial(store.verify, name)) for name in names or store.names()})

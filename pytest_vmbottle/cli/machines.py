@@ -46,7 +46,7 @@ _ENDING = 150.0
 @click.group(
     epilog=examples(
         "vmbottle machine start debian-12 --name web --port 80",
-        "vmbottle machine exec web -- apt-get install -y nginx",
+        "vmbottle machine exec web -- systemctl status",
         "vmbottle machine cp site/ web:/var/www/html",
         "vmbottle machine shell web",
         "vmbottle machine stop web",

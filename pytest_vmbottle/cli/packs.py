@@ -56,7 +56,7 @@ def list_packs(*, as_json: bool) -> None:
     """List the packs, oldest first; SIZE is what they take on disk."""
     from pytest_vmbottle import packs
 
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     found, damaged = packs.scan(catalog.packs)
     taken = packs.sizes(found)
     records = [_pack_record(catalog, each, taken[each.key]) for each in found if each.key in taken]
@@ -115,7 +115,7 @@ def show(*, key: str, as_json: bool) -> None:
     """Show a pack, its files, and the packs it stands on."""
     from pytest_vmbottle import packs
 
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     found = packs.read(packs.find(catalog.packs, key))
     record = _pack_record(catalog, found, found.size) | {"files": _files(found), "parents": _parents(catalog, found)}
     if as_json:
@@ -169,7 +169,7 @@ def verify_packs(*, keys: tuple[str, ...]) -> None:
     """
     from pytest_vmbottle import packs
 
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     if keys:
         paths = [packs.find(catalog.packs, key) for key in keys]
     else:
@@ -194,7 +194,7 @@ def remove_packs(*, keys: tuple[str, ...]) -> None:
     """Remove packs. One that a test run uses, or that another one stands on, is not removed."""
     from pytest_vmbottle import packs
 
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     paths = dict.fromkeys(packs.find(catalog.packs, key) for key in keys)
     found, _ = packs.scan(catalog.packs)
     _check_removable(catalog, paths, found)
@@ -243,7 +243,7 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
     """
     from pytest_vmbottle import packs
 
-    catalog = open_catalog()
+    catalog = open_catalog(make=False)
     found, damaged = packs.scan(catalog.packs)
     made, used = (None if age is None else time.time() - age for age in (older_than, unused_for))
     chosen = packs.prunable(found, held=lambda each: catalog.in_use(each.path), made_before=made, used_before=used, keep_size=keep_size)

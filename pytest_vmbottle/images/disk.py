@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
     from pathlib import Path
 
-__all__ = ["DiskFormat", "disk_format", "inspect", "opened"]
+__all__ = ["DiskFormat", "check_whole", "disk_format", "inspect", "opened"]
 
 DiskFormat = Literal["qcow2", "raw"]
 
@@ -39,6 +39,8 @@ _MAX_REFCOUNT_TABLE = 8 << 20
 _MAX_DISK = 16 << 40
 _MIN_DISK = 1 << 20
 _SECTOR = 512
+_OFFSET, _COMPRESSED = 0x00FFFFFFFFFFFE00, 1 << 62  # in the entries of tables
+_VHD = b"conectix"
 
 # How a file begins that is no disk, though people try: a download still packed, another hypervisor's format.
 _LOOKALIKES = (
@@ -49,6 +51,8 @@ _LOOKALIKES = (
     (b"PK\x03\x04", "a zip archive: unpack it first"),
     (b"KDMV", "a VMDK: convert it first with `qemu-img convert -O qcow2`"),
     (b"vhdxfile", "a VHDX: convert it first with `qemu-img convert -O qcow2`"),
+    (_VHD, "a VHD: convert it first with `qemu-img convert -f vpc -O qcow2`"),
+    (b"LUKS\xba\xbe", "an encrypted LUKS volume: decrypt it first"),
     (b"<<< ", "a VDI: convert it first with `qemu-img convert -O qcow2`"),
 )
 # What a raw disk has somewhere near its start: (offset, bytes).
@@ -81,7 +85,11 @@ def disk_format(head: bytes, size: int) -> tuple[DiskFormat, int]:
     for magic, what in _LOOKALIKES:
         if head.startswith(magic):
             raise CatalogError(f"is not a disk image but {what}")
-    if size < _MIN_DISK or size % _SECTOR or not any(head.startswith(magic, at) for at, magic in _SIGNATURES):
+    if size >= _MIN_DISK and size % _SECTOR:
+        raise CatalogError(
+            f"is not a disk image: its {size} bytes are no whole sectors of {_SECTOR}; it was cut off, or has something behind its end"
+        )
+    if size < _MIN_DISK or not any(head.startswith(magic, at) for at, magic in _SIGNATURES):
         raise CatalogError(
             "is not a disk image: it is no qcow2, and has neither a partition table nor a file system that a raw disk begins with"
         )
@@ -177,9 +185,39 @@ def _inside(at: int, length: int, cluster: int, file_size: int) -> bool:
 def inspect(file: BufferedReader, path: Path) -> tuple[DiskFormat, int]:
     """Does the same for an open file; the error names `path`."""
     try:
-        return disk_format(os.pread(file.fileno(), _HEAD, 0), os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        kind = disk_format(os.pread(file.fileno(), _HEAD, 0), size)
+        if os.pread(file.fileno(), len(_VHD), max(0, size - _SECTOR)) == _VHD:  # of a fixed size: it begins like a raw disk
+            raise CatalogError("is not a disk image but a VHD: convert it first with `qemu-img convert -f vpc -O qcow2`")
     except CatalogError as error:
         raise CatalogError(f"{path} {error}") from None
+    return kind
+
+
+def check_whole(file: BufferedReader, path: Path) -> None:
+    """Sees that no cluster that a qcow2 speaks of lies behind the end of its file.
+
+    Raises:
+        CatalogError: One does: the file was cut off.
+    """
+    size, head = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), _HEAD, 0)
+    if not head.startswith(_QCOW2_MAGIC):
+        return
+    _, version, _, _, cluster_bits, _, _, l1_len, l1_at, *_ = _QCOW2.unpack_from(head)
+    features = _QCOW2_V3.unpack_from(head, _QCOW2.size)[0] if version > 2 else 0  # noqa: PLR2004 - older ones have none
+    step = 2 if features & _EXTENDED_L2 else 1
+    compressed = (1 << 62 - (cluster_bits - 8)) - 1
+    for table in set(_entries(file, l1_at, l1_len)):
+        for entry in _entries(file, table & _OFFSET, (1 << cluster_bits) // 8)[::step] if table & _OFFSET else ():
+            at = entry & compressed if entry & _COMPRESSED else entry & _OFFSET
+            if at >= size:
+                raise CatalogError(f"{path} is not a whole disk image: it ends after {format_size(size)}, before its data do; get it again")
+
+
+def _entries(file: BufferedReader, at: int, count: int) -> tuple[int, ...]:
+    """A table of a qcow2; what lies behind the end of the file reads as the largest number."""
+    content = os.pread(file.fileno(), count * 8, at)
+    return struct.unpack(f">{count}Q", content.ljust(count * 8, b"\xff"))
 
 
 @contextmanager

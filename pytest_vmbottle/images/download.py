@@ -44,7 +44,7 @@ _PAUSE = 2.0
 _OLD_SECONDS = 7 * 86400
 _OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
 _LATER = {408, 425, 429, 500, 502, 503, 504}
-_RANGE = re.compile(r"bytes (?P<start>\d+)-\d+/(?P<total>\d+)")
+_RANGE = re.compile(r"bytes (?P<start>[0-9]{1,18})-[0-9]{1,18}/(?P<total>[0-9]{1,18})")
 
 
 class _BrokenOffError(Exception):

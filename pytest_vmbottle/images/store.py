@@ -29,7 +29,7 @@ import attrs
 from pytest_vmbottle import generations, records
 from pytest_vmbottle._os import copy_sparse, private_dir
 from pytest_vmbottle.errors import CatalogError
-from pytest_vmbottle.images.disk import DiskFormat, inspect, opened
+from pytest_vmbottle.images.disk import DiskFormat, check_whole, inspect, opened
 from pytest_vmbottle.spec import digest, host_arch
 
 if TYPE_CHECKING:
@@ -306,6 +306,7 @@ class ImageStore:
         with explained(f"add {file} to the images"), self.staging() as folder:
             with opened(file) as source:
                 kind, _ = inspect(source, file)
+                check_whole(source, file)
                 copy_in(source, folder / f"disk.{kind}")
             for part, target in ((kernel, KERNEL), (initrd, INITRD)):
                 if part is not None:
@@ -393,6 +394,7 @@ class ImageStore:
             seen = records.read(short_cut)
             if seen["looks"] == looks and _SHA256.fullmatch(seen["sha256"]):
                 return str(seen["sha256"])
+        check_whole(file, path)
         found = hashlib.file_digest(file, "sha256").hexdigest()
         if _looks(file) != looks:
             raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -122,4 +123,6 @@ class Context:
         except OSError as error:
             root = self.catalog.root
             hint = "make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                hint = "raise the limit on open files of this process (ulimit -n), or of this host (fs.file-max)"
             raise CatalogError(f"the catalog {root} cannot be used: {error.strerror or error}; {hint}") from error

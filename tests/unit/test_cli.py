@@ -26,6 +26,7 @@ from pytest_vmbottle._os import Deadline, size_on_disk
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.cli import main
 from pytest_vmbottle.images import Image, ImageStore
+from pytest_vmbottle.kept import Kept, Record
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.testing import FakeBackend
@@ -575,6 +576,25 @@ def test_a_pack_without_a_manifest_is_told_verified_as_bad_and_can_be_removed(st
     assert "has no pack.json" in failed(1, "pack", "show", stock.db.key)
     assert done("pack", "rm", stock.db.key[:12]) == f"{stock.db.key}\n"
     assert stock.there() == {stock.base.key, stock.web.key}
+
+
+@pytest.mark.parametrize("words", [("image", "ls"), ("image", "verify"), ("pack", "ls"), ("pack", "prune"), ("machine", "ls"), ("gc",)])
+def test_who_only_looks_makes_no_catalog(tmp_path: Path, words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, ["--catalog", str(tmp_path / "none"), *words])
+
+    assert result.exit_code == 0, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_of_qemu_that_is_to_be_packed_is_refused_before_it_is_stopped(tmp_path: Path) -> None:
+    place = Kept(tmp_path / "catalog" / "machines" / "dev")
+    hold = place.claim()
+    place.note(Record(name="dev", source="debian-12", state="running", backend="qemu"))
+    result = CliRunner().invoke(main, ["--catalog", str(tmp_path / "catalog"), "pack", "build", "--from-machine", "dev", "--yes"])
+    os.close(hold)
+
+    assert result.exit_code == 1
+    assert "qemu" in result.output
 
 
 def test_a_pack_is_removed_wholly(stock: Stock) -> None:

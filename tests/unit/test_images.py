@@ -437,6 +437,35 @@ class TestStore:
         assert not old.disk.exists()
         assert store.get("mine") == new
 
+    @pytest.mark.parametrize(
+        ("content", "keyword"),
+        [
+            (b"conectix" + raw()[8:], "VHD"),
+            (raw() + b"conectix".ljust(512, b"\0"), "VHD"),
+            (b"LUKS\xba\xbe" + raw()[6:], "LUKS"),
+            (raw() + b"x", "sectors"),
+        ],
+        ids=["dynamic VHD", "fixed VHD", "LUKS", "odd size"],
+    )
+    def test_what_is_no_disk_is_called_by_its_name(self, store: ImageStore, tmp_path: Path, content: bytes, keyword: str) -> None:
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(CatalogError, match=keyword):
+            store.add(tmp_path / "file", name="mine")
+
+    @pytest.mark.parametrize("options", [(), ("-o", "extended_l2=on,cluster_size=16k"), ("-c",), ("-o", "compat=0.10")])
+    def test_a_qcow2_that_was_cut_off_is_refused_and_a_whole_one_is_not(
+        self, store: ImageStore, tmp_path: Path, options: tuple[str, ...]
+    ) -> None:
+        plain, path = tmp_path / "plain", tmp_path / "file"
+        plain.write_bytes(os.urandom(4 * MIB))
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, plain, path], check=True)
+        assert store.add(path, name="whole").format == "qcow2"
+        os.truncate(path, path.stat().st_size - MIB)
+        with pytest.raises(CatalogError, match="whole"):
+            store.add(path, name="mine")
+        with pytest.raises(CatalogError, match="whole"):
+            store.import_path(path)
+
     def test_holes_stay_holes(self, store: ImageStore, tmp_path: Path) -> None:
         path = tmp_path / "sparse.img"
         path.write_bytes(raw())
