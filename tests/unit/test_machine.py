@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_vmbottle import BackendUnavailable, Machine, MachineError, MachineSpec
+from pytest_vmbottle import BackendUnavailable, CommandFailed, CommandTimeout, Machine, MachineError, MachineSpec
+from pytest_vmbottle.backend import Command, Finished
 from pytest_vmbottle.testing import FakeBackend, FakeChannel, FakeInstance
 
 
@@ -97,3 +98,35 @@ def test_a_copy_of_which_a_side_is_empty_does_nothing(machine: Machine, tmp_path
 def test_an_empty_path_elsewhere_is_an_error_that_says_so(machine: Machine, use: Callable[[Machine], object]) -> None:
     with pytest.raises(ValueError, match="empty path"):
         use(machine)
+
+
+def _ended_by(finished: Finished, tmp_path: Path, kernel: str = "") -> Machine:
+    """A machine whose commands end like this, and what its kernel's log says."""
+    backend = FakeBackend()
+
+    def answer(command: Command) -> Finished:
+        return Finished(returncode=0, stdout=kernel.encode()) if "dmesg" in " ".join(command.argv) else finished
+
+    spec = MachineSpec(source="debian-12")
+    return Machine(FakeInstance(backend, tmp_path), spec, id="vm-1", backend="fake", channel=FakeChannel(answer))
+
+
+@pytest.mark.parametrize("status", [-9, 137])
+def test_a_command_that_was_killed_while_the_oom_killer_was_at_work_says_so(tmp_path: Path, status: int) -> None:
+    kernel = "[    9.5] Out of memory: Killed process 631 (python3) total-vm:1kB\n10.0 1\n"
+    with pytest.raises(CommandFailed, match="OOM") as caught:
+        _ended_by(Finished(returncode=status), tmp_path, kernel).exec("hungry")
+    assert "631 (python3)" in caught.value.result.note
+    assert _ended_by(Finished(returncode=status), tmp_path, "10.0 1\n").exec("x", check=False).note == ""
+
+
+def test_a_time_out_says_that_the_command_had_ended_and_something_held_its_output(tmp_path: Path) -> None:
+    machine = _ended_by(Finished(returncode=-9, timed_out=True, outlived=True), tmp_path)
+    with pytest.raises(CommandTimeout, match="background"):
+        machine.exec("sleep 500 & echo started", timeout=4)
+
+
+@pytest.mark.parametrize(("argv", "hinted"), [(["systemctl restart x"], True), (["a\tb", "c"], True), (["missing"], False)])
+def test_a_program_whose_name_has_blanks_was_probably_a_whole_command(tmp_path: Path, argv: list[str], *, hinted: bool) -> None:
+    result = _ended_by(Finished(returncode=127), tmp_path).exec(argv, check=False)
+    assert ("string" in result.note) is hinted
