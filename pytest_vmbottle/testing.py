@@ -33,6 +33,7 @@ class FakeRunning:
         """Takes its status."""
         self.returncode: int | None = returncode
         self.written = b""
+        self.closed = self.input_closed = False
 
     def wait(self, *, deadline: Deadline) -> int | None:  # noqa: ARG002
         """Returns its status."""
@@ -43,10 +44,12 @@ class FakeRunning:
         self.written += data
 
     def close_input(self) -> None:
-        """Does nothing."""
+        """Notes it."""
+        self.input_closed = True
 
     def close(self) -> None:
-        """Does nothing."""
+        """Notes it."""
+        self.closed = True
 
 
 class FakeChannel:
@@ -55,6 +58,7 @@ class FakeChannel:
     def __init__(self, handler: Handler) -> None:
         """Takes what turns a command into its end."""
         self._handler = handler
+        self.closed = False
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:  # noqa: ARG002
         """Calls the function."""
@@ -87,7 +91,8 @@ class FakeChannel:
         return FakeRunning(finished.returncode)
 
     def close(self) -> None:
-        """Does nothing."""
+        """Notes it."""
+        self.closed = True
 
 
 class FakeInstance:

@@ -188,6 +188,9 @@ class SshChannel:
         limit.start()
         try:
             ask(session)
+        except BaseException:
+            _give_up(session)
+            raise
         finally:
             limit.cancel()
         return session
@@ -330,7 +333,8 @@ class SshProcess:
             self._session.shutdown_write()
 
     def close(self) -> None:
-        """Gives up the connection to it."""
+        """Gives up the session with it, of which a server allows a connection only so many; may be called again."""
+        _give_up(self._session)
 
 
 class SshTerminal:

@@ -30,10 +30,6 @@ _MAX_SIZE = 64 << 30
 _ARCHIVES = (".xz", ".gz", ".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz")
 
 
-def _silent(_: str) -> None:
-    """Tells nobody."""
-
-
 @attrs.frozen(kw_only=True)
 class PullOptions:
     """How an image is pulled.
@@ -48,7 +44,7 @@ class PullOptions:
 
     update: bool = False
     offline: bool = False
-    progress: Callable[[str], None] = _silent
+    progress: Callable[[str], None] = lambda _: None
     meter: Callable[[str], None] | None = None
     every: float = 5.0
 

@@ -103,6 +103,8 @@ class Server(paramiko.ServerInterface):
         self.commands: list[str] = []
         self.handler = handler
         self.silent = False
+        self.most_sessions = 10
+        self._sessions: list[paramiko.Channel] = []
         self._host = paramiko.Ed25519Key.from_private_key(StringIO(host_private))
         self._user = user_public.split()[1]
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -138,10 +140,14 @@ class Server(paramiko.ServerInterface):
         return paramiko.common.AUTH_SUCCESSFUL if key.get_base64() == self._user else paramiko.common.AUTH_FAILED
 
     def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
+        self._sessions = [session for session in self._sessions if not session.closed]
+        if len(self._sessions) >= self.most_sessions:  # as sshd with its MaxSessions
+            return paramiko.common.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         return paramiko.common.OPEN_SUCCEEDED
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         self.commands.append(command.decode())
+        self._sessions.append(channel)
         if self.silent:
             time.sleep(2)
         thread = threading.Thread(target=self.handler, args=(channel, command.decode()), daemon=True)
@@ -465,6 +471,25 @@ def test_output_comes_while_a_command_runs_and_ends_with_an_empty_piece(channel:
     with pytest.raises(BrokenPipeError, match="takes no more"):
         started.running.write(b"more", deadline=Deadline(60))
     started.running.close()
+
+
+def test_any_number_of_commands_can_leave_something_behind_that_holds_their_session(server: Server, channel: SshChannel) -> None:
+    server.handler = lambda session, _: session.send_exit_status(0)  # and the session stays open, as with `sleep 500 &`
+    for _ in range(3 * server.most_sessions):
+        started = Started(channel, "anything")
+        assert started.running.wait(deadline=Deadline(60)) == 0
+        started.running.close()
+        started.running.close()
+        assert started.running.returncode == 0
+
+
+def test_a_command_that_is_refused_holds_no_session(server: Server, channel: SshChannel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "check_channel_exec_request", lambda session, _: server._sessions.append(session))
+    for _ in range(server.most_sessions):
+        with pytest.raises(MachineDied):
+            Started(channel, "anything")
+    monkeypatch.undo()
+    assert run(channel, "echo", "there").stdout == b"there\n"
 
 
 def test_input_that_is_not_taken_is_given_up_at_its_deadline(server: Server, channel: SshChannel) -> None:

@@ -70,10 +70,6 @@ class Verdict:
     seconds: float
 
 
-def _silent(_: str) -> None:
-    pass
-
-
 class SmolvmBackend:
     """Makes machines with the smolvm of this host."""
 
@@ -84,7 +80,7 @@ class SmolvmBackend:
         proofs: Path,
         pack_kind: PackKind | None = None,
         images: Mapping[str, str] | None = None,
-        warn: Callable[[str], None] = _silent,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Looks for nothing yet.
 
