@@ -633,7 +633,9 @@ class GuestPath:
     def _scan(self, depth: int | None, *, follow: bool = False) -> list[Entry]:
         output = self._output(_raise_for_listing, _SCAN, "" if depth is None else str(depth), "-L" if follow else "")
         skip = 2 + len(os.fsencode(str(self)))  # the letter, the folder and a slash
-        rows = ((line[:1].decode(), line[skip:].decode("utf-8", "surrogateescape")) for line in output.split(b"\0")[:-1])
+        rows = [(line[:1].decode("latin-1"), line[skip:].decode("utf-8", "surrogateescape")) for line in output.split(b"\0")[:-1]]
+        if any(kind not in _TYPES or not name or {"", "..", "."} & set(name.split("/")) for kind, name in rows):
+            raise OSError(errno.EIO, "the guest's listing makes no sense", str(self))
         return sorted((Entry(path=self / name, type=_TYPES[kind]) for kind, name in rows), key=lambda entry: entry.path)
 
     def iterdir(self) -> Iterator[GuestPath]:

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import attrs
 
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 __all__ = ["AgentEnded", "AgentRefused", "GuestAgent"]
 
+_T = TypeVar("_T")
 _CHUNK = 1 << 20
 _SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")  # noqa: S108 - in the guest
 _GRACE = 10.0
 """Seconds that the agent itself may take over a reply, beyond what a command was given."""
-_MAX_REPLY = 8 * MAX_OUTPUT
-"""Bytes of one reply: both streams in base64, with room to spare. A longer one is a hostile guest."""
+_MAX_REPLY = 3 * MAX_OUTPUT
+"""Bytes of one reply: both streams in base64 are 8/3 of what they hold at most. A longer one is a hostile guest."""
+_MAX_PARTS = 50_000
+"""Brackets, commas and colons of one reply: each may cost a hundred times its size once it is read. Real ones have some hundreds."""
 
 
 log = logging.getLogger(__name__)
@@ -110,20 +113,17 @@ class GuestAgent:
             MachineDied: It cannot any more, or its answer makes no sense.
         """
         self.sync(deadline=deadline)
-        answer = self.call("guest-info", deadline=Deadline(_GRACE))
-        try:
-            allowed = {command["name"] for command in answer["supported_commands"] if command["enabled"]}
-        except (KeyError, TypeError) as error:
-            raise MachineDied("the guest agent's answer to guest-info makes no sense") from error
+        (line,) = self._exchange([("guest-info", {})], Deadline(_GRACE))
+        allowed = _answer("guest-info", line, lambda answer: {each["name"] for each in answer["supported_commands"] if each["enabled"]})
         return allowed >= {"guest-exec", "guest-exec-status"}
 
     def _synced(self, token: int, deadline: Deadline) -> bool:
         while (line := self._line(deadline)) is not None:
             _, _, last = line.rpartition(b"\xff")
             try:
-                if json.loads(last).get("return") == token:
+                if _parsed(last).get("return") == token:
                     return True
-            except (ValueError, AttributeError):
+            except _NONSENSE:
                 continue  # the rest of an older answer
         return False
 
@@ -135,7 +135,7 @@ class GuestAgent:
         """
         request = {key.replace("_", "-"): value for key, value in arguments.items()}
         (line,) = self._exchange([(name, request)], deadline)
-        return _answer(name, line)
+        return _answer(name, line, lambda answer: answer)
 
     def _exchange(self, requests: list[_Request], deadline: Deadline, since: int | None = None) -> list[bytes]:
         """Makes calls one directly after the other, and returns their answers: of the agent that was there after so many changes."""
@@ -216,16 +216,16 @@ class GuestAgent:
             return not_run(Finished(returncode=code, stderr=b"env: " + str(error).encode()), command)
         status = self._status(pid, deadline)
         if status is not None:
-            return _finished(status)
+            return status
         self._status(self._start(command.killer(), Deadline(_GRACE)), Deadline(_GRACE))
         status = self._status(pid, Deadline(_GRACE))
         # Without a status something outlived the kill and holds the pipes, and the agent keeps to itself what they gave.
-        return Finished(returncode=-9, timed_out=True) if status is None else _killed(_finished(status))
+        return Finished(returncode=-9, timed_out=True) if status is None else _killed(status)
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command with a host file as its input, by way of a file in the guest."""
         with self._spool(command) as (path, feeding):
-            handle = self.call("guest-file-open", deadline=deadline, path=path, mode="w")
+            handle = self._open(path, "w", deadline)
             try:
                 while chunk := source.read(_CHUNK):
                     self._write(handle, chunk, deadline)
@@ -237,7 +237,7 @@ class GuestAgent:
         """Runs a command and writes its standard output to a host file, by way of a file in the guest."""
         with self._spool(command) as (path, feeding):
             finished = self.run(feeding(f'exec "$@" > {path}'), deadline=deadline)
-            handle = self.call("guest-file-open", deadline=deadline, path=path, mode="r")
+            handle = self._open(path, "r", deadline)
             try:
                 self._read(handle, sink, deadline)
             finally:
@@ -257,18 +257,24 @@ class GuestAgent:
         finally:
             self.run(attrs.evolve(plain, argv=("rm", "-f", path)), deadline=Deadline(_GRACE))
 
+    def _open(self, path: str, mode: str, deadline: Deadline) -> int:
+        (line,) = self._exchange([("guest-file-open", {"path": path, "mode": mode})], deadline)
+        return _answer("guest-file-open", line, int)
+
     def _write(self, handle: int, chunk: bytes, deadline: Deadline) -> None:
         while chunk:
             data = base64.b64encode(chunk).decode()
-            written = int(self.call("guest-file-write", deadline=deadline, handle=handle, buf_b64=data)["count"])
-            chunk = chunk[written:]
+            (line,) = self._exchange([("guest-file-write", {"handle": handle, "buf-b64": data})], deadline)
+            chunk = chunk[_answer("guest-file-write", line, lambda answer: _within(answer["count"], 1, _CHUNK)) :]
 
     def _read(self, handle: int, sink: BinaryIO, deadline: Deadline) -> None:
-        while True:
-            answer = self.call("guest-file-read", deadline=deadline, handle=handle, count=_CHUNK)
-            sink.write(base64.b64decode(answer["buf-b64"]))
-            if answer["eof"]:
-                return
+        ended = False
+        while not ended:
+            (line,) = self._exchange([("guest-file-read", {"handle": handle, "count": _CHUNK})], deadline)
+            data, ended = _answer(
+                "guest-file-read", line, lambda answer: (base64.b64decode(answer["buf-b64"], validate=True), bool(answer["eof"]))
+            )
+            sink.write(data)
 
     def _start(self, command: Command, deadline: Deadline) -> int:
         limit = Deadline(deadline.remaining + _GRACE)
@@ -278,11 +284,11 @@ class GuestAgent:
         *logged_in, started = self._exchange([*logging_in, _exec(command)], limit)
         try:
             for (name, _), line in zip(logging_in, logged_in, strict=True):
-                _answer(name, line)
+                _answer(name, line, lambda answer: answer)
         except AgentRefused as error:
             log.info("what a command starts can only be told by its environment: %s", error)
             self.login = None
-        return int(_answer("guest-exec", started)["pid"])
+        return _answer("guest-exec", started, _pid)
 
     def adopt(self, login: int | None) -> None:
         """Takes over an agent that was spoken to before its guest was saved, with the handle that `login` had then."""
@@ -293,8 +299,8 @@ class GuestAgent:
         found, login = self._changes(), None
         try:
             (started,) = self._exchange([_exec(Command(argv=("/bin/sh", "-c", _APART), env=(("PATH", GUEST_PATH),)))], deadline)
-            self._status(int(_answer("guest-exec", started)["pid"]), deadline)
-            login = int(self.call("guest-file-open", deadline=deadline, path="/proc/self/loginuid", mode="w"))
+            self._status(_answer("guest-exec", started, _pid), deadline)
+            login = self._open("/proc/self/loginuid", "w", deadline)
         except AgentRefused as error:
             log.info("what a command starts can only be told by its environment: %s", error)
         self._settled, self.login = found, login
@@ -309,13 +315,13 @@ class GuestAgent:
             ("guest-file-seek", {"handle": self.login, "offset": 0, "whence": 0}),  # this also writes it out
         ]
 
-    def _status(self, pid: int, deadline: Deadline) -> dict[str, Any] | None:
+    def _status(self, pid: int, deadline: Deadline) -> Finished | None:
         """How the process ended, or None if it has not by the deadline."""
         began, since = time.monotonic(), self._changes()
         pause = 0.001
         while True:
             status = self._asked_of(pid, since, Deadline(deadline.remaining + _GRACE))
-            if status["exited"]:
+            if status is not None:
                 return status
             if deadline.expired:
                 return None
@@ -324,16 +330,15 @@ class GuestAgent:
             # Every question costs the guest time that its command could use; what is lost by asking late is an eighth, or a few ms.
             pause = min(2 * pause, max(0.008, (time.monotonic() - began) / 8), 0.05)
 
-    def _asked_of(self, pid: int, since: int, deadline: Deadline) -> dict[str, Any]:
+    def _asked_of(self, pid: int, since: int, deadline: Deadline) -> Finished | None:
         try:
             (line,) = self._exchange([("guest-exec-status", {"pid": pid})], deadline, since)
-            status: dict[str, Any] = _answer("guest-exec-status", line)
+            return _answer("guest-exec-status", line, _ended)
         except (AgentRefused, AgentEnded) as error:  # what has started a process knows it
             raise AgentEnded(
                 "the guest agent ended while a command ran: it was stopped or restarted, or the guest reboots; "
                 "the command may run on there, but how it ends cannot be known"
             ) from error
-        return status
 
     def close(self) -> None:
         """Closes the line."""
@@ -351,22 +356,52 @@ def _exec(command: Command) -> _Request:
     }
 
 
-def _answer(name: str, line: bytes) -> Any:
+# Whatever Python may make of an answer that is not what it should be.
+_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _parsed(line: bytes) -> Any:
+    if sum(map(line.count, (b"[", b"{", b",", b":"))) > _MAX_PARTS:
+        raise ValueError("too many parts")
+    return json.loads(line)
+
+
+def _answer(name: str, line: bytes, read: Callable[[Any], _T]) -> _T:
+    """What an answer says, by who knows what it should: a guest may send anything.
+
+    Raises:
+        AgentRefused: It is an error.
+        MachineDied: It makes no sense.
+    """
     try:
-        answer = json.loads(line)
+        answer = _parsed(line)
         if "error" in answer:
             raise AgentRefused(f"the guest agent refused {name}: {answer['error'].get('desc', answer['error'])}")
-        return answer["return"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return read(answer["return"])
+    except _NONSENSE as error:
         raise MachineDied(f"the guest agent's answer to {name} makes no sense: {bytes(line[:80])!r}") from error
 
 
-def _finished(status: dict[str, Any]) -> Finished:
+def _within(number: object, least: int, most: int) -> int:
+    if not isinstance(number, int) or not least <= number <= most:
+        raise ValueError(f"{number!r:.40} is not a number from {least} to {most}")
+    return number
+
+
+def _pid(started: Any) -> int:
+    return _within(started["pid"], 1, 1 << 31)
+
+
+def _ended(status: Any) -> Finished | None:
+    """How a process ended, or None if it has not."""
+    if not status["exited"]:
+        return None
+    stdout, stderr = (base64.b64decode(status.get(f"{stream}-data", ""), validate=True) for stream in ("out", "err"))
     return Finished(
-        returncode=-status["signal"] if "signal" in status else status.get("exitcode", 0),
-        stdout=base64.b64decode(status.get("out-data", "")),
-        stderr=base64.b64decode(status.get("err-data", "")),
-        truncated=bool(status.get("out-truncated") or status.get("err-truncated")),
+        returncode=-_within(status["signal"], 1, 255) if "signal" in status else _within(status.get("exitcode", 0), 0, 255),
+        stdout=stdout[:MAX_OUTPUT],
+        stderr=stderr[:MAX_OUTPUT],
+        truncated=bool(status.get("out-truncated") or status.get("err-truncated")) or max(len(stdout), len(stderr)) > MAX_OUTPUT,
     )
 
 

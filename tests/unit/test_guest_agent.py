@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Command
+from pytest_vmbottle.backend import MAX_OUTPUT, Command
 from pytest_vmbottle.channels import guest_agent
 from pytest_vmbottle.channels.guest_agent import AgentEnded, AgentRefused, GuestAgent
 from pytest_vmbottle.errors import MachineDied, MachineTimeout
@@ -246,3 +246,47 @@ def test_at_a_deadline_a_command_that_had_ended_is_told_from_one_that_was_killed
     peer.answer = lingering
     finished = agent.run(Command(argv=("thing",)), deadline=Deadline(0.05))
     assert (finished.timed_out, finished.returncode, finished.outlived) == (True, -9, outlived)
+
+
+def test_an_answer_that_is_nested_without_end_is_a_lost_machine(peer: Peer, agent: GuestAgent) -> None:
+    peer.answer = lambda *_: b"[" * 100_000 + b"\n"
+    with pytest.raises(MachineDied):
+        agent.call("guest-ping", deadline=Deadline(60))
+
+
+_HOSTILE: list[Any] = [[], {}, None, "text", 7, {"pid": "7"}, {"pid": -1}, {"pid": 10**30}, {"exited": True, "exitcode": "zero"}]
+_HOSTILE += [{"exited": True, "exitcode": 10**30}, {"exited": True, "signal": []}, {"exited": True, "out-data": "%%%"}]
+_HOSTILE += [{"exited": True, "out-data": 7}, {"exited": True, "err-data": {}}, {"exited": True, "exitcode": 1.5}]
+
+
+@pytest.mark.parametrize("asked", ["guest-exec", "guest-exec-status"])
+@pytest.mark.parametrize("hostile", _HOSTILE, ids=lambda each: json.dumps(each)[:40])
+def test_an_answer_of_the_wrong_form_is_a_lost_machine_or_a_result_and_nothing_else(
+    peer: Peer, agent: GuestAgent, asked: str, hostile: object
+) -> None:
+    def answer(name: str, arguments: dict[str, Any]) -> bytes:
+        return json.dumps({"return": hostile}).encode() + b"\n" if name == asked else peer.healthy(name, arguments)
+
+    peer.answer = answer
+    with pytest.raises(MachineDied):
+        run(agent)
+
+
+def test_an_answer_of_a_million_parts_is_a_lost_machine_before_it_is_read(peer: Peer, agent: GuestAgent) -> None:
+    peer.answer = lambda *_: b'{"return": [' + b"[]," * 1_000_000 + b"0]}\n"
+    with pytest.raises(MachineDied, match="no sense"):
+        agent.call("guest-ping", deadline=Deadline(60))
+
+
+def test_more_output_than_an_agent_may_send_is_cut_and_said_to_be(peer: Peer, agent: GuestAgent) -> None:
+    much = base64.b64encode(bytes(MAX_OUTPUT + 3)).decode()
+
+    def answer(name: str, arguments: dict[str, Any]) -> bytes:
+        if name != "guest-exec-status":
+            return peer.healthy(name, arguments)
+        return json.dumps({"return": {"exited": True, "exitcode": 0, "out-data": much}}).encode() + b"\n"
+
+    peer.answer = answer
+    finished = agent.run(Command(argv=("thing",)), deadline=Deadline(60))
+    assert finished.truncated
+    assert len(finished.stdout) == MAX_OUTPUT

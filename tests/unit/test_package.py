@@ -17,8 +17,6 @@ import sys, json, pytest, attrs
 before = set(sys.modules)
 from pytest_vmbottle import Layer, MachineSpec, SpecError, layer
 import pytest_vmbottle.plugin
-for part in pytest_vmbottle.plugin.pytest_plugins:
-    __import__(part)
 print(json.dumps(sorted(name for name in set(sys.modules) - before if name.partition(".")[0] not in ("attr", "attrs", "tomllib"))))
 """
 

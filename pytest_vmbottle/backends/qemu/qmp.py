@@ -64,21 +64,31 @@ def in_background(function: Callable[[], _T]) -> _T:
     return asyncio.run_coroutine_threadsafe(call(), _loop()).result()
 
 
-class _Counter(EventListener):
-    """Counts events and keeps none, since a guest can cause them without end."""
+class _Latest(EventListener):
+    """Counts events and keeps what they said, each saying once, since a guest can cause them without end."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__(("GUEST_PANICKED", "BLOCK_IO_ERROR", "RESET"))
+        self.resets = 0
+        self.said: dict[tuple[str, str], Mapping[str, object]] = {}
 
     async def put(self, event: Message) -> None:
         if self.accept(event):
-            self.count += 1
+            self.resets += event["event"] == "RESET"
+            told: Mapping[str, object] = event.get("data", {})  # type: ignore[assignment]
+            self.said[str(event["event"]), str(told.get("action", ""))] = told  # of actions QEMU has only a few
 
 
-class _Port(_Counter):
+class _Port(EventListener):
     """Counts how often a serial port was opened or closed in the guest."""
 
     def __init__(self, port: str) -> None:
         super().__init__("VSERPORT_CHANGE", lambda event: event.get("data", {}).get("id") == port)  # type: ignore[attr-defined]
+        self.count = 0
+
+    async def put(self, event: Message) -> None:
+        if self.accept(event):
+            self.count += 1
 
 
 class Qmp:
@@ -90,11 +100,10 @@ class Qmp:
         # It logs every lost connection as an error; a machine that ends is an everyday thing here.
         self._client.logger.setLevel(logging.CRITICAL)
         # Only these: the history is kept, and a guest can cause others without end.
-        self._events = EventListener(("MIGRATION", "GUEST_PANICKED", "BLOCK_IO_ERROR"))
+        self._events = EventListener("MIGRATION")
         self._client.register_listener(self._events)
-        self._forgotten: dict[str, int] = {}
-        self._resets = _Counter("RESET")
-        self._client.register_listener(self._resets)
+        self._latest = _Latest()
+        self._client.register_listener(self._latest)
         self._agent = _Port("agentport")
         self._client.register_listener(self._agent)
         self._guard(self._client.connect(sock), deadline, "the greeting")
@@ -182,20 +191,17 @@ class Qmp:
 
     def seen(self, event: str, **data: object) -> bool:
         """Whether an event has come that says this, since it was last forgotten."""
-        for message in self._events.history[self._forgotten.get(event, 0) :]:
-            told: Mapping[str, object] = message.get("data", {})  # type: ignore[assignment]
-            if message["event"] == event and all(told.get(key) == value for key, value in data.items()):
-                return True
-        return False
+        said = [told for (name, _), told in tuple(self._latest.said.items()) if name == event]
+        return any(all(told.get(key) == value for key, value in data.items()) for told in said)
 
     def forget(self, event: str) -> None:
         """What has come of this event so far is not `seen` any more."""
-        self._forgotten[event] = len(self._events.history)
+        self._latest.said = {key: told for key, told in tuple(self._latest.said.items()) if key[0] != event}
 
     @property
     def resets(self) -> int:
         """How many times the machine was reset."""
-        return self._resets.count
+        return self._latest.resets
 
     @property
     def agent_changes(self) -> int:
