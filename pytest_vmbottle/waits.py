@@ -24,6 +24,8 @@ __all__ = ["Wait"]
 _T = TypeVar("_T")
 _LEAST = 5.0
 """Seconds that a question of ours to the guest may take, also where less is left."""
+_EXPLAINED = 20.0
+"""Seconds that the guest has to tell what may explain a wait in vain: without KVM, to list its units takes it several."""
 _EVERY = 0.25
 _NO_PROGRAM = 127
 _LISTEN, _CONNECTED = "0A", ("01", "08")  # TCP_LISTEN, TCP_ESTABLISHED and TCP_CLOSE_WAIT in /proc/net/tcp
@@ -115,9 +117,9 @@ class Wait:
     def _troubles(self) -> str:
         """The units that failed or were restarted since the machine was cloned, which may be why; nothing where that cannot be known."""
         with suppress(_Unanswered, MachineError):
-            units = guestlog.troubled(self._ask(guestlog.UNITS, least=_LEAST).stdout, self.age())
+            units = guestlog.troubled(self._ask(guestlog.UNITS, least=_EXPLAINED).stdout, self.age())
             if units:
-                journals = self._ask(["sh", "-c", guestlog.JOURNALS, "sh", *(unit.name for unit in units)]).stdout
+                journals = self._ask(["sh", "-c", guestlog.JOURNALS, "sh", *(unit.name for unit in units)], least=_EXPLAINED).stdout
                 listed = "\n".join(map(str, units))
                 return f"\n--- units that failed or were restarted meanwhile ---\n{listed}\n{guestlog.shortened(journals)}"
         return ""

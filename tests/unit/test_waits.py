@@ -29,7 +29,7 @@ def console(tmp_path: Path) -> Console:
 
 def wait(console: Console, answer: Answer = lambda _: "", *, seconds: float = 0.1, alive: Callable[[], None] = lambda: None) -> Wait:
     def run(command: str | Sequence[str], deadline: Deadline) -> Result:
-        assert 0 < deadline.remaining <= max(5.0, seconds)
+        assert 0 < deadline.remaining <= max(20.0, seconds)
         said = answer(command)
         return result(said) if isinstance(said, str) else said
 
