@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -165,8 +166,9 @@ def _io(process: psutil.Process) -> tuple[int | None, int | None]:
 
 
 def age(pid: int) -> float:
-    """Seconds since a process was started; without end if it is gone."""
+    """Seconds since a process was started, by the clock that counts from the boot; without end if it is gone."""
     try:
-        return max(0.0, time.time() - psutil.Process(pid).create_time())
-    except psutil.Error:
+        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
         return math.inf
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
