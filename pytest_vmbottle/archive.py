@@ -134,7 +134,7 @@ def write_zip(tree: Path, sink: IO[bytes]) -> None:
         Refused: A name is not text, which a zip archive cannot hold.
     """
     with zipfile.ZipFile(sink, "w", compression=zipfile.ZIP_DEFLATED) as packed:
-        for path in (tree, *sorted(tree.rglob("*"))):
+        for path in _tree(tree):
             status, name = path.lstat(), path.relative_to(tree.parent).as_posix()
             when = time.gmtime(min(max(status.st_mtime, _ZIP_FIRST), _ZIP_LAST))
             entry = zipfile.ZipInfo(f"{name}/" if stat.S_ISDIR(status.st_mode) else name, when[:6])
@@ -144,6 +144,16 @@ def write_zip(tree: Path, sink: IO[bytes]) -> None:
                 _zip_one(packed, entry, path, status.st_mode)
             except UnicodeEncodeError as error:
                 raise Refused(f"{name!r} is not text, which a zip archive cannot hold: use 'tar.gz'") from error
+
+
+def _tree(top: Path) -> Iterator[Path]:
+    """A tree in the order of names, of any depth: the library goes down by recursion."""
+    left = [top]
+    while left:
+        path = left.pop()
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            left += sorted(path.iterdir(), reverse=True)
 
 
 def _zip_one(packed: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, mode: int) -> None:

@@ -222,16 +222,18 @@ class CommandTimeout(VMBottleError, TimeoutError):
         self.timeout = timeout
 
 
-class TransferError(VMBottleError):
+class TransferError(VMBottleError, OSError):
     """A copy between host and guest was not completed; nothing stands under the final name.
 
     Attributes:
         src: Where the copy came from.
         dst: Where it was to go.
+        errno: What the guest's system call failed with, or the host's, such as `errno.ENOSPC`; None where there was none.
     """
 
-    def __init__(self, message: str, *, src: PurePath | str, dst: PurePath | str) -> None:
+    def __init__(self, message: str, *, src: PurePath | str, dst: PurePath | str, number: int | None = None) -> None:
         super().__init__(f"cannot copy {src} to {dst}: {message}")
+        self.errno = number
         self.src = str(src)
         self.dst = str(dst)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from pytest_vmbottle import archive
+from pytest_vmbottle import archive, landing
 from pytest_vmbottle._os import atomic_file
 from pytest_vmbottle.errors import TransferError, VMBottleError
 from pytest_vmbottle.guestpath import BULK, GuestPath, raise_for
@@ -25,13 +24,13 @@ FORMATS: dict[str, Callable[[Path, IO[bytes]], None]] = {"zip": archive.write_zi
 
 _GNU = "tar --version 2>/dev/null | grep -q GNU"
 # $1 destination, $2 the source's name, $3 a name that is not there yet, $4 tar's blocking factor, which not every tar has. A destination
-# that is a folder means a place in it. A folder that is there already is merged into, file by file, each by a rename. Of a full disk tar
-# may say "Wrote only 512 of 1048576 bytes"; the probe has it named.
+# that is a folder means a place in it, or with $5 itself. A folder that is there already is merged into, file by file, each by a rename. Of
+# a full disk tar may say "Wrote only 512 of 1048576 bytes"; the probe has it named.
 _PUT = rf"""
-path=$1; [ -d "$path" ] && path=${{path%/}}/$2
-parent=${{path%/*}}; [ -d "${{parent:-/}}" ] || exit 101
+path=$1; [ -z "$5" ] && [ -d "$path" ] && path=${{path%/}}/$2
+parent=${{path%/*}}; [ -d "$parent/" ] || {{ stat -L "$parent/" > /dev/null; exit 1; }}
 new=$parent/$3
-mkdir -m 700 "$new" || exit 105
+mkdir -m 700 "$new" || exit 1
 trap 'rm -rf "$new"' EXIT
 blocks=; [ -n "$4" ] && {_GNU} && blocks="-b $4"
 tar $blocks -xpf - -C "$new" || {{ head -c 1048576 /dev/zero > "$new/probe"; exit 1; }}
@@ -47,7 +46,7 @@ find . ! -type d -exec sh -c 'for f do mv -f "$f" "$0/$f" || exit 1; done' "$pat
 _CLEAR = 'path=$1; [ -d "$path" ] && rm -rf "${path%/}/$2"; rm -rf "${path%/*}/$2"'
 # Its kilobytes with all holes filled, its number of entries, and whether tar is GNU's, which can leave the holes out.
 _MEASURE = rf"""
-[ -e "$1" ] || [ -L "$1" ] || exit 101
+[ -e "$1" ] || [ -L "$1" ] || {{ stat "$1" > /dev/null; exit 1; }}
 size=$(du -sk --apparent-size -- "$1" 2>/dev/null || du -sk -- "$1" 2>/dev/null)
 [ -n "$size" ] || exit 1
 if {_GNU}; then gnu=1; else gnu=; fi
@@ -76,7 +75,9 @@ def copy_in(source: Path, target: GuestPath) -> None:
     """
     if not os.path.lexists(source):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory (on the host)", str(source))
-    name, temporary = source.name or source.resolve().name, f".vmbottle.{secrets.token_hex(8)}"
+    itself = "1" if source.name == ".." else ""  # goes to the destination itself, as with `cp -r`
+    name = source.resolve().name if itself or not source.name else source.name
+    temporary = f".vmbottle.{secrets.token_hex(8)}"
     if not name:
         raise TransferError("the whole file system cannot be copied: name its folders", src=source, dst=str(target))
     with _failures(source, target), tempfile.TemporaryFile() as stream:
@@ -84,7 +85,7 @@ def copy_in(source: Path, target: GuestPath) -> None:
         size = stream.tell()
         stream.seek(0)
         try:
-            words = (str(target), name, temporary, _blocking(size))
+            words = (str(target), name, temporary, _blocking(size), itself)
             result = target.shell.feed(_PUT, *words, source=stream, size=size, framed=True)
         except VMBottleError:  # it was killed at its time-out, or the channel is lost
             with suppress(VMBottleError):
@@ -100,10 +101,23 @@ def copy_out(source: GuestPath, target: Path) -> None:
         FileNotFoundError: The source, or the folder it is to go to, does not exist.
         TransferError: The copy broke off, or the guest sent what must not be written.
     """
-    final = target / source.name if target.is_dir() else target
-    _check_folder(final.parent)
-    with _failures(source, final), _arrived(source, final.parent) as arrived:
-        _settle(arrived, final)
+    named = _named(source)
+    within = named.name if named is source else None
+    with (
+        _failures(source, target),
+        landing.destination(target, within) as (folder, opened, name),
+        _arrived(named, folder) as arrived,
+    ):
+        landing.settle(arrived, opened, name)
+
+
+def _named(source: GuestPath) -> GuestPath:
+    """A path whose last part is a name; that of `/srv/x/..` the guest knows."""
+    if source.name != "..":
+        return source
+    result = source.shell.script('cd -P "$1" && pwd -P', str(source))
+    raise_for(result, source)
+    return source.joinpath(result.stdout.removesuffix("\n"))
 
 
 def pack_out(source: GuestPath, target: Path, form: str) -> Path:
@@ -123,7 +137,7 @@ def pack_out(source: GuestPath, target: Path, form: str) -> Path:
     _check_folder(target.parent)
     if not source.is_dir() and source.exists():
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory (in the guest)", str(source))
-    with _failures(source, target), _arrived(source, target.parent) as arrived, atomic_file(target, mode=0o666) as file:
+    with _failures(source, target), _arrived(_named(source), target.parent) as arrived, atomic_file(target, mode=0o666) as file:
         FORMATS[form](arrived, file)
     return target
 
@@ -136,8 +150,8 @@ def _failures(source: Path | GuestPath, target: Path | GuestPath) -> Iterator[No
     except (FileNotFoundError, PermissionError, VMBottleError):
         raise
     except (OSError, ValueError, IndexError, archive.Refused) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise TransferError(reason or "it broke off", src=str(source), dst=str(target)) from error
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        raise TransferError(reason or str(error) or "it broke off", src=str(source), dst=str(target), number=number) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -155,7 +169,7 @@ def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
     """The guest's file or tree, unpacked below a host's folder for as long as the context lasts."""
     if not source.name:
         raise archive.Refused("the whole file system cannot be copied: name its folders")
-    with tempfile.TemporaryFile(dir=folder) as stream, tempfile.TemporaryDirectory(prefix=".vmbottle-", dir=folder) as scratch:
+    with tempfile.TemporaryFile(dir=folder) as stream, landing.scratch(folder) as scratch:
         measured = source.shell.script(_MEASURE, str(source))
         raise_for(measured, source)
         kilobytes, entries, *gnu = measured.stdout.split()
@@ -163,28 +177,8 @@ def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
         result = source.shell.fetch(_GET, str(source), _blocking(size), *(gnu or [""]), sink=stream, size=size)
         raise_for(result, source)
         stream.seek(0)
-        archive.unpack(stream, Path(scratch))
-        arrived = Path(scratch) / source.name
+        archive.unpack(stream, scratch)
+        arrived = scratch / source.name
         if not os.path.lexists(arrived):
             raise archive.Refused("what was asked for is not in it")
         yield arrived
-
-
-def _settle(arrived: Path, final: Path) -> None:
-    merging = final.is_dir() and not final.is_symlink() and arrived.is_dir() and not arrived.is_symlink()
-    if not merging:
-        _rename(arrived, final)
-        return
-    for child in arrived.iterdir():
-        _settle(child, final / child.name)
-    shutil.copymode(arrived, final)
-
-
-def _rename(arrived: Path, final: Path) -> None:
-    if arrived.is_symlink() or not arrived.is_dir():
-        arrived.replace(final)
-        return
-    mode = arrived.stat().st_mode  # a folder that its owner may not write cannot be moved, because its parent changes
-    arrived.chmod(mode | 0o200)
-    arrived.replace(final)
-    final.chmod(mode)

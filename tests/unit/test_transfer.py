@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -303,3 +304,80 @@ def test_an_archive_that_cannot_be_made_says_why(shell: Shell, guest: Path, host
     with pytest.raises(TransferError, match="is not text"):
         pack_out(tree, host / "x", "zip")
     assert [path.name for path in host.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named itself", "in a folder"])
+def test_a_link_that_one_copy_brought_is_not_followed_by_the_next(shell: Shell, guest: Path, host: Path, *, named: bool) -> None:
+    (host / "outside").mkdir()
+    (host / "in").mkdir()
+    (guest / "name").symlink_to(host / "outside")
+    target = host / "in" / "name" if named else host / "in"
+    copy_out(at(guest / "name", shell), target)
+    (guest / "name").unlink()
+    (guest / "name").mkdir()
+    (guest / "name" / "evil").write_text("evil")
+    with pytest.raises(TransferError) as caught:
+        copy_out(at(guest / "name", shell), target)
+
+    assert caught.value.errno == errno.ENOTDIR
+    assert list((host / "outside").iterdir()) == []
+    assert [path.name for path in (host / "in").iterdir()] == ["name"]
+
+
+@pytest.mark.parametrize("mode", [tarfile.DIRTYPE, tarfile.CHRTYPE], ids=["whole", "with a device"])
+def test_a_tree_of_any_depth_leaves_nothing_but_what_was_asked_for(shell: Shell, guest: Path, host: Path, mode: bytes) -> None:
+    (guest / "d").mkdir()
+    stream = BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as made:
+        for depth in range(1, 1101):
+            member = tarfile.TarInfo("/".join("d" * depth))
+            member.type, member.mode = tarfile.DIRTYPE, 0o500
+            made.addfile(member)
+        member = tarfile.TarInfo("d/last")
+        member.type = mode
+        made.addfile(member)
+    shell.stream = stream.getvalue()
+    if mode == tarfile.CHRTYPE:
+        with pytest.raises(TransferError):
+            copy_out(at(guest / "d", shell), host)
+    else:
+        copy_out(at(guest / "d", shell), host)
+        pack_out(at(guest / "d", shell), host / "d.zip", "zip")
+
+    assert {path.name for path in host.iterdir()} == (set() if mode == tarfile.CHRTYPE else {"d", "d.zip"})
+    subprocess.run(["rm", "-rf", host], check=True)  # deeper than the removal of temporary folders goes
+
+
+@pytest.mark.parametrize("text", ["No space left on device", "Read-only file system", "Disk quota exceeded"])
+def test_what_keeps_a_copy_from_beginning_is_told_by_the_guests_own_number(host: Path, guest: Path, text: str) -> None:
+    class Full(Shell):
+        def feed(self, text_: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
+            broken = f'mkdir() {{ echo "mkdir: cannot create directory: {text}" >&2; return 1; }}\n'
+            return super().feed(broken + text_, *words, source=source, size=size, framed=framed)
+
+    (host / "f").write_text("x")
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - it is the number that counts
+        copy_in(host / "f", at(guest, Full()))
+
+    number = caught.value.errno
+    assert number is not None
+    assert os.strerror(number) == text
+    assert not isinstance(caught.value, PermissionError)
+
+
+def test_a_source_that_ends_in_two_dots_goes_to_the_destination_itself(
+    shell: Shell, guest: Path, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host / "tree" / "sub").mkdir(parents=True)
+    (host / "tree" / "f").write_text("x")
+    monkeypatch.chdir(host / "tree" / "sub")
+    copy_in(Path(".."), at(guest, shell))
+    copy_in(Path(".."), at(guest / "new", shell))
+    assert {path.name for path in guest.iterdir()} == {"f", "sub", "new"}
+    assert facts(guest / "new") == facts(host / "tree")
+
+    for name in ("there", "fresh"):
+        (host / "there").mkdir(exist_ok=True)
+        copy_out(at(guest / "new" / "sub" / "..", shell), host / name)
+        assert facts(host / name) == facts(host / "tree")
+    copy_in(host / "tree" / "f", at(guest / "new" / "sub" / "..", shell))
