@@ -25,9 +25,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Identity", "Reaped", "Record", "Supervisor", "environment", "kill", "reap", "strays"]
+__all__ = ["Identity", "Reaped", "Record", "Supervisor", "bare_environment", "environment", "kill", "reap", "strays"]
 
 _MARK = "VMBOTTLE_MACHINE"
+_HARMLESS = ("PATH", "LANG", "LC_ALL", "TZ")
 _VERSION = 1
 _LARGEST = 1 << 20
 """Bytes beyond which a file is no record."""
@@ -160,6 +161,12 @@ class Reaped(NamedTuple):
 def environment(folder: Path) -> dict[str, str]:
     """The environment for a process of the machine with this folder: ours, and the mark by which the process is known."""
     return {**os.environ, _MARK: str(folder)}
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """The same for a process of another user, who is to see nothing of ours that may be secret."""
+    kept = {name: os.environ[name] for name in _HARMLESS if name in os.environ}
+    return {**kept, _MARK: str(folder)}
 
 
 def _carriers(folder: Path) -> dict[Identity, str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backends.qemu.account import Account
+from pytest_vmbottle.backends.qemu.process import QemuProcess
 from tests.conftest import is_gone
 
 OWNER = """
@@ -33,3 +37,13 @@ def test_a_search_path_that_lacked_the_leash_once_does_not_lack_it_for_ever(tmp_
 
     assert asleep
     assert Deadline(10).poll(lambda: is_gone(process.pid))
+
+
+def test_a_qemu_of_another_user_sees_nothing_of_our_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    account = Account(name="us", uid=os.getuid(), gid=os.getgid(), groups=tuple(os.getgroups()))
+    for who, told in ((account, False), (None, True)):
+        process = QemuProcess(["env"], log=tmp_path / "log", account=who)
+        assert process.wait(Deadline(30)) == 0
+        assert ("SECRET_TOKEN" in process.output) == told
+        assert {"VMBOTTLE_MACHINE", "PATH"} <= {line.partition("=")[0] for line in process.output.splitlines()}

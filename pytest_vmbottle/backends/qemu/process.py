@@ -51,7 +51,7 @@ class QemuProcess:
                     stdout=output,
                     stderr=output,
                     pass_fds=fds,
-                    env=supervisor.environment(log.parent),
+                    env=(supervisor.bare_environment if account else supervisor.environment)(log.parent),
                     start_new_session=True,
                     cwd="/",
                     # Before the leash is put on: a change of user takes it off.
