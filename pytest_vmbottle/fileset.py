@@ -48,7 +48,8 @@ for new do
     [ ! -d "$path" ] || fail "$path" "Is a directory"
     [ -f "$path" ] || fail "$path" "File exists"
     [ -n "$owner" ] || chown "$(stat -c %u:%g "$path")" "$new" || fail "$path"
-    [ -n "$mode" ] || chmod "$(stat -c %a "$path")" "$new" || fail "$path"
+    run=; [ ! -x "$new" ] || run=+x # what was executable on the host is so here too
+    [ -n "$mode" ] || chmod "$(stat -c %a "$path")" "$new" && { [ -z "$run" ] || [ -n "$mode" ] || chmod "$run" "$new"; } || fail "$path"
   fi
 done
 """
@@ -109,7 +110,12 @@ for top do
 done
 tar -xomf - -C "$links" || exit 1
 files() { find "$links"/*/ -type f -exec "$@" {} + || fail ''; }
-files chmod "${mode:-$(printf %o $((0666 & ~0$(umask))))}"
+if [ -n "$mode" ]; then files chmod "$mode"
+else
+  run() { find "$links"/*/ -type f "$@" || fail ''; }
+  run ! -perm -100 -exec chmod "$(printf %o $((0666 & ~0$(umask))))" {} +
+  run -perm -100 -exec chmod "$(printf %o $((0777 & ~0$(umask))))" {} +
+fi
 [ -z "$owner" ] || files chown -- "$owner"
 each() {
   step=$1; shift; count=0
@@ -186,7 +192,9 @@ def _add(tar: tarfile.TarFile, name: str, content: Content) -> None:
     member.mode, member.mtime = 0o600, int(time.time())
     if isinstance(content, Path):
         with content.open("rb") as file:
-            _add_stream(tar, member, file, os.fstat(file.fileno()).st_size)
+            status = os.fstat(file.fileno())
+            member.mode |= status.st_mode & 0o100
+            _add_stream(tar, member, file, status.st_size)
         return
     data = content.encode() if isinstance(content, str) else bytes(memoryview(content))
     _add_stream(tar, member, BytesIO(data), len(data))

@@ -420,7 +420,7 @@ class Machine:
             clean: Whether to remove what is in the folders of these files beforehand: in each folder that has one of them in it directly,
                 everything, and so all below it. Folders on other file systems below it are not entered. What a guest needs, such as `/`,
                 `/etc`, `/var/lib` or anything in `/usr/bin`, is refused.
-            mode: Permission bits of all files; by default as with `GuestPath.write_bytes`.
+            mode: Permission bits of all files; by default as with `GuestPath.write_bytes`, and executable if a file of the host is.
             owner: Whom the files, and the folders that are made, belong to.
 
         Raises:

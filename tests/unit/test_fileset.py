@@ -157,3 +157,15 @@ def test_paths_that_make_no_sense_are_refused_before_the_guest_is_asked(root: Gu
     with pytest.raises(TypeError):
         write(root, {"a": 5})  # type: ignore[dict-item]
     assert root.shell.runs == 0  # type: ignore[attr-defined]
+
+
+def test_a_file_of_the_host_that_is_executable_is_so_in_the_guest_unless_a_mode_is_given(root: GuestPath, tmp_path: Path) -> None:
+    host, script = Path(str(root)), tmp_path / "script"
+    script.write_text("exit\n")
+    script.chmod(0o700)
+    (host / "old").write_text("old")
+    (host / "old").chmod(0o640)
+    write(root, {"new": script, "old": script, "text": "plain"})
+    assert [os.access(host / name, os.X_OK) for name in ("new", "old", "text")] == [True, True, False]
+    write(root, {"new": script}, mode=0o640)
+    assert stat.S_IMODE((host / "new").stat().st_mode) == 0o640
