@@ -182,8 +182,8 @@ def test_a_catalog_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
     )
 
 
-def test_the_option_goes_before_the_environment(root: Path, tmp_path: Path) -> None:
-    done("--catalog", tmp_path / "other", "pack", "ls")
+def test_the_option_goes_before_the_environment(root: Path, tmp_path: Path, disk: Path) -> None:
+    done("--catalog", tmp_path / "other", "image", "add", disk, "--name", "mine")
 
     assert (tmp_path / "other").is_dir()
     assert not root.exists()
