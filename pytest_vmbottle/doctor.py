@@ -35,6 +35,8 @@ __all__ = ["Finding", "State", "can_run", "examine"]
 _NEEDED = frozenset({"system", "qemu", "qemu-img", "accelerator", "catalog", "disk space"})
 _LITTLE_SPACE, _NO_SPACE = 10 << 30, 3 << 30
 _LITTLE_MEMORY = 1 << 30
+_NOBODY = 65534
+"""Whom whatever needs no rights runs as (UIDS-GIDS in systemd's documentation)."""
 _FEW_FILES, _MANY_FILES = 1024, 4096
 _TOOL_SECONDS = 10.0
 
@@ -380,10 +382,14 @@ def _rights() -> _Answer:
     if os.geteuid() != 0:
         return _ok("QEMU runs as this user, who is not root", root=False)
     chosen = os.environ.get("VMBOTTLE_RUN_AS", "")
-    if chosen:
-        return _ok(f"QEMU runs as {Account.parse(chosen).name}, who is not root", root=False, run_as=chosen)
-    remedy = "export VMBOTTLE_RUN_AS=nobody  # or in pytest's ini file: vm_run_as = nobody"
-    return _degraded("QEMU runs as root, whose rights a guest would have that broke out of it", remedy, root=True)
+    remedy = "useradd --system vmbottle && export VMBOTTLE_RUN_AS=vmbottle  # or in pytest's ini file: vm_run_as = vmbottle"
+    if not chosen:
+        return _degraded("QEMU runs as root, whose rights a guest would have that broke out of it", remedy, root=True)
+    account = Account.parse(chosen)
+    if account.uid == _NOBODY:
+        text = "QEMU runs as nobody, as other programs do, whose processes could reach into it"
+        return _degraded(text, remedy, root=False, run_as=chosen)
+    return _ok(f"QEMU runs as {account.name}, who is not root", root=False, run_as=chosen)
 
 
 def _open_files() -> _Answer:

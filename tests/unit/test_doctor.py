@@ -227,7 +227,8 @@ def test_a_low_limit_of_open_files_is_told_with_what_raises_it(few_files: int, t
     ("user", "chosen", "state", "told"),
     [
         (0, "", State.DEGRADED, "QEMU runs as root, whose rights a guest would have"),
-        (0, "nobody", State.OK, "QEMU runs as nobody, who is not root"),
+        (0, "nobody", State.DEGRADED, "as other programs do"),
+        (0, "4711:4711", State.OK, "QEMU runs as 4711:4711, who is not root"),
         (0, "root", State.UNKNOWN, "'root' is root"),
         (1000, "", State.OK, "QEMU runs as this user, who is not root"),
     ],
@@ -239,7 +240,7 @@ def test_whose_rights_qemu_has_is_told(user: int, chosen: str, state: State, tol
 
     assert found.state is state
     assert told in found.text
-    assert ("VMBOTTLE_RUN_AS=nobody" in found.remedy) is (state is State.DEGRADED)
+    assert ("VMBOTTLE_RUN_AS=vmbottle" in found.remedy) is (state is State.DEGRADED)
 
 
 def test_a_question_that_breaks_is_unknown_and_the_others_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
