@@ -126,7 +126,7 @@ def test_a_timeout_also_kills_what_shed_its_environment_user_and_session_and_say
         "env -i setsid sleep 4711 & sudo -u nobody sleep 4711 & su -s /bin/sh nobody -c 'sleep 4711' & (setsid sh -c 'sleep 4711 &' &)"
     )
     with pytest.raises(CommandTimeout, match="background") as caught:
-        either.exec(f"{shedding}\necho started", timeout=20)
+        either.exec(f"{shedding}\necho started", timeout=8)
     assert caught.value.result.stdout == "started\n"
     assert either.exec("ps axo args= | grep -x 'sleep 471[0-9]'").stdout == "sleep 4712\n"
     either.exec("pkill -f 'sleep 471[2]'")
