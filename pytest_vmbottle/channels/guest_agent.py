@@ -35,6 +35,9 @@ _GRACE = 10.0
 """Seconds that the agent itself may take over a reply, beyond what a command was given."""
 _MAX_REPLY = 3 * MAX_OUTPUT
 """Bytes of one reply: both streams in base64 are 8/3 of what they hold at most. A longer one is a hostile guest."""
+_AT_ONCE = 3000
+"""Bytes of a request that may follow others before these are answered. The agent reads 4096 bytes at a time, and was seen to wait for ever
+for the rest of a request that began in the middle of them."""
 _MAX_PARTS = 50_000
 """Brackets, commas and colons of one reply: each may cost a hundred times its size once it is read. Real ones have some hundreds."""
 
@@ -98,7 +101,7 @@ class GuestAgent:
         while True:
             token = secrets.randbits(48)
             # The leading 0xFF makes the agent forget half a request that an earlier connection may have left behind.
-            self._send(b"\xff", "guest-sync-delimited", {"id": token}, deadline)
+            self._send("guest-sync-delimited", b"\xff" + _message("guest-sync-delimited", {"id": token}), deadline)
             if self._synced(token, Deadline(min(deadline.remaining, 2.0))):
                 self._unread = False
                 return
@@ -153,21 +156,25 @@ class GuestAgent:
                 if self._changes() != before:
                     raise AgentEnded(f"the guest agent ended before it answered {last}: it was stopped or restarted, or the guest reboots")
 
-            for name, arguments in requests:
-                self._send(b"", name, arguments, deadline)
-            for _ in requests:
-                line = self._line(deadline, unchanged)
-                if line is None:
-                    raise MachineTimeout(f"the guest agent did not answer {last} within {deadline.seconds:g} s")
-                lines.append(line)
+            for sent, (name, arguments) in enumerate(requests):
+                message = _message(name, arguments)
+                if len(message) > _AT_ONCE:
+                    lines += [self._next(requests, deadline, unchanged) for _ in range(sent - len(lines))]
+                self._send(name, message, deadline)
+            lines += [self._next(requests, deadline, unchanged) for _ in range(len(requests) - len(lines))]
             self._unread = False
         return lines
 
-    def _send(self, prefix: bytes, name: str, arguments: dict[str, Any], deadline: Deadline) -> None:
-        message = json.dumps({"execute": name, "arguments": arguments} if arguments else {"execute": name})
+    def _next(self, requests: list[_Request], deadline: Deadline, check: Callable[[], None]) -> bytes:
+        line = self._line(deadline, check)
+        if line is None:
+            raise MachineTimeout(f"the guest agent did not answer {requests[-1][0]} within {deadline.seconds:g} s")
+        return line
+
+    def _send(self, name: str, message: bytes, deadline: Deadline) -> None:
         try:
             self._sock.settimeout(max(0.01, deadline.remaining))
-            self._sock.sendall(prefix + message.encode() + b"\n")
+            self._sock.sendall(message)
         except TimeoutError as error:
             raise MachineTimeout(f"the guest agent does not take {name}: its buffer stays full") from error
         except OSError as error:
@@ -343,6 +350,10 @@ class GuestAgent:
     def close(self) -> None:
         """Closes the line."""
         self._sock.close()
+
+
+def _message(name: str, arguments: dict[str, Any]) -> bytes:
+    return json.dumps({"execute": name, "arguments": arguments} if arguments else {"execute": name}).encode() + b"\n"
 
 
 def _exec(command: Command) -> _Request:

@@ -82,6 +82,11 @@ def test_bytes_that_are_no_text_are_kept(either: Machine) -> None:
     assert either.exec(["printf", octal.replace("%", "%%")]).stdout_bytes == every
 
 
+def test_input_of_any_length_reaches_the_command(either: Machine) -> None:
+    for length in (1, 1500, 2000, 2500, 3000, 3500, 5000, 50_000):
+        assert either.exec(["wc", "-c"], input=b"x" * length, timeout=20).stdout == f"{length}\n"
+
+
 def test_input_of_any_bytes_reaches_the_command(either: Machine) -> None:
     data = bytes(range(256)) * 2000
     assert either.exec(["cat"], input=data).stdout_bytes == data
