@@ -44,6 +44,7 @@ _SHUTDOWN = 90.0
 """Seconds that a guest may take to power off."""
 _LAST_WORDS = 3.0
 """Seconds in which those who asked for something get their answers when the machine has ended."""
+_ANSWERED_BY_THE_GUEST = frozenset({"exec", "cp", "ssh", "freeze"})
 _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
 
 
@@ -75,22 +76,22 @@ class Keeper:
 
     # -- its end ---------------------------------------------------------------------------------------------------------------------
 
-    def watch(self, note: Callable[[str], object]) -> tuple[str, str]:
+    def watch(self, note: Callable[[str, str], object]) -> tuple[str, str]:
         """Waits until the machine ends, or somebody wants it to; returns in which state, and why.
 
         Args:
-            note: Told once what is wrong with a machine that still runs.
+            note: Told at once of an end that nobody asked for, and once of what is wrong with a machine that still runs.
         """
         told = False
         while not self._woken.wait(_PACE):
             trouble = self._trouble()
             if trouble is None:
                 continue
+            if not told or trouble.exitcode is not None:
+                note(*_ending(trouble))
+                told = True
             if trouble.exitcode is not None:
                 return _ending(trouble)
-            if not told:
-                note(_first_line(trouble))
-                told = True
         return "stopped", self._power_off()
 
     def _trouble(self) -> MachineDied | None:
@@ -166,10 +167,24 @@ class Keeper:
             self._busy.discard(threading.current_thread())
 
     def _answer(self, line: Line, request: Mapping[str, Any]) -> dict[str, Any]:
+        verb = request["verb"]
         try:
-            return {"answer": self._verbs[request["verb"]](line, request)}
+            if verb in _ANSWERED_BY_THE_GUEST and (fate := self._fate()):
+                raise fate
+            return {"answer": self._verbs[verb](line, request)}
+        except MachineDied as error:
+            return _told(self._fate() or error)
         except Exception as error:
             return _told(error)
+
+    def _fate(self) -> MachineError | None:
+        """Why the guest answers nothing any more, which channels to it find out late."""
+        trouble = self._trouble()
+        if trouble is None:
+            return None
+        state, reason = _ending(trouble)
+        what = "is off" if state == "off" else "does not answer any more"
+        return MachineError(f"the machine {self._machine.name!r} {what}: {reason}", machine=self._machine.name)
 
     def _exec(self, line: Line, request: Mapping[str, Any]) -> int:
         """Runs a command with the three descriptors that came with the request; returns its status."""
@@ -205,7 +220,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _ending(error: MachineDied) -> tuple[str, str]:
-    return ("stopped", "the guest powered off") if error.exitcode == 0 else ("error", _first_line(error))
+    return ("off", "the guest powered itself off") if error.exitcode == 0 else ("error", _first_line(error))
 
 
 def _told(error: Exception) -> dict[str, Any]:
@@ -277,7 +292,7 @@ def keep(place: Kept, hold: int, line: Line) -> int:
 
 def _watched(keeper: Keeper, place: Kept, record: Record) -> tuple[str, str]:
     try:
-        return keeper.watch(lambda reason: place.note(attrs.evolve(record, state="error", reason=reason, since=time.time())))
+        return keeper.watch(lambda state, reason: place.note(attrs.evolve(record, state=state, reason=reason, since=time.time())))
     except SystemExit as error:
         number = int(error.code or 0) - 128
         return "stopped", f"its keeper was ended by {signal.Signals(number).name}, and the machine with it"

@@ -32,7 +32,7 @@ from pytest_vmbottle.supervisor import Identity
 
 __all__ = ["Kept", "Line", "Record", "all_kept", "find", "listen", "peer_is_us"]
 
-_STARTING, _RUNNING, _STOPPED, _ERROR = "starting", "running", "stopped", "error"
+_STARTING, _RUNNING, _STOPPED, _OFF, _ERROR = "starting", "running", "stopped", "off", "error"
 _RECORD, _SOCKET, _LOG, _CONSOLE = "record.json", "socket", "keeper.log", "console.log"
 _MOMENT = 1.0
 """Seconds in which somebody who only looks at a folder has let go of it."""
@@ -49,7 +49,8 @@ class Record:
     Attributes:
         name: What it is called.
         source: What it was made of.
-        state: `"starting"`, `"running"`, `"stopped"`, or `"error"`: it is lost, or came to another end than was asked for.
+        state: `"starting"`, `"running"`, `"stopped"`, `"off"`: the guest powered itself off, or `"error"`: it is lost, or came to another
+            end than was asked for.
         reason: Why it is not running, or what is wrong with it; empty where nothing is.
         since: When it got into this state, in seconds since 1970.
         keeper: The process that holds it.
@@ -117,7 +118,8 @@ class Line:
         """Says something."""
         data = json.dumps(message).encode() + b"\n"
         sent = socket.send_fds(self._sock, [data], list(descriptors)) if descriptors else 0
-        self._sock.sendall(data[sent:])
+        if sent < len(data):  # whoever has got it all may have answered and gone, and then even nothing is a broken pipe
+            self._sock.sendall(data[sent:])
 
     def receive(self) -> dict[str, Any] | None:
         """What the other side says next; None if it is gone.
@@ -405,6 +407,7 @@ class Kept:
             record = self.record()
         except FileNotFoundError:
             return MachineError(f"the machine {self.name!r} is gone", machine=self.name)
+        what = "is off" if record.state == _OFF else what
         why = f": {record.reason}" if record.reason else ": it is still starting" if record.state == _STARTING else ""
         return MachineError(f"the machine {self.name!r} {what}{why}", machine=self.name)
 

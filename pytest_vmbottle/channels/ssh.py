@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from io import BytesIO, StringIO
 from typing import BinaryIO, ClassVar
@@ -35,6 +36,8 @@ _NO_STATUS = -(1 << 16)
 """What stands for the status of a command until it has one; paramiko's own -1 is also that of a command ended by SIGHUP."""
 _PATIENCE = 15.0
 """Seconds that a guest may take to let us in once it listens: without KVM its part of the key exchange takes several."""
+_LOOK = 0.5
+"""Seconds after which a guest that does not answer is looked after."""
 _WINDOW = 1 << 25
 _KEEPALIVE = 5
 _LAST_OUTPUT = 0.5
@@ -179,6 +182,25 @@ class SshChannel:
         return self._open(lambda session: session.exec_command(_remote(command)), deadline)
 
     def _open(self, ask: Callable[[paramiko.Channel], None], deadline: Deadline) -> paramiko.Channel:
+        """A session in which something was asked for; while the library waits for the answers, the guest is looked after."""
+        opening: Future[paramiko.Channel] = Future()
+
+        def attempt() -> None:
+            try:
+                opening.set_result(self._opened(ask, deadline))
+            except BaseException as error:
+                opening.set_exception(error)
+
+        threading.Thread(target=attempt, daemon=True).start()
+        try:
+            while not wait([opening], _LOOK).done:
+                self._alive()
+        except BaseException:
+            opening.add_done_callback(lambda late: None if late.exception() else _give_up(late.result()))
+            raise
+        return opening.result()
+
+    def _opened(self, ask: Callable[[paramiko.Channel], None], deadline: Deadline) -> paramiko.Channel:
         seconds = max(0.1, deadline.remaining)
         session = self._transport.open_session(timeout=seconds, window_size=_WINDOW)
         session.exit_status = _NO_STATUS

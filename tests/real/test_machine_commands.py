@@ -286,7 +286,7 @@ def test_a_machine_is_shut_down_remembered_and_removed(commands: Commands, name:
     assert not (commands.root / "machines" / name).exists()
 
 
-def test_a_machine_that_powers_itself_off_is_stopped_and_one_that_is_killed_an_error(commands: Commands, name: str) -> None:
+def test_a_machine_that_powers_itself_off_is_off_and_one_that_is_killed_an_error(commands: Commands, name: str) -> None:
     started = commands.start(name)
     commands.exec(name, "systemd-run", "sh", "-c", "sleep 1; poweroff")
     assert Deadline(120).poll(lambda: is_gone(started["keeper"]), every=0.2)
@@ -298,7 +298,7 @@ def test_a_machine_that_powers_itself_off_is_stopped_and_one_that_is_killed_an_e
 
     assert off is not None
     assert lost is not None
-    assert (off["state"], off["reason"]) == ("stopped", "the guest powered off")
+    assert (off["state"], off["reason"]) == ("off", "the guest powered itself off")
     assert lost["reason"].startswith("QEMU ended with status -9")
 
 

@@ -124,6 +124,9 @@ def test_a_machine_without_a_keeper_answers_with_why(place: Kept) -> None:
     place.note(record(state="stopped", reason="the guest powered off"))
     with pytest.raises(MachineError, match="'web' is not running: the guest powered off"):
         place.ask({"verb": "metrics"})
+    place.note(record(state="off", reason="the guest powered itself off"))
+    with pytest.raises(MachineError, match="'web' is off"):
+        place.ask({"verb": "metrics"})
 
 
 def test_a_socket_is_reached_however_deep_its_folder_lies(tmp_path: Path) -> None:
@@ -156,6 +159,23 @@ def test_a_line_carries_messages_of_any_size_and_descriptors(tmp_path: Path) -> 
     assert theirs.receive() is None
     theirs.close()
     assert theirs.descriptors == []
+
+
+def test_an_answer_arrives_however_soon_its_sender_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = map(Line, socket.socketpair())
+    send = socket.send_fds
+
+    def answered(*words: Any) -> int:
+        sent = send(*words)
+        theirs.receive()
+        theirs.send({"answer": 1})
+        theirs.close()
+        return sent
+
+    monkeypatch.setattr(socket, "send_fds", answered)
+    ours.send({"verb": "exec"}, (0,))
+    assert ours.receive() == {"answer": 1}
+    ours.close()
 
 
 @pytest.mark.parametrize("data", [b"[]\n", b"nonsense\n", b"\xff\n"])

@@ -529,3 +529,20 @@ def test_a_guest_that_is_lost_without_a_word_is_seen_while_its_command_is_waited
     with pytest.raises(MachineDied, match="panicked"):
         _ = started.running.returncode
     channel.close()
+
+
+def test_a_guest_that_is_lost_while_a_command_begins_is_not_waited_for(server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = threading.Event()
+
+    def alive() -> None:
+        if lost.is_set():
+            raise MachineDied("the kernel panicked")
+
+    channel = SshChannel.connect(server.address, keys, deadline=Deadline(20), alive=alive)
+    monkeypatch.setattr(server.transports[-1].packetizer, "send_message", lambda *_: None)  # it hears, and says nothing
+    lost.set()
+    began = time.monotonic()
+    with pytest.raises(MachineDied, match="panicked"):
+        run(channel, "anything", seconds=20)
+    assert time.monotonic() - began < 10
+    channel.close()
