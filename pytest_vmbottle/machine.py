@@ -125,7 +125,7 @@ class Machine:
         """The VM as its backend sees it, for those who extend this; another one after `start` and `restore`.
 
         Raises:
-            MachineError: The machine is off.
+            MachineError: The machine is off, or belongs to the process that this one was forked from.
 
         Example:
             >>> vm.instance.pid == vm.pid
@@ -154,7 +154,7 @@ class Machine:
             >>> Path(f"/proc/{vm.pid}").is_dir()
             True
         """
-        return self._instance.pid
+        return self._power.pid
 
     @property
     def panic(self) -> str | None:
@@ -688,7 +688,7 @@ class Machine:
             >>> vm.metrics().guest.disk_write_bytes - before.guest.disk_write_bytes >= 64 << 20
             True
         """
-        if self._meter is None or self._meter.pid != self.pid:
+        if self._meter is None or self._meter.pid != self._instance.pid:
             self._meter = self._new_meter()
         sample = self._meter.sample()
         if sample is None:
@@ -716,7 +716,7 @@ class Machine:
         return Recording(self._new_meter(), every=every, guest_every=guest_every)
 
     def _new_meter(self) -> Meter:
-        return Meter(self.pid, lambda question: self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout)
+        return Meter(self._instance.pid, lambda question: self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout)
 
     # -- power and time --------------------------------------------------------------------------------------------------------------
 
@@ -969,6 +969,7 @@ class Machine:
             >>> vms["one"].exec(["bash", "-c", "exec 3<>/dev/tcp/two/22"]).duration > 0.2
             True
         """
+        self._power.check_owner()
         if self._place is None:
             raise MachineError('it is on no private LAN: put network="lan" into its mark', machine=self.name)
         self._place.impair(delay=delay, loss=loss)

@@ -5,7 +5,6 @@ A machine's name, folder and console stay; behind them one instance follows anot
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Disk, Instance
 from pytest_vmbottle.channels.bulk import Bulk
 from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.generations import SNAPSHOTS
+from pytest_vmbottle.ownership import Owner
 from pytest_vmbottle.spec import MachineSpec
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Power:
         self._last_panic: str | None = None
         self._adopt(instance, channel)
         self._spec = spec
-        self._owner = os.getpid()
+        self._owner = Owner()
         self._supply = supply
         self._current = None if supply is None else supply.start
         self._forwards: dict[int, int] = {}
@@ -84,8 +84,18 @@ class Power:
         """The running VM.
 
         Raises:
-            MachineError: The machine is off.
+            MachineError: The machine is off, or belongs to another process.
         """
+        self.check_owner()
+        return self._on
+
+    @property
+    def pid(self) -> int:
+        """The process that runs it, or the error that it is off."""
+        return self._on.pid
+
+    @property
+    def _on(self) -> Instance:
         if self._instance is None:
             raise self._error("is off: vm.start() boots it, and vm.restore() takes it back to where it began")
         return self._instance
@@ -97,6 +107,7 @@ class Power:
         Raises:
             MachineError: The machine is off or paused.
         """
+        self.check_owner()
         if self._instance is not None and self._paused:
             raise self._error("is paused and answers nothing: vm.resume() lets it go on")
         _ = self.instance
@@ -127,10 +138,17 @@ class Power:
 
     @property
     def state(self) -> State:
-        """What the machine is doing."""
+        """What the machine is doing; a forked child sees whether what ran when it was forked still does."""
+        if not self._owner.is_us:
+            ended = isinstance(self._instance, Watching) and self._instance.exitcode is not None
+            return State.OFF if self._instance is None or ended else State.PAUSED if self._paused else State.RUNNING
         if isinstance(self._instance, Powered):
             return self._instance.state()
         return State.OFF if self._instance is None else State.PAUSED if self._paused else State.RUNNING
+
+    def check_owner(self) -> None:
+        """Raises `MachineError` in a forked child, whose it is not."""
+        self._owner.check(f"the machine {self._spec.name}")
 
     def _error(self, message: str) -> MachineError:
         return MachineError(f"the machine {self._spec.name} {message}", machine=self._spec.name)
@@ -153,6 +171,7 @@ class Power:
         return MachineDied(f"the machine {self._spec.name} {message}", machine=self._spec.name, console_tail=tail)
 
     def _supplied(self) -> Supply:
+        self.check_owner()
         if self._supply is None:
             raise self._error("cannot be started again by who holds it")
         return self._supply
@@ -208,6 +227,7 @@ class Power:
 
     def start(self, deadline: Deadline | None) -> None:
         """Boots the machine from its own disk."""
+        self.check_owner()
         if self.state not in (State.OFF, State.DIED):
             raise self._error(f"is not off, it is {self.state}")
         self._relaunch(attrs.evolve(self._origin(), saved=None, kept=True), deadline)
@@ -217,7 +237,7 @@ class Power:
 
     def stop(self) -> None:
         """Ends it for good; may be called again. A forked child, whose it is not, leaves it alone."""
-        if self._owner == os.getpid():
+        if self._owner.is_us:
             self._retire()
 
     def _retire(self) -> None:

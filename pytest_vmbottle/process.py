@@ -13,6 +13,7 @@ from typing import Self
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import MAX_OUTPUT, Channel, Command, Finished, Running, Spawning, not_run
 from pytest_vmbottle.errors import CommandTimeout, MachineError
+from pytest_vmbottle.ownership import Owner
 from pytest_vmbottle.result import Result, printable
 
 __all__ = ["Input", "Process", "Stream"]
@@ -103,8 +104,8 @@ class Stream:
 class Input:
     """The standard input of a process."""
 
-    def __init__(self, running: Running, factor: float) -> None:
-        """Takes the command."""
+    def __init__(self, running: Callable[[], Running], factor: float) -> None:
+        """Takes what returns the command."""
         self._running, self._factor = running, factor
 
     def write(self, data: str | bytes, *, timeout: float = 60) -> None:
@@ -114,11 +115,11 @@ class Input:
             BrokenPipeError: It has ended, or its input was closed.
             MachineTimeout: It did not take all of it within `timeout` seconds.
         """
-        self._running.write(data.encode() if isinstance(data, str) else data, deadline=Deadline(timeout * self._factor))
+        self._running().write(data.encode() if isinstance(data, str) else data, deadline=Deadline(timeout * self._factor))
 
     def close(self) -> None:
         """Ends it: the process reads an end of file. May be called again."""
-        self._running.close_input()
+        self._running().close_input()
 
 
 class Process:
@@ -160,10 +161,17 @@ class Process:
         self.stdout = Stream(self._news, check=self.poll)
         self.stderr = Stream(self._news, check=self.poll)
         deadline = Deadline(_OWN_TIME * factor)
-        self._running = channel.start(command, stdout=self.stdout.feed, stderr=self.stderr.feed, deadline=deadline)
-        self.stdin = Input(self._running, factor)
+        self._owner = Owner()
+        self._started = channel.start(command, stdout=self.stdout.feed, stderr=self.stderr.feed, deadline=deadline)
+        self.stdin = Input(lambda: self._running, factor)
         if command.input:
             threading.Thread(target=self._give, args=(command.input,), daemon=True).start()
+
+    @property
+    def _running(self) -> Running:
+        """The command, in the process that has the threads which read its output."""
+        self._owner.check(f"the machine in which {self.argv[0]!r} runs")
+        return self._started
 
     def _give(self, content: bytes) -> None:
         with suppress(OSError, MachineError):  # it may end without reading all of it

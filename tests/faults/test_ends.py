@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from pytest_vmbottle._os import Deadline
-from tests.conftest import is_gone
+from tests.conftest import is_gone, line, process
 
 pytestmark = pytest.mark.usefixtures("image", "canary")
 
@@ -458,6 +458,150 @@ def test_fork(vm, session_vm):
         assert run.wait() == 0, run.said()
         assert "5 passed" in run.said()
         nothing_left()
+
+
+FORKING = """
+import os, pytest, signal, traceback
+from pytest_vmbottle import MachineError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+def in_a_child(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+@pytest.mark.vm("debian-12")
+def test_looking(vm):
+    pid = vm.pid
+    def look():
+        assert (str(vm.state), vm.pid) == ("running", pid)
+        assert str(pid) in repr(vm)
+        vm.console.text
+    assert in_a_child(look) == 0
+    def see_its_end():
+        os.kill(pid, signal.SIGKILL)
+        while str(vm.state) != "off":
+            pass
+    assert in_a_child(see_its_end) == 0
+
+USES = {
+    "exec": lambda vm, _: vm.exec("true"),
+    "spawn": lambda vm, _: vm.spawn("true"),
+    "cp": lambda vm, _: vm.cp("/etc/hosts", vm.path("/tmp")),
+    "read": lambda vm, _: vm.path("/x").read_text(),
+    "wait_until": lambda vm, _: vm.wait_until("true"),
+    "wait_for_console": lambda vm, _: vm.wait_for_console("nothing"),
+    "metrics": lambda vm, _: vm.metrics(),
+    "impair": lambda vm, _: vm.impair(),
+    "forward": lambda vm, _: vm.forward(22),
+    "pause": lambda vm, _: vm.pause(),
+    "resume": lambda vm, _: vm.resume(),
+    "start": lambda vm, _: vm.start(),
+    "reboot": lambda vm, _: vm.reboot(),
+    "restore": lambda vm, _: vm.restore(),
+    "poweroff": lambda vm, _: vm.poweroff(),
+    "power_cut": lambda vm, _: vm.power_cut(),
+    "snapshot": lambda vm, _: vm.snapshot("x"),
+    "wait": lambda _, running: running.wait(),
+    "poll": lambda _, running: running.poll(),
+    "kill": lambda _, running: running.kill(),
+    "write": lambda _, running: running.stdin.write("x"),
+}
+
+@pytest.mark.vm("debian-12")
+@pytest.mark.parametrize("off", [False, True])
+def test_use(vm, off):
+    running = vm.spawn("true")
+    if off:
+        vm.power_cut()
+    owner = str(os.getpid())
+    def use():
+        for name, call in USES.items():
+            try:
+                call(vm, running)
+            except MachineError as error:
+                assert owner in str(error), name
+            else:
+                raise AssertionError(name)
+        vm._power.stop()
+    assert in_a_child(use) == 0
+    assert str(vm.state) == ("off" if off else "running")
+
+@pytest.mark.vm("debian-12")
+def test_its_own(vm, vm_factory):
+    def start():
+        mine = vm_factory("debian-12")
+        assert str(mine.state) == "running" and mine.pid != vm.pid
+        mine.exec("true")
+        mine.power_cut()
+        assert str(mine.state) == "off"
+    assert in_a_child(start) == 0
+    assert str(vm.state) == "running"
+    assert str(vm_factory("debian-12").state) == "running"
+"""
+
+
+def test_a_forked_child_sees_the_machines_of_its_parent_may_not_use_them_and_has_its_own(
+    start: Start, nothing_left: Callable[[], float]
+) -> None:
+    run = start(FORKING, plugins=())
+    assert run.wait() == 0, run.said()
+    assert "4 passed" in run.said()
+    nothing_left()
+
+
+MONITORS = """
+import os, shutil, signal, socket, sys
+from contextlib import suppress
+from pathlib import Path
+from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backends.qemu.process import QemuProcess
+from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+
+def started(name):
+    ours, its = socket.socketpair()
+    monitor = ["-chardev", f"socket,id=qmp,fd={its.fileno()}", "-mon", "chardev=qmp,mode=control"]
+    argv = [shutil.which("qemu-system-x86_64"), "-S", "-nodefaults", "-display", "none", "-machine", "none", *monitor]
+    process = QemuProcess(argv, log=Path(sys.argv[1], name), fds=(its.fileno(),))
+    its.close()
+    return process, Qmp(ours, deadline=Deadline(60))
+
+def answers(qmp):
+    return "status" in qmp.execute("query-status", deadline=Deadline(30))
+
+process, qmp = started("first")
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    told = False
+    try:
+        qmp.execute("query-status", deadline=Deadline(30))
+    except QmpFailed:
+        told = True
+    qmp.close()
+    process.kill()
+    other, monitor = started("second")
+    fine = told and process.exitcode is None and process.wait(Deadline(0)) is None and answers(monitor)
+    monitor.close()
+    other.kill()
+    os._exit(0 if fine else 1)
+status = os.waitpid(child, 0)[1]
+print(status, answers(qmp), process.exitcode, flush=True)
+process.kill()
+"""
+
+
+def test_a_forked_child_can_neither_speak_to_a_qemu_of_its_parent_nor_end_it(tmp_path: Path) -> None:
+    with process(MONITORS, tmp_path) as parent:
+        assert line(parent) == "0 True None"
 
 
 def test_a_child_that_a_dead_worker_has_forked_keeps_no_machine_alive(start: Start, nothing_left: Callable[[], float]) -> None:

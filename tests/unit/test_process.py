@@ -147,7 +147,7 @@ def test_a_machine_that_dies_ends_whoever_waits_for_a_line_or_the_end(theatre: T
         def wait(self, *, deadline: Deadline) -> int | None:  # noqa: ARG002
             raise MachineDied("the kernel panicked")
 
-    running._running = Lost()
+    running._started = Lost()
     for attempt in (lambda: next(running.stdout), running.wait, running.poll, running.kill):
         with pytest.raises(MachineDied, match="panicked"):
             attempt()

@@ -463,7 +463,12 @@ class QemuInstance:
         self._qmp.forget("GUEST_PANICKED")
 
     def stop(self) -> None:
-        """Ends it at once, since nobody needs its disk any more, and frees what it held; may be called again."""
+        """Ends it at once, since nobody needs its disk any more, and frees what it held; may be called again.
+
+        A forked child, whose it is not, leaves it alone.
+        """
+        if not self._process.is_ours:
+            return
         self._process.kill()
         self._qmp.close()
         for held in (self._agent, self._waker, self._ram, self._ssh, self._recorder):

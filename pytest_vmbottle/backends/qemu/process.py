@@ -12,6 +12,8 @@ from pytest_vmbottle import supervisor
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backends.qemu.account import Account
 from pytest_vmbottle.backends.qemu.qmp import in_background
+from pytest_vmbottle.ownership import Owner
+from pytest_vmbottle.supervisor import Identity
 
 __all__ = ["QemuProcess"]
 
@@ -61,6 +63,8 @@ class QemuProcess:
                 )
 
         self._popen = in_background(spawn)
+        self._owner = Owner()
+        self._identity = Identity.of(self._popen.pid)
 
     @property
     def pid(self) -> int:
@@ -69,8 +73,15 @@ class QemuProcess:
 
     @property
     def exitcode(self) -> int | None:
-        """Its exit status, negative for a signal; None while it runs."""
+        """Its exit status, negative for a signal; None while it runs. A forked child, which cannot know it, is told 0."""
+        if not self.is_ours:
+            return None if self._identity is not None and self._identity.is_running else 0
         return self._popen.poll()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a child of this process: not in a forked child."""
+        return self._owner.is_us
 
     @property
     def output(self) -> str:
@@ -82,12 +93,16 @@ class QemuProcess:
 
     def wait(self, deadline: Deadline) -> int | None:
         """Its exit status, or None if it has not ended by the deadline."""
+        if not self.is_ours:
+            deadline.poll(lambda: self.exitcode is not None, every=0.05)
+            return self.exitcode
         try:
             return self._popen.wait(deadline.remaining)
         except subprocess.TimeoutExpired:
             return None
 
     def kill(self) -> None:
-        """Ends it at once; may be called again."""
-        self._popen.kill()
-        self._popen.wait()
+        """Ends it at once; may be called again. A forked child, whose it is not, leaves it alone."""
+        if self.is_ours:
+            self._popen.kill()
+            self._popen.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 from functools import cache
@@ -17,6 +18,7 @@ from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.errors import VMBottleError
+from pytest_vmbottle.ownership import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -39,8 +41,13 @@ class QmpLost(QmpFailed):
     """QEMU has ended, or will in a moment: its monitor is closed before its process is gone."""
 
 
-@cache
 def _loop() -> asyncio.AbstractEventLoop:
+    return _loop_of(os.getpid())
+
+
+@cache
+def _loop_of(_: int) -> asyncio.AbstractEventLoop:
+    """The loop of a process: a forked child has none of the threads of its parent, and must not touch what those look at."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="vmbottle-qemu", daemon=True).start()
     return loop
@@ -96,6 +103,7 @@ class Qmp:
 
     def __init__(self, sock: socket.socket, *, deadline: Deadline) -> None:
         """Talks over a connected socket, or raises `QmpFailed`."""
+        self._owner = Owner()
         self._client = QMPClient("vmbottle")
         # It logs every lost connection as an error; a machine that ends is an everyday thing here.
         self._client.logger.setLevel(logging.CRITICAL)
@@ -109,6 +117,9 @@ class Qmp:
         self._guard(self._client.connect(sock), deadline, "the greeting")
 
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
+        if not self._owner.is_us:
+            coroutine.close()
+            raise QmpFailed(f"only process {self._owner.pid}, which started QEMU, may ask it: {what}")
         try:
             return _await(coroutine, deadline)
         except TimeoutError as error:
@@ -214,7 +225,9 @@ class Qmp:
         return any(each["label"] == "agent" and each["frontend-open"] for each in known)
 
     def close(self) -> None:
-        """Ends the connection; QEMU runs on. May be called again."""
+        """Ends the connection; QEMU runs on. May be called again. A forked child, whose it is not, leaves it alone."""
+        if not self._owner.is_us:
+            return
         try:
             _await(self._client.disconnect(), Deadline(2))
         except (QMPError, OSError, EOFError, TimeoutError) as error:
