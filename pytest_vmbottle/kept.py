@@ -52,7 +52,7 @@ class Record:
         state: `"starting"`, `"running"`, `"stopped"`, `"off"`: the guest powered itself off, or `"error"`: it is lost, or came to another
             end than was asked for.
         reason: Why it is not running, or what is wrong with it; empty where nothing is.
-        since: When it got into this state, in seconds since 1970.
+        since: When it got into this state, or was found dead, in seconds since 1970.
         keeper: The process that holds it.
         spec: What it is: `arch`, `cpus`, `memory`, `disk`, `network`, `user`.
         backend: What runs it.
@@ -219,8 +219,29 @@ class Kept:
         except ValueError as error:
             return Record(name=self.name, source="", state=_ERROR, reason=f"its record {self.folder / _RECORD} cannot be read: {error}")
         if record.is_on and not held:
-            return attrs.evolve(record, state=_STOPPED, reason="its keeper died, and the machine with it", ports={}, pid=None)
+            return self._found_dead(record)
         return record
+
+    def _found_dead(self, record: Record) -> Record:
+        """What a record says from now on whose keeper died before it could write another.
+
+        Nobody knows when that was; when it was found is written down, so that all who ask later are told the same.
+        """
+        found = attrs.evolve(
+            record, state=_STOPPED, reason="its keeper died, and the machine with it", since=time.time(), ports={}, pid=None
+        )
+        with suppress(OSError, ValueError):  # it is claimed anew or removed this moment, or cannot be written: then it is told all the same
+            fd = self._open()
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may look meanwhile, and none can claim it
+                now = Record.read(self.folder / _RECORD)
+                if not now.is_on:
+                    return now
+                if now == record:
+                    found.write(self.folder / _RECORD)
+            finally:
+                os.close(fd)
+        return found
 
     def note(self, record: Record) -> Record:
         """Writes its record; for its keeper."""

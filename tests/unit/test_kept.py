@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def test_a_record_whose_keeper_is_dead_is_never_one_of_a_running_machine(place: 
 
     assert (found.state, found.reason, found.pid, dict(found.ports)) == ("stopped", "its keeper died, and the machine with it", None, {})
     assert not found.is_on
+
+
+def test_a_machine_whose_keeper_died_is_stopped_since_that_was_found_and_stays_so(place: Kept) -> None:
+    os.close(place.claim())
+    place.note(record(since=1000.0))
+    before = time.time()
+    found = place.record()
+
+    assert before <= found.since <= time.time()
+    assert place.record() == found
+    assert Record.read(place.folder / "record.json") == found
+
+
+def test_a_dead_machine_is_told_of_by_who_may_not_write_its_record(place: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.close(place.claim())
+    place.note(record(since=1000.0))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Record, "write", refuse)
+    assert place.record().state == "stopped"
+    assert place.record().since > 1000.0
 
 
 def test_the_last_state_of_a_machine_stays_when_its_keeper_has_ended(place: Kept) -> None:
