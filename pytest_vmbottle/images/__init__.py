@@ -3,7 +3,7 @@
 from pytest_vmbottle.images.builder import build, can_build
 from pytest_vmbottle.images.cloud import CLOUD_IMAGES, CloudImage
 from pytest_vmbottle.images.declared import DeclaredImage, declared_images, find_declared_images
-from pytest_vmbottle.images.disk import disk_format
+from pytest_vmbottle.images.disk import check_again, disk_format
 from pytest_vmbottle.images.puller import PULL_SECONDS, PullOptions, pull, pull_url, pulled_name
 from pytest_vmbottle.images.recipes import RECIPES, Recipe
 from pytest_vmbottle.images.store import Image, ImageStore, Traits, default_firmware
@@ -21,6 +21,7 @@ __all__ = [
     "Traits",
     "build",
     "can_build",
+    "check_again",
     "declared_images",
     "default_firmware",
     "disk_format",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
     from pathlib import Path
 
-__all__ = ["DiskFormat", "check_whole", "disk_format", "inspect", "opened"]
+__all__ = ["DiskFormat", "check_again", "check_whole", "disk_format", "inspect", "opened"]
 
 DiskFormat = Literal["qcow2", "raw"]
 
@@ -192,6 +192,25 @@ def inspect(file: BufferedReader, path: Path) -> tuple[DiskFormat, int]:
     except CatalogError as error:
         raise CatalogError(f"{path} {error}") from None
     return kind
+
+
+def check_again(path: Path, kind: str) -> None:
+    """Sees that a disk which others can write to is still as safe as when it was first used.
+
+    Args:
+        path: Where it is.
+        kind: The format that it had.
+
+    Raises:
+        CatalogError: It is not there any more, is no safe disk image, or one of another format.
+    """
+    try:
+        with opened(path) as file:
+            found, _ = inspect(file, path)
+    except OSError as error:
+        raise CatalogError(f"cannot start from {path} again: {error.strerror or error}; it was there when it was first used") from error
+    if found != kind:
+        raise CatalogError(f"{path} was changed since it was first used: it was a {kind} disk, and is {found} now; run it again")
 
 
 def check_whole(file: BufferedReader, path: Path) -> None:

@@ -10,6 +10,7 @@ from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import GUEST_PATH, Command, Detached, Keeping
 from pytest_vmbottle.errors import MachineTimeout
 from pytest_vmbottle.generations import Holds
+from pytest_vmbottle.images import check_again
 from pytest_vmbottle.machine import Machine
 from pytest_vmbottle.power import Supply
 from pytest_vmbottle.spec import host_arch
@@ -97,6 +98,10 @@ class Launcher:
 
     def _launch(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> tuple[Instance, Channel]:
         context = self._context
+        for disk in start.disks:
+            # Nobody keeps others from writing to a disk in its own place, nor a guest of another run: its header is read each time.
+            if context.catalog.root not in disk.path.parents:
+                check_again(disk.path, disk.format)
         with context.explained():
             instance = context.backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
         context.catalog.ledger.machines += 1

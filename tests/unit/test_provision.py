@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import struct
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -31,7 +33,7 @@ from pytest_vmbottle import (
     packs,
 )
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start, Unwakeable
+from pytest_vmbottle.backend import Command, Finished, Instance, PackKind, Start, State, Unwakeable
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.generations import is_held
 from pytest_vmbottle.images import Image, ImageStore, Traits
@@ -453,6 +455,34 @@ def test_a_disk_that_is_changed_between_its_pack_and_its_machine_is_no_machine(m
     disk(own, mark=4)
     with pytest.raises(CatalogError, match="changed"):
         provisioner.start(spec, pack)
+
+
+def point_elsewhere(path: Path) -> None:
+    """Has a disk read what another file of this host holds."""
+    path.write_bytes(b"QFI\xfb" + struct.pack(">IQIIQ", 3, 512, 11, 16, 1 << 20) + bytes(1 << 20))
+
+
+def grow_into_another_format(path: Path) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+
+
+@pytest.mark.parametrize("change", [point_elsewhere, grow_into_another_format, Path.unlink])
+@pytest.mark.parametrize("again", [Machine.restore, Machine.start])
+def test_a_disk_in_its_own_place_is_read_again_before_each_start(
+    make: Make, backend: FakeBackend, tmp_path: Path, change: Callable[[Path], None], again: Callable[[Machine], None]
+) -> None:
+    own = disk(tmp_path / "own.raw", mark=3)
+    with make().machine(MachineSpec(source=own)) as machine:
+        machine.power_cut()
+        again(machine)
+        launched = len(backend.launched)
+        machine.power_cut()
+        change(own)
+        with pytest.raises(CatalogError, match=r"own\.raw"):
+            again(machine)
+
+        assert len(backend.launched) == launched
+        assert machine.state == State.OFF
 
 
 def test_a_damaged_pack_that_another_run_uses_stays_and_a_sound_one_stands_beside_it(make: Make, catalog: Catalog, said: list[str]) -> None:
