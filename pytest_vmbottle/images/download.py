@@ -10,9 +10,11 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import ssl
+import threading
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
@@ -21,6 +23,7 @@ from urllib.request import getproxies, proxy_bypass
 import attrs
 import urllib3
 from urllib3 import exceptions as faults
+from urllib3.connection import HTTPSConnection
 
 from pytest_vmbottle import records
 from pytest_vmbottle._os import Deadline, format_size, private_dir
@@ -34,6 +37,10 @@ __all__ = ["Downloads", "Partial", "Transfer", "check_url", "fetch_text"]
 _CONNECT_SECONDS = 30.0
 _SILENT_SECONDS = 60.0
 """For how long a server may say nothing."""
+_ANSWER_SECONDS = 90.0
+"""Within which the head of an answer has to be there, whatever a server sends meanwhile."""
+_GRACE_SECONDS = 5.0
+"""For how long after its deadline a transfer may still end by itself."""
 _TEXT_SECONDS = 120.0
 _MAX_TEXT = 1 << 20
 _CHUNK = 1 << 20
@@ -89,7 +96,7 @@ def fetch_text(url: str, *, what: str) -> str:
     deadline = Deadline(_TEXT_SECONDS)
     content = bytearray()
     try:
-        with _get(url, {}, what) as response:
+        with _get(url, {}, what, deadline) as response:
             _check_answer(response, url, what)
             while chunk := response.read1(_CHUNK, decode_content=False):
                 content += chunk
@@ -221,11 +228,11 @@ class Transfer:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._go_on()
-            except (_BrokenOffError, _UnreachableError) as error:
+            except (_BrokenOffError, _UnreachableError, TimeoutError) as error:
                 if attempt == 1 and isinstance(error, _UnreachableError):
                     raise
                 there = format_size(self.partial.size)
-                if attempt == _ATTEMPTS or self.deadline.remaining < _PAUSE:
+                if attempt == _ATTEMPTS or self.deadline.remaining <= _PAUSE:
                     hint = f"Run it again: it goes on from the {there} that came"
                     raise CatalogError(f"{self.what} from {self.url} is incomplete: {error}. {hint}") from None
                 self.progress(f"{error}; going on from {there}")
@@ -236,7 +243,7 @@ class Transfer:
         size, validator = self.partial.size, self.partial.validator
         # Without a name for the content the bytes could be of another: from the start, then.
         headers = {"Range": f"bytes={size}-", "If-Range": validator} if size and validator else {}
-        with _get(self.url, headers, self.what) as response:
+        with _get(self.url, headers, self.what, self.deadline) as response:
             if response.status == _NO_SUCH_RANGE and headers:
                 if response.headers.get("Content-Range") == f"bytes */{size}":  # it is all there
                     return
@@ -340,23 +347,79 @@ class _Meter:
 # -- connections -----------------------------------------------------------------------------------------------------------------------
 
 
+class _Watch:
+    """Ends an exchange that takes too long: the time-out of a socket begins anew with each byte and each line, and so has no end."""
+
+    def __init__(self) -> None:
+        self._socket: Callable[[], socket.socket | None] = lambda: None
+
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Cuts the connection if the block takes longer.
+
+        Raises:
+            TimeoutError: It has, whatever came of it then: an answer that was cut off may look like a whole one.
+        """
+        late = threading.Event()
+
+        def cut() -> None:
+            late.set()
+            with suppress(OSError):
+                if (sock := self._socket()) is not None:
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not as TLS does it, which would go on in plain text
+
+        timer = threading.Timer(max(seconds, 0.0), cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (_BrokenOffError, faults.HTTPError, OSError):
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise TimeoutError(f"the server was not done after {seconds:.0f} s")
+
+    def pool_class(self) -> type[urllib3.HTTPSConnectionPool]:
+        """Connections that are watched."""
+        watch = self
+
+        class Connection(HTTPSConnection):
+            def connect(self) -> None:
+                watch._socket = lambda: self.sock  # there as soon as a proxy is asked
+                super().connect()
+
+            def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override] # as urllib3's own
+                sock = self.sock  # which the answer takes over
+                watch._socket = lambda: sock
+                return super().getresponse()
+
+        class Pool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = Connection
+
+        return Pool
+
+
 @contextmanager
-def _get(url: str, headers: dict[str, str], what: str) -> Iterator[urllib3.BaseHTTPResponse]:
+def _get(url: str, headers: dict[str, str], what: str, deadline: Deadline) -> Iterator[urllib3.BaseHTTPResponse]:
     """Asks for a URL and follows where it is redirected to, over https alone."""
-    context, asked = _trusted(), url
+    context, asked, watch = _trusted(), url, _Watch()
     # As it is stored: a compression on the way would make lengths and digests those of something else.
     headers = {"User-Agent": "pytest-vmbottle", "Accept-Encoding": "identity", **headers}
     for _ in range(_REDIRECTS + 1):
-        with _connected(url, context) as pool:
-            with _explained(url, what):
+        with _connected(url, context) as pool, ExitStack() as answers:
+            pool.pool_classes_by_scheme = {**pool.pool_classes_by_scheme, "https": watch.pool_class()}
+            with _explained(url, what), watch.limit(_ANSWER_SECONDS):
                 response = pool.request(
                     "GET", url, headers=headers, redirect=False, retries=False, preload_content=False, timeout=_timeout()
                 )
-            with closing(response):  # what was not read is not wanted
-                target = response.get_redirect_location()
-                if not target:
+                answers.enter_context(closing(response))  # what was not read is not wanted
+            target = response.get_redirect_location()
+            if not target:
+                with watch.limit(deadline.remaining + _GRACE_SECONDS):  # a row of trailers has no end either
                     yield response
-                    return
+                return
         url = urljoin(url, target)
         try:
             check_url(url)
@@ -423,6 +486,8 @@ def _explained(url: str, what: str) -> Iterator[None]:
         raise _UnreachableError(f"{what} cannot be fetched: there is no address for {host} (DNS). {_NETWORK}") from error
     except faults.HTTPError as error:
         raise _UnreachableError(f"{what} cannot be fetched: {host} does not answer ({_cause(error)}). {_NETWORK}") from error
+    except TimeoutError as error:
+        raise _UnreachableError(f"{what} cannot be fetched: {host} does not answer ({error}). {_NETWORK}") from error
     except (UnicodeError, ValueError) as error:
         raise CatalogError(f"{what} cannot be fetched: {url!r} is not a URL ({error})") from error
 

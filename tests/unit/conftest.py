@@ -200,6 +200,30 @@ class Handler(BaseHTTPRequestHandler):
             if self.web.ended.wait(0.02):
                 return
 
+    def _repeat(self, begin: bytes, line: bytes) -> None:
+        """Says something, and then the same line again and again, a moment apart."""
+        self.close_connection = True
+        self.wfile.write(begin)
+        while not self.web.ended.wait(0.02):
+            self.wfile.write(line)
+
+    def _heads(self, _: bytes) -> None:
+        """An answer whose headers have no end."""
+        self._repeat(b"HTTP/1.1 200 OK\r\nX-Drip: ", b"x")
+
+    def _continue(self, _: bytes) -> None:
+        """Says that it is about to answer, for ever."""
+        self._repeat(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _trailers(self, content: bytes) -> None:
+        """All of it, and then headers that come after, without end."""
+        chunk = f"{len(content):x}\r\n".encode() + content + b"\r\n0\r\n"
+        self._repeat(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk, b"X: y\r\n")
+
+    def _range(self, _: bytes, given: str) -> None:
+        """Says where it begins in its own words."""
+        self._answer(206, b"x", Content_Range=given)
+
     def _status(self, _: bytes, number: str) -> None:
         self._answer(int(number), b"")
 
@@ -251,6 +275,8 @@ class Proxy(ThreadingTCPServer):
         self.hosts: list[str] = []
         self.logins: list[str] = []
         self.refusal = ""
+        self.drips = False
+        self.ended = threading.Event()
         super().__init__(("127.0.0.1", 0), _Tunnel)
 
     @property
@@ -270,6 +296,12 @@ class _Tunnel(StreamRequestHandler):
         self.server.logins += re.findall(r"(?im)^proxy-authorization: (.*)$", head)
         if self.server.refusal:
             self.wfile.write(f"HTTP/1.1 {self.server.refusal}\r\nContent-Length: 0\r\n\r\n".encode())
+            return
+        if self.server.drips:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            with suppress(OSError):
+                while not self.server.ended.wait(0.02):
+                    self.wfile.write(b"x")
             return
         with socket.create_connection(("127.0.0.1", self.server.target)) as there:
             self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -320,6 +352,7 @@ def proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("HTTPS_PROXY", f"http://{server.address}")
     for _ in _running(server):
         yield server
+        server.ended.set()
 
 
 # -- scripts for guests, run here ---------------------------------------------------------------------------------------------------------

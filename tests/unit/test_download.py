@@ -188,6 +188,39 @@ def test_a_server_that_only_drips_is_left_at_the_deadline(web: Web, partial: Par
     assert 0 < partial.size < len(CONTENT)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("answer", ["heads", "continue", "trailers"])
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_server_whose_answer_has_no_end_is_left_in_time(
+    request: pytest.FixtureRequest, web: Web, partial: Partial, monkeypatch: pytest.MonkeyPatch, answer: str, *, proxied: bool
+) -> None:
+    monkeypatch.setattr(download, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(download, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(download, "_TEXT_SECONDS", 0.5)
+    web.files["/x"] = CONTENT[:1000]
+    web.answers["/x"] = [answer]
+    if proxied:
+        request.getfixturevalue("proxy")
+    url = "https://cloud.debian.org/x" if proxied else f"{web.url}/x"
+    assert "not done" in refused(url, partial, seconds=0.5)
+    with pytest.raises(CatalogError, match="not done"):
+        fetch_text(url, what="the list")
+
+
+@pytest.mark.timeout(60)
+def test_a_proxy_whose_answer_has_no_end_is_left_in_time(proxy: Proxy, partial: Partial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_ANSWER_SECONDS", 0.5)
+    proxy.drips = True
+    assert "not done" in refused("https://cloud.debian.org/x", partial)
+
+
+@pytest.mark.parametrize("given", ["bytes 0-{n}/{n}", "bytes {n}-{n}/{n}", "bytes {n}", "{n}"])
+def test_a_range_of_thousands_of_digits_is_refused(web: Web, partial: Partial, given: str) -> None:
+    web.answers["/x"] = ["range " + given.format(n="9" * 5000)]
+    assert "another part" in refused(f"{web.url}/x", partial)
+    assert partial.size == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
