@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
@@ -205,6 +206,7 @@ def private_dir(path: Path) -> Path:
 
 _BLOCK = 1 << 16
 _ZEROS = bytes(_BLOCK)
+_MANY_ZEROS = memoryview(bytes(1 << 20))
 
 
 def copy_sparse(source: int, target: int) -> None:
@@ -235,6 +237,26 @@ def _blocks(fd: int, length: int) -> Iterator[tuple[int, bytes]]:
             if block != _ZEROS[: len(block)]:
                 yield start, block
             start += _BLOCK
+
+
+def content_digest(fd: int, tell: Callable[[int, int], object] = lambda _done, _size: None) -> str:
+    """The sha256 of all of an open file's content, as sha256sum says it; holes count as zeros without being read.
+
+    Args:
+        fd: File descriptor to read.
+        tell: Takes now and then how many bytes are done, and of how many.
+    """
+    value, done, size = hashlib.sha256(), 0, os.fstat(fd).st_size
+    for offset, block in chain(_blocks(fd, size), [(size, b"")]):
+        while done < offset:
+            zeros = _MANY_ZEROS[: offset - done]
+            value.update(zeros)
+            done += len(zeros)
+            tell(done, size)
+        value.update(block)
+        done += len(block)
+        tell(done, size)
+    return value.hexdigest()
 
 
 def sparse_digest(path: Path) -> str:

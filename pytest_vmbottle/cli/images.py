@@ -370,7 +370,7 @@ def add(  # noqa: PLR0913 - an image has many parts
     and sha256 are written to stdout.
     """
     added = _images(open_catalog()).add(
-        file, name=name, sha256=sha256, kernel=kernel, initrd=initrd, cmdline=cmdline, arch=arch, traits=traits
+        file, name=name, sha256=sha256, kernel=kernel, initrd=initrd, cmdline=cmdline, arch=arch, traits=traits, progress=say
     )
     click.echo(f"{added.name} {added.sha256}")
 

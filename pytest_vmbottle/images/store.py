@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import fcntl
-import hashlib
 import os
 import re
 import secrets
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from pytest_vmbottle import generations, records
-from pytest_vmbottle._os import copy_sparse, private_dir
+from pytest_vmbottle._os import content_digest, copy_sparse, format_size, private_dir
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.images.disk import DiskFormat, check_whole, inspect, opened
 from pytest_vmbottle.spec import digest, host_arch
@@ -59,6 +58,8 @@ Readiness = Literal["cloud-init", "channel"]
 KERNEL, INITRD = "vmlinuz", "initrd.img"
 _RECORD = "image.json"
 _FRESH = 60  # seconds in which a new folder may not be claimed yet
+_EVERY = 1.0
+"""Seconds between two lines about how far something is."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"[0-9a-f]{64}(\.[1-9][0-9]{0,8})?")
@@ -284,6 +285,7 @@ class ImageStore:
         description: str = "",
         traits: Traits | None = None,
         replace: bool = False,
+        progress: Callable[[str], None] | None = None,
     ) -> Image:
         """Copies a disk into the store.
 
@@ -296,6 +298,7 @@ class ImageStore:
             description: What it is, in a few words.
             traits: What else is known of it; if not given, that the architecture's usual firmware boots it.
             replace: Whether the name may be taken from another image.
+            progress: Takes a line about how far the digest is, once a second.
 
         Raises:
             CatalogError: The file is not a disk image or has another digest, or the name is taken. Nothing was added.
@@ -313,7 +316,15 @@ class ImageStore:
                     with opened(part) as source:
                         copy_in(source, folder / target)
             return self.publish(
-                folder, name=name, sha256=wanted, arch=arch, cmdline=cmdline, description=description, traits=traits, replace=replace
+                folder,
+                name=name,
+                sha256=wanted,
+                arch=arch,
+                cmdline=cmdline,
+                description=description,
+                traits=traits,
+                replace=replace,
+                progress=progress,
             )
 
     def remove(self, name: str) -> None:
@@ -395,7 +406,7 @@ class ImageStore:
             if seen["looks"] == looks and _SHA256.fullmatch(seen["sha256"]):
                 return str(seen["sha256"])
         check_whole(file, path)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = content_digest(file.fileno())
         if _looks(file) != looks:
             raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")
         with suppress(OSError):  # only a short cut: a store that cannot be written to costs time, nothing else
@@ -448,18 +459,20 @@ class ImageStore:
         description: str = "",
         traits: Traits | None = None,
         replace: bool = False,
+        progress: Callable[[str], None] | None = None,
     ) -> Image:
         """Gives the files in a folder from `staging` their place and their name: both or neither.
 
         Args:
             folder: Has `disk.qcow2` or `disk.raw`, and perhaps `vmlinuz` and `initrd.img`; all on disk already.
-            name, sha256, arch, cmdline, description, traits, replace: As for `add`.
+            name, sha256, arch, cmdline, description, traits, replace, progress: As for `add`.
 
         Raises:
             CatalogError: The disk has another digest, or the name is taken.
         """
         arch = arch or host_arch()
-        manifest = _describe(folder, arch, traits or Traits(firmware=default_firmware(arch)), cmdline=cmdline, description=description)
+        traits = traits or Traits(firmware=default_firmware(arch))
+        manifest = _describe(folder, arch, traits, cmdline=cmdline, description=description, progress=progress)
         if sha256 not in (None, manifest.sha256):
             raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, and {sha256} was demanded")
         records.write(folder / _RECORD, attrs.asdict(manifest))
@@ -597,7 +610,9 @@ def _alike(folder: Path, manifest: _Manifest) -> _Manifest | None:
     return None
 
 
-def _describe(folder: Path, arch: str, traits: Traits, *, cmdline: str, description: str) -> _Manifest:
+def _describe(  # noqa: PLR0913 - an image has many parts
+    folder: Path, arch: str, traits: Traits, *, cmdline: str, description: str, progress: Callable[[str], None] | None
+) -> _Manifest:
     """Makes the record of the files in a folder, as they are there: what they were copied from may have changed meanwhile."""
     disk = next(folder.glob("disk.*"))
     with disk.open("rb") as file:
@@ -607,7 +622,7 @@ def _describe(folder: Path, arch: str, traits: Traits, *, cmdline: str, descript
     files = {}
     for path in folder.iterdir():
         path.chmod(0o444)
-        files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+        files[path.name] = {"sha256": _sha256(path, progress), "size": path.stat().st_size}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return _Manifest(
         format=kind,
@@ -628,9 +643,22 @@ def copy_in(source: BufferedReader, target: Path) -> None:
         os.fsync(copy.fileno())
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, progress: Callable[[str], None] | None = None) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return content_digest(file.fileno(), _each_second(progress))
+
+
+def _each_second(progress: Callable[[str], None] | None) -> Callable[[int, int], None]:
+    """What tells in words how far a digest is, once a second."""
+    told = time.monotonic()
+
+    def tell(done: int, size: int) -> None:
+        nonlocal told
+        if progress is not None and done < size and time.monotonic() - told >= _EVERY:
+            told = time.monotonic()
+            progress(f"reading: {100 * done // size} % of {format_size(size)}")
+
+    return tell
 
 
 def _looks(file: BufferedReader) -> list[int]:

@@ -15,18 +15,19 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vmbottle import records, spec
+from pytest_vmbottle import _os, records, spec
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.generations import Holds
 from pytest_vmbottle.images import RECIPES, Image, ImageStore, Traits, build, can_build, disk_format
 from pytest_vmbottle.images import builder as building
+from pytest_vmbottle.images import store as store_module
 from pytest_vmbottle.images.apt import apt_sources, keyrings
 
 MIB = 1 << 20
@@ -635,14 +636,14 @@ class TestUseInPlace:
     def test_its_digest_is_read_again_only_when_the_file_looks_different(
         self, store: ImageStore, disk: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        read: list[str] = []
-        file_digest = hashlib.file_digest
+        read: list[int] = []
+        digest = _os.content_digest
 
-        def counted(file: BinaryIO, name: str) -> object:
-            read.append(name)
-            return file_digest(file, name)  # type: ignore[arg-type]  # passed on
+        def counted(fd: int) -> str:
+            read.append(fd)
+            return digest(fd)
 
-        monkeypatch.setattr(hashlib, "file_digest", counted)
+        monkeypatch.setattr(store_module, "content_digest", counted)
         first = store.import_path(disk)
         assert store.import_path(disk) == first
         assert len(read) == 1
@@ -990,3 +991,16 @@ def test_namespaces_are_used_where_they_are_to_be_had(
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
     assert building._Workshop(tmp_path, lambda _: None)._namespaces() == command
+
+
+def test_adding_a_large_sparse_disk_tells_how_far_it_is_and_keeps_its_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_EVERY", 0.0)
+    path, lines = tmp_path / "sparse.raw", list[str]()
+    with path.open("wb") as file:
+        file.write(bytes(510) + b"\x55\xaa")
+        file.truncate(16 << 20)
+    image = ImageStore(tmp_path / "store").add(path, name="sparse", progress=lines.append)
+
+    assert any("%" in line for line in lines)
+    assert image.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert image.disk.stat().st_blocks * 512 < 1 << 20

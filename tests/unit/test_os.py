@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import signal
 import stat
@@ -16,7 +17,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_vmbottle._os import Deadline, atomic_file, copy_sparse, is_locked, private_dir, run_tool, size_on_disk, sparse_digest, try_lock
+from pytest_vmbottle._os import (
+    Deadline,
+    atomic_file,
+    content_digest,
+    copy_sparse,
+    is_locked,
+    private_dir,
+    run_tool,
+    size_on_disk,
+    sparse_digest,
+    try_lock,
+)
 
 BLOCK = 1 << 16
 PIECES = st.lists(
@@ -91,6 +103,30 @@ def test_the_same_blocks_at_another_place_have_another_digest(tmp_path: Path) ->
             os.pwrite(file.fileno(), b"x", at)
 
     assert sparse_digest(tmp_path / "here") != sparse_digest(tmp_path / "there")
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536, (1 << 20) + 5, 5 << 20])
+@pytest.mark.parametrize("at", [None, 0, 70_000, 3 << 20])
+def test_the_digest_of_a_file_with_holes_is_that_of_its_whole_content_and_holes_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, at: int | None
+) -> None:
+    path, told, read = tmp_path / "disk", list[tuple[int, int]](), list[bytes]()
+    with path.open("wb") as file:
+        file.truncate(size)
+        if at is not None and at < size:
+            file.seek(at)
+            file.write(b"x"[: size - at])
+    expected, pread = hashlib.sha256(path.read_bytes()).hexdigest(), os.pread
+
+    def counted(fd: int, length: int, offset: int) -> bytes:
+        read.append(pread(fd, length, offset))
+        return read[-1]
+
+    monkeypatch.setattr(os, "pread", counted)
+    with path.open("rb") as disk:
+        assert content_digest(disk.fileno(), lambda done, size: told.append((done, size))) == expected
+    assert sum(map(len, read)) <= 2 * 65536
+    assert not size or told[-1] == (size, size)
 
 
 def test_a_sparse_copy_of_a_file_of_many_gibibytes_of_nothing_takes_no_disk(tmp_path: Path) -> None:
