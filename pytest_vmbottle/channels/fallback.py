@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import attrs
 
 from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Channel, Command, Finished
-from pytest_vmbottle.channels.guest_agent import GuestAgent
+from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Finished
+from pytest_vmbottle.channels.guest_agent import AgentEnded, GuestAgent
 from pytest_vmbottle.channels.ssh import SshChannel
-from pytest_vmbottle.errors import MachineTimeout
+from pytest_vmbottle.errors import MachineDied, MachineTimeout
 
 __all__ = ["AgentOrSsh"]
 
 _RETURN = 1.0
 """Seconds that an agent which is being restarted is waited for: logging in by SSH takes longer."""
+_ENDING = 60.0
+"""Seconds that a guest may take to power off once its agent has gone."""
+_STATE = Command(argv=("systemctl", "is-system-running"), env=(("PATH", GUEST_PATH),))
 _PATIENCE = 20.0
 """Seconds that it may take to find another way, where a command has less."""
 
@@ -53,8 +57,29 @@ class AgentOrSsh:
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command to its end (see `Channel.run`)."""
-        channel, deadline = self._way(deadline)
-        return channel.run(command, deadline=deadline)
+        with self._told_from_the_end():
+            channel, deadline = self._way(deadline)
+            return channel.run(command, deadline=deadline)
+
+    @contextmanager
+    def _told_from_the_end(self) -> Iterator[None]:
+        """Waits for the end of a guest that powers off: its agent is the first to go, and only its end says what has happened."""
+        try:
+            yield
+        except AgentEnded:
+            Deadline(_ENDING).poll(self._stays, every=0.2)
+            raise
+
+    def _stays(self) -> bool:
+        """Whether the guest goes on without its agent, or with another one; raises `MachineDied` if it has ended."""
+        self.agent.check()
+        if self.present():
+            return True
+        with suppress(MachineDied, MachineTimeout):
+            way = self.logged_in() or self.log_in(Deadline(_PATIENCE))
+            if way is not None:
+                return b"stopping" not in way.run(_STATE, deadline=Deadline(_PATIENCE)).stdout
+        return False
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Runs a command with a host file as its input."""

@@ -87,6 +87,10 @@ class GuestAgent:
         self._lock = threading.Lock()
         self._unread = False
 
+    def check(self) -> None:
+        """Raises `MachineDied` when the guest cannot answer any more."""
+        self._alive()
+
     def sync(self, *, deadline: Deadline) -> None:
         """Waits until the agent answers, and drops whatever an earlier conversation left on the line.
 

@@ -225,6 +225,8 @@ class SshChannel:
             session = self._begin(command, deadline)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._alive()
+            if deadline.expired and not self.lost:  # a guest that is busy is not a lost one
+                raise MachineTimeout(f"SSH did not begin a command within {deadline.seconds:g} s") from error
             raise MachineDied(f"the SSH connection is lost: {error}") from error
         return SshProcess(session, stdout, stderr, alive=self._alive)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -32,12 +33,18 @@ def choose(emulator: Emulator, wanted: str, workdir: Path) -> tuple[proof.Verdic
     return proof.choose(emulator.binary, emulator.dialect, emulator.board, wanted, workdir=workdir)
 
 
+def words(process: psutil.Process) -> str:
+    """The command line of a process; nothing of one that has ended, whoever has to take note of that."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_behind(tmp_path: Path) -> Iterator[None]:
     yield
     assert list(tmp_path.iterdir()) == []
-    arguments = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    assert [line for line in arguments if str(tmp_path) in line] == []
+    assert [line for line in map(words, psutil.Process().children(recursive=True)) if str(tmp_path) in line] == []
 
 
 def puzzled(emulator: Emulator) -> Emulator:
