@@ -159,7 +159,7 @@ def test_a_layer_that_fails_is_told_in_full_once_and_not_kept(inner: pytest.Pyte
 
         @layer("debian-12")
         def broken(vm):
-            vm.exec("echo the reason >&2; exit 7")
+            vm.exec("printf 'the %s' reason >&2; exit 7")
 
         @pytest.mark.vm(broken)
         def test_one(vm): pass
