@@ -1,4 +1,6 @@
-"""The cloud-init seed of a machine: a NoCloud ISO with its identity, its keys, and the user's own user-data.
+"""The seed of a machine: an ISO for cloud-init's NoCloud source, with its name, its keys and the user's own user-data.
+
+Name and keys are there once more as plain files, for images that have something quicker than cloud-init to take them.
 
 Format: https://cloudinit.readthedocs.io/en/latest/reference/datasources/nocloud.html and, of the user-data,
 https://cloudinit.readthedocs.io/en/latest/explanation/format.html
@@ -50,6 +52,10 @@ def write_seed(path: Path, *, hostname: str, keys: Keys, user_data: str | None =
         "user-data": _user_data(hostname, keys, user_data),
         "meta-data": _dump({"instance-id": f"vmbottle-{hostname}", "local-hostname": hostname}),
         "network-config": _dump(_NETWORK),
+        "hostname": f"{hostname}\n".encode(),
+        "authorized-keys": _line(keys.user_public),
+        "host-key": _line(keys.host_private),
+        "host-key-public": _line(keys.host_public),
     }
     path.touch(mode=0o600)
     _write_iso(path, files)
@@ -174,6 +180,10 @@ def _part(content: bytes) -> Message:
 
 def _dump(value: object) -> bytes:
     return yaml.safe_dump(value, sort_keys=False).encode()
+
+
+def _line(text: str) -> bytes:
+    return f"{text.rstrip()}\n".encode()
 
 
 def _write_iso(path: Path, files: dict[str, bytes]) -> None:

@@ -23,8 +23,20 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.images.apt import apt_sources, keyrings
-from pytest_vmbottle.images.recipes import RECIPES, Recipe
-from pytest_vmbottle.images.store import INITRD, KERNEL, Image, ImageStore, Traits, abandoned, check_name, claimed, copy_in, explained
+from pytest_vmbottle.images.recipes import RECIPES, TAKES_SEED, Recipe
+from pytest_vmbottle.images.store import (
+    INITRD,
+    KERNEL,
+    NO_CLOUD_INIT,
+    Image,
+    ImageStore,
+    Traits,
+    abandoned,
+    check_name,
+    claimed,
+    copy_in,
+    explained,
+)
 from pytest_vmbottle.spec import host_arch
 
 if TYPE_CHECKING:
@@ -32,8 +44,11 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "can_build", "check_package", "without_ids"]
 
-# The packages have done what systemd would do once more at the first boot.
-_CMDLINE = "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip systemd.condition_needs_update=0"
+# The packages have done what systemd would do once more at the first boot, and the image does quickly what cloud-init would do.
+_CMDLINE = (
+    "root=/dev/vda rw console={console} quiet net.ifnames=0 fsck.mode=skip systemd.condition_needs_update=0 "
+    f"systemd.wants={TAKES_SEED} {NO_CLOUD_INIT}"
+)
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(?:[=/][A-Za-z0-9.+:~-]+)?")
 _TOOLS = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "qemu-img": "qemu-utils", "tar": "tar"}
 _ROOT_TOOLS = {"setpriv": "util-linux", "unshare": "util-linux"}

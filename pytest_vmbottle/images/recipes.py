@@ -11,7 +11,10 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "TAKES_SEED", "Recipe"]
+
+TAKES_SEED = "vmbottle-seed.service"
+"""The unit of our images that gives a machine what every one needs of cloud-init."""
 
 
 @attrs.frozen(kw_only=True)
@@ -72,6 +75,43 @@ cloud_final_modules:
   [package_update_upgrade_install, write_files_deferred, scripts_per_boot, scripts_per_instance, scripts_user, final_message]
 """
 
+# cloud-init takes most of a boot: four programs, each of which imports a great deal. What every machine needs of it, its name and its keys,
+# is taken from the same seed by this, before the network is up, and once, as cloud-init does. No image has a host key. The kernel's command
+# line wants this unit and disables cloud-init: whoever boots the image in another way gets Debian's usual behaviour.
+_TAKE_SEED_UNIT = """\
+[Unit]
+Description=Take this machine's name and keys from its seed
+DefaultDependencies=no
+ConditionPathExists=!/etc/ssh/ssh_host_ed25519_key
+Requires=dev-disk-by\\x2dlabel-cidata.device
+After=dev-disk-by\\x2dlabel-cidata.device local-fs.target
+Before=network-pre.target ssh.service ssh.socket cloud-init-local.service shutdown.target
+Wants=network-pre.target
+Conflicts=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh /usr/lib/vmbottle/take-seed
+"""
+_TAKE_SEED = """\
+#!/bin/sh
+set -eu
+seed=/run/vmbottle-seed
+mkdir -m 0700 "$seed"
+mount -t iso9660 -o ro /dev/disk/by-label/cidata "$seed"
+cat "$seed/hostname" > /etc/hostname
+cat "$seed/hostname" > /proc/sys/kernel/hostname
+/lib/systemd/systemd-growfs / # the disk may be larger than the image
+umask 077
+mkdir -p /root/.ssh
+cat "$seed/authorized-keys" >> /root/.ssh/authorized_keys
+(umask 022 && cat "$seed/host-key-public" > /etc/ssh/ssh_host_ed25519_key.pub)
+cat "$seed/host-key" > /etc/ssh/ssh_host_ed25519_key # the last: it says that all is done
+umount "$seed"
+rmdir "$seed"
+"""
+
 _DEBIAN_PACKAGES = (
     "linux-image-cloud-{arch}",
     "ca-certificates",
@@ -108,6 +148,8 @@ _DEBIAN_FILES = {
     "etc/resolv.conf": "nameserver 10.0.2.3\n",  # the name server of QEMU's user network
     "etc/ssh/sshd_config.d/vmbottle.conf": "UseDNS no\nGSSAPIAuthentication no\nPrintMotd no\nMaxSessions 100\nMaxStartups 100\n",
     "etc/systemd/network/80-dhcp.network": "[Match]\nName=e*\n\n[Network]\nDHCP=ipv4\n",
+    f"etc/systemd/system/{TAKES_SEED}": _TAKE_SEED_UNIT,
+    "usr/lib/vmbottle/take-seed": _TAKE_SEED,
 }
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INITRD",
     "KERNEL",
+    "NO_CLOUD_INIT",
     "Firmware",
     "Image",
     "ImageStore",
@@ -56,6 +57,8 @@ Firmware = Literal["bios", "uefi"]
 Readiness = Literal["cloud-init", "channel"]
 
 KERNEL, INITRD = "vmlinuz", "initrd.img"
+NO_CLOUD_INIT = "cloud-init=disabled"
+"""What keeps cloud-init from running, on a kernel's command line: see its documentation, "How to disable cloud-init"."""
 _RECORD = "image.json"
 _FRESH = 60  # seconds in which a new folder may not be claimed yet
 _EVERY = 1.0
@@ -136,6 +139,11 @@ class Image(Traits):
     is_own: bool = False
     own: str = ""
     quick: bool = False
+
+    def boot_words(self, *, cloud_init: bool) -> str:
+        """The kernel's command line; without the word that disables cloud-init where there is something for it to do."""
+        words = self.cmdline.split(" ")
+        return " ".join(word for word in words if not (cloud_init and word == NO_CLOUD_INIT))
 
 
 def _entries(value: object) -> dict[str, _Entry]:

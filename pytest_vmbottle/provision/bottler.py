@@ -64,7 +64,7 @@ class Bottler:
         image = self._sources.image(spec)
         if image.sha256 != pack.manifest.image:
             raise CatalogError(f"the disk {image.disk} was changed since the pack of {pack.manifest.name} was made of it: try again")
-        return start(image, pack, self._shelf.checked, building=building)
+        return start(spec, image, pack, self._shelf.checked, building=building)
 
     def condemn(self, pack: Pack) -> None:
         """Puts a pack aside that could not be poured."""

@@ -29,12 +29,14 @@ __all__ = ["Launcher"]
 _EMULATED_FACTOR = 4.0
 _FOREIGN_FACTOR = 2.0
 """Images that were not made for us have a boot loader, a big initial RAM disk and much to start."""
-# cloud-init has ended, well or badly, when it has written its result; where it is not there or switched off there is nothing to wait for.
-# A guest that is otherwise in a sorry state is still the one that was asked for.
-_CLOUD_INIT_ENDED = r"""
-[ -e /run/cloud-init/result.json ] || [ -e /run/cloud-init/disabled ] || [ -e /etc/cloud/cloud-init.disabled ] ||
-! command -v cloud-init >/dev/null ||
-systemctl is-failed --quiet cloud-final.service
+# cloud-init has ended, well or badly, when it has written its result: it is the last to do so. Where it is not there, or disabled, systemd
+# says when it has started all there is. A guest that is otherwise in a sorry state is still the one that was asked for.
+_BOOTED = r"""
+if command -v cloud-init && ! [ -e /run/cloud-init/disabled ] && ! [ -e /etc/cloud/cloud-init.disabled ]; then
+    [ -e /run/cloud-init/result.json ] || systemctl is-failed cloud-final.service
+elif [ -d /run/systemd/system ]; then
+    case $(systemctl is-system-running) in initializing | starting) false ;; esac
+fi >/dev/null
 """
 
 
@@ -119,22 +121,22 @@ class Launcher:
 
     def _await_boot(self, instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
         if self._sources.image(spec).readiness == "cloud-init":
-            _await_cloud_init(instance, channel, spec, deadline)
+            _await_system(instance, channel, spec, deadline)
         self._context.tally.booted += 1
 
 
-def _await_cloud_init(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
-    question = Command(argv=("/bin/sh", "-c", _CLOUD_INIT_ENDED), env=(("PATH", GUEST_PATH),))
+def _await_system(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
+    question = Command(argv=("/bin/sh", "-c", _BOOTED), env=(("PATH", GUEST_PATH),))
 
-    def ended() -> bool:
+    def booted() -> bool:
         with suppress(MachineTimeout):  # it has better things to do than to answer
             return channel.run(question, deadline=Deadline(30)).returncode == 0
         return False
 
     # Each question is work for a guest that is busy booting.
-    if not deadline.poll(ended, every=1.5, first=0.5):
+    if not deadline.poll(booted, every=0.75, first=0.5):
         raise MachineTimeout(
-            f"cloud-init had not ended after {deadline.seconds:.0f} s",
+            f"after {deadline.seconds:.0f} s the guest was still starting: cloud-init had not ended, or not all services had been started",
             machine=spec.name,
             console_tail=instance.console.tail(30),
             argv=getattr(instance, "argv", ()),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "build_spec", "plan"]
 
-_SEED_FORMAT = 2
-"""Part of the key of every pack of an image: what our cloud-init seed does to a guest."""
+_SEED_FORMAT = 3
+"""Part of the key of every pack of an image: what our seed does to a guest."""
 
 
 @attrs.frozen(kw_only=True)

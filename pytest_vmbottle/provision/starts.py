@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["cold_start", "start"]
 
 
-def start(image: Image, pack: Pack, beneath: Callable[[str], Pack], *, building: bool = False) -> Start:
+def start(spec: MachineSpec, image: Image, pack: Pack, beneath: Callable[[str], Pack], *, building: bool = False) -> Start:
     """How a machine starts from a pack; `beneath` gives the packs it stands on."""
     if image.is_own:
         return Start.own(saved=pack.path, building=building)
@@ -38,7 +38,7 @@ def start(image: Image, pack: Pack, beneath: Callable[[str], Pack], *, building:
         disk_size=pack.manifest.disk_size,
         kernel=image.kernel,
         initrd=image.initrd,
-        cmdline=image.cmdline,
+        cmdline=image.boot_words(cloud_init=spec.user_data is not None),
         firmware=image.firmware,
         seed=base.path / "seed.iso",
         keys=_read_keys(base.path / "keys.json"),
@@ -63,7 +63,7 @@ def cold_start(spec: MachineSpec, image: Image, folder: Path, *, building: bool 
         disk_size=_disk_size(spec, image),
         kernel=image.kernel,
         initrd=image.initrd,
-        cmdline=image.cmdline,
+        cmdline=image.boot_words(cloud_init=spec.user_data is not None),
         firmware=image.firmware,
         seed=folder / "seed.iso",
         keys=keys,

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from pytest_vmbottle.catalog import Catalog
 
 
-BOOT_SOON = "touch /etc/cloud/cloud-init.disabled"
-"""Has a guest that was booted once boot again in half of the time, where the test is not about cloud-init."""
-
-
 def qemus(folder: Path) -> list[int]:
     """The QEMU processes of this user whose command line names a folder."""
     found = []

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pytest_vmbottle import GuestPath, Machine
-from tests.real.conftest import BOOT_SOON
 
 WITHOUT = {
     "Machine.shell": "takes a terminal: it is tested with one",
@@ -25,7 +24,6 @@ WITHOUT = {
 }
 """Members without an example, and why."""
 ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
-BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 KNOWN = {"Path": Path, "PurePosixPath": PurePosixPath, "re": re, "socket": socket, "stat": stat, "subprocess": subprocess}
 
 
@@ -69,8 +67,6 @@ def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machi
 @pytest.mark.vm("debian-12")
 @of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY})
 def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
-    if test.name in BOOTED_AGAIN:
-        vm.exec(BOOT_SOON)
     run(test, vm=vm, tmp_path=tmp_path)
 
 

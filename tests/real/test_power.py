@@ -10,7 +10,6 @@ import pytest
 
 from pytest_vmbottle import CommandTimeout, Machine, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle._os import Deadline
-from tests.real.conftest import BOOT_SOON
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -18,7 +17,7 @@ FACTS = "cat /etc/ssh/ssh_host_ed25519_key.pub /etc/machine-id; hostname; cat /r
 
 
 def test_a_rebooted_clone_is_ready_again_with_what_was_on_its_disk(vm: Machine) -> None:
-    vm.exec(f"{BOOT_SOON}; echo synced > /root/lasting")
+    vm.exec("echo synced > /root/lasting")
     known, address = vm.exec(FACTS).stdout, vm.forward(22)
     vm.path("/dev/shm/fleeting").write_text("gone")
     boot = vm.path("/proc/sys/kernel/random/boot_id").read_text()
@@ -41,7 +40,7 @@ def test_a_rebooted_clone_is_ready_again_with_what_was_on_its_disk(vm: Machine) 
 
 
 def test_a_power_cut_loses_what_was_not_written_out_and_the_machine_starts_from_the_rest(vm: Machine) -> None:
-    vm.exec(f"{BOOT_SOON}; echo synced > /root/lasting; sync")
+    vm.exec("echo synced > /root/lasting; sync")
     known, address, name = vm.exec(FACTS).stdout, vm.forward(22), vm.id
     vm.exec("echo > /root/lost")
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
-import psutil
 import pytest
 
 from pytest_vmbottle.backend import PackKind
@@ -33,18 +31,11 @@ def choose(emulator: Emulator, wanted: str, workdir: Path) -> tuple[proof.Verdic
     return proof.choose(emulator.binary, emulator.dialect, emulator.board, wanted, workdir=workdir)
 
 
-def words(process: psutil.Process) -> str:
-    """The command line of a process; nothing of one that has ended, whoever has to take note of that."""
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
 @pytest.fixture(autouse=True)
-def nothing_stays_behind(tmp_path: Path) -> Iterator[None]:
+def nothing_stays_behind(tmp_path: Path, machines_of: Callable[[Path], list[int]]) -> Iterator[None]:
     yield
     assert list(tmp_path.iterdir()) == []
-    assert [line for line in map(words, psutil.Process().children(recursive=True)) if str(tmp_path) in line] == []
+    assert machines_of(tmp_path) == []
 
 
 def puzzled(emulator: Emulator) -> Emulator:

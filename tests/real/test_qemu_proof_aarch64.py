@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
-import psutil
 import pytest
 
 from pytest_vmbottle.backend import PackKind
@@ -28,11 +27,10 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_behind(tmp_path: Path) -> Iterator[None]:
+def nothing_stays_behind(tmp_path: Path, machines_of: Callable[[Path], list[int]]) -> Iterator[None]:
     yield
     assert list(tmp_path.iterdir()) == []
-    arguments = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    assert [line for line in arguments if str(tmp_path) in line] == []
+    assert machines_of(tmp_path) == []
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, listing: str, instruction: str, machine_code: str) -> None:

@@ -23,15 +23,15 @@ def keys() -> Keys:
     return new_keys()
 
 
+FILES = ("user-data", "meta-data", "network-config", "hostname", "authorized-keys", "host-key", "host-key-public")
+
+
 def contents(path: Path) -> dict[str, str]:
     """The files of an ISO by the names that Linux shows, read with their Rock Ridge and again with their Joliet names."""
     iso = pycdlib.PyCdlib()
     iso.open(str(path))
     try:
-        by_rock, by_joliet = (
-            {name: read(iso, **{f"{kind}_path": f"/{name}"}) for name in ("user-data", "meta-data", "network-config")}
-            for kind in ("rr", "joliet")
-        )
+        by_rock, by_joliet = ({name: read(iso, **{f"{kind}_path": f"/{name}"}) for name in FILES} for kind in ("rr", "joliet"))
         assert by_rock == by_joliet
         assert iso.pvd.volume_identifier.strip() == b"cidata"
         return by_rock
@@ -61,6 +61,17 @@ def test_a_seed_carries_the_machines_name_and_keys_and_is_private(tmp_path: Path
     assert keys.user_private not in files["user-data"]
     assert yaml.safe_load(files["meta-data"])["local-hostname"] == "db"
     assert yaml.safe_load(files["network-config"])["ethernets"]["nic"] == {"match": {"macaddress": GUEST_MAC}, "dhcp4": True}
+
+
+def test_a_seed_has_name_and_keys_as_plain_files_too_for_images_without_cloud_init(tmp_path: Path, keys: Keys) -> None:
+    write_seed(tmp_path / "seed.iso", hostname="db", keys=keys)
+    files = contents(tmp_path / "seed.iso")
+
+    assert files["hostname"] == "db\n"
+    assert files["authorized-keys"] == f"{keys.user_public}\n"
+    assert files["host-key"].rstrip() == keys.host_private.rstrip()
+    assert files["host-key"].endswith("\n"), "OpenSSH reads no key without"
+    assert files["host-key-public"] == f"{keys.host_public}\n"
 
 
 @pytest.mark.parametrize(
