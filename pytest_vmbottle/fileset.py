@@ -14,9 +14,11 @@ from typing import BinaryIO
 from pytest_vmbottle.guestpath import FOLLOW, GuestPath, Shell, mode_word, owner_word, raise_for
 from pytest_vmbottle.result import Result
 
-__all__ = ["Content", "write_files"]
+__all__ = ["Content", "File", "write_files"]
 
 Content = str | bytes | Path
+File = Content | tuple[Content, int]
+"""What is to be in a file; with its permission bits, where they are not to be those of the other files."""
 
 # What fails says which path it was about on its standard output.
 _FAIL = r"""
@@ -134,6 +136,9 @@ empty() {
   old ! -type d -exec rm -f {} + && old -type d -exec rmdir {} + || fail "$top"
 }
 each check "$@"
+for list in "$links"/.modes/*; do
+  [ ! -e "$list" ] || (cd "$links" && xargs -0 chmod "${list##*/}" <"$list") || fail ''
+done
 [ -z "$clean" ] || each empty "$@"
 each place "$@"
 [ -z "$(find "$links"/*/ -type f)" ] || fail '' "not all of it could be placed"
@@ -143,7 +148,7 @@ cd /
 _VITAL_STATUS = 110
 
 
-def write_files(shell: Shell, files: Mapping[GuestPath, Content], *, clean: bool, mode: int | None, owner: str | int | None) -> None:
+def write_files(shell: Shell, files: Mapping[GuestPath, File], *, clean: bool, mode: int | None, owner: str | int | None) -> None:
     """Writes files by one command (see `Machine.write_files`).
 
     Raises:
@@ -158,8 +163,11 @@ def write_files(shell: Shell, files: Mapping[GuestPath, Content], *, clean: bool
     members = {_member(path, tops): path for path in sorted(files)}
     with tempfile.TemporaryFile() as stream:
         with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
-            for name, path in members.items():
-                _add(tar, name, files[path])
+            contents = {name: files[path] for name, path in members.items()}
+            for name, content in contents.items():
+                _add(tar, name, content[0] if isinstance(content, tuple) else content)
+            for bits, names in _modes(contents).items():
+                _add(tar, f".modes/{bits}", b"".join(names))
         size = stream.tell()
         stream.seek(0)
         folders = [str(top) for top in tops]
@@ -185,6 +193,15 @@ def _tops(folders: set[GuestPath]) -> list[GuestPath]:
 def _member(path: GuestPath, tops: list[GuestPath]) -> str:
     place = next(number for number, top in enumerate(tops) if path.is_relative_to(top))
     return f"{place}/{path.relative_to(tops[place])}"
+
+
+def _modes(contents: Mapping[str, File]) -> dict[str, list[bytes]]:
+    """Which members have permission bits of their own, each with a NUL at its end."""
+    found: dict[str, list[bytes]] = {}
+    for name, content in contents.items():
+        if isinstance(content, tuple):
+            found.setdefault(mode_word(content[1]), []).append(os.fsencode(f"./{name}\0"))
+    return found
 
 
 def _add(tar: tarfile.TarFile, name: str, content: Content) -> None:

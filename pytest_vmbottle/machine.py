@@ -404,7 +404,7 @@ class Machine:
 
     def write_files(
         self,
-        files: Mapping[str, fileset.Content] | Mapping[GuestPath, fileset.Content],
+        files: Mapping[str, fileset.File] | Mapping[GuestPath, fileset.File],
         *,
         clean: bool = False,
         mode: int | None = None,
@@ -416,21 +416,22 @@ class Machine:
         that may not be written leave everything as it was.
 
         Args:
-            files: Text, bytes, or a file of the host, by absolute path in the guest.
+            files: Text, bytes, or a file of the host, by absolute path in the guest. A tuple of that and permission bits gives one file
+                bits of its own.
             clean: Whether to remove what is in the folders of these files beforehand: in each folder that has one of them in it directly,
                 everything, and so all below it. Folders on other file systems below it are not entered. What a guest needs, such as `/`,
                 `/etc`, `/var/lib` or anything in `/usr/bin`, is refused.
-            mode: Permission bits of all files; by default as with `GuestPath.write_bytes`, and executable if a file of the host is.
+            mode: Permission bits of all other files; by default as with `GuestPath.write_bytes`, and executable if a file of the host is.
             owner: Whom the files, and the folders that are made, belong to.
 
         Raises:
             FileNotFoundError: A file of the host does not exist.
             OSError: A file could not be written: `filename` says which, `errno` why.
             LookupError: There is no such owner.
-            ValueError: A path is relative or has `..` in it, two of them make no sense together, or `clean` is refused.
+            ValueError: A path is relative or has `..` in it, permission bits are none, two of them make no sense together, or `clean` is refused.
 
         Example:
-            >>> vm.write_files({"/srv/app/run.sh": "exec true\n", "/srv/app/conf/app.ini": b"[app]\n"}, owner="nobody")
+            >>> vm.write_files({"/srv/app/run.sh": ("exec true\n", 0o755), "/srv/app/conf/app.ini": b"[app]\n"}, owner="nobody")
             >>> vm.path("/srv/app/conf").owner()
             'nobody'
         """

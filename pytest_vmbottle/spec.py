@@ -43,6 +43,7 @@ __all__ = [
 
 Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
+File = Content | tuple[Content, int]
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, display=False, "
@@ -77,6 +78,7 @@ _ENDS_GUEST = re.compile(
 )
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _MAX_CPUS = 64
+_MAX_MODE = 0o7777
 _MAX_PORT = 65535
 _MIB = 1 << 20  # QEMU rounds a machine's memory to pages; a file for it must have the very same size
 _MIN_MEMORY = 16 * _MIB
@@ -264,14 +266,17 @@ def _env(value: object) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(value.items()))
 
 
-def _files(value: object) -> tuple[tuple[str, Content], ...]:
+def _files(value: object) -> tuple[tuple[str, File], ...]:
     if not isinstance(value, Mapping):
         raise _fail("files", value, "takes a mapping from absolute guest paths to text, bytes or a local Path")
     for path, content in value.items():
         if not isinstance(path, str) or not path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
             raise _fail("files", path, "is not an absolute path in the guest")
-        if not isinstance(content, str | bytes | Path):
-            raise _fail("files", {path: content}, "takes text, bytes or a local Path as content")
+        plain, mode = content if isinstance(content, tuple) and len(content) == 2 else (content, 0)  # noqa: PLR2004 - a pair
+        if not isinstance(plain, str | bytes | Path):
+            raise _fail("files", {path: content}, "takes text, bytes or a local Path as content, or a pair of that and permission bits")
+        if type(mode) is not int or not 0 <= mode <= _MAX_MODE:
+            raise _fail("files", {path: content}, "takes permission bits as 0o755")
     return tuple(sorted(value.items(), key=lambda item: item[0]))
 
 
@@ -466,10 +471,13 @@ def _file_digest(path: Path, size: int) -> str:
 
 def _prepared(keywords: Mapping[str, Any], skipped: Callable[[Path], object]) -> list[object]:
     """What the preparation keywords come to, with the contents of local files in place of their paths."""
-    files = [
-        (path, _content(content, skipped)) if isinstance(content, Path) else (path, repr(content))
-        for path, content in _files(keywords.get("files", {}))
-    ]
+
+    def told(content: File) -> object:
+        plain, mode = content if isinstance(content, tuple) else (content, None)
+        came_to = _content(plain, skipped) if isinstance(plain, Path) else repr(plain)
+        return came_to if mode is None else [came_to, mode]
+
+    files = [(path, told(content)) for path, content in _files(keywords.get("files", {}))]
     return [list(keywords.get("packages", ())), files, list(keywords.get("run", ()))]
 
 
@@ -495,7 +503,7 @@ class MachineSpec:
             that the machines of one test share.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
-        files: Files written beforehand: guest path and content.
+        files: Files written beforehand: guest path and content, which may be a pair of that and permission bits.
         run: Shell commands run beforehand, after packages and files.
         user_data: What cloud-init gets for the first boot beside ours: a cloud-config, or another kind that it knows.
         env: Environment variables of every command.
@@ -518,7 +526,7 @@ class MachineSpec:
     network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
-    files: tuple[tuple[str, Content], ...] = attrs.field(factory=dict, converter=_files)
+    files: tuple[tuple[str, File], ...] = attrs.field(factory=dict, converter=_files)
     run: tuple[str, ...] = attrs.field(default=(), converter=_run)
     user_data: str | None = attrs.field(default=None, converter=_user_data)
     env: tuple[tuple[str, str], ...] = attrs.field(factory=dict, converter=_env)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_vmbottle.fileset import _VITAL, Content, write_files
+from pytest_vmbottle.fileset import _VITAL, Content, File, write_files
 from pytest_vmbottle.guestpath import GuestPath
 
 ODD = ["-dash", "two\nlines\n", "quo\"te's", "$(id)", "back\\slash", "*", "ünï", os.fsdecode(b"\xff\n"), "x" * 250, ".hidden"]
@@ -22,7 +23,7 @@ def root(shell: Any, tmp_path: Path) -> GuestPath:
     return GuestPath(str(tmp_path / "ro ot\n"), shell=shell)
 
 
-def write(root: GuestPath, files: dict[str, Content], **options: Any) -> None:
+def write(root: GuestPath, files: Mapping[str, File], **options: Any) -> None:
     """Writes files below a folder, and looks that this was one command that left nothing behind."""
     runs = root.shell.runs  # type: ignore[attr-defined]
     options = {"clean": False, "mode": None, "owner": None, **options}
@@ -65,6 +66,21 @@ def test_files_that_are_there_keep_their_mode_and_links_are_written_through(root
     assert stat.S_IMODE((host / "old").stat().st_mode) == 0o750
     write(root, {"old": "1", "new": "2"}, mode=0o600, owner=os.getuid())
     assert {stat.S_IMODE((host / name).stat().st_mode) for name in ("old", "new")} == {0o600}
+
+
+def test_a_file_may_have_permission_bits_of_its_own(root: GuestPath, tmp_path: Path) -> None:
+    host = Path(str(root))
+    (host / "old").write_text("old")
+    (host / "old").chmod(0o640)
+    (tmp_path / "source").touch(mode=0o755)
+    own = {f"{name}/{name}": (name.encode("utf-8", "surrogateescape"), 0o604) for name in ODD}
+    write(root, {**own, "old": ("new", 0o700), "source": (tmp_path / "source", 0o4711), "rest": "rest"}, mode=0o444)
+    modes = {str(path.relative_to(host)): stat.S_IMODE(path.stat().st_mode) for path in host.rglob("*") if path.is_file()}
+    assert modes == {**dict.fromkeys(own, 0o604), "old": 0o700, "source": 0o4711, "rest": 0o444}
+    assert set(tree(root)) == modes.keys()
+    with pytest.raises(ValueError, match="permission bits"):
+        write(root, {"old": ("newer", 0o17777)})
+    assert tree(root)["old"] == b"new"
 
 
 def test_cleaning_leaves_in_the_folders_of_the_files_nothing_else(root: GuestPath) -> None:

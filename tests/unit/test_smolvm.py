@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_the_named_one_goes_before_the_search_path(script: Script, tmp_path: Pat
 
 def run(argv: list[str], script: Script, tmp_path: Path) -> tuple[int, bytes, bytes]:
     """Runs a command as in a guest, by a program that runs what it is given here."""
-    body = 'while [ "$1" != -- ]; do case $1 in --env) export "$2"; shift ;; esac; shift; done; shift; exec "$@"'
+    body = 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'
     engine = Engine(Program(path=script(body), version="1", verbs=frozenset()), tmp_path / "state")
     channel = SmolvmChannel(engine, "m1", alive=lambda: None)
     finished = channel.run(Command(argv=tuple(argv), env=(("PATH", os.defpath),), input=b"fed"), deadline=Deadline(30))
@@ -227,6 +228,16 @@ def test_a_command_gives_its_status_and_its_streams(
     assert run(argv, script, tmp_path) == expected
 
 
+def test_neither_a_command_nor_its_environment_can_be_read_by_other_users_of_this_computer(script: Script, tmp_path: Path) -> None:
+    body = 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'
+    engine = Engine(Program(path=script(body), version="1", verbs=frozenset()), tmp_path / "state")
+    large = "x" * 100_000 + "\n\n"
+    command = Command(argv=("sh", "-c", 'printf "%s" "$SECRET $0"', large), env=(("PATH", os.defpath), ("SECRET", "hunter2\n")))
+    finished = SmolvmChannel(engine, "m1", alive=lambda: None).run(command, deadline=Deadline(30))
+    assert finished.stdout.decode() == f"hunter2\n {large}"
+    assert not re.search("hunter2|xxx", "".join(words(tmp_path)))
+
+
 def test_a_failure_of_smolvm_is_never_taken_for_a_status_of_1(engine: Callable[[str], Engine]) -> None:
     failing = engine("""echo '{"error":{"code":"NOT_FOUND","message":"vm not found: m1"}}' >&2; exit 1""")
     with pytest.raises(SmolvmError, match="vm not found: m1"):
@@ -247,7 +258,7 @@ def test_a_machine_that_ends_during_a_command_is_told_of_although_its_process_is
 
 
 def test_at_a_deadline_the_command_is_killed_and_what_it_had_printed_is_there(script: Script, tmp_path: Path) -> None:
-    body = 'while [ "$1" != -- ]; do case $1 in --env) export "$2"; shift ;; esac; shift; done; shift; exec "$@"'
+    body = 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'
     channel = SmolvmChannel(
         Engine(Program(path=script(body), version="1", verbs=frozenset()), tmp_path / "state"), "m1", alive=lambda: None
     )

@@ -121,6 +121,9 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"files": {"etc/x": ""}},
         {"files": {"/etc/../x": ""}},
         {"files": {"/etc/x": 5}},
+        {"files": {"/etc/x": ("", 0o17777)}},
+        {"files": {"/etc/x": ("", "755")}},
+        {"files": {"/etc/x": ("",)}},
         {"files": {"/etc/\0": ""}},
         {"run": "true"},
         {"run": [None]},
@@ -432,6 +435,7 @@ def test_a_layer_is_another_when_a_local_file_that_it_writes_changes(tmp_path: P
     (tmp_path / "local").write_text("2")
 
     assert made.recipe() != before
+    assert attrs.evolve(made, keywords={"files": {"/etc/x": (tmp_path / "local", 0o600)}}).recipe() != made.recipe()
 
 
 def test_a_file_that_a_layer_depends_on_and_that_is_not_there_is_told(tmp_path: Path) -> None:

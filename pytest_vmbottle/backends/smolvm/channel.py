@@ -36,10 +36,11 @@ _CUT_OFF, _DYING = b"connection closed", 3.0
 """What smolvm says where its machine ends meanwhile, and for how many seconds that machine's process may still be seen."""
 _EVIDENCE = 8192
 """Bytes of the end of stderr that are kept for the case that smolvm itself failed."""
-# The command comes by a variable, so that who looks for a process by its words does not find this shell. Of a child that a signal ended the
-# shell says what signal that was; dash and BusyBox do, bash does not.
+# The command and its environment come before its input: on the host's command line all users could read them, and in the guest who looks for
+# a process by its words would find this shell. Neither `read` nor dd takes more than is asked for. Of a child that a signal ended the shell
+# says what signal that was; dash and BusyBox do, bash does not.
 _WRAP = r"""
-mark=$VMBOTTLE_MARK; eval "set -- $VMBOTTLE_WORDS"; unset VMBOTTLE_MARK VMBOTTLE_WORDS; cd /
+read -r mark size; words=$(dd bs="$size" count=1 iflag=fullblock 2>/dev/null); eval "set -- $words"; cd /
 exec 5>&1 3>&2
 said=$(exec 2>&1; (exec "$@" >&5 2>&3 3>&- 5>&-); echo " $?")
 printf '\036%s%s\n' "$mark" "$said" >&2
@@ -117,6 +118,7 @@ class SmolvmProcess:
         self,
         argv: list[str],
         mark: str,
+        words: str,
         *,
         stdout: Callable[[bytes], object],
         stderr: Callable[[bytes], object],
@@ -128,6 +130,7 @@ class SmolvmProcess:
         Args:
             argv: The command line of smolvm.
             mark: What stands before the command's status on stderr.
+            words: The command, as a shell reads it.
             stdout: Gets its output, with `b""` at the end.
             stderr: The same of stderr.
             alive: Raises if the machine is gone.
@@ -148,8 +151,16 @@ class SmolvmProcess:
         self._readers = [
             threading.Thread(target=_drain, args=(stream, sink, self.unwritten), daemon=True) for stream, sink in streams if stream
         ]
-        for reader in self._readers:
-            reader.start()
+        text = words.encode(errors="surrogateescape")
+        self._opening = threading.Thread(target=self._open, args=(f"{mark} {len(text)}\n".encode() + text,), daemon=True)
+        for thread in (*self._readers, self._opening):
+            thread.start()
+
+    def _open(self, data: bytes) -> None:
+        if self._process.stdin is not None:
+            with suppress(OSError):  # smolvm has ended, and says why
+                self._process.stdin.write(data)
+                self._process.stdin.flush()
 
     @property
     def returncode(self) -> int | None:
@@ -192,6 +203,7 @@ class SmolvmProcess:
         stdin = self._process.stdin
         if stdin is None or stdin.closed:
             raise BrokenPipeError("its input was closed")
+        self._opening.join()
         stdin.write(data)
         stdin.flush()
 
@@ -216,6 +228,7 @@ class SmolvmProcess:
 
     def close_input(self) -> None:
         """Ends its input; may be called again."""
+        self._opening.join(_GRACE)
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
@@ -255,11 +268,10 @@ class SmolvmChannel:
     def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
         mark = secrets.token_hex(8)
         environment = [f"{name}={value}" for name, value in command.env]
-        # Quoted so that this shell's own environment does not have the tag in it, by which the command is found and killed.
-        words = f"env -i VMBOTTLE_''EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
-        argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP), env={"VMBOTTLE_MARK": mark, "VMBOTTLE_WORDS": words})
+        words = f"env -i VMBOTTLE_EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
+        argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP))
         closed = self._running.discard
-        process = SmolvmProcess(argv, mark, stdout=stdout, stderr=stderr, alive=self._alive, closed=closed)
+        process = SmolvmProcess(argv, mark, words, stdout=stdout, stderr=stderr, alive=self._alive, closed=closed)
         self._running.add(process)
         return process
 

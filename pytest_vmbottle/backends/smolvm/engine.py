@@ -218,11 +218,10 @@ class Engine:
         """Copies a file of the guest to the host."""
         self._do("machine", "cp", f"{name}:{path}", str(target.absolute()), seconds=_SLOW, deadline=deadline)
 
-    def exec_argv(self, name: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, terminal: bool = False) -> list[str]:
+    def exec_argv(self, name: str, command: Sequence[str], *, terminal: bool = False) -> list[str]:
         """The command line that runs a command in a guest, whose streams are those of it, as they come."""
-        variables = [word for key, value in (env or {}).items() for word in ("--env", f"{key}={value}")]
         # Without -i the output comes whole at the end, and none of it where the command is ended before.
-        return self._argv("machine", "exec", "--name", name, "-i", *(("-t",) if terminal else ()), *variables, "--", *command)
+        return self._argv("machine", "exec", "--name", name, "-i", *(("-t",) if terminal else ()), "--", *command)
 
     # -- what machines are made from -------------------------------------------------------------------------------------------------
 
