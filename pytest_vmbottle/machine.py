@@ -428,7 +428,8 @@ class Machine:
             FileNotFoundError: A file of the host does not exist.
             OSError: A file could not be written: `filename` says which, `errno` why.
             LookupError: There is no such owner.
-            ValueError: A path is relative or has `..` in it, permission bits are none, two of them make no sense together, or `clean` is refused.
+            ValueError: A path is relative or has `..` in it, two of them make no sense together, permission bits are none, or `clean` is
+                refused.
 
         Example:
             >>> vm.write_files({"/srv/app/run.sh": ("exec true\n", 0o755), "/srv/app/conf/app.ini": b"[app]\n"}, owner="nobody")

@@ -165,7 +165,7 @@ def test_a_folder_or_a_pipe_in_a_files_place_stops_it_before_anything_is_written
 def test_paths_that_make_no_sense_are_refused_before_the_guest_is_asked(root: GuestPath, tmp_path: Path) -> None:
     for files in ({"a": "x", "a/b": "x"}, {"a/../b": "x"}):
         with pytest.raises(ValueError, match="cannot be"):
-            write(root, files)  # type: ignore[arg-type]
+            write(root, files)
     with pytest.raises(FileNotFoundError):
         write(root, {"a": tmp_path / "none"})
     with pytest.raises(ValueError, match="permission bits"):

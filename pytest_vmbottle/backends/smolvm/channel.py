@@ -36,9 +36,9 @@ _CUT_OFF, _DYING = b"connection closed", 3.0
 """What smolvm says where its machine ends meanwhile, and for how many seconds that machine's process may still be seen."""
 _EVIDENCE = 8192
 """Bytes of the end of stderr that are kept for the case that smolvm itself failed."""
-# The command and its environment come before its input: on the host's command line all users could read them, and in the guest who looks for
-# a process by its words would find this shell. Neither `read` nor dd takes more than is asked for. Of a child that a signal ended the shell
-# says what signal that was; dash and BusyBox do, bash does not.
+# The command and its environment come before its input: on the host's command line all users could read them, and in the guest whoever
+# looks for a process by its words would find this shell. Neither `read` nor dd takes more than is asked for. Of a child that a signal
+# ended the shell says what signal that was; dash and BusyBox do, bash does not.
 _WRAP = r"""
 read -r mark size; words=$(dd bs="$size" count=1 iflag=fullblock 2>/dev/null); eval "set -- $words"; cd /
 exec 5>&1 3>&2
