@@ -302,6 +302,15 @@ def test_a_machine_that_powers_itself_off_is_off_and_one_that_is_killed_an_error
     assert lost["reason"].startswith("QEMU ended with status -9")
 
 
+def test_a_command_in_a_machine_whose_kernel_panicked_fails_at_once_with_that_reason(commands: Commands, name: str) -> None:
+    commands.start(name)
+    crash = commands.run("exec", name, "--", "sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger", status=1)
+    later = commands.run("exec", name, "--", "true", status=1)
+
+    assert b"panic" in crash.stderr
+    assert b"panic" in later.stderr
+
+
 def test_a_killed_keeper_takes_its_machine_along_and_is_never_taken_for_running(commands: Commands, name: str, vm_catalog: Catalog) -> None:
     started = commands.start(name)
     running = commands.begin("exec", name, "--", "sleep", "1000", stderr=subprocess.PIPE)

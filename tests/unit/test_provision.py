@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -720,6 +721,16 @@ def test_a_command_that_fails_in_a_layer_is_shown_with_its_output(make: Make) ->
         MachineError, match=r"(?s)the layer commanding could not be built: the command ended with status 7\n\$ false.*no such package"
     ):
         pour(make(FakeBackend(fail)), commanding)
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "fs.file-max"), (errno.ENOSPC, "pack prune")])
+def test_what_the_catalog_lacks_is_told_with_its_own_remedy(make: Make, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
+    def staging(_: Catalog) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Catalog, "staging", staging)
+    with pytest.raises(CatalogError, match=remedy):
+        pour(make())
 
 
 def test_nothing_half_made_stays_when_no_machine_starts(make: Make, catalog: Catalog) -> None:
