@@ -239,14 +239,15 @@ def _blocks(fd: int, length: int) -> Iterator[tuple[int, bytes]]:
             start += _BLOCK
 
 
-def content_digest(fd: int, tell: Callable[[int, int], object] = lambda _done, _size: None) -> str:
-    """The sha256 of all of an open file's content, as sha256sum says it; holes count as zeros without being read.
+def content_digest(fd: int, tell: Callable[[int, int], object] = lambda _done, _size: None, *, algorithm: str = "sha256") -> str:
+    """The digest of all of an open file's content, as sha256sum and the like say it; holes count as zeros without being read.
 
     Args:
         fd: File descriptor to read.
         tell: Takes now and then how many bytes are done, and of how many.
+        algorithm: As hashlib names it.
     """
-    value, done, size = hashlib.sha256(), 0, os.fstat(fd).st_size
+    value, done, size = hashlib.new(algorithm), 0, os.fstat(fd).st_size
     for offset, block in chain(_blocks(fd, size), [(size, b"")]):
         while done < offset:
             zeros = _MANY_ZEROS[: offset - done]

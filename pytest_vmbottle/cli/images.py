@@ -398,4 +398,4 @@ def remove_images(*, names: tuple[str, ...]) -> None:
 def verify_images(*, names: tuple[str, ...]) -> None:
     """Read images, by default all, and compare them with the digests they were stored with. The exit status is 1 if one differs."""
     store = _images(open_catalog(make=False))
-    check_each({name: (name, partial(store.verify, name)) for name in names or store.names()})
+    check_each({name: (name, partial(store.verify, name, progress=say)) for name in names or store.names()})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import hashlib
 import re
 import stat
 import tomllib
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 
+from pytest_vmbottle._os import content_digest
 from pytest_vmbottle.errors import CatalogError, SpecError
 from pytest_vmbottle.images.builder import build, check_package
 from pytest_vmbottle.images.disk import opened
@@ -91,7 +91,7 @@ class DeclaredImage:
             CatalogError: What is there cannot be used.
         """
         with self._named():
-            found = self._in_place(store) if self.kind == "path" else store.get(self.stored_name)
+            found = self._in_place(store, None) if self.kind == "path" else store.get(self.stored_name)
             return attrs.evolve(found, name=self.name) if found is not None else None
 
     def make(self, store: ImageStore, *, progress: Callable[[str], None] = lambda _: None) -> Image:
@@ -107,7 +107,7 @@ class DeclaredImage:
     def _made(self, store: ImageStore, progress: Callable[[str], None]) -> Image:
         name = self.stored_name
         if self.kind == "path":
-            return self._in_place(store)
+            return self._in_place(store, progress)
         if self.kind == "build":
             return build(store, self.source, name=name, include=self.packages, script=self.script, progress=progress)
         options = PullOptions(progress=progress)
@@ -121,8 +121,8 @@ class DeclaredImage:
         except CatalogError as error:
             raise CatalogError(f"the image {self.name!r} ({self.origin}): {error}") from error
 
-    def _in_place(self, store: ImageStore) -> Image:
-        image = store.import_path(Path(self.source), arch=self.arch, traits=self.traits)
+    def _in_place(self, store: ImageStore, progress: Callable[[str], None] | None) -> Image:
+        image = store.import_path(Path(self.source), arch=self.arch, traits=self.traits, progress=progress)
         if self.sha256 not in ("", image.sha256):
             raise CatalogError(f"{self.source} has the sha256 {image.sha256}, and {self.sha256} is declared")
         if self.kernel is None:
@@ -133,7 +133,7 @@ class DeclaredImage:
 
 def _digest(path: Path) -> str:
     with explained(f"read {path}"), opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return content_digest(file.fileno())
 
 
 def declared_images(folder: Path) -> dict[str, DeclaredImage]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, format_size
+from pytest_vmbottle._os import Deadline, content_digest, format_size
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.images.cloud import CLOUD_IMAGES, Checksum, CloudImage, checksum_in
 from pytest_vmbottle.images.disk import inspect, opened
@@ -153,7 +152,7 @@ class _Wanted:
         if self.checksum.algorithm == "sha256":
             return image.sha256 == self.checksum.digest
         with image.disk.open("rb") as disk:
-            return hashlib.file_digest(disk, self.checksum.algorithm).hexdigest() == self.checksum.digest
+            return content_digest(disk.fileno(), algorithm=self.checksum.algorithm) == self.checksum.digest
 
 
 def _recipe(name: str) -> CloudImage:
@@ -254,7 +253,7 @@ def _download(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image
 
 def _digest(partial: Partial, wanted: _Wanted) -> str:
     with partial.path.open("rb") as file:
-        return hashlib.file_digest(file, wanted.checksum.algorithm).hexdigest()
+        return content_digest(file.fileno(), algorithm=wanted.checksum.algorithm)
 
 
 def _check(partial: Partial, wanted: _Wanted) -> None:

@@ -364,8 +364,12 @@ class ImageStore:
                     if os.path.lexists(path):
                         aside(path)
 
-    def verify(self, name: str) -> None:
+    def verify(self, name: str, *, progress: Callable[[str], None] | None = None) -> None:
         """Reads all of an image's files and compares their digests.
+
+        Args:
+            name: The image.
+            progress: Gets a line about how far it is, once a second.
 
         Raises:
             CatalogError: There is no such image, or a file is not what was stored; the message names the file.
@@ -376,23 +380,26 @@ class ImageStore:
                 raise unknown_image(name, self.names())
             manifest, folder = found
             for part, entry in manifest.files.items():
-                actual = _sha256(folder / part)
+                actual = _sha256(folder / part, progress)
                 if actual != entry.sha256:
                     raise _damaged(name, f"{folder / part} has the sha256 {actual}, not {entry.sha256}")
 
-    def import_path(self, path: Path, *, arch: str | None = None, traits: Traits | None = None) -> Image:
+    def import_path(
+        self, path: Path, *, arch: str | None = None, traits: Traits | None = None, progress: Callable[[str], None] | None = None
+    ) -> Image:
         """Describes a disk that stays where it is; its digest is remembered for as long as the file looks the same.
 
         Args:
             path: A qcow2 or raw disk.
             arch, traits: As for `add`.
+            progress: Gets a line about how far it is read, once a second.
 
         Raises:
             CatalogError: It is not there, or is not a disk image.
         """
         with explained(f"use {path} as an image"), opened(path) as file:
             kind, size = inspect(file, path)
-            found = self._digest_of(file, path.resolve())
+            found = self._digest_of(file, path.resolve(), progress)
         arch = arch or host_arch()
         traits = traits or Traits(firmware=default_firmware(arch))
         return Image(
@@ -406,7 +413,7 @@ class ImageStore:
             **attrs.asdict(traits),
         )
 
-    def _digest_of(self, file: BufferedReader, path: Path) -> str:
+    def _digest_of(self, file: BufferedReader, path: Path, progress: Callable[[str], None] | None) -> str:
         short_cut = self.root / "seen" / f"{digest(str(path))}.json"
         looks = _looks(file)
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -414,7 +421,7 @@ class ImageStore:
             if seen["looks"] == looks and _SHA256.fullmatch(seen["sha256"]):
                 return str(seen["sha256"])
         check_whole(file, path)
-        found = content_digest(file.fileno())
+        found = content_digest(file.fileno(), _each_second(progress, f"reading {path.name}"))
         if _looks(file) != looks:
             raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")
         with suppress(OSError):  # only a short cut: a store that cannot be written to costs time, nothing else
@@ -653,10 +660,10 @@ def copy_in(source: BufferedReader, target: Path) -> None:
 
 def _sha256(path: Path, progress: Callable[[str], None] | None = None) -> str:
     with path.open("rb") as file:
-        return content_digest(file.fileno(), _each_second(progress))
+        return content_digest(file.fileno(), _each_second(progress, "reading"))
 
 
-def _each_second(progress: Callable[[str], None] | None) -> Callable[[int, int], None]:
+def _each_second(progress: Callable[[str], None] | None, what: str) -> Callable[[int, int], None]:
     """What tells in words how far a digest is, once a second."""
     told = time.monotonic()
 
@@ -664,7 +671,7 @@ def _each_second(progress: Callable[[str], None] | None) -> Callable[[int, int],
         nonlocal told
         if progress is not None and done < size and time.monotonic() - told >= _EVERY:
             told = time.monotonic()
-            progress(f"reading: {100 * done // size} % of {format_size(size)}")
+            progress(f"{what}: {100 * done // size} % of {format_size(size)}")
 
     return tell
 

@@ -41,14 +41,14 @@ class Sources:
             CatalogError: There is none, and it cannot be made.
             SpecError: It is for another processor.
         """
-        source = spec.image
+        source, report = spec.image, self._context.settings.report
         if isinstance(self._context.backend, OwnImages):
             return _own_image(self._context.backend.find_image(source), spec)
         if isinstance(source, Path) or "/" in source:
-            return self._store.import_path(Path(source), arch=spec.arch)
+            return self._store.import_path(Path(source), arch=spec.arch, progress=report)
         declared = self._context.settings.declared.get(source)
         if declared is not None and declared.kind == "path":
-            found = declared.make(self._store)
+            found = declared.make(self._store, progress=report)
         else:
             found = self._taken.get((source, spec.arch)) or self._take_up(source, spec.arch)
         if found.arch != spec.arch:
