@@ -6,10 +6,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
+import pytest
 
-__all__ = ["is_gone", "line", "process"]
+__all__ = ["is_gone", "leave_out", "line", "process"]
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], folder: Path, marker: str) -> None:
+    """Marks what is in a folder, and leaves it out of runs that do not ask for it by `-m`."""
+    theirs = [item for item in items if item.path.is_relative_to(folder)]
+    for item in theirs:
+        item.add_marker(marker)
+    if marker not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=theirs)
+        items[:] = [item for item in items if item not in theirs]
 
 
 def is_gone(pid: int) -> bool:

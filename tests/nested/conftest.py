@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from pytest_vmbottle import Machine, layer
+from tests.conftest import leave_out
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(os.environ.get("ENGINE", ROOT / ".engine"))
-SUITE = ("conftest.py", "pyproject.toml", "docs/smolvm.md", "examples", "tests/real", "tests/smolvm")
+SUITE = ("conftest.py", "pyproject.toml", "docs/smolvm.md", "examples", "tests/conftest.py", "tests/real", "tests/smolvm")
 """The tests of smolvm, and those that they share with QEMU's."""
 HELD = """
 import fcntl, os, signal
@@ -31,13 +32,7 @@ NOTE = f"mkdir {WITNESS} && cd {WITNESS}/events/kvm/kvm_userspace_exit && echo '
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what is in this folder, and leaves it out of runs that did not ask for it."""
-    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
-    for item in ours:
-        item.add_marker(pytest.mark.nested)
-    if "nested" not in config.getoption("markexpr"):
-        config.hook.pytest_deselected(items=ours)
-        items[:] = [item for item in items if item not in ours]
+    leave_out(config, items, Path(__file__).parent, "nested")
 
 
 @layer("debian-12", nested=True, cpus=3, memory="4G", env={"PYTHONPATH": "/opt/libraries:/opt/project"}, depends=[ENGINE / "libraries.txt"])

@@ -23,6 +23,8 @@ WITHOUT = {
     ),
 }
 """Members without an example, and why."""
+BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
+"""These are run in guests/test_boots.py."""
 ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
 KNOWN = {"Path": Path, "PurePosixPath": PurePosixPath, "re": re, "socket": socket, "stat": stat, "subprocess": subprocess}
 
@@ -65,7 +67,7 @@ def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machi
 
 
 @pytest.mark.vm("debian-12")
-@of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY})
+@of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY | BOOTED_AGAIN})
 def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
     run(test, vm=vm, tmp_path=tmp_path)
 

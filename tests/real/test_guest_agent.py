@@ -1,12 +1,14 @@
-"""A guest agent that is restarted, stopped and started again by what runs through it."""
+"""A guest agent that is restarted, stopped and started again by what runs through it, or that may run nothing."""
 
 from __future__ import annotations
 
 import pytest
 
-from pytest_vmbottle import Machine
+from pytest_vmbottle import Machine, layer
 from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.backend import GUEST_PATH, Command
 from pytest_vmbottle.channels.guest_agent import AgentEnded
+from pytest_vmbottle.channels.ssh import SshChannel
 
 pytestmark = pytest.mark.vm("debian-12")
 BY = "ps -o comm= -p $PPID"
@@ -37,3 +39,20 @@ def test_a_machine_without_its_agent_can_be_written_down_and_restored(vm: Machin
     vm.exec("touch /root/later")
     vm.restore(written)
     assert vm.exec(["ls", "/root"]).stdout == ""
+
+
+@layer("debian-12")
+def fettered(vm: Machine) -> None:
+    forbidden = "guest-file-open,guest-file-close,guest-file-read,guest-file-write,guest-exec,guest-exec-status"
+    unit = f"[Service]\nExecStart=\nExecStart=/usr/sbin/qemu-ga --block-rpcs={forbidden}\n"
+    vm.path("/etc/systemd/system/qemu-guest-agent.service.d/as-fedora.conf").parent.mkdir()
+    vm.path("/etc/systemd/system/qemu-guest-agent.service.d/as-fedora.conf").write_text(unit)
+    restart = Command(argv=("sh", "-c", "systemctl daemon-reload; systemctl restart qemu-guest-agent"), env=(("PATH", GUEST_PATH),))
+    ssh = vm.instance.channel(deadline=Deadline(120), bulk=True)  # the agent would end the command with itself
+    assert ssh.run(restart, deadline=Deadline(60)).returncode == 0
+
+
+@pytest.mark.vm(fettered)
+def test_an_agent_that_is_forbidden_to_run_commands_is_not_the_channel(vm: Machine) -> None:
+    assert type(vm._channel) is SshChannel
+    assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"]).stdout == "active\n"

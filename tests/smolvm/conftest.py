@@ -11,6 +11,7 @@ import pytest
 from pytest_vmbottle.backends.smolvm import Engine, SmolvmBackend
 from pytest_vmbottle.backends.smolvm.engine import LABEL
 from pytest_vmbottle.backends.smolvm.vmm import me
+from tests.conftest import leave_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,13 +23,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what is in this folder, and leaves it out of runs that did not ask for it."""
-    ours = [item for item in items if HERE in item.path.parents]
-    for item in ours:
-        item.add_marker(pytest.mark.smolvm)
-    if "smolvm" not in config.getoption("markexpr"):
-        config.hook.pytest_deselected(items=ours)
-        items[:] = [item for item in items if item not in ours]
+    leave_out(config, items, HERE, "smolvm")
 
 
 @pytest.fixture(scope="session")
