@@ -1,4 +1,4 @@
-"""Guests that take long: other systems, another architecture, second boots. They run where `-m guests` asks for them (`.ci/full guests`)."""
+"""Guests that take long: other systems, another architecture, second boots. `-m guests` asks for them, as `.ci/full guests` does."""
 
 from __future__ import annotations
 
