@@ -22,12 +22,14 @@ from pytest_vmbottle.errors import (
     TransferError,
     VMBottleError,
 )
-from pytest_vmbottle.spec import Layer, MachineSpec, layer
+from pytest_vmbottle.spec import Layer, MachineKeywords, MachineSpec, layer
 
 if TYPE_CHECKING:
+    from pytest_vmbottle.console import Console
     from pytest_vmbottle.guestpath import GuestPath
-    from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.machine import Machine, MachineFactory
     from pytest_vmbottle.metrics import GuestSample, Sample
+    from pytest_vmbottle.packs import Snapshot
     from pytest_vmbottle.process import Process
     from pytest_vmbottle.recording import Recording
     from pytest_vmbottle.result import Match, Matches, Result
@@ -37,6 +39,7 @@ __all__ = [
     "CatalogError",
     "CommandFailed",
     "CommandTimeout",
+    "Console",
     "GuestPanic",
     "GuestPath",
     "GuestSample",
@@ -46,6 +49,8 @@ __all__ = [
     "Machine",
     "MachineDied",
     "MachineError",
+    "MachineFactory",
+    "MachineKeywords",
     "MachineSpec",
     "MachineTimeout",
     "Match",
@@ -56,6 +61,7 @@ __all__ = [
     "Result",
     "Sample",
     "SmolvmError",
+    "Snapshot",
     "SpecError",
     "TransferError",
     "VMBottleError",
@@ -64,15 +70,18 @@ __all__ = [
 
 # What is only needed once there is a machine: pytest loads this module in every run, with machines or without.
 _LATER = {
+    "Console": "console",
     "GuestPath": "guestpath",
     "GuestSample": "metrics",
     "Machine": "machine",
+    "MachineFactory": "machine",
     "Match": "result",
     "Matches": "result",
     "Process": "process",
     "Recording": "recording",
     "Result": "result",
     "Sample": "metrics",
+    "Snapshot": "packs",
 }
 
 

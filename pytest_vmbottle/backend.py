@@ -341,9 +341,6 @@ class Instance(Protocol):
     def resume(self) -> None:
         """Lets them run on."""
 
-    def reset(self) -> None:
-        """Presses the reset button."""
-
     def stop(self) -> None:
         """Ends it and frees what it held; may be called again."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TextIO, TypeVar, Unpack, overload
 
 from pytest_vmbottle import fileset, guestlog, host, keyboard, openssh, transfer
 from pytest_vmbottle._os import Deadline, atomic_file
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from testinfra.host import Host
 
     from pytest_vmbottle.channels.bulk import Bulk
-    from pytest_vmbottle.packs import Pack
+    from pytest_vmbottle.packs import Snapshot
+    from pytest_vmbottle.spec import MachineKeywords, Source
 
-__all__ = ["Machine"]
+__all__ = ["Machine", "MachineFactory"]
 
 _T = TypeVar("_T")
 _MARK = "\n[vmbottle: truncated after 16 MiB]\n"
@@ -568,6 +569,12 @@ class Machine:
             age=lambda: host.age(self.pid),
         )
 
+    @overload
+    def wait_until(self, check: str | Sequence[str], *, timeout: float = 60, every: float = 0.25) -> Result: ...
+
+    @overload
+    def wait_until(self, check: Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T: ...
+
     def wait_until(self, check: str | Sequence[str] | Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T | Result:
         """Waits until a command succeeds, or until a function returns something true; returns its result.
 
@@ -822,7 +829,7 @@ class Machine:
         """
         self._power.resume()
 
-    def snapshot(self, name: str) -> Pack:
+    def snapshot(self, name: str) -> Snapshot:
         """Writes the running machine down, RAM and disk, and lets it go on; it stands still for about a second.
 
         Args:
@@ -852,13 +859,13 @@ class Machine:
         finally:
             self._settle()
 
-    def restore(self, pack: Pack | None = None) -> None:
+    def restore(self, snapshot: Snapshot | None = None) -> None:
         """Takes the machine back to a snapshot, as often as one likes: its memory, its disk and what ran. Its clock is right.
 
         It may be off, paused or have died. What led to it from the host, such as `forward`, does so again.
 
         Args:
-            pack: What `snapshot` returned; without, the machine is as fresh as it was given to the test.
+            snapshot: What `snapshot` returned; without, the machine is as fresh as it was given to the test.
 
         Raises:
             CatalogError: The snapshot is gone with the machine that it was made of.
@@ -872,7 +879,7 @@ class Machine:
             True
         """
         __tracebackhide__ = True
-        self._power.restore(pack)
+        self._power.restore(snapshot)
         self._settle()
 
     def close(self) -> None:
@@ -1120,3 +1127,19 @@ def _check_words(words: Sequence[str]) -> None:
             raise ValueError(f"{word[:80]!r} is not text: a command takes what UTF-8 can write") from None
     if total > _MAX_COMMAND:
         raise ValueError(f"the command has {total} bytes, more than {_MAX_COMMAND}: write it to a file with vm.path(), or use input=")
+
+
+class MachineFactory(Protocol):
+    """The type of the fixture `vm_factory`, which starts more machines for a test."""
+
+    def __call__(self, source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
+        """Starts a machine that ends with the test.
+
+        Args:
+            source: The name of an image, the path of a disk image, a `Layer`, a spec, or a snapshot.
+            keywords: Those of the `vm` mark.
+
+        Raises:
+            SpecError: A keyword is unknown or its value makes no sense.
+            MachineError: The machine could not be provided.
+        """

@@ -22,7 +22,7 @@ from pytest_vmbottle.ownership import Owner
 from pytest_vmbottle.spec import MachineSpec
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.packs import Manifest, Pack, Snapshot
+    from pytest_vmbottle.packs import Manifest, Snapshot
 
 __all__ = ["Power", "Supply"]
 
@@ -306,19 +306,19 @@ class Power:
             disk_size=supply.start.disk_size,
         )
 
-    def restore(self, pack: Pack | None) -> None:
+    def restore(self, snapshot: Snapshot | None) -> None:
         """Replaces what runs by what was written down, or by what the machine was started from."""
         from pytest_vmbottle.packs import Snapshot
 
         supply = self._supplied()
         if supply.start.building:
             raise self._error("is being built: a layer cannot go back")
-        if pack is None:
+        if snapshot is None:
             start = supply.start
-        elif isinstance(pack, Snapshot):
-            pack.check()
-            pack.check_fits(self._spec)
-            start = pack.start
+        elif isinstance(snapshot, Snapshot):
+            snapshot.check()
+            snapshot.check_fits(self._spec)
+            start = snapshot.start
         else:
-            raise TypeError(f"a machine goes back to what its snapshot() returned, not to {pack!r}")
+            raise TypeError(f"a machine goes back to what its snapshot() returned, not to {snapshot!r}")
         self._relaunch(start, None)

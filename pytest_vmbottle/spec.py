@@ -13,11 +13,11 @@ import re
 import shlex
 import stat
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import attrs
 
@@ -31,6 +31,7 @@ __all__ = [
     "POWER_IN_FIRST_BOOT",
     "SIGNATURE",
     "Layer",
+    "MachineKeywords",
     "MachineSpec",
     "Source",
     "check_keywords",
@@ -44,6 +45,33 @@ __all__ = [
 Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
 File = Content | tuple[Content, int]
+
+
+class MachineKeywords(TypedDict, total=False):
+    """The keywords of the `vm` mark, of `layer` and of `vm_factory`; `MachineSpec` says what they mean."""
+
+    name: str
+    backend: str
+    arch: str | None
+    cpus: int
+    cpu: str | None
+    nested: bool
+    memory: int | str
+    disk: int | str | None
+    display: bool
+    network: bool | str | Sequence[str]
+    ports: Iterable[int]
+    packages: Iterable[str]
+    files: Mapping[str, File]
+    run: Iterable[str]
+    user_data: Mapping[str, Any] | str | None
+    env: Mapping[str, str]
+    user: str
+    fresh: Literal["restore", "boot"]
+    reset: Literal["none", "test"]
+    timeout: float
+    panic: Literal["fail", "expected"]
+
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, display=False, "
@@ -383,7 +411,7 @@ class Layer:
 
 
 def layer(
-    source: str | Path | Layer, *, depends: Iterable[str | Path] = (), version: str | int = "", **keywords: Any
+    source: str | Path | Layer, *, depends: Iterable[str | Path] = (), version: str | int = "", **keywords: Unpack[MachineKeywords]
 ) -> Callable[[Prepare], Layer]:
     """Makes a function that prepares a machine into a `Layer`: it runs once, and its outcome is bottled for all tests and later runs.
 
@@ -589,12 +617,6 @@ class MachineSpec:
     def boot_digest(self) -> str:
         """A digest of what the guest is booted with: two specs that agree on it can share a pack of the bare image."""
         return digest(sorted((key, getattr(self, key)) for key in BOOT))
-
-    def identity(self) -> str:
-        """A digest of the whole spec: machines of equal specs are interchangeable."""
-        steps = [step.recipe() for step in self.steps]
-        launch = [getattr(self, field.name) for field in attrs.fields(type(self)) if field.name not in PREPARATION | {"source"}]
-        return digest(str(self.image), steps, launch)
 
 
 def check_keywords(keywords: Mapping[str, Any], *, signature: str = SIGNATURE) -> None:

@@ -153,10 +153,6 @@ class FakeInstance:
         self._paused = False
         self._note("resumed")
 
-    def reset(self) -> None:
-        """Notes it."""
-        self._note("reset")
-
     def state(self) -> State:
         """What was done to it last."""
         return State.OFF if not self.running else State.PAUSED if self._paused else State.RUNNING

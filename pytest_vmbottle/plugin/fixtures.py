@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import attrs
 import pytest
@@ -13,13 +13,13 @@ from pytest_vmbottle.errors import BackendUnavailable, ImageMissing, SpecError
 from pytest_vmbottle.infra import RETRIES
 from pytest_vmbottle.plugin.plans import SHARED, Plan, named_layer, near_layers, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION
-from pytest_vmbottle.spec import MachineSpec, Source
+from pytest_vmbottle.spec import MachineKeywords, MachineSpec, Source
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backend import Start
     from pytest_vmbottle.catalog import Catalog
     from pytest_vmbottle.lan import Lans
-    from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.machine import Machine, MachineFactory
     from pytest_vmbottle.packs import Snapshot
     from pytest_vmbottle.provision import Provisioner
 
@@ -84,11 +84,11 @@ def vm(vms: dict[str, Machine], _vm_plan: Plan) -> Machine:
 
 
 @pytest.fixture
-def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[Callable[..., Machine]]:
+def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[MachineFactory]:
     """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
     with ExitStack() as stack:
 
-        def make(source: Source | MachineSpec | Snapshot, **keywords: Any) -> Machine:
+        def make(source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
             from pytest_vmbottle.packs import Snapshot
 
             if isinstance(source, Snapshot):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineSpec, layer
+from pytest_vmbottle import Machine, MachineFactory, MachineSpec, layer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backend import Disk, Start
 from pytest_vmbottle.backends.qemu import QemuBackend
@@ -39,7 +39,7 @@ def planted(vm: Machine) -> None:
 
 
 @pytest.mark.vm(planted)
-def test_a_qcow2_header_that_a_guest_wrote_to_its_disk_is_data_the_next_time(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_a_qcow2_header_that_a_guest_wrote_to_its_disk_is_data_the_next_time(vm: Machine, vm_factory: MachineFactory) -> None:
     other = vm_factory("debian-12")
     first, size = "dd if=/dev/vda bs=512 count=1 iflag=direct status=none | base64 -w 0", ["blockdev", "--getsize64", "/dev/vda"]
     assert base64.b64decode(vm.exec(first).stdout) == evil("/etc/passwd")

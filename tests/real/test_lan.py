@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineError, SpecError
+from pytest_vmbottle import Machine, MachineError, MachineFactory, SpecError
 from pytest_vmbottle.lan import Lans
 
 _MIB = 1 << 20
@@ -66,7 +65,7 @@ def cards(machine: Machine) -> set[str]:
 
 @pytest.mark.vm("debian-12", name="web", network="lan")
 @pytest.mark.vm("debian-12", name="db", network="lan")
-def test_clones_on_one_lan_see_each_other_by_name_and_nothing_else(vms: dict[str, Machine], vm_factory: Callable[..., Machine]) -> None:
+def test_clones_on_one_lan_see_each_other_by_name_and_nothing_else(vms: dict[str, Machine], vm_factory: MachineFactory) -> None:
     web, db = vms["web"], vms["db"]
     assert len(cards(web) | cards(db)) == 3  # that by which the host reaches them is the same in all
     assert (web.exec("hostname").stdout, db.exec("hostname").stdout) == ("web\n", "db\n")
@@ -118,7 +117,7 @@ def test_a_lan_carries_much_and_is_cut_lossy_and_slow_as_one_likes(vms: dict[str
 
 
 @pytest.mark.vm("debian-12")
-def test_lans_of_one_name_in_two_tests_at_once_are_two_lans(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_lans_of_one_name_in_two_tests_at_once_are_two_lans(vm: Machine, vm_factory: MachineFactory) -> None:
     vm.name = "mine"
     other, third = (vm_factory("debian-12", name=name) for name in ("other", "third"))
     with ExitStack() as stack:

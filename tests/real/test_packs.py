@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pytest_vmbottle import Machine, MachineSpec, layer
+from pytest_vmbottle import Machine, MachineFactory, MachineSpec, layer
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
@@ -63,7 +63,7 @@ def test_a_layer_on_a_layer_has_what_both_did(vm: Machine) -> None:
 
 
 @pytest.mark.vm(prepared)
-def test_what_one_clone_does_no_other_sees(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_what_one_clone_does_no_other_sees(vm: Machine, vm_factory: MachineFactory) -> None:
     vm.path("/root/on-disk").write_text("changed\n")
     vm.path("/dev/shm/in-memory").write_text("changed\n")
     vm.exec(["sync"])
@@ -73,7 +73,7 @@ def test_what_one_clone_does_no_other_sees(vm: Machine, vm_factory: Callable[...
 
 
 @pytest.mark.vm(prepared)
-def test_clones_are_not_rebooted_and_yet_never_give_the_same_random_bytes(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_clones_are_not_rebooted_and_yet_never_give_the_same_random_bytes(vm: Machine, vm_factory: MachineFactory) -> None:
     clones = [vm, *(vm_factory(prepared) for _ in range(2))]
     look = (
         "cat /proc/sys/kernel/random/boot_id; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; cat /proc/sys/kernel/random/uuid"
@@ -144,7 +144,7 @@ print(*sorted(answered))
 
 
 @pytest.mark.vm("debian-12")
-def test_a_guest_reaches_nothing_of_the_host_unless_its_network_is_opened(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_a_guest_reaches_nothing_of_the_host_unless_its_network_is_opened(vm: Machine, vm_factory: MachineFactory) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         host = f"10.0.2.2:{server.getsockname()[1]}"
         # This host, what clouds tell their machines, the network, and the name server that the user network offers.
@@ -187,9 +187,7 @@ def repository(tmp_path: Path) -> Iterator[int]:
         server.shutdown()
 
 
-def test_packages_of_a_mark_are_installed_beforehand_and_the_machine_stays_closed(
-    repository: int, vm_factory: Callable[..., Machine]
-) -> None:
+def test_packages_of_a_mark_are_installed_beforehand_and_the_machine_stays_closed(repository: int, vm_factory: MachineFactory) -> None:
     @layer("debian-12", version=repository)
     def sourced(vm: Machine) -> None:
         vm.exec("rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*")
@@ -242,7 +240,7 @@ OWN_DATA = """#cloud-config-archive
 
 
 @pytest.mark.vm("debian-12", fresh="boot", disk="9G", cpus=2, user_data=OWN_DATA)
-def test_a_cold_machine_boots_with_keys_of_its_own_and_what_its_mark_says(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_a_cold_machine_boots_with_keys_of_its_own_and_what_its_mark_says(vm: Machine, vm_factory: MachineFactory) -> None:
     poured = vm_factory("debian-12")
     facts = "cat /proc/sys/kernel/random/boot_id /etc/ssh/ssh_host_ed25519_key.pub /root/.ssh/authorized_keys"
     assert set(vm.exec(facts).stdout.splitlines()).isdisjoint(poured.exec(facts).stdout.splitlines())

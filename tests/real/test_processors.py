@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import Machine, SpecError
+from pytest_vmbottle import Machine, MachineFactory, SpecError
 from pytest_vmbottle.spec import host_arch
 
 REWRITING = """
@@ -50,13 +49,13 @@ def test_an_emulated_guest_has_all_but_what_only_costs_time_and_any_other_what_i
     assert all_others & wanted <= has
 
 
-def test_a_processor_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: Callable[..., Machine]) -> None:
+def test_a_processor_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: MachineFactory) -> None:
     for _ in range(2):
         with pytest.raises(SpecError, match=r"^cpu='Transistor,\+svm': unable to find CPU model 'Transistor'; `qemu-system-.* -cpu help`"):
             vm_factory("debian-12", cpu="Transistor,+svm")
 
 
-def test_a_feature_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: Callable[..., Machine]) -> None:
+def test_a_feature_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: MachineFactory) -> None:
     with pytest.raises(SpecError, match=r"^cpu='max,\+flying-carpet': .*cpu\.flying-carpet' not found"):
         vm_factory("debian-12", cpu="max,+flying-carpet", fresh="boot")
 

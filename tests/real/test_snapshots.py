@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_vmbottle import CatalogError, GuestPanic, Machine, MachineDied
+from pytest_vmbottle import CatalogError, GuestPanic, Machine, MachineDied, MachineFactory
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from pytest_vmbottle.catalog import Catalog
@@ -28,7 +27,7 @@ def _boot_id(vm: Machine) -> str:
     return vm.path("/proc/sys/kernel/random/boot_id").read_text()
 
 
-def test_restoring_twice_gives_the_same_state_twice_and_ram_is_part_of_it(vm: Machine, vm_factory: Callable[..., Machine]) -> None:
+def test_restoring_twice_gives_the_same_state_twice_and_ram_is_part_of_it(vm: Machine, vm_factory: MachineFactory) -> None:
     vm.exec("echo disk > /root/state; echo ram > /dev/shm/state; sleep 1000 > /dev/null 2>&1 & echo $! > /dev/shm/pid")
     address, boot, name = vm.forward(22), _boot_id(vm), vm.id
 

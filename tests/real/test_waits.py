@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from typing import assert_type
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle import Machine, MachineDied, MachineError, MachineTimeout, Result
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -16,6 +17,11 @@ def test_a_unit_that_becomes_active_is_waited_for(session_vm: Machine) -> None:
     session_vm.exec(["systemd-run", "--unit=slow", "--service-type=notify", "sh", "-c", "sleep 1; systemd-notify --ready; sleep 1000"])
     session_vm.wait_for_unit("slow")
     assert session_vm.exec(["systemctl", "is-active", "slow"]).stdout == "active\n"
+
+
+def test_what_is_waited_for_is_returned_with_its_own_type(session_vm: Machine) -> None:
+    assert assert_type(session_vm.wait_until("echo there"), Result).stdout == "there\n"
+    assert assert_type(session_vm.wait_until(lambda: 5), int) == 5
 
 
 def test_a_unit_that_failed_ends_the_wait_at_once_with_its_journal(session_vm: Machine) -> None:

@@ -13,13 +13,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_vmbottle import Layer, Machine, MachineSpec, SpecError, layer
 from pytest_vmbottle._os import format_size, parse_size
-from pytest_vmbottle.spec import SIGNATURE, check_keywords, digest, host_arch
+from pytest_vmbottle.spec import SIGNATURE, MachineKeywords, check_keywords, digest, host_arch
 
 WORDS = st.text("abcdefgh", min_size=1, max_size=6)
 
@@ -207,7 +208,7 @@ def test_a_source_that_is_neither_image_nor_path_nor_layer_is_refused(source: An
 
 def test_a_layer_refuses_a_wrong_keyword_where_it_is_defined() -> None:
     with pytest.raises(SpecError, match=re.escape("did you mean 'memory'?\n  the signature is layer(source, *, depends=")):
-        layer("debian-12", memmory="1G")
+        layer("debian-12", memmory="1G")  # type: ignore[call-arg]
 
 
 def test_a_machine_has_no_network_or_the_hosts_or_a_private_one() -> None:
@@ -281,17 +282,22 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
         reordered[key] = {inner: reordered[key][inner] for inner in order}
     one, other = (MachineSpec.resolve("debian-12", keywords) for keywords in (KEYWORDS, reordered))
 
-    assert one.identity() == other.identity()
+    assert one == other
+    assert [step.recipe() for step in one.steps] == [step.recipe() for step in other.steps]
     assert one.boot_digest() == other.boot_digest()
 
 
 @pytest.mark.parametrize("keyword", ["cpus", "cpu", "nested", "memory", "display", "ports", "env", "files", "user_data", "run", "user"])
-def test_every_keyword_counts_in_the_identity_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
+def test_every_keyword_makes_another_spec_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
     bare = MachineSpec.resolve("debian-12", {})
     changed = MachineSpec.resolve("debian-12", {keyword: KEYWORDS[keyword]})
 
-    assert changed.identity() != bare.identity()
+    assert changed != bare
     assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "cpu", "nested", "memory", "display", "user_data"})
+
+
+def test_the_keywords_that_type_checkers_know_are_those_of_a_spec() -> None:
+    assert MachineKeywords.__annotations__.keys() == {field.name for field in attrs.fields(MachineSpec)} - {"source"}
 
 
 @given(st.dictionaries(WORDS, WORDS), st.randoms())

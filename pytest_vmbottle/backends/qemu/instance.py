@@ -453,11 +453,6 @@ class QemuInstance:
         """Lets them run on."""
         self._qmp.execute("cont", deadline=Deadline(_GRACE))
 
-    def reset(self) -> None:
-        """Presses the reset button; what the kernel said before is forgotten."""
-        self._forget_trouble()
-        self._qmp.execute("system_reset", deadline=Deadline(_GRACE))
-
     def _forget_trouble(self) -> None:
         self._watch.forget()
         self._qmp.forget("GUEST_PANICKED")

@@ -26,7 +26,7 @@ from pytest_vmbottle._os import Deadline, private_dir, try_lock
 from pytest_vmbottle.backends.smolvm.program import Program
 from pytest_vmbottle.errors import MachineTimeout, SmolvmError
 
-__all__ = ["Creation", "Engine", "Listed", "Stats", "alone", "failure", "plain"]
+__all__ = ["Creation", "Engine", "Listed", "alone", "failure", "plain"]
 
 log = logging.getLogger(__name__)
 
@@ -99,16 +99,6 @@ class Listed:
     state: str
     pid: int | None
     labels: Mapping[str, str]
-
-
-@attrs.frozen(kw_only=True)
-class Stats:
-    """What `machine stats` tells of a running machine: percent of one processor, and the guest's memory in bytes."""
-
-    cpu_percent: float
-    memory_total: int
-    memory_used: int
-    memory_available: int
 
 
 class Engine:
@@ -187,24 +177,9 @@ class Engine:
         found = next((each for each in self.machines() if each.name == name), None)
         return found or Listed(name=name, state="unknown", pid=None, labels={})
 
-    def stats(self, name: str) -> Stats:
-        """What a running machine takes."""
-        answer = json.loads(self._do("machine", "stats", "--name", name, "--json", seconds=_QUICK))
-        memory = answer["memory"]
-        return Stats(
-            cpu_percent=answer["cpu_percent"],
-            memory_total=memory["total_bytes"],
-            memory_used=memory["used_bytes"],
-            memory_available=memory["available_bytes"],
-        )
-
     def status(self, name: str) -> str:
         """What smolvm says of a machine, for people."""
         return self._do("machine", "status", "--name", name, seconds=_QUICK)
-
-    def logs(self, name: str, *, lines: int | None = None) -> str:
-        """What the workload of an image has printed; what runs by `exec` is not in it."""
-        return self._do("machine", "logs", "--name", name, *(() if lines is None else ("--tail", str(lines))), seconds=_QUICK)
 
     def data_dir(self, name: str) -> Path:
         """Where a machine's files are."""

@@ -333,11 +333,6 @@ class SmolvmInstance:
         self._vmm.signal(signal.SIGCONT)
         self._paused = False
 
-    def reset(self) -> None:
-        """Cuts it off and starts it again."""
-        self.cut()
-        self._boot(Deadline(_STOP))
-
     def state(self) -> State:
         """What the machine is doing."""
         if self._vmm.is_running:

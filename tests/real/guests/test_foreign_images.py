@@ -11,7 +11,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from pytest_vmbottle import Machine, MachineSpec, layer
+from pytest_vmbottle import Machine, MachineFactory, MachineSpec, layer
 from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog import Catalog
@@ -129,9 +129,7 @@ def official(vm_catalog: Catalog) -> Path:
     return folder
 
 
-def test_an_official_image_boots_by_firmware_and_is_poured_over_ssh(
-    official: Path, vm_factory: Callable[..., Machine], tmp_path: Path
-) -> None:
+def test_an_official_image_boots_by_firmware_and_is_poured_over_ssh(official: Path, vm_factory: MachineFactory, tmp_path: Path) -> None:
     vm = vm_factory(official / "disk.qcow2", disk="3G")
 
     assert type(vm._channel) is SshChannel
@@ -155,7 +153,7 @@ def test_an_official_image_that_was_added_has_the_packs_of_the_one_in_place(offi
     assert named.key == in_place.key
 
 
-def test_where_sshd_refuses_root_that_is_what_is_told(official: Path, vm_factory: Callable[..., Machine]) -> None:
+def test_where_sshd_refuses_root_that_is_what_is_told(official: Path, vm_factory: MachineFactory) -> None:
     vm = vm_factory(official / "disk.qcow2", disk="3G")
     vm.path("/etc/ssh/sshd_config.d/hardened.conf").write_text("PermitRootLogin no\n")
     vm.exec(["systemctl", "restart", "ssh"])
@@ -187,7 +185,7 @@ def repository(official: Path, tmp_path: Path) -> Iterator[int]:
 
 
 def test_where_a_guest_reaches_its_packages_the_agent_is_installed_in_the_pack(
-    official: Path, repository: int, vm_factory: Callable[..., Machine]
+    official: Path, repository: int, vm_factory: MachineFactory
 ) -> None:
     source = f"deb [trusted=yes] http://10.0.2.2:{repository} ./"
     first = f"rm -f /etc/apt/sources.list.d/*; echo '{source}' > /etc/apt/sources.list"
