@@ -13,12 +13,9 @@ from typing import BinaryIO
 
 from pytest_vmbottle.guestpath import FOLLOW, GuestPath, Shell, mode_word, owner_word, raise_for
 from pytest_vmbottle.result import Result
+from pytest_vmbottle.spec import Content, File
 
 __all__ = ["Content", "File", "write_files"]
-
-Content = str | bytes | Path
-File = Content | tuple[Content, int]
-"""What is to be in a file; with its permission bits, where they are not to be those of the other files."""
 
 # What fails says which path it was about on its standard output.
 _FAIL = r"""
@@ -196,7 +193,7 @@ def _member(path: GuestPath, tops: list[GuestPath]) -> str:
 
 
 def _modes(contents: Mapping[str, File]) -> dict[str, list[bytes]]:
-    """Which members have permission bits of their own, each with a NUL at its end."""
+    """Members with permission bits of their own, by those bits; each name has a NUL at its end."""
     found: dict[str, list[bytes]] = {}
     for name, content in contents.items():
         if isinstance(content, tuple):

@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, Protocol
 import attrs
 
 from pytest_vmbottle.result import Result, printable
+from pytest_vmbottle.spec import is_mode
 
 __all__ = ["BULK", "FOLLOW", "Entry", "GuestPath", "Shell", "mode_word", "owner_word", "raise_for", "with_any_bytes"]
 
@@ -182,7 +183,6 @@ _HASHES = {
 }
 Type = Literal["dir", "symlink", "file", "fifo", "socket", "block", "char"]
 _TYPES: dict[str, Type] = {"d": "dir", "l": "symlink", "f": "file", "p": "fifo", "s": "socket", "b": "block", "c": "char"}
-_MAX_MODE = 0o7777
 
 
 class Shell(Protocol):
@@ -998,7 +998,7 @@ def mode_word(mode: int) -> str:
     Raises:
         ValueError: They are none.
     """
-    if type(mode) is not int or not 0 <= mode <= _MAX_MODE:
+    if not is_mode(mode):
         raise ValueError(f"mode={mode!r} are not permission bits: write them as 0o644")
     return f"{mode:04o}"
 

@@ -37,6 +37,7 @@ __all__ = [
     "check_keywords",
     "digest",
     "ends_first_boot",
+    "is_mode",
     "layer",
     "mistakes",
     "script_ends_first_boot",
@@ -45,6 +46,7 @@ __all__ = [
 Prepare = Callable[["Machine"], object]
 Content = str | bytes | Path
 File = Content | tuple[Content, int]
+"""Content of a file, or a pair of it and the permission bits of that file alone."""
 
 
 class MachineKeywords(TypedDict, total=False):
@@ -116,6 +118,11 @@ def host_arch() -> str:
     """The architecture of this host, as the kernel's `uname -m` names it on Linux."""
     machine = platform.machine().lower()
     return _ARCHITECTURES.get(machine, machine)
+
+
+def is_mode(value: object) -> bool:
+    """Tell whether a value can be permission bits, as chmod(2) takes them."""
+    return type(value) is int and 0 <= value <= _MAX_MODE
 
 
 def digest(*parts: object) -> str:
@@ -303,7 +310,7 @@ def _files(value: object) -> tuple[tuple[str, File], ...]:
         plain, mode = content if isinstance(content, tuple) and len(content) == 2 else (content, 0)  # noqa: PLR2004 - a pair
         if not isinstance(plain, str | bytes | Path):
             raise _fail("files", {path: content}, "takes text, bytes or a local Path as content, or a pair of that and permission bits")
-        if type(mode) is not int or not 0 <= mode <= _MAX_MODE:
+        if not is_mode(mode):
             raise _fail("files", {path: content}, "takes permission bits as 0o755")
     return tuple(sorted(value.items(), key=lambda item: item[0]))
 

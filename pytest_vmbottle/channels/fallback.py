@@ -71,7 +71,7 @@ class AgentOrSsh:
             raise
 
     def _stays(self) -> bool:
-        """Whether the guest goes on without its agent, or with another one; raises `MachineDied` if it has ended."""
+        """Tell whether the guest goes on, without its agent or with another one; raises `MachineDied` if it has ended."""
         self.agent.check()
         if self.present():
             return True

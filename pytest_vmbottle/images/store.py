@@ -58,7 +58,7 @@ Readiness = Literal["cloud-init", "channel"]
 
 KERNEL, INITRD = "vmlinuz", "initrd.img"
 NO_CLOUD_INIT = "cloud-init=disabled"
-"""What keeps cloud-init from running, on a kernel's command line: see its documentation, "How to disable cloud-init"."""
+"""Word of the kernel's command line that keeps cloud-init from running: see its documentation, "How to disable cloud-init"."""
 _RECORD = "image.json"
 _FRESH = 60  # seconds in which a new folder may not be claimed yet
 _EVERY = 1.0
