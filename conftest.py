@@ -14,7 +14,10 @@ pytest_plugins = ["pytester"]
 _docstrings = Sybil(
     parsers=[DocTestParser(ELLIPSIS | NORMALIZE_WHITESPACE)],
     patterns=[f"pytest_vmbottle/{folders}*.py" for folders in ("", "*/", "*/*/", "*/*/*/")],
-    excludes=["pytest_vmbottle/machine.py", "pytest_vmbottle/guestpath.py"],  # tests/real/test_docstrings.py gives theirs a machine
+    excludes=[
+        "pytest_vmbottle/machine/machine.py",
+        "pytest_vmbottle/guest/path.py",
+    ],  # tests/real/test_docstrings.py gives theirs a machine
 )
 _pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"])
 

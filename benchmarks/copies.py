@@ -27,7 +27,7 @@ import attrs
 
 from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog import Catalog, default_root
+from pytest_vmbottle.catalog.catalog import Catalog, default_root
 from pytest_vmbottle.provision import Provisioner, Settings
 
 AIMS = {"large": 3, "many": 10}
@@ -85,7 +85,7 @@ class Programs:
 def ssh_config(machine: Machine, folder: Path) -> Iterator[Path]:
     """A file with which OpenSSH knows the machine as `guest`."""
     address, port = machine.forward(22)
-    keys = machine._instance._source.keys  # type: ignore[attr-defined]
+    keys = machine.lifecycle.instance._source.keys  # type: ignore[attr-defined]
     (folder / "key").touch(mode=0o600)
     (folder / "key").write_text(keys.user_private)
     (folder / "known").write_text(f"guest {keys.host_public}\n")

@@ -20,7 +20,7 @@ import psutil
 
 from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog import Catalog, default_root
+from pytest_vmbottle.catalog.catalog import Catalog, default_root
 from pytest_vmbottle.provision import Provisioner, Settings
 
 MINE = "/root/mine", "/dev/shm/mine"

@@ -29,11 +29,12 @@ import attrs
 import pytest
 
 from pytest_vmbottle import Machine, MachineSpec
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Start
+from pytest_vmbottle.backends.port import Start
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.backends.qemu.command_line import Wiring, command_line
-from pytest_vmbottle.catalog import Catalog, default_root
+from pytest_vmbottle.backends.qemu.command_line import LaunchResources, command_line
+from pytest_vmbottle.catalog.catalog import Catalog, default_root
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.provision import Provisioner, Settings
 
 COLD = "cold boot to first exec"
@@ -82,7 +83,7 @@ RATIOS = (
 )
 
 
-class Lines:
+class Sockets:
     """JSON lines on a socket: the whole of QMP and of the guest agent's protocol."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -120,7 +121,7 @@ class Floor:
         self._saved = pack.path
 
     @contextmanager
-    def run(self) -> Iterator[tuple[Lines, Lines]]:
+    def run(self) -> Iterator[tuple[Sockets, Sockets]]:
         """A machine that runs again; its monitor and its agent."""
         with tempfile.TemporaryDirectory(prefix="vmbottle-floor-") as folder, ExitStack() as stack:
             rundir = Path(folder)
@@ -133,7 +134,7 @@ class Floor:
             process = subprocess.Popen(argv, pass_fds=ports, cwd="/", stdin=subprocess.DEVNULL)
             stack.callback(process.wait)
             stack.callback(process.kill)
-            qmp, agent = (stack.enter_context(closing(Lines(sock))) for sock in ours[:2])
+            qmp, agent = (stack.enter_context(closing(Sockets(sock))) for sock in ours[:2])
             qmp.receive()  # the greeting
             qmp.ask("qmp_capabilities")
             capabilities = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
@@ -144,10 +145,10 @@ class Floor:
             qmp.ask("cont")
             yield qmp, agent
 
-    def _wiring(self, rundir: Path, ports: tuple[int, ...]) -> Wiring:
+    def _wiring(self, rundir: Path, ports: tuple[int, ...]) -> LaunchResources:
         start = self._start
         qmp, agent, waker, console = ports
-        return Wiring(
+        return LaunchResources(
             name="floor",
             ram=self._saved / "ram.img",
             share=False,
@@ -165,7 +166,7 @@ class Floor:
         )
 
 
-def guest_true(agent: Lines) -> None:
+def guest_true(agent: Sockets) -> None:
     """Runs `true` by the agent's two calls. Asked more often, an emulated guest spends its time on answers; more seldom, they come late."""
     path = [f"PATH={GUEST_PATH}"]
     pid = agent.ask("guest-exec", path="true", arg=[], env=path, capture_output=True)["pid"]
@@ -252,7 +253,7 @@ def _stdout(fd: int) -> Iterator[None]:
 
 
 def _ssh(machine: Machine) -> Channel:
-    return machine._instance.channel(deadline=Deadline(120), bulk=True)
+    return machine.lifecycle.instance.channel(deadline=Deadline(120), bulk=True)
 
 
 def percentile_95(figures: list[float]) -> float:

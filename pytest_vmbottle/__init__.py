@@ -1,4 +1,4 @@
-"""Real machines for tests: booted once, bottled with their RAM, poured for every test."""
+"""Real machines for tests: booted once, saved with their RAM, cloned for every test."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle.errors import (
     BackendUnavailable,
     CatalogError,
-    CommandFailed,
-    CommandTimeout,
     GuestPanic,
     ImageMissing,
     LaunchError,
@@ -20,19 +18,20 @@ from pytest_vmbottle.errors import (
     SmolvmError,
     SpecError,
     TransferError,
+    Unsupported,
     VMBottleError,
 )
 from pytest_vmbottle.spec import Layer, MachineKeywords, MachineSpec, layer
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.console import Console
-    from pytest_vmbottle.guestpath import GuestPath
-    from pytest_vmbottle.machine import Machine, MachineFactory
-    from pytest_vmbottle.metrics import GuestSample, Sample
-    from pytest_vmbottle.packs import Snapshot
-    from pytest_vmbottle.process import Process
-    from pytest_vmbottle.recording import Recording
-    from pytest_vmbottle.result import Match, Matches, Result
+    from pytest_vmbottle.backends.console import Console
+    from pytest_vmbottle.guest.path import GuestPath
+    from pytest_vmbottle.machine.machine import Machine, MachineFactory
+    from pytest_vmbottle.machine.metrics import GuestSample, Sample
+    from pytest_vmbottle.machine.process import Process
+    from pytest_vmbottle.machine.recording import Recording
+    from pytest_vmbottle.machine.snapshot import Snapshot
+    from pytest_vmbottle.result import CommandFailed, CommandTimeout, Match, Matches, Result
 
 __all__ = [
     "BackendUnavailable",
@@ -64,31 +63,34 @@ __all__ = [
     "Snapshot",
     "SpecError",
     "TransferError",
+    "Unsupported",
     "VMBottleError",
     "layer",
 ]
 
 # What is only needed once there is a machine: pytest loads this module in every run, with machines or without.
 _LATER = {
-    "Console": "console",
-    "GuestPath": "guestpath",
-    "GuestSample": "metrics",
-    "Machine": "machine",
-    "MachineFactory": "machine",
+    "CommandFailed": "result",
+    "CommandTimeout": "result",
+    "Console": "backends.console",
+    "GuestPath": "guest.path",
+    "GuestSample": "machine.metrics",
+    "Machine": "machine.machine",
+    "MachineFactory": "machine.machine",
     "Match": "result",
     "Matches": "result",
-    "Process": "process",
-    "Recording": "recording",
+    "Process": "machine.process",
+    "Recording": "machine.recording",
     "Result": "result",
-    "Sample": "metrics",
-    "Snapshot": "packs",
+    "Sample": "machine.metrics",
+    "Snapshot": "machine.snapshot",
 }
 
 
 if not TYPE_CHECKING:  # to a type checker it would mean that any name is there
 
     def __getattr__(name: str) -> object:
-        """Loads what is asked for; afterwards it is there."""
+        """Import a public name on first use."""
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value: object = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
@@ -97,5 +99,5 @@ if not TYPE_CHECKING:  # to a type checker it would mean that any name is there
 
 
 def __dir__() -> list[str]:
-    """All names, those too that are not loaded yet."""
+    """Return all names, including those not imported yet."""
     return sorted({*globals(), *__all__})

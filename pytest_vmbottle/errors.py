@@ -3,11 +3,12 @@
 ::
 
     VMBottleError
-    ├── SpecError (ValueError)          a mark, layer or option that makes no sense
+    ├── SpecError (ValueError)          an invalid mark, layer or option
     ├── BackendUnavailable              this host cannot do what was asked
     ├── MachineError                    a machine could not be provided, or was lost
     │   ├── LaunchError                 the hypervisor did not start
     │   ├── SmolvmError                 the program smolvm did not do what it was asked
+    │   ├── Unsupported                 its backend cannot do what was asked of it
     │   ├── MachineTimeout (TimeoutError)
     │   └── MachineDied
     │       └── GuestPanic              its kernel panicked, met a bug of its own, or a task hangs in it
@@ -34,13 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import PurePath
 
-    from pytest_vmbottle.result import Result
 
 __all__ = [
     "BackendUnavailable",
     "CatalogError",
-    "CommandFailed",
-    "CommandTimeout",
     "GuestPanic",
     "ImageMissing",
     "LaunchError",
@@ -51,6 +49,7 @@ __all__ = [
     "SmolvmError",
     "SpecError",
     "TransferError",
+    "Unsupported",
     "VMBottleError",
 ]
 
@@ -63,12 +62,12 @@ def _revive(kind: type[VMBottleError], args: tuple[Any, ...], state: dict[str, A
 
 
 class VMBottleError(Exception):
-    """Anything that went wrong on purpose: catch this to catch them all.
+    """Base class of all errors of this package.
 
     Attributes:
         infra: Whether it kept a test from getting its machine, so that nothing was judged: the outcome INFRA.
-        origin: The key of the pack that could not be made, where that was it: errors of the same origin are one and the same.
-        lasting: Whether a fresh machine would meet it again, as with a layer that fails by its own doing: then none is tried.
+        origin: The key of the pack that could not be made, if that was the cause: errors of the same origin have the same cause.
+        lasting: Whether a retry is pointless, because a fresh machine would meet the error again, as with a layer that fails.
     """
 
     infra: bool = False
@@ -76,6 +75,7 @@ class VMBottleError(Exception):
     lasting: bool = True
 
     def __init__(self, *args: object) -> None:
+        # Made safe once and here, because any text may be a guest's.
         super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,15 +84,18 @@ class VMBottleError(Exception):
 
 
 class SpecError(VMBottleError, ValueError):
-    """A machine was described in a way that makes no sense; the message says which keyword and what it takes."""
+    """The description of a machine is invalid.
+
+    The message names the keyword and what it takes.
+    """
 
 
 class BackendUnavailable(VMBottleError):
     """This host cannot provide what was asked for.
 
     Attributes:
-        reason: What is missing, in one sentence.
-        remedy: What to do about it: where possible the exact command.
+        reason: The missing thing, in one sentence.
+        remedy: The remedy, if possible the exact command.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
@@ -102,13 +105,13 @@ class BackendUnavailable(VMBottleError):
 
 
 class MachineError(VMBottleError):
-    """A machine could not be provided, or was lost.
+    """A machine could not be started, or was lost.
 
     Attributes:
         machine: The machine's name.
         console_tail: The last lines of its serial console, control characters neutralised.
-        argv: The hypervisor's command line, where there was one.
-        exitcode: The hypervisor's exit status, negative for a signal; None while it runs, or where there was none.
+        argv: The hypervisor's command line, if there was one.
+        exitcode: The hypervisor's exit status, negative for a signal; None while it runs, or if there was none.
     """
 
     lasting = False
@@ -135,7 +138,7 @@ class LaunchError(MachineError):
     """The hypervisor's process ended, or never answered, before a guest could run.
 
     Attributes:
-        output: What it printed.
+        output: The process's output.
     """
 
     def __init__(  # noqa: PLR0913 - an error carries its evidence
@@ -154,12 +157,14 @@ class LaunchError(MachineError):
 
 
 class SmolvmError(MachineError):
-    """The program smolvm did not do what it was asked: its own failure, never the status of a command in a guest.
+    """The program smolvm failed.
+
+    It is smolvm's own failure, never the status of a command in a guest.
 
     Attributes:
-        returncode: Its exit status, negative for a signal; None if it was ended because it took too long.
-        stderr: What it wrote there, without its notes.
-        code: Its own word for the failure, such as `"NOT_FOUND"`; empty if it gave none.
+        returncode: The program's exit status, negative for a signal; None if it took too long and was killed.
+        stderr: Its standard error, without its notes.
+        code: The program's code of the failure, such as `"NOT_FOUND"`; empty if it gave none.
     """
 
     def __init__(self, message: str, *, argv: Sequence[str], returncode: int | None, stderr: str, code: str = "") -> None:
@@ -174,61 +179,38 @@ class SmolvmError(MachineError):
         return f"{VMBottleError.__str__(self)}\n --- the command, which {status} ---\n{printable(shlex.join(self.argv))}"
 
 
+class Unsupported(MachineError):
+    """The backend of a machine does not offer what was asked of it; the machine goes on."""
+
+    lasting = True
+
+
 class MachineTimeout(MachineError, TimeoutError):
-    """A machine did not reach the state that was awaited before its deadline."""
+    """A machine did not reach the awaited state before its deadline."""
 
 
 class MachineDied(MachineError):
-    """A machine that was running is gone: its kernel panicked, it powered off, or its hypervisor ended."""
+    """A running machine is gone: its kernel panicked, it powered off, or its hypervisor ended."""
 
 
 class GuestPanic(MachineDied):
-    """A guest's kernel said on the console that it panicked, met a bug of its own (an oops), or that a task hangs.
+    """A guest's kernel reported a panic, a bug of its own (an oops) or a hung task on the console.
 
-    The mark `vm(..., panic="expected")` says that a test wants this.
+    The mark `vm(..., panic="expected")` says that a test expects this.
     """
 
     lasting = True
 
 
-def _noted(result: Result) -> str:
-    return f": {result.note}" if result.note else ""
-
-
-class CommandFailed(VMBottleError):
-    """A command in the guest ended with a status other than 0.
-
-    Attributes:
-        result: The `Result`, with the command, both streams and the status.
-    """
-
-    def __init__(self, result: Result) -> None:
-        super().__init__(f"the command ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
-        self.result = result
-
-
-class CommandTimeout(VMBottleError, TimeoutError):
-    """A command in the guest did not end in time. One that was run was killed there, one that was spawned runs on.
-
-    Attributes:
-        result: What it had printed by then; the return code is -9.
-        timeout: The time it was given, in seconds.
-    """
-
-    def __init__(self, result: Result, timeout: float, *, killed: bool = True) -> None:
-        outcome = "was killed" if killed else "runs on"
-        super().__init__(f"the command did not end within {timeout:g} s and {outcome}{_noted(result)}\n{result.describe()}")
-        self.result = result
-        self.timeout = timeout
-
-
 class TransferError(VMBottleError, OSError):
-    """A copy between host and guest was not completed; nothing stands under the final name.
+    """A copy between host and guest was not completed.
+
+    Nothing exists under the final name.
 
     Attributes:
-        src: Where the copy came from.
-        dst: Where it was to go.
-        errno: What the guest's system call failed with, or the host's, such as `errno.ENOSPC`; None where there was none.
+        src: The source of the copy.
+        dst: The destination of the copy.
+        errno: The error number of the system call that failed, in the guest or on the host, such as `errno.ENOSPC`; None if there was none.
     """
 
     def __init__(self, message: str, *, src: PurePath | str, dst: PurePath | str, number: int | None = None) -> None:
@@ -239,14 +221,14 @@ class TransferError(VMBottleError, OSError):
 
 
 class CatalogError(VMBottleError):
-    """The catalog directory cannot be used, or what was looked up in it is not there."""
+    """The catalog's folder cannot be used, or something in it was not found."""
 
 
 class ImageMissing(CatalogError):
-    """There is no image of a name, and none can be made.
+    """There is no image of this name, and none can be made.
 
     Attributes:
-        name: The name.
+        name: The image's name.
     """
 
     def __init__(self, message: str, *, name: str) -> None:
@@ -255,4 +237,7 @@ class ImageMissing(CatalogError):
 
 
 class PackCorrupt(CatalogError):
-    """A pack's files differ from its manifest; it is moved aside and built again."""
+    """A pack's files differ from its manifest.
+
+    The pack is moved aside and built again.
+    """

@@ -1,4 +1,4 @@
-"""What a command in a guest came to, and what a search found there."""
+"""Results of commands and searches in a guest."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import attrs
 
-from pytest_vmbottle.errors import CommandFailed
+from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.shown import printable, tail
 
-__all__ = ["Match", "Matches", "Result", "printable", "tail"]
+__all__ = ["CommandFailed", "CommandTimeout", "Match", "Matches", "Result", "printable", "tail"]
 
 _SHOWN_LINES = 60
 _SHOWN = 1 << 16
@@ -30,7 +30,7 @@ class Result:
         stderr: Its standard error, likewise.
         duration: Seconds from sending it to having its status.
         truncated: Whether a stream was longer than 16 MiB: then its first 16 MiB are here, followed by a mark.
-        note: What else is known of its end, for people, such as that the guest's OOM killer was at work; else empty.
+        note: An explanation of its end, for people, such as that the guest's OOM killer ended it; else empty.
     """
 
     argv: tuple[str, ...]
@@ -43,12 +43,13 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether the status was 0."""
+        """Tell whether the exit status was 0."""
         return self.returncode == 0
 
     @property
     def stdout_bytes(self) -> bytes:
         """Standard output exactly as the guest sent it."""
+        # With a surrogate for each byte that is not UTF-8, so that nothing is lost on the way.
         return self.stdout.encode("utf-8", "surrogateescape")
 
     @property
@@ -57,10 +58,10 @@ class Result:
         return self.stderr.encode("utf-8", "surrogateescape")
 
     def check(self) -> Result:
-        """Returns the result itself if the status was 0.
+        """Return the result itself if the status was 0.
 
         Raises:
-            CommandFailed: The status was another.
+            CommandFailed: The status was not 0.
         """
         if not self.ok:
             __tracebackhide__ = True
@@ -68,7 +69,10 @@ class Result:
         return self
 
     def describe(self) -> str:
-        """The command, its status and both streams, for people: control characters neutralised, long streams cut."""
+        """Return the command, its status and both streams, for people.
+
+        Control characters are neutralised, and long streams are cut.
+        """
         parts = [f"$ {printable(shlex.join(self.argv))}", f"status {self.returncode}, after {self.duration:.2f} s"]
         for name, stream in (("stdout", self.stdout), ("stderr", self.stderr)):
             if stream:
@@ -81,12 +85,12 @@ class Result:
 
 @attrs.frozen(kw_only=True)
 class Match:
-    """A line in which a search found its pattern.
+    """A line that matches a search.
 
     Attributes:
         path: The file in the guest; bytes that are not UTF-8 are kept as surrogate escapes.
         line: The number of the line, from 1.
-        text: The line without its newline. Of a longer one the first 1000 characters are here, and `…`.
+        text: The line without its newline. A long line is cut to 1000 characters and `…`.
     """
 
     path: str
@@ -94,16 +98,16 @@ class Match:
     text: str
 
     def __str__(self) -> str:
-        """As grep shows it, control characters neutralised."""
+        """Return the match as grep shows it, with control characters neutralised."""
         return printable(f"{self.path}:{self.line}: {self.text}")
 
 
 class Matches(list[Match]):
-    """What a search found: a list, in the order in which the guest's files were read.
+    """Matches of a search, in the order in which the guest's files were read.
 
     Attributes:
-        truncated: Whether there were more matches than asked for.
-        timed_out: Whether the search was ended by its time-out: then there may be more.
+        truncated: Whether there were more matches than `max_results`.
+        timed_out: Whether the search was ended by its time-out; then there may be more matches.
     """
 
     def __init__(self, matches: Iterable[Match] = (), *, truncated: bool = False, timed_out: bool = False) -> None:
@@ -112,7 +116,7 @@ class Matches(list[Match]):
         self.timed_out = timed_out
 
     def by_path(self) -> dict[str, list[Match]]:
-        """The matches of each file.
+        """Return the matches of each file.
 
         >>> Matches([Match(path="/a", line=3, text="x"), Match(path="/a", line=7, text="x")]).by_path().keys()
         dict_keys(['/a'])
@@ -127,3 +131,36 @@ class Matches(list[Match]):
         above = [f"[{len(self) - _SHOWN_LINES} matches above]"] if len(self) > _SHOWN_LINES else []
         lines = "\n".join([*above, *map(str, self[-_SHOWN_LINES:])])
         return f"<Matches: {len(self)}{flags}\n{lines}>" if self else f"<Matches: none{flags}>"
+
+
+def _noted(result: Result) -> str:
+    return f": {result.note}" if result.note else ""
+
+
+class CommandFailed(VMBottleError):
+    """A command in the guest ended with a status other than 0.
+
+    Attributes:
+        result: The `Result`, with the command, both streams and the status.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(f"the command ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
+        self.result = result
+
+
+class CommandTimeout(VMBottleError, TimeoutError):
+    """A command in the guest did not end in time.
+
+    A command of `exec` was killed; one of `spawn` runs on.
+
+    Attributes:
+        result: The `Result` with its output by then; the return code is -9.
+        timeout: The time-out in seconds.
+    """
+
+    def __init__(self, result: Result, timeout: float, *, killed: bool = True) -> None:
+        outcome = "was killed" if killed else "runs on"
+        super().__init__(f"the command did not end within {timeout:g} s and {outcome}{_noted(result)}\n{result.describe()}")
+        self.result = result
+        self.timeout = timeout

@@ -1,95 +1,153 @@
-"""What all that starts machines is told: one table, and the values as they hold for pytest and for the command line alike."""
+"""Settings of everything that starts machines: one table, for pytest and the command line alike.
+
+Options, their help, environment variables, ini options and the documentation's table are made from it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-from pytest_vmbottle._os import parse_size
-from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.errors import SpecError
+from pytest_vmbottle.host.sizes import parse_size
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.backends.qemu import Account
+    from pytest_vmbottle.host.account import Account
 
-__all__ = ["SETTINGS", "Setting", "Settings"]
+__all__ = ["SETTINGS", "Setting", "Settings", "parse_pairs"]
 
 
 @attrs.frozen
 class Setting:
-    """One of them.
+    """One setting.
 
     Attributes:
-        name: With hyphens, as in options.
-        default: What holds if nobody says anything.
-        help: What it decides.
+        name: Its name with hyphens, as in options.
+        default: The default value.
+        help: Its purpose, for help texts.
+        meaning: The effect of the default, in words.
+        metavar: The kind of value, in a word for people.
         choices: All values that it takes, if they can be listed.
-        flag: Whether it is on or off.
-        tests_only: Whether it means nothing without pytest.
+        flag: Whether it has no value, but is on or off.
+        pairs: Whether it takes any number of `name = reference`, separated by commas or by the ends of lines.
+        tests_only: Whether it applies to pytest only.
     """
 
     name: str
     default: str
     help: str
-    choices: tuple[str, ...] = ()
-    flag: bool = False
-    tests_only: bool = False
+    meaning: str = attrs.field(default="", kw_only=True)
+    metavar: str = attrs.field(default="", kw_only=True)
+    choices: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    flag: bool = attrs.field(default=False, kw_only=True)
+    pairs: bool = attrs.field(default=False, kw_only=True)
+    tests_only: bool = attrs.field(default=False, kw_only=True)
 
     @property
     def key(self) -> str:
-        """Its name as a word of Python and of ini files, there after `vm_`."""
+        """Its name as a Python identifier."""
         return self.name.replace("-", "_")
 
     @property
     def env(self) -> str:
-        """The environment variable that says it."""
+        """Its environment variable."""
         return f"VMBOTTLE_{self.key.upper()}"
+
+    @property
+    def ini(self) -> str:
+        """Its option in pytest's ini file."""
+        return f"vm_{self.key}"
+
+    @property
+    def takes(self) -> str:
+        """Placeholder of its value in help texts; empty for a flag."""
+        return "|".join(self.choices) or self.metavar
+
+    @property
+    def sentence(self) -> str:
+        """Help text with the default."""
+        return f"{self.help} (default: {', '.join(part for part in (self.default, self.meaning) if part)})"
 
 
 _PACK_KINDS = ("auto", *map(str, PackKind))
 
 SETTINGS = (
-    Setting("backend", "auto", "What runs machines: auto, qemu, smolvm, or a name that a plugin knows"),
-    Setting("accel", "auto", "How QEMU runs guest code", ("auto", "kvm", "hvf", "tcg")),
+    Setting("backend", "auto", "What runs machines: qemu, smolvm, or a name that a plugin knows", meaning="QEMU", metavar="NAME"),
     Setting(
-        "catalog", "", "Folder shared by all workers and runs (default: pytest-vmbottle in the user's cache folder)", tests_only=True
+        "accel",
+        "auto",
+        "How QEMU runs guest code",
+        meaning="KVM if a guest was seen to run on it, else emulation",
+        choices=("auto", "kvm", "hvf", "tcg"),
+    ),
+    Setting(
+        "catalog",
+        "",
+        "Folder of images and packs, shared by all workers and runs",
+        meaning="pytest-vmbottle in the user's cache folder",
+        metavar="DIR",
+        tests_only=True,
     ),  # the command line says it before its subcommand
     Setting(
         "missing",
         "",
-        "What becomes of tests whose machine this host cannot run (default: fail if CI is set, else skip)",
-        ("skip", "fail"),
+        "What becomes of tests whose machine this host cannot run",
+        meaning="fail if CI is set, else skip",
+        choices=("skip", "fail"),
         tests_only=True,
     ),
-    Setting("pack", "auto", "Kind of pack that machines are poured from: template and stream have RAM, disk is booted", _PACK_KINDS),
-    Setting("run-as", "", "User, or user:group, that QEMU runs as where root starts it (default: root)"),
-    Setting("rebuild", "", "Make all packs that are used again", flag=True),
-    Setting("timeout-factor", "1", "Multiply all time-outs with this number"),
-    Setting("memory-budget", "", "RAM that the machines of all workers and runs have together (default: four fifths of what is to spare)"),
-    Setting("infra-retries", "1", "How often a machine that could not be provided is tried again, on a fresh one"),
-    Setting("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", flag=True, tests_only=True),
+    Setting(
+        "pack",
+        "auto",
+        "Kind of pack that machines are cloned from: template and stream have RAM, disk is booted",
+        meaning="the best that works",
+        choices=_PACK_KINDS,
+    ),
+    Setting("run-as", "", "User that QEMU runs as where root starts it", meaning="root", metavar="USER[:GROUP]"),
+    Setting("rebuild", "", "Make all packs that are used again", meaning="off", flag=True),
+    Setting("timeout-factor", "1", "Multiply all time-outs with this number", metavar="NUMBER"),
+    Setting(
+        "memory-budget",
+        "",
+        "RAM that the machines of all workers and runs have together",
+        meaning="four fifths of what is to spare",
+        metavar="SIZE",
+    ),
+    Setting("infra-retries", "1", "How often a machine that could not be provided is tried again, on a fresh one", metavar="COUNT"),
+    Setting("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", meaning="off", flag=True, tests_only=True),
+    Setting(
+        "smolvm-images",
+        "",
+        "What names of images stand for with smolvm; an empty reference is smolvm's own Alpine",
+        meaning="none",
+        metavar="NAME=REFERENCE,...",
+        pairs=True,
+    ),
 )
 
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """All that was told, checked.
+    """Values of all settings, checked.
 
     Attributes:
-        backend: What runs machines, or `auto`.
-        accelerator: How QEMU runs guest code, or `auto`.
-        catalog: The folder; empty for the user's own.
+        backend: Name of the backend, or `auto`.
+        accelerator: Name of QEMU's accelerator, or `auto`.
+        catalog: The catalog's folder; empty for the user's own.
         skips_missing: Whether a test whose machine this host cannot run is skipped, rather than an error.
-        pack_kind: The only kind of pack that is to be poured from, if any.
-        account: Who QEMU runs as, if not who starts it.
+        pack_kind: The only kind of pack to clone machines from, if any.
+        account: The account that QEMU runs as; None for our own.
         rebuild: Whether packs are made again.
-        timeout_factor: What all time-outs are multiplied with.
-        memory_budget: In bytes; None for a share of what is to spare.
-        infra_retries: How often a machine that could not be provided is tried again.
-        fail_on_leak: Whether a run fails that leaves something behind.
+        timeout_factor: Factor of all time-outs.
+        memory_budget: Bytes of RAM for all machines; None for a part of the available memory.
+        infra_retries: Number of retries for a machine that could not be started.
+        fail_on_leak: Whether a run that leaves something behind fails.
+        images: References by image name, for a backend with images of its own.
     """
 
     backend: str
@@ -103,17 +161,23 @@ class Settings:
     memory_budget: int | None
     infra_retries: int
     fail_on_leak: bool
+    images: Mapping[str, str]
+
+    def backend_for(self, asked: str = "auto") -> str:
+        """Return the name of the backend that a machine asks for: `auto` is the setting, and that by default QEMU."""
+        wanted = self.backend if asked == "auto" else asked
+        return "qemu" if wanted == "auto" else wanted
 
     @classmethod
     def read(cls, *sources: Callable[[Setting], object], prefix: str = "--") -> Self:
-        """Reads them all; the first source that says something of one counts, then its default.
+        """Read all settings; the first source that has a value counts, then the default.
 
         Args:
-            sources: Give what is said of a setting; None or an empty text for nothing.
-            prefix: What options begin with: for messages.
+            sources: Functions that return a setting's value; None or an empty text for none.
+            prefix: Prefix of options, for messages.
 
         Raises:
-            SpecError: One has a value that makes no sense; the message begins with its option.
+            SpecError: A setting has an invalid value; the message begins with its option.
         """
 
         def given(name: str, read: Callable[[str], Any]) -> Any:
@@ -163,12 +227,33 @@ def _infra_retries(text: str) -> int:
     return int(text)
 
 
+def parse_pairs(text: str) -> dict[str, str]:
+    """Parse `name = reference` entries into a dictionary.
+
+    >>> parse_pairs("debian-12 =, web = './web.tar'")
+    {'debian-12': '', 'web': './web.tar'}
+
+    Raises:
+        SpecError: An entry is not a pair.
+    """
+    pairs = {}
+    for entry in filter(None, map(str.strip, re.split("[,\\n]", text))):
+        name, equals, reference = (part.strip() for part in entry.partition("="))
+        if not equals or not name:
+            raise SpecError(f"{entry!r} is not of the form name = reference")
+        pairs[name] = reference.strip("\"'")
+    return pairs
+
+
 def _account(text: str) -> Account | None:
-    """Who QEMU runs as. Nobody but root can choose that, and nobody else needs to: it may stand in an ini file for all."""
+    """Return the account that QEMU runs as, if root starts it.
+
+    Nobody but root can choose that, and nobody else needs to: it may stand in an ini file for all.
+    """
     if not text:
         return None
     # Imported here and not above: most runs have no need of it, nor of what it takes.
-    from pytest_vmbottle.backends.qemu import Account
+    from pytest_vmbottle.host.account import Account
 
     account = Account.parse(text)
     return account if os.geteuid() == 0 else None
@@ -186,4 +271,5 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "memory_budget": ("memory-budget", _memory_budget),
     "infra_retries": ("infra-retries", _infra_retries),
     "fail_on_leak": ("fail-on-leak", _is_yes),
+    "images": ("smolvm-images", parse_pairs),
 }

@@ -1,6 +1,7 @@
-"""Text from a guest, made safe to show: on a terminal, in a report, in an error, and in the log of a CI job.
+"""Neutralising of guest text for terminals, reports, errors and CI logs.
 
-What runs jobs acts on lines of their logs, and a guest that could write one could set variables, hide what follows, or end the job well.
+CI services obey command lines in the logs of their jobs. A guest that could write one could set variables, hide what follows, or make the
+job succeed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _BUILDKITE = ("---", "+++", "~~~", "^^^")
 
 
 def visible(text: str) -> str:
-    r"""Makes control characters visible escapes, however long the text is.
+    r"""Replace control characters by visible escapes, in a text of any length.
 
     >>> visible("red: \x1b[31m")
     'red: \\x1b[31m'
@@ -39,15 +40,18 @@ def visible(text: str) -> str:
 
 
 def printable(text: str, most: int = MOST) -> str:
-    r"""Makes guest text safe to show: no control characters, no commands to a CI service, and no more than is shown of any text.
+    r"""Make guest text safe to show.
+
+    Control characters and commands for CI services are neutralised, and long texts are cut.
 
     Args:
-        text: What a guest may have had a part in.
-        most: Characters of it that are shown, half of them from its end.
+        text: Text that may come from a guest in part.
+        most: Characters that are shown, half of them from the text's end.
 
     >>> printable("one\n  ::error::\x1b[31mtwo")
     'one\n  : :error::\\x1b[31mtwo'
     """
+    # Most texts are one plain line, and this is called for each of them.
     if text.isascii() and text.isprintable() and text[:1] not in " :-+~^" and "##" not in text and "section_" not in text:
         return _shortened(text, most)  # one plain line, as most are
     plain = _shortened(text, most).replace("\r\n", "\n")
@@ -57,7 +61,9 @@ def printable(text: str, most: int = MOST) -> str:
 
 
 def coloured(text: str) -> str:
-    r"""Makes text safe to show that pytest has put together of its own words, a test's and a guest's: all of it, and with its colours.
+    r"""Make a report of pytest safe to show, in full and with its colours.
+
+    It mixes pytest's own text with a test's and a guest's.
 
     >>> coloured("\x1b[31m##[error]\x1b[0m \x1b[2J")
     '\x1b[31m# #[error]\x1b[0m \\x1b[2J'
@@ -72,7 +78,7 @@ def _broken(match: re.Match[str]) -> str:
 
 
 def _indented(text: str) -> str:
-    """The same with a blank before what would be a heading in a log of Buildkite's, which knows them at the beginning of a line alone."""
+    """Indent lines that Buildkite takes for headings, which it knows at the beginning of a line only."""
     text = f"\n{text}"
     for mark in _BUILDKITE:
         text = text.replace(f"\n{mark}", f"\n {mark}")
@@ -81,11 +87,12 @@ def _indented(text: str) -> str:
 
 def _shortened(text: str, most: int) -> str:
     left_out = len(text) - most
+    # Both ends are kept: the beginning says what it is, the end says what went wrong.
     return text if left_out <= 0 else f"{text[: most // 2]}\n[{left_out} characters left out]\n{text[-(most // 2) :]}"
 
 
 def tail(text: str, lines: int) -> str:
-    """Returns the last lines of a text, saying how many were left out."""
+    """Return the last lines of a text, and say how many were left out."""
     at = end = len(text) - text.endswith("\n")
     for _ in range(lines):
         at = text.rfind("\n", 0, at)

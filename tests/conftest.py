@@ -1,4 +1,4 @@
-"""What tests of every kind ask of the host."""
+"""Checks of the host, and helpers, for tests of every kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], folder: Path, mar
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that only waits for its parent to take note of its end has."""
+    """Tell whether a process has ended; a zombie, which its parent has not waited for, has ended too."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

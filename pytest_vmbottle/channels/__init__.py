@@ -1,1 +1,1 @@
-"""Ways to run commands in a guest."""
+"""Channels: ways to run commands in a guest."""

@@ -1,39 +1,41 @@
-"""Commands by the guest agent while there is one, and by SSH while there is none: it can be stopped, restarted or upgraded."""
+"""A channel that uses the guest agent while it is there, and SSH otherwise.
+
+An agent can be stopped, restarted or upgraded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
 
 import attrs
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Finished
 from pytest_vmbottle.channels.guest_agent import AgentEnded, GuestAgent
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
 from pytest_vmbottle.channels.ssh import SshChannel
 from pytest_vmbottle.errors import MachineDied, MachineTimeout
+from pytest_vmbottle.host.deadline import Deadline
 
 __all__ = ["AgentOrSsh"]
 
 _RETURN = 1.0
-"""Seconds that an agent which is being restarted is waited for: logging in by SSH takes longer."""
+"""Seconds to wait for an agent that is being restarted: logging in by SSH takes longer."""
 _ENDING = 60.0
 """Seconds that a guest may take to power off once its agent has gone."""
 _STATE = Command(argv=("systemctl", "is-system-running"), env=(("PATH", GUEST_PATH),))
 _PATIENCE = 20.0
-"""Seconds that it may take to find another way, where a command has less."""
+"""Seconds for finding another channel, even if the command has less."""
 
 
 @attrs.frozen(kw_only=True)
-class AgentOrSsh:
+class AgentOrSsh(Channel):
     """The channel of a guest whose agent may come and go.
 
     Attributes:
-        agent: The conversation with it, whichever agent that is.
-        present: Tells whether there is one now: whether its port is open in the guest.
-        logged_in: Gives the SSH connection that there is already.
-        log_in: Tries to get one.
+        agent: The channel to the agent, whichever agent that is.
+        present: Function that tells whether an agent has its port open in the guest now.
+        logged_in: Function that returns the existing SSH connection, if any.
+        log_in: Function that tries to make one.
     """
 
     agent: GuestAgent
@@ -42,8 +44,11 @@ class AgentOrSsh:
     log_in: Callable[[Deadline], SshChannel | None]
 
     def _way(self, deadline: Deadline) -> tuple[Channel, Deadline]:
-        """What to speak by, and until when: what it takes to find another way is not the command's time."""
-        way = self._known() or Deadline(_RETURN).poll(self._known)
+        """Choose the channel for a command; return it with the command's deadline.
+
+        Time for finding another channel is not taken from the command's.
+        """
+        way: Channel | None = self._known() or Deadline(_RETURN).poll(self._known)
         if way is not None:
             return way, deadline
         limit = Deadline(max(_PATIENCE, deadline.remaining))
@@ -56,14 +61,17 @@ class AgentOrSsh:
         return self.agent if self.present() else self.logged_in()
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command to its end (see `Channel.run`)."""
+        """Run a command to its end (see `Channel.run`)."""
         with self._told_from_the_end():
             channel, deadline = self._way(deadline)
             return channel.run(command, deadline=deadline)
 
     @contextmanager
     def _told_from_the_end(self) -> Iterator[None]:
-        """Waits for the end of a guest that powers off: its agent is the first to go, and only its end says what has happened."""
+        """Wait for the end of a guest that is powering off, after its agent has ended.
+
+        The agent is the first to go, and only the guest's end explains it.
+        """
         try:
             yield
         except AgentEnded:
@@ -71,8 +79,12 @@ class AgentOrSsh:
             raise
 
     def _stays(self) -> bool:
-        """Tell whether the guest goes on, without its agent or with another one; raises `MachineDied` if it has ended."""
+        """Tell whether the guest goes on, without its agent or with another one.
+
+        Raises `MachineDied` if it has ended.
+        """
         self.agent.check()
+        # An agent that has been started again proves that the guest does not power off.
         if self.present():
             return True
         with suppress(MachineDied, MachineTimeout):
@@ -81,16 +93,6 @@ class AgentOrSsh:
                 return b"stopping" not in way.run(_STATE, deadline=Deadline(_PATIENCE)).stdout
         return False
 
-    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command with a host file as its input."""
-        channel, deadline = self._way(deadline)
-        return channel.put(source, command, deadline=deadline)
-
-    def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
-        """Runs a command and writes its standard output to a host file."""
-        channel, deadline = self._way(deadline)
-        return channel.get(command, sink, deadline=deadline)
-
     def close(self) -> None:
-        """Gives up the agent's line; SSH is closed by who logged in."""
+        """Close the agent's socket; the owner of the SSH login closes that."""
         self.agent.close()

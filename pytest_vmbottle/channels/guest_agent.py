@@ -1,6 +1,8 @@
-"""Commands by the QEMU guest agent, over virtio-serial: no network, no login, and the quickest answers.
+"""The channel of the QEMU guest agent, over virtio-serial.
 
-The protocol is one JSON object per line, with `guest-sync-delimited` to begin anew (docs/interop/qemu-ga-ref in QEMU's documentation).
+It needs no network and no login, and answers fastest.
+
+The protocol is one JSON object per line, with `guest-sync-delimited` to start over (docs/interop/qemu-ga-ref in QEMU's documentation).
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ import signal
 import socket
 import threading
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, MAX_OUTPUT, Command, Finished, not_run
+from pytest_vmbottle.channels.port import GUEST_PATH, MAX_OUTPUT, Channel, Command, Finished, not_run
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.package_data import read_script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["AgentEnded", "AgentRefused", "GuestAgent"]
 
@@ -32,26 +34,21 @@ _T = TypeVar("_T")
 _CHUNK = 1 << 20
 _SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")  # noqa: S108 - in the guest
 _GRACE = 10.0
-"""Seconds that the agent itself may take over a reply, beyond what a command was given."""
+"""Seconds that the agent itself may take to reply, besides the command's time."""
 _MAX_REPLY = 3 * MAX_OUTPUT
-"""Bytes of one reply: both streams in base64 are 8/3 of what they hold at most. A longer one is a hostile guest."""
+"""Bytes of one reply: both streams in base64 take at most 8/3 of `MAX_OUTPUT`. A longer reply is a hostile guest's."""
 _AT_ONCE = 3000
-"""Bytes of a request that may follow others before these are answered. The agent reads 4096 bytes at a time, and was seen to wait for ever
-for the rest of a request that began in the middle of them."""
+"""Bytes of a request that may follow others before these are answered.
+
+The agent reads 4096 bytes at a time. It was seen to wait for ever for the rest of a request that began in the middle of them.
+"""
 _MAX_PARTS = 50_000
-"""Brackets, commas and colons of one reply: each may cost a hundred times its size once it is read. Real ones have some hundreds."""
+"""Brackets, commas and colons of one reply: each may cost a hundred times its size when it is parsed. Real replies have some hundreds."""
 
 
 log = logging.getLogger(__name__)
 
-# Moves the agent out of its unit's control group, and with it what it starts from now on. What befalls the unit is then not the end of that
-# (KillMode= in systemd.service), nor what the OOM killer does to that the end of the unit (OOMPolicy=).
-_APART = r"""
-group=/sys/fs/cgroup/vmbottle
-[ -e /sys/fs/cgroup/cgroup.procs ] || exit 0
-[ -d $group ] || mkdir $group
-echo $PPID >$group/cgroup.procs
-"""
+_APART = read_script(__package__, "leave_unit.sh")
 _Request = tuple[str, dict[str, Any]]
 
 
@@ -60,23 +57,25 @@ class AgentRefused(MachineDied):
 
 
 class AgentEnded(MachineError):
-    """The agent has ended, or another has taken its place, before it had answered; the guest runs on."""
+    """The agent ended or was replaced before it answered; the guest runs on."""
 
 
-class GuestAgent:
-    """A conversation with the guest agent; safe to use from several threads.
+class GuestAgent(Channel):
+    """A connection to the guest agent.
+
+    Safe to use from several threads.
 
     Attributes:
-        login: The agent's handle of the file that says as which login it starts processes; None if it has none.
+        login: The agent's handle of /proc/self/loginuid, which sets the login of the processes that it starts; None if it has no handle.
     """
 
     def __init__(self, sock: socket.socket, *, alive: Callable[[], None], changes: Callable[[], int] = lambda: 0) -> None:
-        """Takes a connected socket.
+        """Take a connected socket.
 
         Args:
             sock: The host's end of the agent's port.
-            alive: Called while waiting; raises `MachineDied` when the guest cannot answer any more.
-            changes: Tells how often an agent has opened or closed the port in the guest.
+            alive: Function that is called while waiting, and raises `MachineDied` if the guest can no longer answer.
+            changes: Function that returns how often an agent has opened or closed the port in the guest.
         """
         self._sock = sock
         self._alive = alive
@@ -88,21 +87,22 @@ class GuestAgent:
         self._unread = False
 
     def check(self) -> None:
-        """Raises `MachineDied` when the guest cannot answer any more."""
+        """Raise `MachineDied` if the guest can no longer answer."""
         self._alive()
 
     def sync(self, *, deadline: Deadline) -> None:
-        """Waits until the agent answers, and drops whatever an earlier conversation left on the line.
+        """Wait until the agent answers, and discard old replies.
 
         Raises:
-            MachineTimeout: It does not answer.
-            MachineDied: It cannot any more.
+            MachineTimeout: The agent does not answer.
+            MachineDied: The guest can no longer answer.
         """
         with self._lock:
             self._sync(deadline)
 
     def _sync(self, deadline: Deadline) -> None:
         while True:
+            # An answer that came late belongs to an earlier question. A random token tells them apart.
             token = secrets.randbits(48)
             # The leading 0xFF makes the agent forget half a request that an earlier connection may have left behind.
             self._send("guest-sync-delimited", b"\xff" + _message("guest-sync-delimited", {"id": token}), deadline)
@@ -113,11 +113,13 @@ class GuestAgent:
                 raise MachineTimeout("the guest agent does not answer")
 
     def runs_commands(self, *, deadline: Deadline) -> bool:
-        """Waits until the agent answers; whether it runs commands, which Fedora and its relatives forbid theirs.
+        """Wait until the agent answers; return whether it may run commands.
+
+        Fedora and its relatives forbid it to theirs.
 
         Raises:
-            MachineTimeout: It does not answer.
-            MachineDied: It cannot any more, or its answer makes no sense.
+            MachineTimeout: The agent does not answer.
+            MachineDied: The guest can no longer answer, or its answer is invalid.
         """
         self.sync(deadline=deadline)
         (line,) = self._exchange([("guest-info", {})], Deadline(_GRACE))
@@ -135,17 +137,22 @@ class GuestAgent:
         return False
 
     def call(self, name: str, *, deadline: Deadline, **arguments: Any) -> Any:
-        """Calls one function of the agent and returns its answer; underscores in argument names stand for dashes.
+        """Call one function of the agent and return its answer.
+
+        Underscores in argument names stand for dashes.
 
         Raises:
-            AgentRefused: It answered with an error.
+            AgentRefused: The agent answered with an error.
         """
         request = {key.replace("_", "-"): value for key, value in arguments.items()}
         (line,) = self._exchange([(name, request)], deadline)
         return _answer(name, line, lambda answer: answer)
 
     def _exchange(self, requests: list[_Request], deadline: Deadline, since: int | None = None) -> list[bytes]:
-        """Makes calls one directly after the other, and returns their answers: of the agent that was there after so many changes."""
+        """Send several calls at once, and return their answers.
+
+        All must come from the same agent: the one that was there after `since` changes.
+        """
         last = requests[-1][0]
         lines: list[bytes] = []
         with self._lock:
@@ -185,15 +192,23 @@ class GuestAgent:
             raise self._lost(str(error)) from error
 
     def _lost(self, reason: str) -> MachineDied:
-        """What to raise for a closed line: if the hypervisor is ending, its end says more, so that is waited for."""
+        """Return the error for a closed connection.
+
+        If the hypervisor is ending, its end says more, so it is awaited for a moment.
+        """
         Deadline(2.0).poll(self._alive, every=0.05)
         return MachineDied(f"the guest agent's line is closed: {reason}")
 
     def _line(self, deadline: Deadline, check: Callable[[], None] | None = None) -> bytes | None:
-        """The next line, or None at the deadline; what is called while waiting may raise."""
+        """Return the next line, or None at the deadline.
+
+        `check` is called while waiting, and may raise.
+        """
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
+            # Searched from where the last search ended: a large reply comes in hundreds of pieces.
             searched = len(self._buffer)
+            # A guest that never ends a line would fill the host's memory.
             if searched > _MAX_REPLY:
                 raise MachineDied(f"the guest agent sent more than {_MAX_REPLY} bytes without an end")
             if not self._receive(deadline, check or self._alive):
@@ -204,6 +219,7 @@ class GuestAgent:
 
     def _receive(self, deadline: Deadline, check: Callable[[], None]) -> bool:
         while not deadline.expired:
+            # Small steps, because `check` is what notices a guest that died, and a dead one sends no end.
             self._sock.settimeout(max(0.001, min(0.5, deadline.remaining)))
             try:
                 received = self._sock.recv(1 << 18)
@@ -219,10 +235,11 @@ class GuestAgent:
         return False
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command to its end (see `Channel.run`)."""
+        """Run a command to its end (see `Channel.run`)."""
         try:
             pid = self._start(command, deadline)
         except AgentRefused as error:
+            # For a program that cannot be started the agent has an error, where a shell has a status.
             code = 126 if "Permission denied" in str(error) else 127
             return not_run(Finished(returncode=code, stderr=b"env: " + str(error).encode()), command)
         status = self._status(pid, deadline)
@@ -233,65 +250,16 @@ class GuestAgent:
         # Without a status something outlived the kill and holds the pipes, and the agent keeps to itself what they gave.
         return Finished(returncode=-9, timed_out=True) if status is None else _killed(status)
 
-    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command with a host file as its input, by way of a file in the guest."""
-        with self._spool(command) as (path, feeding):
-            handle = self._open(path, "w", deadline)
-            try:
-                while chunk := source.read(_CHUNK):
-                    self._write(handle, chunk, deadline)
-            finally:
-                self.call("guest-file-close", deadline=Deadline(_GRACE), handle=handle)
-            return self.run(feeding(f'exec "$@" < {path}'), deadline=deadline)
-
-    def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
-        """Runs a command and writes its standard output to a host file, by way of a file in the guest."""
-        with self._spool(command) as (path, feeding):
-            finished = self.run(feeding(f'exec "$@" > {path}'), deadline=deadline)
-            handle = self._open(path, "r", deadline)
-            try:
-                self._read(handle, sink, deadline)
-            finally:
-                self.call("guest-file-close", deadline=Deadline(_GRACE), handle=handle)
-            return finished
-
-    @contextmanager
-    def _spool(self, command: Command) -> Iterator[tuple[str, Callable[[str], Command]]]:
-        """A private file in the guest for the length of a block, and what wraps the command in a shell that redirects to it."""
-        plain = Command(argv=("mktemp", "/var/tmp/vmbottle.XXXXXXXX"), env=(("PATH", GUEST_PATH),))  # noqa: S108 - in the guest
-        made = self.run(plain, deadline=Deadline(_GRACE))
-        path = made.stdout.decode("ascii", "replace").strip()
-        if made.returncode or not _SPOOL.fullmatch(path):
-            raise MachineError(f"no temporary file could be made in the guest: {made.stderr.decode(errors='replace').strip()}")
-        try:
-            yield path, lambda script: attrs.evolve(command, argv=("/bin/sh", "-c", script, "sh", *command.argv))
-        finally:
-            self.run(attrs.evolve(plain, argv=("rm", "-f", path)), deadline=Deadline(_GRACE))
-
     def _open(self, path: str, mode: str, deadline: Deadline) -> int:
         (line,) = self._exchange([("guest-file-open", {"path": path, "mode": mode})], deadline)
         return _answer("guest-file-open", line, int)
-
-    def _write(self, handle: int, chunk: bytes, deadline: Deadline) -> None:
-        while chunk:
-            data = base64.b64encode(chunk).decode()
-            (line,) = self._exchange([("guest-file-write", {"handle": handle, "buf-b64": data})], deadline)
-            chunk = chunk[_answer("guest-file-write", line, lambda answer: _within(answer["count"], 1, _CHUNK)) :]
-
-    def _read(self, handle: int, sink: BinaryIO, deadline: Deadline) -> None:
-        ended = False
-        while not ended:
-            (line,) = self._exchange([("guest-file-read", {"handle": handle, "count": _CHUNK})], deadline)
-            data, ended = _answer(
-                "guest-file-read", line, lambda answer: (base64.b64decode(answer["buf-b64"], validate=True), bool(answer["eof"]))
-            )
-            sink.write(data)
 
     def _start(self, command: Command, deadline: Deadline) -> int:
         limit = Deadline(deadline.remaining + _GRACE)
         if self._settled != self._changes():
             self._settle(limit)
         logging_in = self._as_login(command.tag)
+        # All in one exchange, so that no other thread's command gets this login.
         *logged_in, started = self._exchange([*logging_in, _exec(command)], limit)
         try:
             for (name, _), line in zip(logging_in, logged_in, strict=True):
@@ -302,11 +270,18 @@ class GuestAgent:
         return _answer("guest-exec", started, _pid)
 
     def adopt(self, login: int | None) -> None:
-        """Takes over an agent that was spoken to before its guest was saved, with the handle that `login` had then."""
+        """Take over an agent that was in use before the guest was saved.
+
+        `login` is the handle that it had then.
+        """
         self._settled, self.login = self._changes(), login
 
     def _settle(self, deadline: Deadline) -> None:
-        """Sees to it that what an agent starts is apart from it, once in the life of that agent."""
+        """Move the agent out of its unit's control group, and open the login handle; once for each agent.
+
+        Commands then outlive the unit, and what the OOM killer does to them does not end the unit.
+        """
+        # Taken before the calls: if the agent is replaced meanwhile, the new one is settled too.
         found, login = self._changes(), None
         try:
             (started,) = self._exchange([_exec(Command(argv=("/bin/sh", "-c", _APART), env=(("PATH", GUEST_PATH),)))], deadline)
@@ -317,7 +292,10 @@ class GuestAgent:
         self._settled, self.login = found, login
 
     def _as_login(self, tag: str) -> list[_Request]:
-        """The calls that have the agent start what comes next as a login of its own: no process is needed for it, which would cost much."""
+        """Return the calls that give the next process a login of its own.
+
+        They need no extra process in the guest, which would be slow.
+        """
         if self.login is None:
             return []
         number = base64.b64encode(tag.encode()).decode()
@@ -327,7 +305,7 @@ class GuestAgent:
         ]
 
     def _status(self, pid: int, deadline: Deadline) -> Finished | None:
-        """How the process ended, or None if it has not by the deadline."""
+        """Wait for a process's end; return None if it has not ended by the deadline."""
         began, since = time.monotonic(), self._changes()
         pause = 0.001
         while True:
@@ -352,7 +330,7 @@ class GuestAgent:
             ) from error
 
     def close(self) -> None:
-        """Closes the line."""
+        """Close the connection."""
         self._sock.close()
 
 
@@ -376,17 +354,20 @@ _NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Rec
 
 
 def _parsed(line: bytes) -> Any:
+    # Counted before parsing: nested brackets would exhaust Python's memory or its stack.
     if sum(map(line.count, (b"[", b"{", b",", b":"))) > _MAX_PARTS:
         raise ValueError("too many parts")
     return json.loads(line)
 
 
 def _answer(name: str, line: bytes, read: Callable[[Any], _T]) -> _T:
-    """What an answer says, by who knows what it should: a guest may send anything.
+    """Parse an answer with `read`.
+
+    A guest may send anything.
 
     Raises:
-        AgentRefused: It is an error.
-        MachineDied: It makes no sense.
+        AgentRefused: The answer is an error.
+        MachineDied: The answer is invalid.
     """
     try:
         answer = _parsed(line)
@@ -408,11 +389,12 @@ def _pid(started: Any) -> int:
 
 
 def _ended(status: Any) -> Finished | None:
-    """How a process ended, or None if it has not."""
+    """Return the outcome of a process, or None if it has not ended."""
     if not status["exited"]:
         return None
     stdout, stderr = (base64.b64decode(status.get(f"{stream}-data", ""), validate=True) for stream in ("out", "err"))
     return Finished(
+        # Every number is checked: a guest may answer with a status that no process can have.
         returncode=-_within(status["signal"], 1, 255) if "signal" in status else _within(status.get("exitcode", 0), 0, 255),
         stdout=stdout[:MAX_OUTPUT],
         stderr=stderr[:MAX_OUTPUT],
@@ -421,5 +403,8 @@ def _ended(status: Any) -> Finished | None:
 
 
 def _killed(finished: Finished) -> Finished:
-    """The outcome at a deadline: a command that was not ended by the kill had ended before, and left something that held its output."""
+    """Return the outcome of a command that was killed at its deadline.
+
+    A command that the kill did not end had ended before, and left something that held its output.
+    """
     return attrs.evolve(finished, returncode=-9, timed_out=True, outlived=finished.returncode != -signal.SIGKILL)

@@ -1,14 +1,14 @@
-"""What is kept of the output of a command whose streams are read as they come, and the outcome that it makes."""
+"""Bounded output of a command whose streams are read as they come."""
 
 from __future__ import annotations
 
-from pytest_vmbottle.backend import MAX_OUTPUT, Command, Finished, not_run
+from pytest_vmbottle.channels.port import MAX_OUTPUT, Command, Finished, not_run
 
 __all__ = ["Outputs"]
 
 
 class _Head:
-    """Keeps the first `MAX_OUTPUT` bytes of what it is given, and knows whether there was more."""
+    """Buffer for the first `MAX_OUTPUT` bytes of a stream, which notes whether there was more."""
 
     def __init__(self) -> None:
         self.kept = bytearray()
@@ -22,13 +22,13 @@ class _Head:
 
 
 class Outputs:
-    """The beginnings of both streams of a command."""
+    """The first bytes of both streams of a command."""
 
     def __init__(self) -> None:
         self.stdout, self.stderr = _Head(), _Head()
 
     def finished(self, command: Command, *, status: int | None, timed_out: bool) -> Finished:
-        """The outcome, with the status -9 if there is none: then it was killed."""
+        """Return the outcome; without a status the command was killed, and it is -9."""
         return not_run(
             Finished(
                 returncode=-9 if status is None else status,

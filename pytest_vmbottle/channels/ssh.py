@@ -1,7 +1,7 @@
-"""Commands by SSH: for guests without the QEMU guest agent, and for large data.
+"""The SSH channel, for guests without the QEMU guest agent and for large data.
 
-The guest's host key is pinned before anything is authenticated, nothing of the user's own SSH set-up (agent, keys, known hosts) is looked
-at, and every wait has a limit.
+The guest's host key is pinned before anything is authenticated, nothing of the user's own SSH set-up (agent, keys, known hosts) is used,
+and every wait has a limit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import paramiko
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Command, Finished, Keys
 from pytest_vmbottle.channels.outputs import Outputs
+from pytest_vmbottle.channels.port import Channel, Command, Finished, Keys, Running, Terminal
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.host.deadline import Deadline
 
 __all__ = ["HostKeyMismatch", "SshChannel", "SshProcess", "SshTerminal", "new_keys"]
 
@@ -33,27 +33,34 @@ _MSG_CHANNEL_REQUEST = 98  # RFC 4254, section 9
 _CHUNK = 1 << 18
 _GRACE = 10.0
 _NO_STATUS = -(1 << 16)
-"""What stands for the status of a command until it has one; paramiko's own -1 is also that of a command ended by SIGHUP."""
+"""Placeholder for the status of a command that has none yet.
+
+paramiko's own -1 is also the status of a command ended by SIGHUP.
+"""
 _PATIENCE = 15.0
-"""Seconds that a guest may take to let us in once it listens: without KVM its part of the key exchange takes several."""
+"""Seconds for one login once the guest listens: without KVM its part of the key exchange takes several."""
 _LOOK = 0.5
-"""Seconds after which a guest that does not answer is looked after."""
+"""Seconds after which a guest that does not answer is checked."""
+# Larger than the 2 MiB that paramiko takes by default: a transfer waits less for adjustments of the window.
 _WINDOW = 1 << 25
 _KEEPALIVE = 5
 _LAST_OUTPUT = 0.5
 _LAST_WORDS = 2.0
-"""Seconds that the status of a program may come later than the end of what it writes."""
+"""Seconds that a program's status may come after the end of its output."""
 log = logging.getLogger(__name__)
 _QUIET = log.getChild("transport")
 _QUIET.setLevel(logging.CRITICAL)
 
 
 class HostKeyMismatch(MachineError):
-    """Something else than our guest answers on its port; it was told nothing."""
+    """Something other than our guest answers on its port.
+
+    Nothing was sent to it.
+    """
 
 
 def new_keys() -> Keys:
-    """Fresh ed25519 keys for a machine and for us."""
+    """Generate ed25519 keys for a machine and for our login."""
     (user_private, user_public), (host_private, host_public) = _key_pair(), _key_pair()
     return Keys(user_private=user_private, user_public=user_public, host_private=host_private, host_public=host_public)
 
@@ -66,7 +73,10 @@ def _key_pair() -> tuple[str, str]:
 
 
 def _on_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
-    """Notes a command's death by signal, which paramiko drops (RFC 4254, section 6.10), and leaves all else to paramiko."""
+    """Record a command's death by signal, which paramiko drops (RFC 4254, section 6.10).
+
+    Everything else is left to paramiko.
+    """
     start = message.packet.tell()
     kind = message.get_text()
     message.get_boolean()
@@ -86,11 +96,14 @@ class _Transport(paramiko.Transport):
     }
 
 
-class SshChannel:
-    """A login by key on a guest's forwarded port; safe to use from several threads."""
+class SshChannel(Channel):
+    """A login by key on a guest's forwarded port.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self, transport: paramiko.Transport, *, alive: Callable[[], None]) -> None:
-        """Takes a transport that has logged in; use `connect`."""
+        """Take a transport that has logged in; use `connect` to make one."""
         self._transport = transport
         self._alive = alive
 
@@ -98,11 +111,11 @@ class SshChannel:
     def connect(
         cls, address: tuple[str, int], keys: Keys, *, user: str = "root", deadline: Deadline, alive: Callable[[], None]
     ) -> SshChannel:
-        """Logs in as soon as the guest lets us.
+        """Log in as soon as the guest accepts it.
 
         Raises:
-            HostKeyMismatch: The server is not the guest we know.
-            MachineTimeout: It did not let us in by the deadline.
+            HostKeyMismatch: The server's host key is not our guest's.
+            MachineTimeout: No login succeeded by the deadline.
             MachineDied: From `alive`, which is called between attempts.
         """
         reasons: list[str] = []
@@ -126,24 +139,27 @@ class SshChannel:
         alive: Callable[[], None],
         reasons: list[str] | None = None,
     ) -> SshChannel | None:
-        """Logs in, or returns None: at once if nothing listens in the guest, because QEMU then drops the connection it has taken.
+        """Try to log in once; return None if it fails.
+
+        It fails at once if nothing listens in the guest, because QEMU then drops the connection that it has accepted.
 
         Args:
-            address: Where the guest's port is forwarded from.
-            keys: Ours to log in with, and the guest's to know it by.
-            user: Who logs in.
-            deadline: When to give up, at the latest.
-            alive: Called first; raises `MachineDied` when the guest cannot answer any more.
-            reasons: Gets why it failed.
+            address: The host's address and port that are forwarded to the guest.
+            keys: Our key for the login, and the guest's host key.
+            user: The user to log in as.
+            deadline: Deadline of the attempt.
+            alive: Function that is called first, and raises `MachineDied` if the guest can no longer answer.
+            reasons: List that gets the reason of a failure.
 
         Raises:
-            HostKeyMismatch: The server is not the guest we know.
+            HostKeyMismatch: The server's host key is not our guest's.
         """
         alive()
         try:
             return cls(_login(address, keys, user, Deadline(min(_PATIENCE, max(1.0, deadline.remaining)))), alive=alive)
         except paramiko.AuthenticationException:
             reason = f"{user} is refused: cloud-init has to put our key there, and sshd_config must not say `PermitRootLogin no`"
+        # Refused by QEMU or by the guest: while it boots, both are expected, and only the last reason is told.
         except (paramiko.SSHException, OSError, EOFError) as error:
             reason = str(error) or type(error).__name__
         if reasons is not None:
@@ -151,19 +167,19 @@ class SshChannel:
         return None
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command to its end (see `Channel.run`)."""
+        """Run a command to its end (see `Channel.run`)."""
         return self._execute(command, BytesIO(command.input), None, deadline)
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command with a host file as its input."""
+        """Run a command with a host file as its input."""
         return self._execute(command, source, None, deadline)
 
     def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
-        """Runs a command and writes its standard output to a host file."""
+        """Run a command and write its standard output to a host file."""
         return self._execute(command, BytesIO(command.input), sink, deadline)
 
     def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> SshTerminal:
-        """Starts a login shell on a terminal (see `Terminals.terminal`)."""
+        """Start a login shell on a terminal (see `Channel.terminal`)."""
 
         def ask(session: paramiko.Channel) -> None:
             session.get_pty(kind, *size)
@@ -182,7 +198,10 @@ class SshChannel:
         return self._open(lambda session: session.exec_command(_remote(command)), deadline)
 
     def _open(self, ask: Callable[[paramiko.Channel], None], deadline: Deadline) -> paramiko.Channel:
-        """A session in which something was asked for; while the library waits for the answers, the guest is looked after."""
+        """Open a session and send a request in it.
+
+        The guest is checked while paramiko waits for the answers.
+        """
         opening: Future[paramiko.Channel] = Future()
 
         def attempt() -> None:
@@ -220,7 +239,7 @@ class SshChannel:
     def start(
         self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
     ) -> SshProcess:
-        """Starts a command (see `Spawning.start`)."""
+        """Start a command (see `Channel.start`)."""
         try:
             session = self._begin(command, deadline)
         except (paramiko.SSHException, OSError, EOFError) as error:
@@ -249,19 +268,19 @@ class SshChannel:
 
     @property
     def lost(self) -> bool:
-        """Whether the connection has ended."""
+        """Tell whether the connection has ended."""
         return not self._transport.is_active()
 
     def close(self) -> None:
-        """Logs out."""
+        """Log out."""
         self._transport.close()
 
 
-class SshProcess:
-    """A command that runs in a guest; a thread reads each of its streams (see `Running`).
+class SshProcess(Running):
+    """A running command; a thread reads each of its streams (see `Running`).
 
     Attributes:
-        unwritten: Why output could not be kept.
+        unwritten: Errors that kept output from being written.
     """
 
     def __init__(
@@ -272,7 +291,7 @@ class SshProcess:
         *,
         alive: Callable[[], None],
     ) -> None:
-        """Takes a session whose command has been started."""
+        """Take a session whose command has been started."""
         self._session, self._alive = session, alive
         self._writing = threading.Lock()
         self.unwritten: list[OSError] = []
@@ -285,7 +304,8 @@ class SshProcess:
 
     @property
     def returncode(self) -> int | None:
-        """Its status, or -N for signal N; None while it runs."""
+        """The exit status, -N for signal N, or None while the command runs."""
+        # While output can still come, a guest that is gone must not pass for a silent one.
         if any(reader.is_alive() for reader in self._readers):
             self._alive()
         if not self._session.status_event.is_set():
@@ -297,11 +317,17 @@ class SshProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has a status, though what it has left behind may hold its output."""
+        """Tell whether the command has a status.
+
+        A process that it left behind may still hold its output.
+        """
         return self._session.status_event.is_set() and self._session.exit_status != _NO_STATUS
 
     def wait(self, *, deadline: Deadline) -> int | None:
-        """Waits for its status, and then a moment for the rest of its output, which a process that it has left behind may keep open."""
+        """Wait for the status, and then a moment for the rest of the output.
+
+        A process that the command left behind may keep the output open.
+        """
         while not self._session.status_event.wait(min(0.5, deadline.remaining)):
             self._alive()
             if deadline.expired:
@@ -313,7 +339,7 @@ class SshProcess:
         return status
 
     def wait_for_all(self, deadline: Deadline) -> bool:
-        """Whether it has ended and both its streams were read to the end, by the deadline."""
+        """Wait for the status and the end of both streams; return whether they came by the deadline."""
         for reader in self._readers:
             while reader.is_alive() and not deadline.expired:
                 reader.join(min(0.5, deadline.remaining))
@@ -322,11 +348,11 @@ class SshProcess:
         return not any(reader.is_alive() for reader in self._readers) and self._session.status_event.wait(deadline.remaining)
 
     def feed(self, source: BinaryIO) -> None:
-        """Gives it all of a file as its input, in a thread."""
+        """Send a file's content as input, in a thread."""
         threading.Thread(target=_feed, args=(self._session, source), daemon=True).start()
 
     def write(self, data: bytes, *, deadline: Deadline) -> None:
-        """Gives it input (see `Running.write`)."""
+        """Write input (see `Running.write`)."""
         left = memoryview(data)  # parts of it are no copies
         with self._writing:
             while left:
@@ -341,7 +367,7 @@ class SshProcess:
                 left = left[sent:]
 
     def _sendable(self, deadline: Deadline) -> bool:
-        """Whether it takes input now, asked until the deadline; also if it never will again."""
+        """Wait until the command can take input or never will again; return false at the deadline."""
 
         def takes() -> bool:
             if self._session.send_ready() or self._session.status_event.is_set() or self._session.eof_sent:
@@ -352,48 +378,48 @@ class SshProcess:
         return bool(deadline.poll(takes, every=0.02))
 
     def close_input(self) -> None:
-        """Ends its input; may be called again."""
+        """Close the input; may be called again."""
         with suppress(OSError, EOFError, paramiko.SSHException):
             self._session.shutdown_write()
 
     def close(self) -> None:
-        """Gives up the session with it, of which a server allows a connection only so many; may be called again."""
+        """Close the session, since a server allows few per connection; may be called again."""
         _give_up(self._session)
 
 
-class SshTerminal:
+class SshTerminal(Terminal):
     """A program on a terminal in the guest, over SSH (see `Terminal`)."""
 
     def __init__(self, session: paramiko.Channel) -> None:
-        """Takes a session with a terminal in which the program was started."""
+        """Take a session with a terminal in which the program was started."""
         self._session = session
 
     def fileno(self) -> int:
-        """Readable when there is something to receive."""
+        """Return a descriptor that is readable when there is output."""
         return self._session.fileno()
 
     def receive(self) -> bytes:
-        """What the program has written; nothing at its end."""
+        """Return the program's output; no bytes at its end."""
         return self._session.recv(_CHUNK)
 
     def send(self, data: bytes) -> None:
-        """Types it, if the program is still there."""
+        """Send input, if the program is still there."""
         with suppress(OSError, EOFError, paramiko.SSHException):
             self._session.sendall(data)
 
     def resize(self, columns: int, lines: int) -> None:
-        """Tells the guest, if it still listens."""
+        """Tell the guest the window's size, if it still listens."""
         with suppress(OSError, EOFError, paramiko.SSHException):
             self._session.resize_pty(columns, lines)
 
     @property
     def status(self) -> int | None:
-        """How the program ended, or None if the connection was lost before."""
+        """The program's exit status, or None if the connection was lost before."""
         self._session.status_event.wait(_LAST_WORDS)
         return None if self._session.exit_status == _NO_STATUS else self._session.exit_status
 
     def close(self) -> None:
-        """Hangs up."""
+        """Close the session, which hangs up the terminal."""
         _give_up(self._session)
 
 
@@ -408,9 +434,11 @@ def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) 
     transport.set_log_channel(_QUIET.name)
     try:
         transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = deadline.remaining
+        # One kind of key, or the server might show another of its host keys than the one that is pinned.
         transport.get_security_options().key_types = ("ssh-ed25519",)
         transport.start_client(timeout=deadline.remaining)
         server = transport.get_remote_server_key()
+        # Before authentication: our key would otherwise be offered to whatever took the port.
         if server.get_base64() != keys.host_public.split()[1]:
             raise HostKeyMismatch(f"the server on {address[0]}:{address[1]} has another host key than the guest's: {server.fingerprint}")
         transport.auth_publickey(user, paramiko.Ed25519Key.from_private_key(StringIO(keys.user_private)))
@@ -423,6 +451,7 @@ def _login(address: tuple[str, int], keys: Keys, user: str, deadline: Deadline) 
 def _remote(command: Command) -> str:
     environment = [f"{name}={value}" for name, value in command.environment]
     login = f"echo {command.tag} 2>/dev/null >/proc/self/loginuid"  # by the shell itself: what it becomes is a login of its own
+    # `env -i`, because sshd adds variables of its own, and all channels have to give the same environment.
     return f"{login}; cd / && exec " + shlex.join(["env", "-i", *environment, *command.argv])
 
 
@@ -447,6 +476,6 @@ def _drain(receive: Callable[[int], bytes], sink: Callable[[bytes], object], unw
 
 
 def _give_up(session: paramiko.Channel) -> None:
-    """Closes a session, over a connection that may be lost."""
+    """Close a session, even over a lost connection."""
     with suppress(OSError, EOFError, paramiko.SSHException):
         session.close()

@@ -1,18 +1,34 @@
-"""The `vmbottle` command: what this host can do, images, packs, and machines.
+"""The command `vmbottle`: checks of this host, images, packs and machines.
 
-Data goes to stdout and words to stderr. The exit status is 0 for done, 1 for failed, 2 for called wrongly, 3 for what this host cannot do.
+Data goes to stdout and messages to stderr. The exit status is 0 for done, 1 for failed, 2 for a wrong call, 3 for what this host cannot do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from pytest_vmbottle.cli import freeze, images, machines, packs
-from pytest_vmbottle.cli.command import CANNOT, Commands, Failure, catalog_root, emit, examples, json_option, one_line, open_catalog, say
+from pytest_vmbottle.cli.command import (
+    CANNOT,
+    Commands,
+    Failure,
+    catalog_root,
+    emit,
+    examples,
+    json_option,
+    one_line,
+    open_catalog,
+    say,
+    setting_options,
+)
+from pytest_vmbottle.settings import SETTINGS, Settings
 
 __all__ = ["main"]
+
+_CATALOG = next(setting for setting in SETTINGS if setting.name == "catalog")
 
 
 @click.group(
@@ -21,21 +37,21 @@ __all__ = ["main"]
     epilog=examples("vmbottle doctor", "vmbottle image build debian-12", "vmbottle pack ls", "vmbottle pack prune --older-than 7d"),
 )
 @click.option(
-    "--catalog",
-    metavar="DIR",
-    envvar="VMBOTTLE_CATALOG",
+    f"--{_CATALOG.name}",
+    metavar=_CATALOG.takes,
+    envvar=_CATALOG.env,
     type=click.Path(path_type=Path),
-    help="Folder of images and packs; also VMBOTTLE_CATALOG. By default pytest-vmbottle in your cache folder.",
+    help=f"{_CATALOG.sentence}; also {_CATALOG.env}.",
 )
 @click.version_option(package_name="pytest-vmbottle")
 @click.pass_context
 def main(ctx: click.Context, catalog: Path | None) -> None:
-    """Real machines for pytest: what this computer can do, base images, packs, and machines without pytest.
+    """Real machines for pytest: checks of this computer, base images, packs, and machines without pytest.
 
-    Images and packs lie in a folder that all test runs share, the catalog. pytest fills it by itself when tests need it; these commands
-    prepare it, show it and tidy it up.
+    Images and packs are in a folder that all test runs share, the catalog. pytest fills it by itself when tests need it; these commands
+    prepare it, show it and clean it up.
 
-    The exit status is 0 for done, 1 for failed, 2 for called wrongly, 3 for what this computer cannot do.
+    The exit status is 0 for done, 1 for failed, 2 for a wrong call, 3 for what this computer cannot do.
     """
     ctx.obj = catalog
 
@@ -43,31 +59,24 @@ def main(ctx: click.Context, catalog: Path | None) -> None:
 @main.command(
     epilog=examples("vmbottle doctor", "vmbottle doctor --accel kvm", "vmbottle doctor --json | jq '.[] | select(.state != \"ok\")'")
 )
-@click.option(
-    "--accel",
-    type=click.Choice(["auto", "kvm", "hvf", "tcg"]),
-    default="auto",
-    envvar="VMBOTTLE_ACCEL",
-    show_default=True,
-    help="What machines are to be run with.",
-)
+@setting_options("backend", "accel", "pack", "run-as", "memory-budget")
 @json_option
-def doctor(*, accel: str, as_json: bool) -> None:
-    """Try out what this computer can do, and what mends the rest.
+def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
+    """Test what this computer can do, and show remedies for the rest.
 
-    Nothing is believed that was not tried: an accelerator has to run a guest, and a machine's RAM has to be restored. What was proved is
-    remembered until the next boot or another QEMU.
+    Everything is tried: an accelerator has to run a guest, and a machine's RAM has to be restored. Results are remembered until the next
+    boot or another QEMU.
 
-    Each line has a state (ok, degraded, missing or unknown), a topic and a sentence; a command that mends it stands below. The exit status
-    is 0 if machines can be run, else 3.
+    Each line has a state (ok, degraded, missing or unknown), a topic and a sentence; a command that mends it follows. The exit status is 0
+    if machines can be run, else 3.
     """
     import attrs
 
     from pytest_vmbottle.doctor import can_run, examine
 
-    findings = examine(catalog_root(), accel=accel)
+    findings = examine(catalog_root(), Settings.read(lambda setting: settings.get(setting.name)))
     if as_json:
-        emit([attrs.asdict(finding) for finding in findings])
+        emit([attrs.asdict(finding, filter=lambda field, _: field.name != "needed") for finding in findings])
     else:
         colours = {"ok": "green", "degraded": "yellow", "missing": "red", "unknown": "magenta"}
         for finding in findings:
@@ -84,12 +93,13 @@ def doctor(*, accel: str, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
 @json_option
 def gc(*, dry_run: bool, as_json: bool) -> None:
-    """End and remove what processes left that are dead: machines, their folders, and what was being built.
+    """End and remove the machines, folders and unfinished builds of dead processes.
 
-    That happens by itself: when the process ends, at the latest when the next test run begins. What a living process has is not touched,
-    and a process is only killed if it is proven to be such a machine's. Whatever is not, is kept and told; then the exit status is 1.
+    This also happens by itself: when the process ends, or at the latest when the next test run begins. Nothing of a living process is
+    touched, and a process is only killed if it is proven to be such a machine's. Without that proof it is kept and reported; then the exit
+    status is 1.
 
-    One line for each machine goes to stdout: the number of the process that had it, and its name.
+    One line for each machine goes to stdout: the id of the process that had it, and its name.
     """
     catalog = open_catalog(make=False)
     reaped = catalog.gc(dry_run=dry_run)
@@ -106,6 +116,7 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
     strays = catalog.strays()
     for process in strays:
         say(f"process {process.pid} is a machine's of which no record is left: end it if nobody needs it: kill {process.pid}")
+    # A dry run leaves the exit status alone: it only tells.
     if not dry_run and (kept or strays):
         raise Failure("not all could be ended and removed")
 

@@ -1,25 +1,25 @@
-"""What all commands have in common: their errors, their options, and how they write."""
+"""Common parts of all commands: errors, options and output."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import re
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pytest_vmbottle._os import parse_size
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, SpecError, VMBottleError
+from pytest_vmbottle.host.signals import Interruption, left
+from pytest_vmbottle.host.sizes import parse_size
 from pytest_vmbottle.result import printable
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.catalog.catalog import Catalog
 
 CANNOT, INTERRUPTED = 3, 130
 """Exit statuses: this host cannot do it, and Ctrl-C."""
@@ -28,25 +28,25 @@ SHORT = 12
 
 
 class Failure(click.ClickException):
-    """Ends the command with a sentence on stderr."""
+    """Error that ends the command with a sentence on stderr."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class Cannot(Failure):
-    """The same, because of this host."""
+    """Error like `Failure`, for what this host cannot do."""
 
     exit_code = CANNOT
 
 
 class Commands(click.Group):
-    """A group that turns errors into sentences, and being stopped into an orderly end."""
+    """Group whose commands report errors in a sentence and clean up when they are stopped."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs a command."""
+        """Run a command and report its errors."""
         try:
-            with ended_in_order():
+            with Interruption(left, owned=True):
                 return super().invoke(ctx)
         except VMBottleError as error:
             raise (Cannot if isinstance(error, BackendUnavailable) else Failure)(str(error)) from error
@@ -59,36 +59,11 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-@contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP unwind what is going on, as Ctrl-C does, so that nothing is left of it."""
-
-    def leave(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Has signals wait for the end of a short block that must not be left half done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # -- parameters and output -------------------------------------------------------------------------------------------------------------
 
 
 def as_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """The bytes that an option says, such as 10G."""
+    """Parse the size of an option, such as 10G, into bytes."""
     try:
         return None if value is None else parse_size(value)
     except SpecError as error:
@@ -96,7 +71,7 @@ def as_size(_: click.Context, __: click.Parameter, value: str | None) -> int | N
 
 
 def as_duration(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """The seconds that an option says, such as 12h or 7d."""
+    """Parse the duration of an option, such as 12h or 7d, into seconds."""
     if value is None:
         return None
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -107,32 +82,35 @@ def as_duration(_: click.Context, __: click.Parameter, value: str | None) -> flo
 
 
 def as_packages(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[str]:
-    """The words of an option that is given several times, or with commas."""
+    """Return the words of an option that is repeated or comma-separated."""
     return [package for value in values for package in value.replace(",", " ").split()]
 
 
 def examples(*lines: str) -> str:
-    """The end of a help text; the mark keeps the lines apart."""
+    """Return the examples at the end of a help text; the mark preserves line breaks."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def say(words: str) -> None:
-    """Writes words for people, to stderr."""
+    """Write a message for people to stderr."""
     click.echo(printable(words), err=True)
 
 
 def emit(value: object) -> None:
-    """Writes JSON."""
+    """Write JSON to stdout."""
     click.echo(json.dumps(value, indent=2))
 
 
 def one_line(text: object) -> str:
-    """The text on one line, safe on a terminal: names come from users, versions from programs."""
+    """Return the text on one line, safe on a terminal.
+
+    Names come from users, versions from programs.
+    """
     return " ".join(printable(str(text)).split())
 
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Writes aligned columns."""
+    """Write a table with aligned columns."""
     lines = [tuple(head), *(tuple(map(one_line, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -140,7 +118,7 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def format_age(seconds: float) -> str:
-    """How long ago, roughly.
+    """Return a time span in words, rounded.
 
     >>> format_age(200), format_age(200_000)
     ('3 min', '2 d')
@@ -154,50 +132,70 @@ def format_age(seconds: float) -> str:
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
-def setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the settings that hold wherever machines are started, as options and by their environment variables.
+def setting_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add settings that hold wherever machines are started, as options and by their environment variables.
 
-    The command gets them as `settings`: by their names, those that were given, each of which makes sense.
+    The command gets all of them as `settings`: by their names, those that were given, each of which makes sense.
+
+    Args:
+        names: The settings that are options, by default all; the others can only be given by the environment.
     """
     from pytest_vmbottle.settings import SETTINGS, Settings
 
     ours = [setting for setting in SETTINGS if not setting.tests_only]
+    options = [setting for setting in ours if setting.name in names or not names]
+    pairs = {setting.name for setting in ours if setting.pairs}
 
-    @wraps(command)
-    def with_settings(**given: Any) -> None:
-        found = {setting.name: given.pop(setting.key) for setting in ours}
-        settings = {name: "true" if value is True else value for name, value in found.items() if value not in (None, False, "")}
-        try:
-            Settings.read(lambda setting: settings.get(setting.name))
-        except SpecError as error:
-            raise click.UsageError(printable(str(error))) from None
-        command(settings=settings, **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_settings(**given: Any) -> None:
+            found = {setting.name: given.pop(setting.key) if setting in options else os.environ.get(setting.env) for setting in ours}
+            settings = {name: "true" if value is True else value for name, value in found.items() if value not in (None, False, "")}
+            try:
+                Settings.read(lambda setting: settings.get(setting.name))
+            except SpecError as error:
+                raise click.UsageError(printable(str(error))) from None
+            command(settings=settings | {name: _anchored(settings[name]) for name in pairs & settings.keys()}, **given)
 
-    decorated: Callable[..., None] = with_settings
-    for setting in reversed(ours):
-        kind: dict[str, Any] = {"is_flag": True} if setting.flag else {"metavar": "|".join(setting.choices) or "TEXT"}
-        words = f"{setting.help}; also {setting.env}."
-        decorated = click.option(f"--{setting.name}", setting.key, envvar=setting.env, help=words, **kind)(decorated)
-    return decorated
+        decorated: Callable[..., None] = with_settings
+        for setting in reversed(options):
+            kind: dict[str, Any] = {"is_flag": True} if setting.flag else {"metavar": setting.takes}
+            words = f"{setting.sentence}; also {setting.env}."
+            decorated = click.option(f"--{setting.name}", setting.key, envvar=setting.env, help=words, **kind)(decorated)
+        return decorated
+
+    return decorate
+
+
+def _anchored(text: str) -> str:
+    """Return pairs whose paths hold in every folder: the process that keeps a machine works in another one."""
+    from pytest_vmbottle.settings import parse_pairs
+
+    return "\n".join(f"{name} = {absolute(reference)}" for name, reference in parse_pairs(text).items())
+
+
+def absolute(source: str) -> str:
+    """Return a path as one that holds in every folder; names, and references such as `library/alpine`, as they are."""
+    return str(Path(source).absolute()) if "/" in source and Path(source).exists() else source
 
 
 def catalog_root() -> Path:
-    """Where the catalog is, by option, environment or default."""
-    from pytest_vmbottle.catalog import default_root
+    """Return the catalog's folder, by option, environment or default."""
+    from pytest_vmbottle.catalog.catalog import default_root
 
     given: Path | None = click.get_current_context().obj
     return given.expanduser() if given is not None else default_root()
 
 
 def open_catalog(*, make: bool = True) -> Catalog:
-    """The catalog, made if it is not there, unless it is only looked at."""
-    from pytest_vmbottle.catalog import Catalog
+    """Return the catalog; create it unless it is only looked at."""
+    from pytest_vmbottle.catalog.catalog import Catalog
 
     return Catalog(catalog_root(), make=make)
 
 
 def check_each(checks: Mapping[str, tuple[str, Callable[[], object]]]) -> None:
-    """Writes for each label whether its check raises, and fails in the end if one did."""
+    """Run each check and report it by its label; fail at the end if one raised."""
     bad = 0
     for key, (label, check) in checks.items():
         try:

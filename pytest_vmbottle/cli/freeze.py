@@ -1,4 +1,4 @@
-"""`vmbottle pack build`: packs as files, of smolvm's machines and of images, for tests to start from."""
+"""`vmbottle pack build`: packs as files, from smolvm's machines and images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pytest_vmbottle._os import format_size
 from pytest_vmbottle.cli.command import Failure, catalog_root, examples, say
+from pytest_vmbottle.host.sizes import format_size
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backends.smolvm import Engine
@@ -46,10 +46,12 @@ _SUFFIX = ".smolmachine"
 def build(  # noqa: PLR0913 - one for each option
     *, machine: str | None, image: str | None, output: Path | None, yes: bool, no_stop: bool, state_dir: Path | None, backend: str
 ) -> None:
-    """Write a pack into a file that tests start from: `@pytest.mark.vm("./dev.smolmachine", backend="smolvm")`.
+    """Write a pack into a file that tests start from.
 
-    A machine has to be stopped for that. Of one that runs it is asked on a terminal whether to; `--yes` and `--no-stop` answer ahead. The
-    path of the file goes to stdout.
+    A test names the file: `@pytest.mark.vm("./dev.smolmachine", backend="smolvm")`.
+
+    The machine must be stopped for that. If it runs, a terminal is asked for permission; `--yes` and `--no-stop` answer ahead. The file's
+    path is written to stdout.
     """
     del backend  # there is one
     if (machine is None) == (image is None) or (yes and no_stop):
@@ -68,15 +70,19 @@ def build(  # noqa: PLR0913 - one for each option
             made = (state_dir is None and _kept_pack(str(machine), Path(scratch), may_stop)) or _frozen(
                 engine, str(machine), Path(scratch), may_stop
             )
+        # A rename at the end, so that a pack is there in full or not at all.
         made.replace(final)
     say(f"{format_size(final.stat().st_size)}")
     click.echo(final)
 
 
 def _refuse_others(name: str) -> None:
-    """Refuses a machine of `vmbottle machine start` that another hypervisor runs, before anything is done to it."""
+    """Refuse a machine of `vmbottle machine start` that another hypervisor runs.
+
+    Nothing has been done to it by then.
+    """
     from pytest_vmbottle.errors import CatalogError
-    from pytest_vmbottle.kept import find
+    from pytest_vmbottle.standalone.client import find
 
     with suppress(CatalogError):  # there is none: it is one of smolvm's own
         place = find(catalog_root() / "machines", name)
@@ -94,7 +100,7 @@ def _final(output: Path | None, name: str) -> Path:
 
 
 def _frozen(engine: Engine, name: str, scratch: Path, may_stop: Callable[[], None]) -> Path:
-    """The pack of a machine of smolvm's, which is stopped for it."""
+    """Stop a machine of smolvm's, and return its pack."""
     there = {each.name: each for each in engine.machines()}
     found = there.get(name)
     if found is None:
@@ -108,9 +114,12 @@ def _frozen(engine: Engine, name: str, scratch: Path, may_stop: Callable[[], Non
 
 
 def _kept_pack(name: str, scratch: Path, may_stop: Callable[[], None]) -> Path | None:
-    """The pack of a machine that `vmbottle machine start` keeps and goes on with; None if there is no such machine."""
+    """Return the pack of a machine that `vmbottle machine start` runs.
+
+    The machine goes on afterwards. None if there is no such machine.
+    """
     from pytest_vmbottle.errors import CatalogError
-    from pytest_vmbottle.kept import find
+    from pytest_vmbottle.standalone.client import find
 
     try:
         place = find(catalog_root() / "machines", name)
@@ -127,11 +136,12 @@ def _kept_pack(name: str, scratch: Path, may_stop: Callable[[], None]) -> Path |
 
 
 def _ask_to_stop(name: str, *, yes: bool, no_stop: bool) -> None:
-    """Returns if a machine that runs may be stopped."""
+    """Return if a running machine may be stopped, else raise."""
     if no_stop:
         raise Failure(f"the machine {name!r} runs, and was not packed: a pack is made of a stopped one")
     if yes:
         return
+    # Nobody is there to answer, as in CI.
     if not sys.stdin.isatty():
         raise Failure(f"the machine {name!r} runs, and nobody is here to be asked whether to stop it: say --yes or --no-stop")
     if not click.confirm(f"The machine {name!r} runs. Stop it, and what runs in it, to pack it?", err=True):

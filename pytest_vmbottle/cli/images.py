@@ -13,24 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pytest_vmbottle._os import Deadline, format_size, size_on_disk
-from pytest_vmbottle.cli.command import (
-    SHORT,
-    Failure,
-    as_packages,
-    check_each,
-    emit,
-    examples,
-    json_option,
-    open_catalog,
-    say,
-    show_table,
-)
+from pytest_vmbottle.cli.command import SHORT, Failure, as_packages, check_each, emit, examples, json_option, open_catalog, say, show_table
 from pytest_vmbottle.errors import CatalogError, SpecError
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import size_on_disk
+from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.result import printable
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage, Image, ImageStore, Traits
 
 __all__ = ["image"]
@@ -46,7 +37,7 @@ def image() -> None:
 
 
 def _traits(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that say what a disk does not tell; the command gets them as `arch` and `traits`."""
+    """Add the options for a disk's properties; the command gets them as `arch` and `traits`."""
 
     @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="What it runs on; by default what this computer is.")
     @click.option("--firmware", type=click.Choice(["bios", "uefi"]), help="What boots it; by default uefi for aarch64, else bios.")
@@ -61,8 +52,8 @@ def _traits(command: Callable[..., None]) -> Callable[..., None]:
     )
     @wraps(command)
     def with_traits(*, arch: str | None, firmware: str | None, user: str, readiness: str, **rest: Any) -> None:
+        from pytest_vmbottle.host.arch import host_arch
         from pytest_vmbottle.images import Traits, default_firmware
-        from pytest_vmbottle.spec import host_arch
 
         arch = arch or host_arch()
         try:
@@ -81,7 +72,7 @@ def _images(catalog: Catalog) -> ImageStore:
 
 
 def sweep(catalog: Catalog) -> None:
-    """Removes images without a name that nobody holds any more."""
+    """Remove images that have no name and that nobody holds."""
     _images(catalog).sweep()
 
 
@@ -95,12 +86,12 @@ def sweep(catalog: Catalog) -> None:
 @click.option("--include", metavar="PKG,PKG", multiple=True, callback=as_packages, help="More packages to have in it.")
 @click.option("--name", help="What to call it, if not like the recipe.")
 def build(*, recipe: str, include: list[str], name: str | None) -> None:
-    """Build a base image from a RECIPE, such as debian-12; one of that name that is there is replaced.
+    """Build a base image from a RECIPE, such as debian-12, and replace an image of that name.
 
-    RECIPE may also be the name of an image that the project around the current folder declares, in its pyproject.toml or vmbottle.toml;
-    if it is to be downloaded, that is done.
+    RECIPE may also be the name of an image that the project around the current folder declares, in its pyproject.toml or vmbottle.toml. It
+    is downloaded if the declaration says so.
 
-    This takes a minute or two, as root or not. Packages come from this computer's own sources. Two builds of the same image at once do
+    This takes a minute or two, as root or not. Packages come from this computer's own sources. Two simultaneous builds of the same image do
     the work once. The image's name and sha256 are written to stdout.
     """
     from pytest_vmbottle import images
@@ -114,6 +105,7 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
     catalog = open_catalog()
     store, name = _images(catalog), name or recipe
     images.store.check_name(name)
+    # Remembered before the lock is waited for: another process may build the same image meanwhile, which then need not be built twice.
     before = _stored(store, name)
     with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=say, label=f"the image {name}") as tell:
         built = _stored(store, name)
@@ -123,7 +115,7 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
 
 
 def _said_and(tell: Callable[[str], None], show: Callable[[str], None] = say) -> Callable[[str], None]:
-    """Takes a line about how far something is, for who is here and for other processes that wait for it."""
+    """Return a function that sends a progress line to the user and to waiting processes."""
 
     def both(line: str) -> None:
         show(line)
@@ -133,7 +125,7 @@ def _said_and(tell: Callable[[str], None], show: Callable[[str], None] = say) ->
 
 
 def _declared() -> dict[str, DeclaredImage]:
-    """The images that the project around this folder declares."""
+    """Return the images that the project around the current folder declares."""
     from pytest_vmbottle.images import find_declared_images
 
     try:
@@ -163,7 +155,7 @@ def _stored(store: ImageStore, name: str) -> Image | None:
 
 
 def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
-    """Whether somebody else, for whom we have waited, built just this."""
+    """Tell whether the process that we waited for has built this very image."""
     from pytest_vmbottle.images import RECIPES
 
     described, _, extras = found.description.partition(", with ")
@@ -189,9 +181,9 @@ def pull(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Download the official cloud image NAME of a distribution, or a disk image from a URL.
 
-    `vmbottle image ls --available` lists the official ones. What was downloaded must have the checksum that the distribution publishes
-    beside it, or the --sha256 that is given here. If the image is there already and still the published one, nothing is downloaded; if
-    another one is published by now, --update takes it. A download that was interrupted goes on when the command is run again.
+    `vmbottle image ls --available` lists the official ones. The download must have the checksum that the distribution publishes beside it,
+    or the given --sha256. If the stored image is still the published one, nothing is downloaded; if another one is published by now,
+    --update takes it. An interrupted download resumes when the command is run again.
 
     Only https is used, through the proxy that HTTPS_PROXY names. An image for another architecture than this computer's is called
     NAME-ARCH. The image's name and sha256 are written to stdout.
@@ -225,6 +217,7 @@ def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
         given = [
             option
             for option, parameter in (("--sha256", "sha256"), ("--firmware", "firmware"), ("--user", "user"), ("--ready-when", "readiness"))
+            # By its source and not by its value: the default of an option is no contradiction.
             if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
         ]
         if given:
@@ -233,13 +226,18 @@ def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
 
 @contextmanager
 def _meter() -> Iterator[tuple[Callable[[str], None], Callable[[str], None], float]]:
-    """Where steps are told, where a download's progress is, and how often: on a terminal that is one line, written again and again."""
+    """Yield functions for steps and for download progress, and the seconds between reports.
+
+    On a terminal, progress is one line that is overwritten again and again.
+    """
+    # A log has no line that can be overwritten, so it gets one from time to time.
     if not sys.stderr.isatty():
         yield say, say, 5.0
         return
     begin = "\r\x1b[K"
 
     def over(words: str) -> None:
+        # One column less, because a full line would wrap and could not be overwritten.
         click.echo(begin + printable(words)[: shutil.get_terminal_size().columns - 1], err=True, nl=False)
 
     try:
@@ -366,7 +364,7 @@ def add(  # noqa: PLR0913 - an image has many parts
 ) -> None:
     """Copy a disk image FILE, qcow2 or raw, into the catalog.
 
-    It must boot by its firmware, or by the --kernel that is given, and have the QEMU guest agent or cloud-init and SSH. The image's name
+    It must boot by its firmware or by the given --kernel, and have the QEMU guest agent, or cloud-init and SSH. The image's name
     and sha256 are written to stdout.
     """
     added = _images(open_catalog()).add(
@@ -380,12 +378,13 @@ def add(  # noqa: PLR0913 - an image has many parts
 def remove_images(*, names: tuple[str, ...]) -> None:
     """Remove images. Packs that were made of them stay until they are pruned, but are of no use.
 
-    One that a test run or a machine uses is not removed.
+    An image that a test run or a machine uses is not removed.
     """
     catalog = open_catalog(make=False)
     store = _images(catalog)
     for name in names:
         found = _stored(store, name)
+        # All are checked before the first is removed.
         if found is not None and catalog.in_use(found.disk.parent):
             raise Failure(f"the image {name} is in use: try again when the test run, or the machine (vmbottle machine ls), has ended")
     for name in dict.fromkeys(names):
@@ -396,6 +395,6 @@ def remove_images(*, names: tuple[str, ...]) -> None:
 @image.command("verify", epilog=examples("vmbottle image verify", "vmbottle image verify debian-12"))
 @click.argument("names", metavar="[NAME...]", nargs=-1)
 def verify_images(*, names: tuple[str, ...]) -> None:
-    """Read images, by default all, and compare them with the digests they were stored with. The exit status is 1 if one differs."""
+    """Read images, by default all, and compare them with their digests. The exit status is 1 if one differs."""
     store = _images(open_catalog(make=False))
     check_each({name: (name, partial(store.verify, name, progress=say)) for name in names or store.names()})

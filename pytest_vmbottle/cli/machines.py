@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.cli.command import (
     Failure,
+    absolute,
     catalog_root,
     emit,
     examples,
@@ -27,20 +27,23 @@ from pytest_vmbottle.cli.command import (
     setting_options,
     show_table,
 )
-from pytest_vmbottle.errors import CommandTimeout, MachineError, SpecError
+from pytest_vmbottle.errors import MachineError, SpecError
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.sizes import format_size
+from pytest_vmbottle.result import CommandTimeout
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.kept import Kept, Record
+    from pytest_vmbottle.standalone.client import Kept, Record
 
 __all__ = ["machine"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _GUEST_SIDE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,40}):(.*)", re.DOTALL)
 _TIMED_OUT = 124
-"""The exit status of a command that was killed at its --timeout, as that of timeout(1)."""
+"""Exit status of a command that was killed at its --timeout, as that of timeout(1)."""
 _LOGIN = 60.0
 _ENDING = 150.0
-"""Seconds in which a keeper has ended that was asked to: the guest's shutdown has its own limit."""
+"""Seconds for a machine's daemon to end when it is asked to; the guest's shutdown has a shorter limit."""
 
 
 @click.group(
@@ -55,8 +58,8 @@ _ENDING = 150.0
 def machine() -> None:
     """Machines without pytest, for trying things out by hand.
 
-    They are poured from the same packs as those of tests, so most start at once. A machine runs until it is stopped, also when the
-    terminal is closed; all commands of the same user and catalog see it. What it wrote is lost when it ends.
+    They are cloned from the same packs as those of tests, so most start at once. A machine runs until it is stopped, even if the terminal
+    is closed; all commands of the same user and catalog see it. Its data is lost when it ends.
     """
 
 
@@ -96,21 +99,22 @@ _env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, c
 @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Its architecture; by default this computer's.")
 @click.option("--boot", is_flag=True, help="Boot it, rather than pour it from a pack.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="When it has to be ready; 120 by default, more if emulated.")
-@setting_options
+@setting_options()
 @json_option
 def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str, str], boot: bool, **given: Any) -> None:
     """Start a machine from SOURCE: the name of an image, or the path of a disk image.
 
-    Images are made as tests make them: one that is not there is built if a recipe is known for it, and those that the project around this
-    folder declares are there too. When the command returns, the machine is ready for the others. Ctrl-C before that leaves nothing.
+    Images are made as tests make them: a missing one is built if there is a recipe for it. Images that the project around the current
+    folder declares can be named too. When the command returns, the machine is ready for the other commands. Ctrl-C before that leaves
+    nothing.
 
-    The name of the machine is written to stdout.
+    The machine's name is written to stdout.
     """
     keywords = {key: value for key, value in given.items() if value is not False and value not in (None, (), {})}
     keywords |= {"fresh": "boot"} if boot else {}
     keywords |= {"backend": settings["backend"]} if "backend" in settings else {}
     _check(source, name, keywords)
-    from pytest_vmbottle.kept import Kept
+    from pytest_vmbottle.standalone.client import Kept
 
     catalog = open_catalog()
     place = Kept(catalog.machines / (name or _free_name(catalog.machines, source)))
@@ -118,7 +122,8 @@ def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str
         "catalog": str(catalog.root),
         "folder": str(Path.cwd()),
         "settings": settings,
-        "keywords": keywords | {"source": _absolute(source), "name": place.name},
+        # The daemon works in another folder, so a relative path is made absolute here.
+        "keywords": keywords | {"source": absolute(source), "name": place.name},
     }
     record = place.start(order, say)
     if as_json:
@@ -129,13 +134,8 @@ def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str
         say(f"127.0.0.1:{here} leads to port {port} of {record.name}")
 
 
-def _absolute(source: str) -> str:
-    """A path as one that holds in every folder; names, and references such as `library/alpine`, as they are."""
-    return str(Path(source).absolute()) if "/" in source and Path(source).exists() else source
-
-
 def _check(source: str, name: str | None, keywords: Mapping[str, Any]) -> None:
-    """Refuses here already what makes no spec: it is a wrong call."""
+    """Refuse an invalid spec early, as a usage error."""
     from pytest_vmbottle.spec import MachineSpec
 
     if name is not None and not _NAME.fullmatch(name):
@@ -151,8 +151,8 @@ def _check(source: str, name: str | None, keywords: Mapping[str, Any]) -> None:
 
 
 def _free_name(machines: Path, source: str) -> str:
-    """The first of web, web-2, web-3 and so on that nobody uses."""
-    from pytest_vmbottle.kept import Kept
+    """Return the first free name of web, web-2, web-3 and so on."""
+    from pytest_vmbottle.standalone.client import Kept
 
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", Path(source).name.partition(".qcow2")[0])[:30].strip("-")
     stem = stem if _NAME.fullmatch(stem) else f"vm-{stem}".strip("-")
@@ -171,7 +171,7 @@ def _name(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _find(name: str) -> Kept:
-    from pytest_vmbottle.kept import find
+    from pytest_vmbottle.standalone.client import find
 
     return find(catalog_root() / "machines", name)
 
@@ -180,10 +180,10 @@ def _find(name: str) -> Kept:
 @_names
 @click.option("--now", is_flag=True, help="End it at once, as if its plug was pulled.")
 def stop(*, names: tuple[str, ...], now: bool) -> None:
-    """Have machines shut down, and wait until they have.
+    """Shut machines down, and wait until they are off.
 
-    One that has not after a minute and a half is ended all the same. A second `stop --now` ends the wait. What a machine said on its
-    console can still be read, until it is removed or another one takes its name.
+    A machine that is still on after a minute and a half is killed. A second `stop --now` ends the wait. A machine's console output can
+    still be read, until the machine is removed or another one takes its name.
     """
     for place in [_find(name) for name in dict.fromkeys(names)]:
         _end(place, now=now)
@@ -207,9 +207,10 @@ def _end(place: Kept, *, now: bool) -> None:
 @_names
 @click.option("-f", "--force", is_flag=True, help="End one that runs, without a shutdown.")
 def remove(*, names: tuple[str, ...], force: bool) -> None:
-    """Remove what is left of machines that were stopped: their records and what they said on their consoles."""
+    """Remove stopped machines: their records and console output."""
     places = [_find(name) for name in dict.fromkeys(names)]
     for place in places:
+        # Checked for all before the first is removed.
         if place.is_held and not force:
             raise Failure(f"the machine {place.name!r} runs: stop it with `vmbottle machine stop {place.name}`, or remove it with --force")
     for place in places:
@@ -226,8 +227,8 @@ def remove(*, names: tuple[str, ...], force: bool) -> None:
 @machine.command("ls", epilog=examples("vmbottle machine ls", "vmbottle machine ls --json | jq -r '.[] | select(.pid).name'"))
 @json_option
 def list_machines(*, as_json: bool) -> None:
-    """List the machines, with what became of those that do not run any more."""
-    from pytest_vmbottle.kept import all_kept
+    """List the machines, with the end of those that no longer run."""
+    from pytest_vmbottle.standalone.client import all_kept
 
     records = []
     for place in all_kept(catalog_root() / "machines"):
@@ -288,8 +289,8 @@ def argv(*, name: str, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on with what it says, until it ends or Ctrl-C.")
 @click.option("-n", "--lines", type=click.IntRange(0), help="Only the last lines.")
 def console(*, name: str, follow: bool, lines: int | None) -> None:
-    """Show what a machine said on its serial console, also when it has ended. Control characters are made visible."""
-    from pytest_vmbottle.console import Console
+    """Show a machine's serial console, even if the machine has ended. Control characters are made visible."""
+    from pytest_vmbottle.backends.console import Console
 
     place = _find(name)
     if place.record().state == "starting":
@@ -326,13 +327,14 @@ def console(*, name: str, follow: bool, lines: int | None) -> None:
 def execute(*, name: str, words: tuple[str, ...], **how: Any) -> None:
     """Run a command in a machine.
 
-    The exit status is the command's; 128 + N if signal N ended it. Its output comes as it is made, byte for byte. Standard input is passed
-    on unless it is a terminal. The words run as they are: for a pipe or a variable say `sh -c '...'`. Ctrl-C ends the command in the guest
+    The exit status is the command's; 128 + N if signal N ended it. Its output comes at once and byte for byte. Standard input is passed on
+    unless it is a terminal. The words run as they are: for a pipe or a variable write `sh -c '...'`. Ctrl-C ends the command in the guest
     too.
     """
     place = _find(name)
     try:
         with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
+            # A terminal is not passed on: two readers of one terminal would steal each other's keys.
             source = nothing.fileno() if _is_terminal(0) else 0
             status = place.ask({"verb": "exec", "argv": words, **how}, (source, 1, 2))
     except CommandTimeout as error:
@@ -342,12 +344,12 @@ def execute(*, name: str, words: tuple[str, ...], **how: Any) -> None:
 
 
 def _exit_status(status: int) -> int:
-    """A status as shells tell it: that of a command ended by signal N is 128 + N."""
+    """Return a status as shells do: 128 + N for a command ended by signal N."""
     return status if status >= 0 else 128 - status
 
 
 def _is_terminal(fd: int) -> bool:
-    """Also where there is nothing at all, which is passed on no more than a terminal."""
+    """Tell whether a descriptor is a terminal or closed; neither is passed on."""
     try:
         os.fstat(fd)
         return os.isatty(fd)
@@ -365,8 +367,8 @@ def _is_terminal(fd: int) -> bool:
 def cp(*, src: str, dst: str) -> None:
     """Copy a file or a tree to a machine, or from it; NAME:/PATH is the machine's side.
 
-    Modes and symbolic links are kept. A destination that is a folder means a place in it, as with `cp -r`. A file of this computer with a
-    colon in its name is written with a slash before that, such as ./a:b.
+    Modes and symbolic links are kept. If the destination is a folder, the copy goes into it, as with `cp -r`. A file of this computer with
+    a colon in its name needs a slash before it, such as ./a:b.
     """
     there, here = _GUEST_SIDE.fullmatch(src), _GUEST_SIDE.fullmatch(dst)
     guest = there or here
@@ -384,14 +386,14 @@ def cp(*, src: str, dst: str) -> None:
 @_name
 @click.option("-u", "--user", help="Whose login shell; by default who the machine was started with.")
 def shell(*, name: str, user: str | None) -> None:
-    """Look around in a machine by hand: this terminal becomes one of the machine's.
+    """Open a shell in a machine, on this terminal.
 
-    What is typed goes to the machine, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves, whatever the machine does.
-    The exit status is that of the shell.
+    Every key goes to the machine, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves, whatever the machine does. The
+    exit status is that of the shell.
     """
-    from pytest_vmbottle.backend import Keys
+    from pytest_vmbottle.channels.port import Keys
     from pytest_vmbottle.channels.ssh import SshChannel
-    from pytest_vmbottle.terminal import attach
+    from pytest_vmbottle.machine.terminal import attach
 
     place = _find(name)
     access = place.ask({"verb": "ssh"})
@@ -420,9 +422,11 @@ def shell(*, name: str, user: str | None) -> None:
 @_name
 @json_option
 def ssh_config(*, name: str, as_json: bool) -> None:
-    """Write an OpenSSH configuration for a machine, and show where: with it ssh, scp, rsync and Ansible reach the machine by its name.
+    """Write an OpenSSH configuration for a machine, and show its path.
 
-    They log in as root, with a key of the machine's own, and only if it shows its own host key. The files go with the machine.
+    With it ssh, scp, rsync and Ansible reach the machine by its name.
+
+    They log in as root, with the machine's own key, and only if it shows its own host key. The files are deleted with the machine.
     """
     path = _find(name).ask({"verb": "ssh-config"})
     if as_json:
@@ -436,9 +440,10 @@ def ssh_config(*, name: str, as_json: bool) -> None:
 @click.option("--seconds", type=click.FloatRange(0.05, 3600), default=0.5, show_default=True, help="How long to look at the processors.")
 @json_option
 def metrics(*, name: str, seconds: float, as_json: bool) -> None:
-    """Show what a machine takes of this computer and, as `guest_`, what it says of itself.
+    """Show what a machine uses of this computer and, as `guest_`, its guest's own figures.
 
-    Processors are in percent of one, memory and counts in bytes. Counts run since the machine was started, or its guest booted.
+    Processor time is in percent of one processor, memory and counts are in bytes. Counts run since the machine was started, or since its
+    guest booted.
     """
     figures = _find(name).ask({"verb": "metrics", "seconds": seconds})
     if as_json:

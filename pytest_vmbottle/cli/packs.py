@@ -1,4 +1,4 @@
-"""`vmbottle pack`: the bottled machines in the catalog."""
+"""`vmbottle pack`: packs in the catalog."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pytest_vmbottle._os import format_size, size_on_disk
 from pytest_vmbottle.cli.command import (
     SHORT,
     Failure,
@@ -28,14 +27,15 @@ from pytest_vmbottle.cli.command import (
     open_catalog,
     say,
     show_table,
-    undisturbed,
 )
 from pytest_vmbottle.errors import PackCorrupt
-from pytest_vmbottle.generations import Holds, name_of
+from pytest_vmbottle.host.files import size_on_disk
+from pytest_vmbottle.host.signals import undisturbed
+from pytest_vmbottle.host.sizes import format_size
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.catalog import Catalog
-    from pytest_vmbottle.packs import Pack
+    from pytest_vmbottle.catalog.catalog import Catalog
+    from pytest_vmbottle.catalog.packs import Pack
 
 __all__ = ["pack"]
 
@@ -44,9 +44,8 @@ __all__ = ["pack"]
 def pack() -> None:
     """Packs: prepared machines, of which tests get clones.
 
-    A pack has a machine's disk and, where this computer can restore it, its RAM: then its clones are running when a test gets them.
-
-    pytest makes them when it needs them, and again if they are gone. KEY is the beginning of a pack's key, as long as no other begins so.
+    A pack has a machine's disk and, if this computer can restore it, its RAM: then its clones are running when a test gets them. pytest
+    makes packs when it needs them, and again if they are gone. KEY is the beginning of a pack's key, long enough to be unique.
     """
 
 
@@ -54,7 +53,7 @@ def pack() -> None:
 @json_option
 def list_packs(*, as_json: bool) -> None:
     """List the packs, oldest first; SIZE is what they take on disk."""
-    from pytest_vmbottle import packs
+    from pytest_vmbottle.catalog import packs
 
     catalog = open_catalog(make=False)
     found, damaged = packs.scan(catalog.packs)
@@ -73,7 +72,7 @@ def list_packs(*, as_json: bool) -> None:
 
 def _mention_quarantine(catalog: Catalog) -> None:
     with suppress(OSError):  # what is just being removed
-        aside = catalog.set_aside()
+        aside = catalog.quarantined()
         if aside:
             size = format_size(sum(size_on_disk(each) for each in aside))
             say(f"Damaged packs that were put aside take {size}; remove them with: vmbottle pack prune")
@@ -112,8 +111,8 @@ def _pack_row(record: Mapping[str, Any]) -> tuple[str, ...]:
 @click.argument("key")
 @json_option
 def show(*, key: str, as_json: bool) -> None:
-    """Show a pack, its files, and the packs it stands on."""
-    from pytest_vmbottle import packs
+    """Show a pack, its files, and the packs below it."""
+    from pytest_vmbottle.catalog import packs
 
     catalog = open_catalog(make=False)
     found = packs.read(packs.find(catalog.packs, key))
@@ -131,7 +130,7 @@ def _files(found: Pack) -> dict[str, dict[str, Any]]:
 
 
 def _described(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A pack's record for people: names and values."""
+    """Yield a pack's record for people, as names and values."""
     yield from ((name, record[name]) for name in ("key", "kind", "name"))
     yield "created", f"{record['created']} ({format_age(record['age'])} ago)"
     yield "used", f"{record['used']} ({format_age(record['unused_for'])} ago)"
@@ -145,11 +144,12 @@ def _described(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _parents(catalog: Catalog, found: Pack) -> list[dict[str, Any]]:
-    """The packs beneath one, uppermost first."""
-    from pytest_vmbottle import packs
+    """Return the packs below one, uppermost first."""
+    from pytest_vmbottle.catalog import packs
 
     parents: list[dict[str, Any]] = []
     key = found.manifest.parent
+    # Keys of forged manifests may form a circle.
     while key is not None and key not in {parent["key"] for parent in parents}:
         try:
             below = packs.read(catalog.pack(key)).manifest
@@ -163,11 +163,12 @@ def _parents(catalog: Catalog, found: Pack) -> list[dict[str, Any]]:
 @pack.command("verify", epilog=examples("vmbottle pack verify", "vmbottle pack verify 140eda"))
 @click.argument("keys", metavar="[KEY...]", nargs=-1)
 def verify_packs(*, keys: tuple[str, ...]) -> None:
-    """Read packs, by default all, and compare them with what was published. The exit status is 1 if one differs.
+    """Read packs, by default all, and compare them with their manifests. The exit status is 1 if one differs.
 
-    A bad pack stays where it is; the next pytest that needs it puts it aside and makes it again.
+    A damaged pack stays where it is; the next pytest that needs it moves it aside and makes it again.
     """
-    from pytest_vmbottle import packs
+    from pytest_vmbottle.catalog import packs
+    from pytest_vmbottle.host.generations import name_of
 
     catalog = open_catalog(make=False)
     if keys:
@@ -179,9 +180,11 @@ def verify_packs(*, keys: tuple[str, ...]) -> None:
 
 
 def _verify(path: Path) -> None:
-    from pytest_vmbottle import packs
+    from pytest_vmbottle.catalog import packs
+    from pytest_vmbottle.host.generations import Holds
 
     with Holds() as holds:
+        # Held while it is read, so that a prune beside it does not look like damage.
         holds.take(path)
         found = packs.read(path)
         found.verify()
@@ -191,13 +194,15 @@ def _verify(path: Path) -> None:
 @pack.command("rm", epilog=examples("vmbottle pack rm 140eda", "vmbottle pack rm 140eda 573fc2"))
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 def remove_packs(*, keys: tuple[str, ...]) -> None:
-    """Remove packs. One that a test run uses, or that another one stands on, is not removed."""
-    from pytest_vmbottle import packs
+    """Remove packs. One that a test run uses, or that another pack stands on, is not removed."""
+    from pytest_vmbottle.catalog import packs
+    from pytest_vmbottle.host.generations import name_of
 
     catalog = open_catalog(make=False)
     paths = dict.fromkeys(packs.find(catalog.packs, key) for key in keys)
     found, _ = packs.scan(catalog.packs)
     _check_removable(catalog, paths, found)
+    # A pack that another one of the list stands on has to go after it.
     ordered = [each.path for each in packs.children_first(each for each in found if each.path in paths)]
     for path in (*(path for path in paths if path not in ordered), *ordered):
         if not _discard(catalog, path):
@@ -206,7 +211,9 @@ def remove_packs(*, keys: tuple[str, ...]) -> None:
 
 
 def _check_removable(catalog: Catalog, paths: Iterable[Path], found: Sequence[Pack]) -> None:
-    """Refuses the whole if one cannot go: nothing half done."""
+    """Refuse the whole removal if one pack cannot be removed."""
+    from pytest_vmbottle.host.generations import name_of
+
     names = set(map(name_of, paths))
     above = [each for each in found if each.manifest.parent in names and each.key not in names]
     if above:
@@ -236,12 +243,12 @@ def _discard(catalog: Catalog, path: Path) -> bool:
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 def prune(*, older_than: float | None, unused_for: float | None, keep_size: int | None, dry_run: bool) -> None:
-    """Remove packs that no test run uses, the least recently used first, and whatever was found damaged and put aside.
+    """Remove unused packs, the least recently used first, and quarantined files.
 
-    Without options these are all of them: pytest makes them again when it needs them. A pack that one which is kept stands on is kept.
-    With several options each removes its share. The keys of what was removed are written to stdout.
+    A pack is unused if no test run uses it. Without options all unused packs are removed: pytest makes them again when it needs them. A
+    pack below one that is kept is kept too. Each of several options removes its part. The keys of the removed packs are written to stdout.
     """
-    from pytest_vmbottle import packs
+    from pytest_vmbottle.catalog import packs
 
     catalog = open_catalog(make=False)
     found, damaged = packs.scan(catalog.packs)
@@ -255,7 +262,7 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
             gone.append(each.key)
         else:  # somebody has begun to use it
             stays.add(each.manifest.parent)
-    for aside in () if dry_run else catalog.set_aside():
+    for aside in () if dry_run else catalog.quarantined():
         shutil.rmtree(aside, ignore_errors=True)
     for key in gone:
         click.echo(key)

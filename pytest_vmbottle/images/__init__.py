@@ -1,9 +1,9 @@
-"""Named base images: the store they are kept in, the recipes that build them, the places they are pulled from, and a project's own."""
+"""Named base images: their store, build recipes, downloads and a project's declarations."""
 
 from pytest_vmbottle.images.builder import build, can_build
 from pytest_vmbottle.images.cloud import CLOUD_IMAGES, CloudImage
 from pytest_vmbottle.images.declared import DeclaredImage, declared_images, find_declared_images
-from pytest_vmbottle.images.disk import check_again, disk_format
+from pytest_vmbottle.images.disk_format import check_again, disk_format
 from pytest_vmbottle.images.puller import PULL_SECONDS, PullOptions, pull, pull_url, pulled_name
 from pytest_vmbottle.images.recipes import RECIPES, Recipe
 from pytest_vmbottle.images.store import Image, ImageStore, Traits, default_firmware

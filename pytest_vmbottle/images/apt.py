@@ -1,4 +1,4 @@
-"""Where this host gets its packages from, so that what is built here comes from the same place."""
+"""This host's APT sources, reused for the images that are built here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _ARCHIVES = ("debian", "debian-security")
 
 
 def apt_sources(suite: str, apt: Path = Path("/etc/apt")) -> dict[str, str]:
-    """This host's own package sources for a suite and its updates: the files' names and content; empty where it has none.
+    """Return this host's APT sources for a suite and its updates, as file names and contents.
 
-    Both formats of sources.list(5) are read. Where they are for another release of Debian, its archive has the wanted one too, and the
-    sources are those of Debian itself with the release's name replaced. A host of another distribution has none, and mmdebstrap knows
-    the default.
+    Empty if the host has none.
+
+    Both formats of sources.list(5) are read. If they are for another release of Debian, the release's name is replaced in the sources of
+    Debian itself, because its archive has all releases. A host of another distribution has none, and mmdebstrap uses its default.
     """
     lists = [apt / "sources.list", *sorted(apt.glob("sources.list.d/*.list"))]
     stanzas = sorted(apt.glob("sources.list.d/*.sources"))
@@ -46,7 +47,7 @@ def apt_sources(suite: str, apt: Path = Path("/etc/apt")) -> dict[str, str]:
 
 @attrs.frozen(kw_only=True)
 class _Source:
-    """One entry, cut open where its suites stand."""
+    """One APT source, split at its suites."""
 
     head: str
     suites: tuple[str, ...]
@@ -62,7 +63,7 @@ class _Source:
 
     @property
     def is_debians(self) -> bool:
-        """Whether it is Debian's archive, or a mirror of it, and not one that others keep for Debian."""
+        """Tell whether it is Debian's archive or a mirror of it, and no third party's."""
         keys = self.signed_by.replace(",", " ").split()
         named = all(key in _KEYRINGS for key in keys)
         return named and "main" in self.components and (bool(keys) or all(map(_is_archive, self.uris)))
@@ -77,7 +78,7 @@ def _is_archive(uri: str) -> bool:
 
 
 def _narrowed(sources: Iterable[_Source], suite: str) -> list[_Source]:
-    """The sources for a suite and its updates; none without the suite itself."""
+    """Return the sources for a suite and its updates; none if the suite itself is missing."""
     kept = [
         attrs.evolve(source, suites=tuple(each for each in source.suites if each == suite or each.startswith(f"{suite}-")))
         for source in sources
@@ -86,9 +87,10 @@ def _narrowed(sources: Iterable[_Source], suite: str) -> list[_Source]:
 
 
 def _of_another_release(sources: Iterable[_Source], suite: str) -> list[_Source]:
-    """Debian's sources for the first of its other releases that this host has, as if for this one."""
+    """Return the host's sources for another Debian release, rewritten for this suite."""
     if suite not in _RELEASES:
         return []
+    # A third party's archive need not have a folder for another release, so only Debian's own are rewritten.
     debians = [source for source in sources if source.is_debians]
     for release in _RELEASES:
         new = {f"{release}{pocket}": f"{suite}{pocket}" for pocket in _POCKETS}
@@ -100,8 +102,10 @@ def _of_another_release(sources: Iterable[_Source], suite: str) -> list[_Source]
 
 def _lines(text: str) -> Iterator[_Source]:
     for line in text.splitlines():
+        # A comment may follow an entry on the same line: see sources.list(5).
         entry = line.partition("#")[0].strip()
         match = _ONE_LINE.match(entry)
+        # A medium is not there when the image is built.
         if match and not match["uri"].startswith("cdrom:"):
             start, end = match.span("suite")
             signed_by = re.search(r"signed-by=(\S+)", match["options"] or "", re.IGNORECASE)
@@ -138,5 +142,5 @@ def _stanzas(text: str) -> Iterator[_Source]:
 
 
 def keyrings(sources: Iterable[str]) -> set[Path]:
-    """The files with keys that sources name by path."""
+    """Return the files of keys that sources name by path."""
     return {Path(path) for text in sources for path in _SIGNED_BY.findall(text)}

@@ -1,4 +1,4 @@
-"""Makes base images with mmdebstrap, as root or as an ordinary user."""
+"""Builds of base images with mmdebstrap, as root or as an ordinary user."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pytest_vmbottle._os import Deadline, format_size
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.locks import locked
+from pytest_vmbottle.host.package_data import read_script
+from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.images.apt import apt_sources, keyrings
 from pytest_vmbottle.images.recipes import RECIPES, TAKES_SEED, Recipe
 from pytest_vmbottle.images.store import (
@@ -33,11 +37,9 @@ from pytest_vmbottle.images.store import (
     Traits,
     abandoned,
     check_name,
-    claimed,
     copy_in,
     explained,
 )
-from pytest_vmbottle.spec import host_arch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,17 +59,8 @@ _USER_TOOLS = {"newuidmap": "uidmap"}
 # its mounts into the host. For an ordinary user it makes such namespaces itself.
 _LEASH = ("setpriv", "--pdeathsig", "KILL")
 _NAMESPACES = (*_LEASH, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-_SCRIPT = "vmbottle-script"
-# Run by the host's shell, with the new system's folder: it sees nothing else that a user wrote. Names are resolved as on the host for as
-# long as the script runs.
-_RUN_SCRIPT = f"""\
-cp -a "$1/etc/resolv.conf" "$1/{_SCRIPT}.resolv"
-cat /etc/resolv.conf > "$1/etc/resolv.conf"
-env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive \\
-    chroot "$1" "/{_SCRIPT}" </dev/null || {{ echo "the script ended with status $?"; exit 1; }}
-mv "$1/{_SCRIPT}.resolv" "$1/etc/resolv.conf"
-rm "$1/{_SCRIPT}"
-"""
+_SCRIPT = "vmbottle-script"  # run_script.sh knows it too
+_RUN_SCRIPT = read_script(__package__, "run_script.sh")
 _NEEDED_SPACE = 2 << 30
 _PREFIX = "vmbottle-build-"
 _SUBORDINATE = re.compile(r"^([^:\n]+):(\d+):(\d+)$", re.MULTILINE)  # subuid(5)
@@ -83,7 +76,7 @@ _STEPS = {
 
 
 def can_build(name: str) -> bool:
-    """Whether there is a recipe of this name."""
+    """Tell whether there is a recipe of this name."""
     return name in RECIPES
 
 
@@ -96,22 +89,26 @@ def build(  # noqa: PLR0913 - a build has many parts
     script: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Image:
-    """Makes a base image, as root or as an ordinary user, and puts it into the store; an older one of its name is replaced.
+    """Build a base image, as root or as an ordinary user, and store it.
+
+    An older image of its name is replaced.
 
     Args:
         recipe: One of `RECIPES`.
-        name: What it is to be called, if not like the recipe.
-        include: More packages.
-        script: What is run in it at the end, as root, with the host's network: by `sh -eu`, or what its first line names after `#!`.
-        progress: Gets a line for each step, with the seconds since the start.
+        name: The image's name; by default the recipe's.
+        include: Packages besides the recipe's.
+        script: A script that is run in the new system at the end, as root, with the host's network: by `sh -eu`, or by the program that its
+            first line names after `#!`.
+        progress: Function that gets a line for each step, with the seconds since the start.
 
     Raises:
-        BackendUnavailable: This host lacks what it takes; the remedy says what to install.
+        BackendUnavailable: This host lacks a tool, space or a right; the remedy says what to do.
         CatalogError: The recipe is unknown, or a step failed; then the message has the end of its output. Nothing was added.
     """
     if recipe not in RECIPES:
         raise CatalogError(f"there is no recipe for {recipe!r}: there {'is' if len(RECIPES) == 1 else 'are'} {', '.join(sorted(RECIPES))}")
     chosen, name = RECIPES[recipe], name or recipe
+    # The recipe's name is checked before any work, and so are the packages: a build takes minutes.
     check_name(name)
     for package in include:
         check_package(package)
@@ -134,10 +131,10 @@ def build(  # noqa: PLR0913 - a build has many parts
 
 
 def check_package(name: str) -> None:
-    """Refuses what cannot be the name of a package, perhaps with its version or release.
+    """Refuse an invalid package name, which may have a version or release.
 
     Raises:
-        CatalogError: It cannot.
+        CatalogError: The name is invalid.
     """
     if not _PACKAGE.fullmatch(name):
         raise CatalogError(f"{name!r} is not the name of a package: give names, one by one, such as 'nginx' or 'nginx=1.22.1-9'")
@@ -154,10 +151,10 @@ def _arch_of(recipe: Recipe, name: str) -> tuple[str, str]:
 
 
 class _Workshop:
-    """A folder to build in, and a way to run tools there with root's view of who owns what.
+    """A build folder, in which tools see root as the owner of files.
 
-    An ordinary user gets that view from a user namespace: mmdebstrap maps root and the others in it to the ids set aside for the
-    user. These must reach the folder and write to it, so it is open to everyone, inside one that nobody else can list.
+    For an ordinary user this takes a user namespace: mmdebstrap maps root and the other users in it to the user's subordinate ids. These
+    must reach the folder and write to it, so it is open to everyone, inside a folder that nobody else can list.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -170,13 +167,17 @@ class _Workshop:
     @classmethod
     @contextmanager
     def opened(cls, say: Callable[[str], None]) -> Iterator[_Workshop]:
-        """Opens a workshop that can be worked in; leaves nothing of it, nor of one whose owner was killed."""
+        """Yield a checked workshop, and remove it at the end.
+
+        Workshops of killed processes are removed too.
+        """
         for outer in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
             if abandoned(outer):
                 for folder in outer.iterdir():
                     cls(folder, say).clear()
                 shutil.rmtree(outer, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as new, claimed(Path(new)):
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as new, locked(Path(new), shared=True):
+            # A random folder below one that cannot be listed: others may enter it only if they know its name.
             shop = cls(Path(new) / secrets.token_hex(16), say)
             shop.folder.parent.chmod(0o711)
             shop.folder.mkdir()
@@ -188,7 +189,7 @@ class _Workshop:
                 shop.clear()
 
     def check(self) -> None:
-        """Refuses a host that lacks a tool, space, or the ids that an ordinary user needs."""
+        """Check that the host has the tools, the space and the ids that the build needs."""
         tools = _TOOLS | (_USER_TOOLS if self._rootless else _ROOT_TOOLS)
         missing = {tool: package for tool, package in tools.items() if not shutil.which(tool, path=self._path)}
         if missing:
@@ -207,15 +208,16 @@ class _Workshop:
                 reason = f"{parent} is closed to other users, and building without root uses other user ids"
                 raise BackendUnavailable(reason, "Set TMPDIR to a folder that everyone may enter, such as /var/tmp")
         try:
+            # Checked by doing it: sysctls, AppArmor and containers can each forbid it.
             self.run_as_root("true")
         except CatalogError as error:
             raise _no_namespaces(str(error)) from None
 
     def run(self, *argv: str | Path, on_line: Callable[[str], None] = lambda _: None) -> None:
-        """Runs a tool to its end.
+        """Run a tool to its end.
 
         Raises:
-            CatalogError: It failed; with the last lines of its output.
+            CatalogError: The tool failed; the message has the last lines of its output.
         """
         words = [str(word) for word in argv]
         environment = {**os.environ, "PATH": self._path, "TMPDIR": str(self.folder), "LC_ALL": "C.UTF-8"}
@@ -234,6 +236,7 @@ class _Workshop:
         tail: deque[str] = deque(maxlen=25)
         try:
             for line in process.stdout or ():
+                # Control characters of a tool's output, such as progress bars, would garble the message.
                 tail.append("".join(char if char.isprintable() else " " for char in line).rstrip())
                 on_line(tail[-1])
             status = process.wait()
@@ -248,11 +251,14 @@ class _Workshop:
             raise CatalogError(f"{tool} failed with status {status}. The end of its output:\n" + "\n".join(tail))
 
     def run_as_root(self, *argv: str | Path) -> None:
-        """Runs a tool that sees, and makes, files that belong to root."""
+        """Run a tool that sees, and makes, files of root."""
         self.run(*(("mmdebstrap", "--unshare-helper") if self._rootless else ()), *argv)
 
     def _namespaces(self) -> tuple[str, ...]:
-        """What keeps root's mounts away from the host's: namespaces of their own where they can be had, which is not so in a chroot."""
+        """Return the command that separates root's mounts from the host's.
+
+        Namespaces of their own are used if they are available, which is not so in a chroot.
+        """
         try:
             self.run(*_NAMESPACES, "true")
         except CatalogError:
@@ -260,7 +266,7 @@ class _Workshop:
         return _NAMESPACES
 
     def bootstrap(self, *arguments: str | Path) -> None:
-        """Runs mmdebstrap and reports its steps."""
+        """Run mmdebstrap and report its steps."""
         command = ("mmdebstrap", "--mode=unshare") if self._rootless else (*self._namespaces(), "mmdebstrap", "--mode=root")
         self.run(*command, *arguments, on_line=self._report)
 
@@ -270,22 +276,27 @@ class _Workshop:
                 self.say(step)
 
     def clear(self) -> None:
-        """Removes everything in the folder, whoever owns it."""
+        """Remove everything in the folder, whoever owns it."""
         content = list(self.folder.iterdir())
         if content:
             try:
+                # Files of mapped ids do not belong to the user, who alone could not remove them.
                 self.run_as_root("rm", "-rf", "--one-file-system", "--", *content)
             except (CatalogError, OSError) as error:
                 self.say(f"cannot remove {self.folder}: {error}")
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it started; its id stays taken until then, so that no other group can be hit."""
+    """Kill a process and everything it started.
+
+    Its id stays taken until then, so that no other group can be hit.
+    """
 
     def ended() -> bool:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
     if process.returncode is None:
+        # SIGTERM first, so that mmdebstrap can unmount what it has mounted in the new system.
         os.killpg(process.pid, signal.SIGTERM)
         Deadline(5).poll(ended)
         os.killpg(process.pid, signal.SIGKILL)
@@ -302,7 +313,10 @@ def _is_empty(group: int) -> bool:
 
 
 def without_ids(files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> str:
-    """The command that gives this user ids of others to build with, if there are none yet; else nothing. See subuid(5)."""
+    """Return the command that gives this user subordinate ids to build with, see subuid(5).
+
+    Empty if the user has some.
+    """
     number, name = str(os.geteuid()), ""
     with suppress(KeyError):  # a container's user may have no name
         name = pwd.getpwuid(os.geteuid()).pw_name
@@ -317,7 +331,7 @@ def without_ids(files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"
 
 
 def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> BackendUnavailable:
-    """Says why an ordinary user cannot pass for root here."""
+    """Return the error for a host where an ordinary user cannot act as root."""
     remedy = without_ids(files)
     if remedy:
         return BackendUnavailable("this user has no subordinate user and group ids, which building without root needs", remedy)
@@ -329,7 +343,7 @@ def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Pa
 
 
 def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str], script: str) -> Path:
-    """Installs the system into a folder."""
+    """Install the system into a folder."""
     sources = apt_sources(recipe.suite)
     early, late, root = shop.folder / "early.tar", shop.folder / "late.tar", shop.folder / "root"
     _write_tar(early, recipe.early, {})
@@ -356,7 +370,7 @@ def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str],
 
 
 def _run_in(shop: _Workshop, script: str) -> list[str]:
-    """The hooks of mmdebstrap that run a script in the new system, and leave nothing of it there."""
+    """Return the hooks of mmdebstrap that run a script in the new system and remove it."""
     archive = shop.folder / "script.tar"
     _write_tar(archive, {_SCRIPT: script if script.startswith("#!") else f"#!/bin/sh -eu\n{script}"}, {}, mode=0o700)
     hook = shop.folder / "run-script"
@@ -365,14 +379,16 @@ def _run_in(shop: _Workshop, script: str) -> list[str]:
 
 
 def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
-    """Puts the system on a disk without partitions, and its kernel beside it."""
+    """Put the system on a disk without partitions, and its kernel beside it."""
     for pattern, target in (("vmlinuz-*", KERNEL), ("initrd.img-*", INITRD)):
         found = sorted(root.glob(f"boot/{pattern}"))
         if not found:
             raise CatalogError(f"the packages brought no boot/{pattern}")
+        # The last of several kernels, by name, is taken for the newest.
         with found[-1].open("rb") as source:
             copy_in(source, folder / target)
     raw = shop.folder / "disk.raw"
+    # Lazy: initialising tables that nobody has used would fill the image with zeros.
     lazy = "lazy_itable_init=1,lazy_journal_init=1"
     shop.run_as_root("mke2fs", "-q", "-t", "ext4", "-L", "root", "-E", lazy, "-d", root, raw, f"{size >> 10}k")
     shop.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, folder / "disk.qcow2")
@@ -381,7 +397,7 @@ def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
 
 
 def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str, str], *, mode: int = 0o644) -> None:
-    """Writes root's files, the folders they are in, and links."""
+    """Write a tar file with root's files, their folders, and links."""
 
     def member(name: str, kind: bytes, mode: int) -> tarfile.TarInfo:
         info = tarfile.TarInfo(name)
@@ -404,7 +420,10 @@ def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str,
 
 
 def _foreign_keys(sources: Iterable[str], recipe: Recipe) -> dict[str, bytes]:
-    """The keys that sources name by path, other than the archive's own: the guest needs them where the host has them."""
+    """Return the keys that sources name by path, without the archive's own.
+
+    The guest needs them at the same paths as the host.
+    """
     paths = keyrings(sources) - {recipe.keyring[0]}
     return {str(path.relative_to("/")): path.read_bytes() for path in sorted(paths) if path.is_file()}
 

@@ -1,4 +1,4 @@
-"""The official cloud images that can be pulled: where they are, and where their makers publish the checksums."""
+"""Official cloud images: URLs, and their publishers' checksums."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def _lower(text: str) -> str:
 
 @attrs.frozen
 class Checksum:
-    """What a file's content must hash to.
+    """Checksum of a file's content.
 
     Attributes:
         algorithm: `sha256` or `sha512`.
-        digest: In lower-case hexadecimal digits.
+        digest: The digest in lower-case hexadecimal digits.
     """
 
     algorithm: str = attrs.field(validator=attrs.validators.in_(_DIGITS))
@@ -47,18 +47,20 @@ class Checksum:
 
 @attrs.frozen(kw_only=True)
 class CloudImage:
-    """Where a distribution publishes an image for clouds, and how it boots; `{arch}` stands for the distribution's word for that.
+    """A distribution's published cloud image, and how it boots.
+
+    `{arch}` stands for the distribution's word for the architecture.
 
     Attributes:
-        description: What it is.
-        folder: The URL of the folder it is in; ends with a slash.
-        file: Its name there.
-        checksums: The name of the file with its checksum; `{file}` stands for the image's.
-        algorithm: Which checksum that is.
-        user: Who gets the SSH key.
-        arches: By `uname -m`, the distribution's word for the architecture.
-        firmware: By `uname -m`, the word in the file's name for what boots it, where there is one; `{firmware}` stands for that.
-        readiness: When the guest is ready.
+        description: A few words for people.
+        folder: The URL of the image's folder; ends with a slash.
+        file: The image's file name.
+        checksums: The name of the file with the checksum; `{file}` stands for the image's.
+        algorithm: The checksum's algorithm.
+        user: The user who gets the SSH key.
+        arches: The distribution's words for architectures, by `uname -m`.
+        firmware: The words in the file's name for the firmware, by `uname -m`, if there are any; `{firmware}` stands for them.
+        readiness: The condition for the guest to be ready.
     """
 
     description: str
@@ -72,18 +74,21 @@ class CloudImage:
     readiness: Readiness = "cloud-init"
 
     def url(self, arch: str) -> str:
-        """Where the image for an architecture (by `uname -m`) is."""
+        """Return the URL of the image for an architecture, given as by `uname -m`."""
         words = {"arch": self.arches[arch], "firmware": self.firmware.get(arch, "")}
         return (self.folder + self.file).format(**words)
 
     def checksums_url(self, arch: str) -> str:
-        """Where its checksum is."""
+        """Return the URL of its checksum."""
         url = self.url(arch)
         folder, _, file = url.rpartition("/")
         return f"{folder}/{self.checksums}".format(file=file, arch=self.arches[arch])
 
     def traits(self, arch: str) -> Traits:
-        """What is known of the system on it. The x86_64 images all boot by BIOS, most by UEFI too; for aarch64 there is only UEFI."""
+        """Return the traits of the image's system.
+
+        The x86_64 images all boot by BIOS, most by UEFI too; for aarch64 there is only UEFI.
+        """
         return Traits(firmware=default_firmware(arch), user=self.user, readiness=self.readiness)
 
 
@@ -173,14 +178,15 @@ CLOUD_IMAGES: Mapping[str, CloudImage] = {
 
 
 def checksum_in(text: str, file: str, algorithm: str) -> Checksum | None:
-    """Finds a file's checksum in a published list of them, or in a file that has nothing else.
+    """Find a file's checksum in a published list, or in a file of its own.
 
-    Lines are `DIGEST  FILE`, `DIGEST *FILE` or `SHA256 (FILE) = DIGEST`; others, such as a signature around them, are passed over.
+    Lines are `DIGEST  FILE`, `DIGEST *FILE` or `SHA256 (FILE) = DIGEST`; others, such as a signature around them, are ignored.
 
     Raises:
         ValueError: The file is listed with two different checksums.
     """
     found = {digest.lower() for digest in _digests(text, file, algorithm) if len(digest) == _DIGITS[algorithm]}
+    # Two checksums for one file: somebody has tampered with the list, or it is in the middle of an update.
     if len(found) > 1:
         raise ValueError(f"{file} is listed with {len(found)} different checksums")
     return Checksum(algorithm, found.pop()) if found else None

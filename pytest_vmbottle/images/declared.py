@@ -1,8 +1,9 @@
-"""Images that a project declares: in `[tool.vmbottle.images.NAME]` of its pyproject.toml, or `[images.NAME]` of a vmbottle.toml.
+"""Images that a project declares.
 
-One is a disk that lies in the project (`path`), one that is downloaded (`url` and `sha256`), or one that is built (`build`). What is
-downloaded or built is stored under the declaration's name and a digest of all it says: a changed one is made again, and two projects can
-mean different images by one name.
+They stand in `[tool.vmbottle.images.NAME]` of its pyproject.toml, or in `[images.NAME]` of a vmbottle.toml.
+
+Each is a disk in the project (`path`), a download (`url` and `sha256`) or a build (`build`). Downloads and builds are stored under the
+declaration's name and a digest of its content: a changed declaration is made again, and two projects can mean different images by one name.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 
-from pytest_vmbottle._os import content_digest
 from pytest_vmbottle.errors import CatalogError, SpecError
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.digests import content_digest, digest
 from pytest_vmbottle.images.builder import build, check_package
-from pytest_vmbottle.images.disk import opened
+from pytest_vmbottle.images.disk_format import opened
 from pytest_vmbottle.images.download import check_url
 from pytest_vmbottle.images.puller import PullOptions, pull_url
 from pytest_vmbottle.images.recipes import RECIPES
 from pytest_vmbottle.images.store import Firmware, Image, ImageStore, Readiness, Traits, check_name, default_firmware, explained
-from pytest_vmbottle.spec import digest, host_arch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -50,18 +51,18 @@ _DIGITS = 12
 
 @attrs.frozen(kw_only=True)
 class DeclaredImage:
-    """One image that a project declares.
+    """An image that a project declares.
 
     Attributes:
-        name: What tests call it.
-        origin: The file and the table that declare it.
-        kind: Where it comes from.
+        name: The image's name in tests.
+        origin: The file and the table of the declaration.
+        kind: The kind of source: a path, a download or a build.
         source: The absolute path, the URL, or the recipe.
-        sha256: The digest its disk must have; empty where any will do.
-        packages: More packages to build it with.
-        script: What is run in it while it is built; empty for nothing.
+        sha256: The digest that its disk must have; empty if any will do.
+        packages: Packages to install in a build, besides the recipe's.
+        script: The script that is run in it during the build, or an empty string.
         arch: The architecture, as `uname -m` names it.
-        traits: How it boots, and when it is ready.
+        traits: Properties of its system, such as its firmware.
         kernel, initrd, cmdline: For a direct boot of a disk in the project.
     """
 
@@ -80,25 +81,26 @@ class DeclaredImage:
 
     @property
     def stored_name(self) -> str:
-        """What the image is called in the store: its name and the digest of what makes it what it is."""
+        """The image's name in the store: its own and a digest of its declaration."""
+        # A URL does not count, because the sha256 says what is downloaded, wherever it comes from.
         content = (self.kind, self.source if self.kind == "build" else "", self.sha256, self.packages, self.script, self.arch)
         return f"{self.name}-{digest('declared', content, attrs.asdict(self.traits))[:_DIGITS]}"
 
     def get(self, store: ImageStore) -> Image | None:
-        """The image, if nothing has to be built or downloaded for it.
+        """Return the image if it needs no build or download, or None.
 
         Raises:
-            CatalogError: What is there cannot be used.
+            CatalogError: The stored image or the disk cannot be used.
         """
         with self._named():
             found = self._in_place(store, None) if self.kind == "path" else store.get(self.stored_name)
             return attrs.evolve(found, name=self.name) if found is not None else None
 
     def make(self, store: ImageStore, *, progress: Callable[[str], None] = lambda _: None) -> Image:
-        """Builds or downloads the image, and stores it.
+        """Build or download the image, and store it.
 
         Raises:
-            BackendUnavailable: This host lacks what it takes.
+            BackendUnavailable: This host lacks a tool or right that it needs.
             CatalogError: It failed; nothing was stored.
         """
         with self._named():
@@ -115,7 +117,7 @@ class DeclaredImage:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Says whose image it is that something is wrong with."""
+        """Name the declaration in the errors of a block."""
         try:
             yield
         except CatalogError as error:
@@ -127,6 +129,7 @@ class DeclaredImage:
             raise CatalogError(f"{self.source} has the sha256 {image.sha256}, and {self.sha256} is declared")
         if self.kernel is None:
             return image
+        # The kernel is not in the store, so its content has to be part of the key.
         key = digest(image.key, _digest(self.kernel), _digest(self.initrd) if self.initrd else "", self.cmdline)
         return attrs.evolve(image, kernel=self.kernel, initrd=self.initrd, cmdline=self.cmdline, key=key)
 
@@ -137,10 +140,10 @@ def _digest(path: Path) -> str:
 
 
 def declared_images(folder: Path) -> dict[str, DeclaredImage]:
-    """The images that the files of a folder declare, by name.
+    """Return the images that the files of a folder declare, by name.
 
     Raises:
-        SpecError: A declaration makes no sense; the message names the file and the key.
+        SpecError: A declaration is invalid; the message names the file and the key.
     """
     found: dict[str, DeclaredImage] = {}
     for file, prefix, tables in _declaring(folder):
@@ -153,12 +156,12 @@ def declared_images(folder: Path) -> dict[str, DeclaredImage]:
 
 
 def find_declared_images(start: Path) -> dict[str, DeclaredImage]:
-    """The images that are declared in the nearest folder that declares any, from one upwards.
+    """Find the images declared in the nearest folder, from `start` upwards, that declares any.
 
-    A folder above it that everybody may write to, such as /tmp, ends the search: what is declared is run.
+    A parent folder that everybody may write to, such as /tmp, ends the search, because declarations contain scripts that are run.
 
     Raises:
-        SpecError: A declaration makes no sense.
+        SpecError: A declaration is invalid.
     """
     start = start.resolve()
     for folder in (start, *start.parents):
@@ -170,7 +173,7 @@ def find_declared_images(start: Path) -> dict[str, DeclaredImage]:
 
 
 def _declaring(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
-    """The files of a folder that are ours, where in them images are declared, and what stands there."""
+    """Yield the declaring files of a folder, each with the key of its table and the table."""
     own, pyproject = folder / _OWN, folder / _PYPROJECT
     content = _content(own)
     if content is not None:
@@ -185,7 +188,7 @@ def _declaring(folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
 
 
 def _content(file: Path) -> bytes | None:
-    """What is in a file; None if there is none, or none for our eyes."""
+    """Return the content of a file; None if it does not exist or is another project's and unreadable."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -214,11 +217,12 @@ def _images(table: object, file: Path, prefix: str) -> dict[str, Any]:
 
 
 class _Table:
-    """What stands in one declaration, and the checks of it."""
+    """The table of one declaration, and its checks."""
 
     def __init__(self, name: str, origin: str, folder: Path, table: object) -> None:
         self._name, self._origin, self._folder = name, origin, folder
         try:
+            # In the store a digest follows the name, and both together must be valid.
             check_name(f"{name}-{'0' * _DIGITS}")
         except CatalogError:
             raise SpecError(

@@ -1,12 +1,13 @@
-"""Brings files from https servers: capped in size and time, taken up again where a transfer broke off.
+"""Downloads from https servers.
 
-What a server sends is hostile. Nothing here is trusted before the caller has compared its checksum.
+They are limited in size and time, and resume where a transfer broke off.
+
+Content of a server is hostile input: nothing is trusted before the caller has compared its checksum.
 """
 
 from __future__ import annotations
 
 import base64
-import fcntl
 import os
 import re
 import shutil
@@ -25,9 +26,12 @@ import urllib3
 from urllib3 import exceptions as faults
 from urllib3.connection import HTTPSConnection
 
-from pytest_vmbottle import records
-from pytest_vmbottle._os import Deadline, format_size, private_dir
 from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.host import records
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import private_dir
+from pytest_vmbottle.host.locks import tried, try_lock
+from pytest_vmbottle.host.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,18 +40,18 @@ __all__ = ["Downloads", "Partial", "Transfer", "check_url", "fetch_text"]
 
 _CONNECT_SECONDS = 30.0
 _SILENT_SECONDS = 60.0
-"""For how long a server may say nothing."""
+"""Seconds for which a server may send nothing."""
 _ANSWER_SECONDS = 90.0
-"""Within which the head of an answer has to be there, whatever a server sends meanwhile."""
+"""Seconds within which the head of an answer must be complete, whatever a server sends meanwhile."""
 _GRACE_SECONDS = 5.0
-"""For how long after its deadline a transfer may still end by itself."""
+"""Seconds after its deadline in which a transfer may still end by itself."""
 _TEXT_SECONDS = 120.0
 _MAX_TEXT = 1 << 20
 _CHUNK = 1 << 20
 _REDIRECTS = 5
 _ATTEMPTS = 5
 _PAUSE = 2.0
-"""Seconds before a transfer that broke off is taken up again."""
+"""Seconds before a transfer that broke off is resumed."""
 _OLD_SECONDS = 7 * 86400
 _OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
 _LATER = {408, 425, 429, 500, 502, 503, 504}
@@ -55,18 +59,18 @@ _RANGE = re.compile(r"bytes (?P<start>[0-9]{1,18})-[0-9]{1,18}/(?P<total>[0-9]{1
 
 
 class _BrokenOffError(Exception):
-    """A transfer that ended early, and may be taken up again."""
+    """A transfer ended early, and may be resumed."""
 
 
 class _UnreachableError(CatalogError):
-    """A server that is not to be reached: from the start, or all of a sudden."""
+    """A server cannot be reached, or no longer."""
 
 
 def check_url(url: str) -> None:
-    """Refuses everything but a plain https URL.
+    """Refuse everything but a plain https URL.
 
     Raises:
-        CatalogError: It is something else; the message says what to do.
+        CatalogError: It is not such a URL; the message says what to do.
     """
     try:
         parts = urlsplit(url)
@@ -84,14 +88,14 @@ def check_url(url: str) -> None:
 
 
 def fetch_text(url: str, *, what: str) -> str:
-    """Fetches a small text file, such as a list of checksums.
+    """Fetch a small text file, such as a list of checksums.
 
     Args:
-        url: Where it is; https.
-        what: What it is called in messages.
+        url: The https URL.
+        what: The file's name in messages.
 
     Raises:
-        CatalogError: It cannot be had, or is not text of less than 1 MiB; the message says what to do.
+        CatalogError: It cannot be downloaded, or is not text of less than 1 MiB; the message says what to do.
     """
     deadline = Deadline(_TEXT_SECONDS)
     content = bytearray()
@@ -111,7 +115,10 @@ def fetch_text(url: str, *, what: str) -> str:
 
 @attrs.frozen
 class Partial:
-    """A file that is being fetched, and what its server called this content (an ETag or a date), so that another one is noticed."""
+    """A partly downloaded file, and its server's name for this content.
+
+    The name is an ETag or a date, by which another content is noticed.
+    """
 
     path: Path
 
@@ -121,47 +128,51 @@ class Partial:
 
     @property
     def size(self) -> int:
-        """The bytes that are there already."""
+        """The number of bytes that have been downloaded."""
         return self.path.stat().st_size
 
     @property
     def validator(self) -> str:
-        """What the server called the content of which these bytes are."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return str(records.read(self._record)["validator"])
+        """The server's name for the content of these bytes."""
+        with suppress(OSError, records.Damaged):
+            return records.read_as(self._record, lambda facts: str(facts["validator"]))
         return ""
 
     def restart(self, validator: str) -> None:
-        """Throws away what is there."""
+        """Discard the downloaded bytes."""
         os.truncate(self.path, 0)
         records.write(self._record, {"validator": validator})
 
     def remove(self) -> None:
-        """Removes it, finished or worthless."""
+        """Remove the file, finished or worthless."""
         self.path.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
 
 
 class Downloads:
-    """A private folder of files that are being fetched; what nobody has gone on with for a week is removed."""
+    """A private folder of unfinished downloads.
+
+    Those that were not resumed for a week are removed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @contextmanager
     def partial(self, key: str, *, deadline: Deadline, waiting: Callable[[str], None]) -> Iterator[Partial]:
-        """Holds the file for what `key` stands for, against everybody else who fetches the same.
+        """Lock and yield the file for `key`, so that nobody else downloads the same.
 
         Raises:
-            CatalogError: Somebody else has held it until the deadline.
+            CatalogError: Another process has held it until the deadline.
         """
         self._sweep()
         path = private_dir(self._folder) / key
-        fd = self._hold(path)
+        # Tried without waiting first, to tell the user why nothing happens.
+        fd = try_lock(path, create=True)
         holder = path.with_name(f"{key}.holder")
         if fd is None:
             waiting(f"waiting for another process that downloads the same: {records.describe_holder(holder)}")
-            fd = deadline.poll(lambda: self._hold(path), every=1.0)
+            fd = try_lock(path, create=True, deadline=deadline)
         if fd is None:
             raise CatalogError(
                 f"another process was still downloading the same after {deadline.seconds:.0f} s: {records.describe_holder(holder)}; "
@@ -174,38 +185,26 @@ class Downloads:
             holder.unlink(missing_ok=True)
             os.close(fd)
 
-    @staticmethod
-    def _hold(path: Path) -> int | None:
-        """A descriptor that holds the file, which may have been finished and removed while it was opened."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(fd)
-        return None
-
     def _sweep(self) -> None:
         for path in self._folder.glob("*") if self._folder.is_dir() else ():
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _OLD_SECONDS and (fd := self._hold(path)) is not None:
-                    path.unlink(missing_ok=True)
-                    os.close(fd)
+                if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                    with tried(path) as is_ours:
+                        if is_ours:
+                            path.unlink()
 
 
 @attrs.frozen(kw_only=True)
 class Transfer:
-    """A large file on its way.
+    """A download of a large file.
 
     Attributes:
-        url: Where it is; https.
-        partial: Where it goes.
-        what: What it is called in messages.
-        max_size: Bytes above which it cannot be what it should be.
-        deadline: When to give up.
-        progress: Gets a line about how far it is.
+        url: The https URL.
+        partial: The file to write to.
+        what: The file's name in messages.
+        max_size: Maximum size in bytes; a larger file is refused.
+        deadline: Deadline of the download.
+        progress: Function that gets a line about the progress.
         every: Seconds between two such lines.
     """
 
@@ -218,17 +217,18 @@ class Transfer:
     every: float = 5.0
 
     def run(self) -> None:
-        """Fetches the file, or what is missing of it.
+        """Download the file, or its missing part.
 
-        A transfer that breaks off is taken up again a few times; after that, what came stays, and the next one goes on from there.
+        A transfer that breaks off is resumed a few times; after that, the bytes are kept, and the next download resumes there.
 
         Raises:
-            CatalogError: It cannot be had; the message says what to do.
+            CatalogError: It cannot be downloaded; the message says what to do.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._go_on()
             except (_BrokenOffError, _UnreachableError, TimeoutError) as error:
+                # A server that cannot be reached at first is probably wrong or blocked; one that is lost later may come back.
                 if attempt == 1 and isinstance(error, _UnreachableError):
                     raise
                 there = format_size(self.partial.size)
@@ -257,6 +257,7 @@ class Transfer:
             if total > self.max_size:
                 allowed = f"more than the {format_size(self.max_size)} that are allowed"
                 raise CatalogError(f"{self.what} at {self.url} has {format_size(total)}, {allowed}")
+            # Before the first byte: a disk that fills up would disturb everybody else on it.
             _check_space(self.partial.path, total - start)
         if start == 0:
             self.partial.restart(_validator(response))
@@ -265,6 +266,7 @@ class Transfer:
         with self.partial.path.open("ab") as file:
             for chunk in _chunks(response, start, total):
                 done += len(chunk)
+                # The announced length may be missing or wrong, so what comes is counted.
                 if done > self.max_size:
                     file.truncate(0)
                     raise CatalogError(f"{self.what} at {self.url} has no end: more than {format_size(self.max_size)} came. It is no image")
@@ -277,7 +279,7 @@ class Transfer:
 
 
 def _chunks(response: urllib3.BaseHTTPResponse, start: int, total: int | None) -> Iterator[bytes]:
-    """The rest of a file as it comes; a rest that is too short is an error."""
+    """Yield the rest of a file as it comes; raise if it is too short."""
     done = start
     while True:
         try:
@@ -296,19 +298,21 @@ def _chunks(response: urllib3.BaseHTTPResponse, start: int, total: int | None) -
 
 
 def _extent(response: urllib3.BaseHTTPResponse, size: int) -> tuple[int, int | None]:
-    """At which byte of the file an answer starts, and the file's length if that is said."""
+    """Return the first byte's position of an answer, and the file's length if it is known."""
     if response.status == _PARTIAL:
         match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None or int(match["start"]) != size:
             raise CatalogError("the server answers with another part of the file than was asked for: try again later")
         return size, int(match["total"])
+    # Some servers ignore the range and send the whole file: then it begins at 0 again.
     length = response.headers.get("Content-Length", "")
     return 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
 
 
 def _validator(response: urllib3.BaseHTTPResponse) -> str:
-    """What names the content for certain: a strong ETag, or else the date (RFC 9110, 13.1.5)."""
+    """Return a reliable name for the content: a strong ETag, or else the date (RFC 9110, 13.1.5)."""
     etag = response.headers.get("ETag", "")
+    # A weak ETag stands for equivalent content, which may differ in its bytes.
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
@@ -325,7 +329,7 @@ def _check_space(path: Path, missing: int) -> None:
 
 @attrs.define
 class _Meter:
-    """Tells how far a transfer is, now and then."""
+    """Progress messages of a transfer, from time to time."""
 
     _progress: Callable[[str], None]
     _every: float
@@ -334,7 +338,7 @@ class _Meter:
     _told: float = attrs.field(init=False, factory=time.monotonic)
 
     def tell(self, done: int, total: int | None) -> None:
-        """Says where we are, unless that was said just now or it is the end."""
+        """Report the progress, unless it was reported just now or the transfer ends."""
         now = time.monotonic()
         if done == total or now - self._told < self._every:
             return
@@ -348,17 +352,20 @@ class _Meter:
 
 
 class _Watch:
-    """Ends an exchange that takes too long: the time-out of a socket begins anew with each byte and each line, and so has no end."""
+    """A limit on the whole time of an exchange.
+
+    The time-out of a socket begins anew with each byte, so it does not limit the whole.
+    """
 
     def __init__(self) -> None:
         self._socket: Callable[[], socket.socket | None] = lambda: None
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """Cuts the connection if the block takes longer.
+        """Cut the connection if the block takes longer.
 
         Raises:
-            TimeoutError: It has, whatever came of it then: an answer that was cut off may look like a whole one.
+            TimeoutError: It took longer. This holds even if the block succeeded, because a truncated answer may look complete.
         """
         late = threading.Event()
 
@@ -382,7 +389,7 @@ class _Watch:
             raise TimeoutError(f"the server was not done after {seconds:.0f} s")
 
     def pool_class(self) -> type[urllib3.HTTPSConnectionPool]:
-        """Connections that are watched."""
+        """Return a class of connections that this limit can cut."""
         watch = self
 
         class Connection(HTTPSConnection):
@@ -403,7 +410,7 @@ class _Watch:
 
 @contextmanager
 def _get(url: str, headers: dict[str, str], what: str, deadline: Deadline) -> Iterator[urllib3.BaseHTTPResponse]:
-    """Asks for a URL and follows where it is redirected to, over https alone."""
+    """Request a URL and follow its redirects, over https alone."""
     context, asked, watch = _trusted(), url, _Watch()
     # As it is stored: a compression on the way would make lengths and digests those of something else.
     headers = {"User-Agent": "pytest-vmbottle", "Accept-Encoding": "identity", **headers}
@@ -415,6 +422,7 @@ def _get(url: str, headers: dict[str, str], what: str, deadline: Deadline) -> It
                     "GET", url, headers=headers, redirect=False, retries=False, preload_content=False, timeout=_timeout()
                 )
                 answers.enter_context(closing(response))  # what was not read is not wanted
+            # By ourselves and not by urllib3, so that each target is checked: none may leave https.
             target = response.get_redirect_location()
             if not target:
                 with watch.limit(deadline.remaining + _GRACE_SECONDS):  # a row of trailers has no end either
@@ -434,7 +442,7 @@ def _timeout() -> urllib3.Timeout:
 
 @contextmanager
 def _connected(url: str, context: ssl.SSLContext) -> Iterator[urllib3.PoolManager]:
-    """What connects to a server, through the proxy that the environment names for it (HTTPS_PROXY, ALL_PROXY, NO_PROXY)."""
+    """Yield a pool manager for a server, through the proxy that the environment names (HTTPS_PROXY, ALL_PROXY, NO_PROXY)."""
     proxies = {} if proxy_bypass(urlsplit(url).netloc) else getproxies()
     proxy = proxies.get("https") or proxies.get("all")
     pool = urllib3.PoolManager(ssl_context=context) if not proxy else _through(proxy, context)
@@ -452,6 +460,7 @@ def _through(proxy: str, context: ssl.SSLContext) -> urllib3.ProxyManager:
         raise CatalogError(
             f"HTTPS_PROXY names a {parts.scheme} proxy, which cannot be used: name an http one, or list the host in NO_PROXY"
         )
+    # A login for the proxy goes in a header: in its URL it would end up in messages.
     login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
     headers = {"Proxy-Authorization": f"Basic {base64.b64encode(login).decode()}"} if parts.username else {}
     return urllib3.ProxyManager(
@@ -460,7 +469,7 @@ def _through(proxy: str, context: ssl.SSLContext) -> urllib3.ProxyManager:
 
 
 def _trusted() -> ssl.SSLContext:
-    """The certificates that this computer trusts, or those that the environment names, as curl, OpenSSL and requests do."""
+    """Load the certificates that this computer trusts, or those that the environment names, as curl, OpenSSL and requests do."""
     named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     try:
         if named and Path(named).is_dir():
@@ -473,7 +482,7 @@ def _trusted() -> ssl.SSLContext:
 
 @contextmanager
 def _explained(url: str, what: str) -> Iterator[None]:
-    """Turns what goes wrong before there is an answer into a sentence."""
+    """Turn connection errors into a `CatalogError` with a sentence."""
     host = urlsplit(url).hostname
     try:
         yield
@@ -500,7 +509,7 @@ _CERTIFICATES = (
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost of an error's causes, in a few words."""
+    """Return the innermost of an error's causes, in a few words."""
     inner = next((part for part in (getattr(error, "reason", None), *error.args) if isinstance(part, BaseException)), None)
     if inner is not None and inner is not error:
         return _cause(inner)
@@ -509,10 +518,11 @@ def _cause(error: BaseException) -> str:
 
 
 def _check_answer(response: urllib3.BaseHTTPResponse, url: str, what: str) -> None:
-    """Refuses what is not the file that was asked for."""
+    """Refuse an answer that is not the requested file."""
     if response.status in _LATER:
         raise _BrokenOffError(f"{urlsplit(url).hostname} answers {response.status}")
     if response.status not in (_OK, _PARTIAL):
         raise CatalogError(f"{what} is not at {url}: the server answers {response.status}. It may have been moved or withdrawn")
+    # A captive portal answers any request with its login page and status 200.
     if response.headers.get("Content-Type", "").partition(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
         raise CatalogError(f"{url} is a web page, not {what}: does this network ask you to log in, or is the URL that of a page about it?")

@@ -1,4 +1,4 @@
-"""Fetches disk images into the store: official ones by name, others by URL and checksum."""
+"""Downloads of disk images into the store: official ones by name, others by URL and checksum."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, content_digest, format_size
 from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.digests import content_digest
+from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.images.cloud import CLOUD_IMAGES, Checksum, CloudImage, checksum_in
-from pytest_vmbottle.images.disk import inspect, opened
+from pytest_vmbottle.images.disk_format import inspect, opened
 from pytest_vmbottle.images.download import Downloads, Partial, Transfer, check_url, fetch_text
 from pytest_vmbottle.images.store import Image, ImageStore, Traits, check_name, default_firmware, explained
-from pytest_vmbottle.spec import host_arch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PULL_SECONDS", "PullOptions", "pull", "pull_url", "pulled_name"]
 
 PULL_SECONDS = 2 * 3600.0
-"""How long a download may take; what came until then is kept, and the next one goes on from there."""
+"""Seconds that a download may take. An unfinished file is kept, and the next download resumes it."""
 _MAX_CLOUD = 8 << 30
 _MAX_SIZE = 64 << 30
 _ARCHIVES = (".xz", ".gz", ".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz")
@@ -31,14 +33,14 @@ _ARCHIVES = (".xz", ".gz", ".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz")
 
 @attrs.frozen(kw_only=True)
 class PullOptions:
-    """How an image is pulled.
+    """Options of a download.
 
     Attributes:
-        update: Whether an image of the same name and other content is replaced.
-        offline: Whether only what is there may be used.
-        progress: Gets a line for each step.
-        meter: Gets a line now and then that says how far a download is; by default `progress` gets that too.
-        every: Seconds between two of those.
+        update: Whether to replace an image of the same name and other content.
+        offline: Whether to use only what is stored already.
+        progress: Function that gets a line for each step.
+        meter: Function that gets a line about the progress of the download from time to time; by default `progress`.
+        every: Seconds between two of those lines.
     """
 
     update: bool = False
@@ -49,22 +51,28 @@ class PullOptions:
 
 
 def pulled_name(recipe: str, arch: str | None = None) -> str:
-    """What an official image is called in the store unless it is said: like its recipe, with the architecture if it is a foreign one."""
+    """Return the default name of an official image in the store.
+
+    It is the recipe's name, with the architecture if it is a foreign one.
+    """
     return recipe if arch in (None, host_arch()) else f"{recipe}-{arch}"
 
 
 def pull(store: ImageStore, recipe: str, *, name: str | None = None, arch: str | None = None, options: PullOptions | None = None) -> Image:
-    """Brings an official cloud image into the store; if the stored one is what its maker publishes, nothing is downloaded.
+    """Download an official cloud image into the store.
+
+    Nothing is downloaded if the stored image is the one that is published.
 
     Args:
-        store: Where it goes.
+        store: The store to add it to.
         recipe: One of `CLOUD_IMAGES`.
-        name: What it is to be called; else `pulled_name`.
-        arch: For which architecture, as `uname -m` says it; the host's if not given.
-        options: How.
+        name: The image's name; by default `pulled_name`.
+        arch: The architecture, as `uname -m` names it; by default the host's.
+        options: Options of the download.
 
     Raises:
-        CatalogError: There is no such image, it cannot be had, its checksum differs, or another image has the name. Nothing was added.
+        CatalogError: There is no such image, it cannot be downloaded, its checksum differs, or another image has the name. Nothing was
+            added.
     """
     options = options or PullOptions()
     chosen, arch, name = _recipe(recipe), arch or host_arch(), name or pulled_name(recipe, arch)
@@ -98,19 +106,21 @@ def pull_url(  # noqa: PLR0913 - an image has many parts
     description: str = "",
     options: PullOptions | None = None,
 ) -> Image:
-    """Brings a disk image from anywhere into the store; if the stored one has this digest, nothing is asked of any server.
+    """Download a disk image from any URL into the store.
+
+    No server is asked if the stored image has this digest.
 
     Args:
-        store: Where it goes.
-        url: Where it is; https.
-        sha256: What its content must hash to.
-        name: What it is to be called.
+        store: The store to add it to.
+        url: The https URL.
+        sha256: The digest that its content must have.
+        name: The image's name.
         arch, traits: As for `ImageStore.add`.
-        description: What it is; by default where it is from.
-        options: How.
+        description: A few words for people; by default the URL.
+        options: Options of the download.
 
     Raises:
-        CatalogError: It cannot be had, has another digest or is no disk image, or another image has the name. Nothing was added.
+        CatalogError: It cannot be downloaded, has another digest or is not a disk image, or another image has the name. Nothing was added.
     """
     check_url(url)
     check_name(name)
@@ -137,7 +147,7 @@ def pull_url(  # noqa: PLR0913 - an image has many parts
 
 @attrs.frozen(kw_only=True)
 class _Wanted:
-    """What is to be in the store in the end."""
+    """The image that the store is to have in the end."""
 
     url: str
     checksum: Checksum
@@ -148,9 +158,10 @@ class _Wanted:
     max_size: int
 
     def is_content_of(self, image: Image) -> bool:
-        """Whether an image's disk has this checksum."""
+        """Tell whether an image's disk has this checksum."""
         if self.checksum.algorithm == "sha256":
             return image.sha256 == self.checksum.digest
+        # A sha512 is not stored, so the disk is read; an image's own digest is a sha256.
         with image.disk.open("rb") as disk:
             return content_digest(disk.fileno(), algorithm=self.checksum.algorithm) == self.checksum.digest
 
@@ -181,7 +192,7 @@ def _offline(there: Image | None, name: str, options: PullOptions) -> Image:
 
 
 def _published(recipe: CloudImage, arch: str) -> Checksum:
-    """The checksum that the maker of an image publishes now."""
+    """Fetch the checksum that the image's publisher states now."""
     url, file = recipe.checksums_url(arch), recipe.url(arch).rpartition("/")[2]
     text = fetch_text(url, what="the checksum file")
     try:
@@ -207,6 +218,7 @@ def _ensure(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image:
         if (there.arch, there.traits) == (wanted.arch, wanted.traits):
             options.progress(f"{wanted.name} is up to date")
             return there
+        # The same disk with other traits, which needs no download.
         return _add(store, there.disk, wanted)
     if there is not None and not options.update:
         raise _pinned(there, wanted)
@@ -225,6 +237,7 @@ def _pinned(there: Image, wanted: _Wanted) -> CatalogError:
 
 def _download(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image:
     deadline = Deadline(PULL_SECONDS)
+    # By checksum and not by URL, so that a download goes on after the publisher has moved the file, and never with other content.
     key = f"{wanted.checksum.algorithm}-{wanted.checksum.digest}"
     with Downloads(store.root / "downloads").partial(key, deadline=deadline, waiting=options.progress) as partial:
         transfer = Transfer(
@@ -248,6 +261,7 @@ def _download(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image
             options.progress("verified; adding it to the images")
             return _add(store, partial.path, wanted)
         finally:
+            # Added or refused: no later attempt can use it.
             partial.remove()
 
 
@@ -257,7 +271,7 @@ def _digest(partial: Partial, wanted: _Wanted) -> str:
 
 
 def _check(partial: Partial, wanted: _Wanted) -> None:
-    """Refuses what has another checksum, and what has the right one and is no disk."""
+    """Check a downloaded file's checksum and its disk format."""
     actual = _digest(partial, wanted)
     if actual != wanted.checksum.digest:
         raise CatalogError(

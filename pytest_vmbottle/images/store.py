@@ -3,15 +3,14 @@
 Below the store's folder::
 
     sha256/<digest of the disk>/    disk.qcow2 or disk.raw, vmlinuz, initrd.img, image.json (the sha256 of every file)
-    sha256/<the same digest>.2/     the same disk with another kernel, or of which something else is known
-    names/<name>.json               the folder a name stands for
-    seen/<digest of a path>.json    the digest of a disk that is used in place, and what its file looked like then
+    sha256/<the same digest>.2/     the same disk with another kernel or other traits
+    names/<name>.json               the folder that a name refers to
+    seen/<digest of a path>.json    the digest of a disk that is used in place, and its file's status
 """
 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import os
 import re
 import secrets
@@ -25,14 +24,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from pytest_vmbottle import generations, records
-from pytest_vmbottle._os import content_digest, copy_sparse, format_size, private_dir
 from pytest_vmbottle.errors import CatalogError
-from pytest_vmbottle.images.disk import DiskFormat, check_whole, inspect, opened
-from pytest_vmbottle.spec import digest, host_arch
+from pytest_vmbottle.host import generations, records
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.digest_cache import remembered_digest
+from pytest_vmbottle.host.digests import content_digest, digest
+from pytest_vmbottle.host.files import copy_sparse, private_dir
+from pytest_vmbottle.host.locks import is_locked, locked
+from pytest_vmbottle.host.sizes import format_size
+from pytest_vmbottle.images.disk_format import DiskFormat, check_whole, inspect, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from io import BufferedReader
 
 __all__ = [
@@ -46,7 +50,6 @@ __all__ = [
     "Traits",
     "abandoned",
     "check_name",
-    "claimed",
     "copy_in",
     "default_firmware",
     "explained",
@@ -58,11 +61,11 @@ Readiness = Literal["cloud-init", "channel"]
 
 KERNEL, INITRD = "vmlinuz", "initrd.img"
 NO_CLOUD_INIT = "cloud-init=disabled"
-"""Word of the kernel's command line that keeps cloud-init from running: see its documentation, "How to disable cloud-init"."""
+"""Word of the kernel's command line that disables cloud-init: see its documentation, "How to disable cloud-init"."""
 _RECORD = "image.json"
 _FRESH = 60  # seconds in which a new folder may not be claimed yet
 _EVERY = 1.0
-"""Seconds between two lines about how far something is."""
+"""Seconds between two lines about progress."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"[0-9a-f]{64}(\.[1-9][0-9]{0,8})?")
@@ -77,19 +80,19 @@ def _matching(pattern: re.Pattern[str]) -> Any:
 
 
 def default_firmware(arch: str) -> Firmware:
-    """What boots a disk on an architecture unless it is said: only x86 has a BIOS."""
+    """Return the default firmware of an architecture: only x86 has a BIOS."""
     return "bios" if arch == "x86_64" else "uefi"
 
 
 @attrs.frozen(kw_only=True)
 class Traits:
-    """What is known of a system on a disk that the disk itself does not tell.
+    """Properties of a disk's system that the disk itself does not tell.
 
     Attributes:
-        firmware: How the disk boots when there is no kernel beside it.
-        user: The image's own name to log in by; empty if unknown.
-        readiness: When a booted guest is ready: when cloud-init has ended, or as soon as a channel answers.
-        prepared: Whether one of our recipes built it, so that the guest agent and Python are in it.
+        firmware: The firmware that boots the disk if there is no kernel beside it.
+        user: The image's own login name; empty if unknown.
+        readiness: The condition for a booted guest to be ready: cloud-init has ended, or a channel answers.
+        prepared: Whether one of our recipes built it, so that it has the guest agent and Python.
     """
 
     firmware: Firmware = attrs.field(default="bios", validator=attrs.validators.in_(("bios", "uefi")))
@@ -99,7 +102,7 @@ class Traits:
 
     @property
     def traits(self) -> Traits:
-        """These alone, of whatever has them."""
+        """The traits alone, without the other attributes of a subclass."""
         return Traits(**{field.name: getattr(self, field.name) for field in attrs.fields(Traits)})
 
 
@@ -112,16 +115,13 @@ class Image(Traits):
         sha256: The digest of the disk, by which it is stored.
         key: A digest of all that a guest boots from, kernel and its command line included: what is made from the image is keyed by it.
         disk: The disk, read-only unless it is used in place.
-        format: How it is written.
+        format: The disk's format, `"qcow2"` or `"raw"`.
         virtual_size: The bytes a guest sees.
         arch: The architecture, as `uname -m` names it.
         kernel, initrd: For a direct boot; None where the firmware boots the disk.
         cmdline: The kernel's command line; empty without a kernel.
-        created: When it was added, in ISO 8601.
-        description: What it is, in a few words.
-        is_own: Whether it is the backend's own, and no disk of the catalog.
-        own: By what the backend knows it.
-        quick: Whether machines start from it as quickly as from a pack of it.
+        created: Time of adding it, in ISO 8601.
+        description: A few words about it.
     """
 
     name: str
@@ -136,12 +136,12 @@ class Image(Traits):
     cmdline: str = ""
     created: str = ""
     description: str = ""
-    is_own: bool = False
-    own: str = ""
-    quick: bool = False
 
     def boot_words(self, *, cloud_init: bool) -> str:
-        """The kernel's command line; without the word that disables cloud-init where there is something for it to do."""
+        """Return the kernel's command line.
+
+        With `cloud_init` the word that disables cloud-init is left out.
+        """
         words = self.cmdline.split(" ")
         return " ".join(word for word in words if not (cloud_init and word == NO_CLOUD_INIT))
 
@@ -160,7 +160,7 @@ class _Entry:
 
 @attrs.frozen(kw_only=True)
 class _Manifest(Traits):
-    """The content of an `image.json`; older ones have no traits."""
+    """Content of an `image.json`; older ones have no traits."""
 
     format: DiskFormat = attrs.field(validator=attrs.validators.in_(("qcow2", "raw")))
     virtual_size: int = _typed(int)
@@ -169,6 +169,14 @@ class _Manifest(Traits):
     created: str = _typed(str)
     description: str = _typed(str)
     files: dict[str, _Entry] = attrs.field(converter=_entries)
+
+    @classmethod
+    def read(cls, folder: Path) -> _Manifest:
+        """Return the record of the image in a folder."""
+        found = records.read_as(folder / _RECORD, lambda facts: cls(**facts))
+        if found.disk not in found.files:
+            raise records.Damaged(f"it lacks {found.disk!r}")
+        return found
 
     @property
     def disk(self) -> str:
@@ -203,13 +211,16 @@ class _Manifest(Traits):
 
 
 def _key(digests: Mapping[str, str], kind: DiskFormat, arch: str, cmdline: str, firmware: Firmware) -> str:
-    """A digest of what a guest boots from; the firmware counts where it boots the disk and is not the one it always was."""
+    """Return a digest of everything that a guest boots from.
+
+    The firmware counts only if it boots the disk and is not the original default, so that old keys stay valid.
+    """
     return digest("image", digests, kind, arch, cmdline, *([] if KERNEL in digests or firmware == "bios" else [firmware]))
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns what the operating system says into a sentence."""
+    """Turn an `OSError` into a `CatalogError` with a sentence."""
     try:
         yield
     except OSError as error:
@@ -217,62 +228,47 @@ def explained(what: str) -> Iterator[None]:
         raise CatalogError(f"cannot {what}: {error.strerror or error}{where}") from error
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Marks a folder as being worked in for as long as this process lives."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(fd)
-
-
 def abandoned(folder: Path) -> bool:
-    """Whether a folder is ours and whoever worked in it is gone, killed in the middle."""
+    """Tell whether a folder is ours and not held: its process was killed."""
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        status = folder.lstat()
     except OSError:
         return False
-    try:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or time.time() - status.st_ctime < _FRESH:
-            return False
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(fd)
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    # Young folders are left alone: a process makes its folder a moment before it locks it.
+    return ours and time.time() - status.st_ctime >= _FRESH and not is_locked(folder)
 
 
 class ImageStore:
-    """The images that have names here. Nothing in it is ever changed: files are added under the digest of the disk, and removed.
+    """The store of named images.
 
-    What somebody holds stays, with or without a name, until nobody does.
+    Files are added under the digest of the disk, and removed, but never changed.
+
+    An image that a process holds stays until it is released, even without a name.
     """
 
     def __init__(self, root: Path) -> None:
-        """Takes the store's folder, which is made when the first image is added."""
+        """Take the store's folder, which is made when the first image is added."""
         self.root = root.absolute()
         self._blobs = self.root / "sha256"
         self._names = self.root / "names"
 
     def names(self) -> tuple[str, ...]:
-        """The names, sorted; of damaged images too."""
+        """Return all names, sorted; those of damaged images too."""
         return tuple(sorted(path.stem for path in self._names.glob("*.json") if _NAME.fullmatch(path.stem)))
 
     def list(self) -> tuple[Image, ...]:
-        """All images.
+        """Return all images.
 
         Raises:
-            CatalogError: One is damaged. To see the others, ask for each of `names()` with `get`.
+            CatalogError: An image is damaged. To get the others, call `get` for each of `names()`.
         """
         return tuple(image for name in self.names() if (image := self.get(name)))
 
     def get(self, name: str) -> Image | None:
-        """The image of this name, or None. Only the files' sizes are checked: `verify` reads them.
+        """Return the image of this name, or None.
+
+        Only the files' sizes are checked: `verify` reads them.
 
         Raises:
             CatalogError: Its record or files are damaged; the message says what to do.
@@ -295,18 +291,18 @@ class ImageStore:
         replace: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> Image:
-        """Copies a disk into the store.
+        """Copy a disk into the store.
 
         Args:
             file: A qcow2 or raw disk.
-            name: What it is to be called.
-            sha256: The digest the file must have.
-            kernel: For a direct boot, with `initrd` and the kernel's `cmdline`; else the firmware boots the disk.
-            arch: The architecture of what is on it; the host's if not given.
-            description: What it is, in a few words.
-            traits: What else is known of it; if not given, that the architecture's usual firmware boots it.
-            replace: Whether the name may be taken from another image.
-            progress: Takes a line about how far the digest is, once a second.
+            name: The image's name.
+            sha256: The digest that the file must have.
+            kernel: The kernel for a direct boot, with `initrd` and `cmdline`; otherwise the firmware boots the disk.
+            arch: The architecture of its system; by default the host's.
+            description: A few words for people.
+            traits: Properties of its system; by default, the architecture's usual firmware boots it.
+            replace: Whether to take the name from another image.
+            progress: Function that gets a line about the progress of the digest, once a second.
 
         Raises:
             CatalogError: The file is not a disk image or has another digest, or the name is taken. Nothing was added.
@@ -336,7 +332,7 @@ class ImageStore:
             )
 
     def remove(self, name: str) -> None:
-        """Removes a name, and the files that no name stands for any more and nobody holds.
+        """Remove a name, and its files unless another name or a process needs them.
 
         Raises:
             CatalogError: There is no such name.
@@ -344,18 +340,20 @@ class ImageStore:
         if name not in self.names():
             raise unknown_image(name, self.names())
         with explained(f"remove the image {name!r}"), self._exclusive():
+            # The name first: an image without a name is swept later, a name without an image is damage.
             (self._names / f"{name}.json").unlink(missing_ok=True)
             self._sweep()
 
-    def put_aside(self, name: str, aside: Callable[[Path], object]) -> None:
-        """Has an image moved out of the way, its record and the files that it stands for, if it is damaged.
+    def quarantine(self, name: str, aside: Callable[[Path], object]) -> None:
+        """Move a damaged image out of the way, its record and its files.
 
         Args:
-            name: Its name.
-            aside: Takes a path and moves what is there.
+            name: The image's name.
+            aside: Function that moves a path away.
         """
         with explained(f"put the image {name!r} aside"), self._exclusive():
             try:
+                # Judged again under the lock: another process may have mended it meanwhile.
                 self.get(name)
             except CatalogError:
                 named = self._names / f"{name}.json"
@@ -365,14 +363,14 @@ class ImageStore:
                         aside(path)
 
     def verify(self, name: str, *, progress: Callable[[str], None] | None = None) -> None:
-        """Reads all of an image's files and compares their digests.
+        """Read all of an image's files and compare their digests.
 
         Args:
-            name: The image.
-            progress: Gets a line about how far it is, once a second.
+            name: The image's name.
+            progress: Function that gets a line about the progress, once a second.
 
         Raises:
-            CatalogError: There is no such image, or a file is not what was stored; the message names the file.
+            CatalogError: There is no such image, or a file differs from what was stored; the message names the file.
         """
         with explained(f"verify the image {name!r}"):
             found = self._read(name)
@@ -387,15 +385,17 @@ class ImageStore:
     def import_path(
         self, path: Path, *, arch: str | None = None, traits: Traits | None = None, progress: Callable[[str], None] | None = None
     ) -> Image:
-        """Describes a disk that stays where it is; its digest is remembered for as long as the file looks the same.
+        """Describe a disk that stays at its place.
+
+        Its digest is remembered until the file's status changes.
 
         Args:
             path: A qcow2 or raw disk.
             arch, traits: As for `add`.
-            progress: Gets a line about how far it is read, once a second.
+            progress: Function that gets a line about the progress of reading it, once a second.
 
         Raises:
-            CatalogError: It is not there, or is not a disk image.
+            CatalogError: It does not exist, or is not a disk image.
         """
         with explained(f"use {path} as an image"), opened(path) as file:
             kind, size = inspect(file, path)
@@ -406,6 +406,7 @@ class ImageStore:
             name=str(path),
             sha256=found,
             key=_key({f"disk.{kind}": found}, kind, arch, "", traits.firmware),
+            # Resolved, because a symbolic link may soon lead elsewhere.
             disk=path.resolve(),
             format=kind,
             virtual_size=size,
@@ -414,38 +415,28 @@ class ImageStore:
         )
 
     def _digest_of(self, file: BufferedReader, path: Path, progress: Callable[[str], None] | None) -> str:
-        short_cut = self.root / "seen" / f"{digest(str(path))}.json"
-        looks = _looks(file)
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            seen = records.read(short_cut)
-            if seen["looks"] == looks and _SHA256.fullmatch(seen["sha256"]):
-                return str(seen["sha256"])
-        check_whole(file, path)
-        found = content_digest(file.fileno(), _each_second(progress, f"reading {path.name}"))
-        if _looks(file) != looks:
-            raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")
-        with suppress(OSError):  # only a short cut: a store that cannot be written to costs time, nothing else
-            private_dir(short_cut.parent)
-            records.write(short_cut, {"path": str(path), "looks": looks, "sha256": found})
-        return found
+        def read() -> str:
+            check_whole(file, path)
+            return content_digest(file.fileno(), _each_second(progress, f"reading {path.name}"))
+
+        return remembered_digest(file, path, self.root / "seen", read)
 
     def _read(self, name: str) -> tuple[_Manifest, Path] | None:
-        """The record of an image and its folder."""
+        """Read the record of an image; return it with its folder."""
         if not _NAME.fullmatch(name):
             return None
         try:
             address = _address(self._names / f"{name}.json")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, records.Damaged) as error:
             raise _damaged(name, f"{self._names / f'{name}.json'} cannot be read: {error}") from None
         folder = self._blobs / address
         try:
-            manifest = _Manifest(**records.read(folder / _RECORD))
-            matches = manifest.sha256 == generations.name_of(folder)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            manifest = _Manifest.read(folder)
+        except (OSError, records.Damaged) as error:
             raise _damaged(name, f"{folder / _RECORD} cannot be read: {error}") from None
-        if not matches:
+        if manifest.sha256 != generations.name_of(folder):
             raise _damaged(name, f"{folder / _RECORD} describes another disk")
         for part, entry in manifest.files.items():
             _check_size(name, folder / part, entry.size)
@@ -453,12 +444,15 @@ class ImageStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """Makes a folder for `publish`, on the store's file system, that is gone at the end unless it was published."""
+        """Yield a folder for `publish`, on the store's file system.
+
+        It is removed at the end unless it was published.
+        """
         private_dir(self.root)
         folder = private_dir(self._blobs) / f".new-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         try:
-            with claimed(folder):
+            with locked(folder, shared=True):  # which says that it is being worked in
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -476,10 +470,10 @@ class ImageStore:
         replace: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> Image:
-        """Gives the files in a folder from `staging` their place and their name: both or neither.
+        """Publish the files of a folder from `staging` under a name, atomically.
 
         Args:
-            folder: Has `disk.qcow2` or `disk.raw`, and perhaps `vmlinuz` and `initrd.img`; all on disk already.
+            folder: A folder with `disk.qcow2` or `disk.raw`, and perhaps `vmlinuz` and `initrd.img`, all synced to the disk.
             name, sha256, arch, cmdline, description, traits, replace, progress: As for `add`.
 
         Raises:
@@ -491,6 +485,7 @@ class ImageStore:
         if sha256 not in (None, manifest.sha256):
             raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, and {sha256} was demanded")
         records.write(folder / _RECORD, attrs.asdict(manifest))
+        # Read-only like the files: an image is never changed.
         (folder / _RECORD).chmod(0o444)
         private_dir(self._names)
         with self._exclusive():
@@ -499,6 +494,7 @@ class ImageStore:
 
     def _check_free(self, name: str, sha256: str, *, replace: bool) -> None:
         named = self._names / f"{name}.json"
+        # The same disk under the same name is no conflict, whatever else changes.
         if named.exists() and not replace and (_address_or_none(named) or "").partition(".")[0] != sha256:
             raise CatalogError(f"there is another image named {name!r}: remove it with `vmbottle image rm {name}`, or choose another name")
 
@@ -510,12 +506,16 @@ class ImageStore:
             stored = generations.add(folder, self._blobs, manifest.sha256), manifest
         final, manifest = stored
         where = {} if final.name == manifest.sha256 else {"folder": final.name}
+        # The record last: a name that is there refers to a folder that is complete.
         records.write(self._names / f"{name}.json", {"sha256": manifest.sha256, **where})
         self._sweep()
         return manifest.image(name, final)
 
     def _check_alone(self, name: str, folders: Sequence[str], *, replace: bool) -> None:
-        """Refuses a disk that others know otherwise: two names for one disk that boots in two ways are a mistake."""
+        """Refuse a disk that is stored under another name with other boot properties.
+
+        Two names for one disk that boots in two ways are a mistake.
+        """
         names = [other for other in self.names() if _address_or_none(self._names / f"{other}.json") in folders]
         if names and not (replace and names == [name]):
             raise CatalogError(
@@ -524,13 +524,16 @@ class ImageStore:
             )
 
     def sweep(self) -> None:
-        """Removes what no name stands for and nobody holds any more."""
+        """Remove images that have no name and that nobody holds."""
         if self._names.is_dir():
             with suppress(OSError), self._exclusive():
                 self._sweep()
 
     def _sweep(self) -> None:
-        """Deletes what no name stands for, and what was never finished; what is being filled or held is left alone."""
+        """Delete images without a name and unfinished ones.
+
+        Folders that are being filled or held are left alone.
+        """
         for folder in self._blobs.glob(".new-*"):
             if abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -543,19 +546,16 @@ class ImageStore:
                     generations.remove(folder)
         generations.sweep_gone(self._blobs)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Holds the store's folder locked for a moment: between an image's place and its name nobody else tidies up."""
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+    def _exclusive(self) -> AbstractContextManager[None]:
+        """Lock the store's folder for a moment.
+
+        So nobody sweeps an image between the steps of placing and naming it.
+        """
+        return locked(self.root)
 
 
 def unknown_image(name: str, names: Iterable[str]) -> CatalogError:
-    """The error for a name that stands for nothing."""
+    """Return the error for a name that does not exist."""
     known = sorted(names)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -568,7 +568,7 @@ def _damaged(name: str, detail: str) -> CatalogError:
 
 
 def check_name(name: str) -> None:
-    """Refuses what cannot name an image: names are files, and words of a command line."""
+    """Refuse a name that is unfit for a file or for a word of a command line."""
     if not _NAME.fullmatch(name):
         raise CatalogError(f"{name!r} cannot name an image: use letters, digits, '.', '_' and '-', a letter or digit first, 100 at most")
 
@@ -599,25 +599,24 @@ def _check_size(name: str, path: Path, size: int) -> None:
 
 
 def _address(path: Path) -> str:
-    """The folder that a name's record speaks of."""
-    facts = records.read(path)
-    address = facts.get("folder", facts["sha256"])
+    """Return the name of the folder that a name's record refers to."""
+    address = records.read_as(path, lambda facts: str(facts.get("folder", facts["sha256"])))
     if not _FOLDER.fullmatch(address):
-        raise ValueError("it holds no sha256")
-    return str(address)
+        raise records.Damaged("it holds no sha256")
+    return address
 
 
 def _address_or_none(path: Path) -> str | None:
     try:
         return _address(path)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, records.Damaged):
         return None
 
 
 def _alike(folder: Path, manifest: _Manifest) -> _Manifest | None:
-    """The record in a folder, if its files are there, boot in the same way as the other one's, and the same is known of them."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError, CatalogError):
-        stored = _Manifest(**records.read(folder / _RECORD))
+    """Return the record in a folder if its files exist and its key and traits are the same."""
+    with suppress(OSError, records.Damaged, CatalogError):
+        stored = _Manifest.read(folder)
         for part, entry in stored.files.items():
             _check_size("", folder / part, entry.size)
         if (stored.key, stored.traits) == (manifest.key, manifest.traits):
@@ -628,9 +627,13 @@ def _alike(folder: Path, manifest: _Manifest) -> _Manifest | None:
 def _describe(  # noqa: PLR0913 - an image has many parts
     folder: Path, arch: str, traits: Traits, *, cmdline: str, description: str, progress: Callable[[str], None] | None
 ) -> _Manifest:
-    """Makes the record of the files in a folder, as they are there: what they were copied from may have changed meanwhile."""
+    """Make the record of the files in a folder.
+
+    The copies are read, because the originals may have changed meanwhile.
+    """
     disk = next(folder.glob("disk.*"))
     with disk.open("rb") as file:
+        # Read again from the copy: the original may have changed between the two looks.
         kind, size = inspect(file, disk)
     if disk.suffix != f".{kind}":
         raise CatalogError("the disk was changed while it was copied: add it again when nothing writes to it any more")
@@ -652,7 +655,7 @@ def _describe(  # noqa: PLR0913 - an image has many parts
 
 
 def copy_in(source: BufferedReader, target: Path) -> None:
-    """Copies an open file, holes as holes, to stay."""
+    """Copy an open file durably, and keep its holes."""
     with target.open("xb") as copy:
         copy_sparse(source.fileno(), copy.fileno())
         os.fsync(copy.fileno())
@@ -664,7 +667,7 @@ def _sha256(path: Path, progress: Callable[[str], None] | None = None) -> str:
 
 
 def _each_second(progress: Callable[[str], None] | None, what: str) -> Callable[[int, int], None]:
-    """What tells in words how far a digest is, once a second."""
+    """Return a function that reports a digest's progress in words, once a second."""
     told = time.monotonic()
 
     def tell(done: int, size: int) -> None:
@@ -674,8 +677,3 @@ def _each_second(progress: Callable[[str], None] | None, what: str) -> Callable[
             progress(f"{what}: {100 * done // size} % of {format_size(size)}")
 
     return tell
-
-
-def _looks(file: BufferedReader) -> list[int]:
-    status = os.fstat(file.fileno())
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

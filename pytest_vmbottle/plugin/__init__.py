@@ -1,11 +1,10 @@
-"""The pytest plugin: options, the `vm` mark, fixtures, and what a run says about its machines."""
+"""The pytest plugin: options, the `vm` mark, fixtures and reports."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_vmbottle import hookspec
-from pytest_vmbottle.plugin import collection, fixtures, options, reports, session
+from pytest_vmbottle.plugin import collection, fixtures, hookspec, options, reports, session
 from pytest_vmbottle.plugin.collection import Sorting
 from pytest_vmbottle.plugin.options import Options
 from pytest_vmbottle.plugin.reports import LastWords, Outcomes
@@ -19,9 +18,9 @@ _PARTS = (options, session, collection, fixtures, reports)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Offers the hooks of `hookspec`, and registers the parts of the plugin.
+    """Register the hooks of `hookspec` and the modules of the plugin.
 
-    Not by `pytest_plugins`: pytest would want to rewrite the assertions of modules that are imported already, and warn of it.
+    `pytest_plugins` is not used, because pytest would warn that it cannot rewrite the assertions of modules that are imported already.
     """
     pluginmanager.add_hookspecs(hookspec)
     for part in _PARTS:
@@ -29,7 +28,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the mark and checks the options; makes nothing."""
+    """Register the mark and check the options, without creating anything."""
     config.addinivalue_line("markers", f"{SIGNATURE}: run the test on a real machine made from an image or a layer.")
     ours = config.stash[SESSION] = Session(config, Options.of(config))
     config.pluginmanager.register(Sorting(), "vmbottle-sorting")
@@ -40,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leaves the process as it was."""
+    """Restore the signal handlers of the process."""
     ours = config.stash.get(SESSION, None)
     if ours is not None:
         ours.interruption.restore()

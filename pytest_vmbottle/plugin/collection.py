@@ -1,4 +1,4 @@
-"""Which tests there are, in which order, and which of them cannot be: told before anything runs."""
+"""Collection of tests with machines: parameters, order, and refusal of wrong marks before anything runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_te
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives a test its plan as a parameter; only a list of sources shows in the node id.
+    """Parametrize a test with its plan; only a list of sources shows in the node id.
 
-    Of a matrix, one fixture gets it: each of the others would be tried with each source again.
+    A matrix parametrizes one fixture only, because a second one would multiply the tests again.
     """
     names = [name for name in (*SHARED, "_vm_plan") if name in metafunc.fixturenames]
     if not names:
@@ -43,14 +43,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuses wrong marks, all of them at once, before anything runs."""
+    """Refuse all wrong marks at once, before anything runs."""
     for item in items:
         _plan_reset(item)
     _settle(config, items)
 
 
 def _settle(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sees that every test has the plan that its marks come to, or refuses all wrong marks at once."""
+    """Set each test's plan from its marks, or refuse all wrong marks at once."""
     session = config.stash[SESSION]
     for item in items:
         try:
@@ -76,7 +76,10 @@ def _settle_one(item: pytest.Item) -> None:
 
 
 def _check_shared(item: pytest.Item, name: str, plan: Plan) -> None:
-    """Refuses a shared machine for which the test has no parameter, unless its marks are those of its class: unittest has no parameters."""
+    """Refuse a shared machine for a test without parameters, unless its marks are those of its class.
+
+    Tests of unittest have no parameters.
+    """
     if given_plan(item) is not None:
         raise SpecError(f"a list of sources makes a matrix of one shared machine, and {name} would be a second: ask for one of them")
     if name != "class_vm":
@@ -88,32 +91,37 @@ def _check_shared(item: pytest.Item, name: str, plan: Plan) -> None:
 
 def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not hasattr(config, "workerinput"):
-        raise config.stash[SESSION].misuse() from None
+        raise config.stash[SESSION].usage_error() from None
     items.clear()  # xdist takes a usage error in a worker for a crash: its controller raises it, see reports.pytest_sessionfinish
 
 
 def _plan_reset(item: pytest.Item) -> None:
-    """Has a test that uses a shared machine look whether it is to be fresh, as soon as the machine is there."""
+    """Make a test reset its shared machine, if need be, as soon as it has the machine."""
     names: list[str] = getattr(item, "fixturenames", [])
     shared = [index for index, name in enumerate(names) if name in SHARED]
     if shared and _RESET not in names:
+        # Behind the shared fixtures, because pytest sets fixtures up in this order.
         names.insert(shared[-1] + 1, _RESET)
 
 
 class Sorting:
-    """Brings tests that share a session's machine next to each other, after all others have had their say about the order."""
+    """Hook that puts tests of the same session machine next to each other.
+
+    It runs after all other plugins have changed the order.
+    """
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-        """Sorts the tests that use `session_vm`, stably, among the places they have; all other tests stay where they are.
+        """Sort the tests that use `session_vm`, stably, among their places.
 
-        Whatever marks others have added by now counts too.
+        All other tests stay at their places. Marks that other plugins have added by now count too.
         """
         yield
         _settle(config, items)
         places = [index for index, item in enumerate(items) if "session_vm" in getattr(item, "fixturenames", ())]
         first: dict[str, int] = {}
         for index in places:
+            # At the place of the first of them, so that the order of other tests stays as it is.
             first.setdefault(_session_key(items[index]), index)
         ordered = sorted((items[index] for index in places), key=lambda item: first[_session_key(item)])
         for index, item in zip(places, ordered, strict=True):
@@ -127,7 +135,10 @@ def _session_key(item: pytest.Item) -> str:
 
 
 def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sees to what tests with machines need. Only now it is known which tests are left: for none of these, nothing is asked of the host."""
+    """Prepare what tests with machines need.
+
+    Only now the final tests are known: if none of them has a machine, the host is not probed.
+    """
     session = config.stash[SESSION]
     session.has_machines = any(uses_machine(item) for item in items) and not _is_only_asked(config)
     if not session.has_machines:
@@ -138,22 +149,24 @@ def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
         session.has_machines = False
         session.problems[str(error)] = None
         _refuse(config, items)
+    # Only now, so that a run without machines keeps the process's signal handlers.
     session.interruption.install()
     _tell_controller(config)
     session.unable = _leave_out_what_cannot_be(session, items)
 
 
 def uses_machine(item: pytest.Item) -> bool:
-    """Whether a test has a machine, or may ask for one."""
+    """Tell whether a test has a machine, or may ask for one."""
     return item.get_closest_marker("vm") is not None or bool(set(_FIXTURES) & set(getattr(item, "fixturenames", ())))
 
 
 def _is_only_asked(config: pytest.Config) -> bool:
+    # A list of tests needs no machines, so the host is not probed either.
     return any(config.getoption(name, default=False) for name in _ONLY_ASKED)
 
 
 def _tell_controller(config: pytest.Config) -> None:
-    """Has the controller know that there are tests with machines."""
+    """Tell the controller that there are tests with machines."""
     flag = getattr(config, "workerinput", {}).get("vmbottle_flag")
     if flag is not None:
         with suppress(OSError):
@@ -161,7 +174,10 @@ def _tell_controller(config: pytest.Config) -> None:
 
 
 def _leave_out_what_cannot_be(session: Session, items: list[pytest.Item]) -> dict[str, int]:
-    """Skips the tests whose machine their backend cannot make whatever the host, or has them fail; how many, by what it cannot."""
+    """Skip the tests whose machine the backend cannot make on any host, or let them fail.
+
+    Return the number of tests by reason.
+    """
     unable: dict[str, int] = {}
     for item in items:
         why = _refusal(session, item)
@@ -173,24 +189,28 @@ def _leave_out_what_cannot_be(session: Session, items: list[pytest.Item]) -> dic
 
 
 def _refusal(session: Session, item: pytest.Item) -> str | None:
-    """Why the backend cannot make a machine that the marks of a test ask for, as far as they tell."""
+    """Return why the backend cannot make the machine that a test's marks describe, or None.
+
+    Only the marks are looked at.
+    """
     if item.get_closest_marker("vm") is None:
         return None
     plan = given_plan(item)
     for wish in plan.wishes.values() if plan is not None else ():
+        # Defaults of a fixture are not known yet, so a test is left out only for what its marks and the ini file say.
         keywords = {"source": "", **session.options.defaults, **wish}
-        session.wanted.add(session.backend_name(keywords.get("backend", "auto")))
-        source = keywords.pop("source") or session.stand_in
+        session.wanted.add(session.options.backend_for(keywords.get("backend", "auto")))
+        source = keywords.pop("source") or session.placeholder
         with suppress(VMBottleError, pytest.UsageError):
             spec = MachineSpec.resolve(source, keywords)
-            why = session.refusal(spec)
+            why = session.unsupported_reason(spec)
             if why is not None:
                 return why
     return None
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    """Says what machines run on, if there are any to run."""
+    """Report the backends that the machines run on, if there are any machines."""
     session = config.stash[SESSION]
     if not session.has_machines:
         return []

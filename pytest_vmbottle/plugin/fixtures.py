@@ -1,4 +1,4 @@
-"""The fixtures that give a test its machines."""
+"""Fixtures that give a test its machines."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import attrs
 import pytest
 
 from pytest_vmbottle.errors import BackendUnavailable, ImageMissing, SpecError
-from pytest_vmbottle.infra import RETRIES
+from pytest_vmbottle.plugin.infra import RETRIES
 from pytest_vmbottle.plugin.plans import SHARED, Plan, named_layer, near_layers, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION
 from pytest_vmbottle.spec import MachineKeywords, MachineSpec, Source
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.backend import Start
-    from pytest_vmbottle.catalog import Catalog
-    from pytest_vmbottle.lan import Lans
-    from pytest_vmbottle.machine import Machine, MachineFactory
-    from pytest_vmbottle.packs import Snapshot
+    from pytest_vmbottle.backends.port import Start
+    from pytest_vmbottle.catalog.catalog import Catalog
+    from pytest_vmbottle.machine.lan import Lans
+    from pytest_vmbottle.machine.machine import Machine, MachineFactory
+    from pytest_vmbottle.machine.snapshot import Snapshot
     from pytest_vmbottle.provision import Provisioner
 
 
@@ -45,10 +45,11 @@ def _vm_plan(request: pytest.FixtureRequest) -> Iterator[Plan]:
 
 @pytest.fixture
 def vm_spec(request: pytest.FixtureRequest, _vm_plan: Plan, vm_defaults: dict[str, Any]) -> MachineSpec:
-    """What the test's machine is to be, complete. Parametrise it (or `vm`) indirectly with a source, keywords, or a `MachineSpec`."""
+    """Complete spec of the test's machine. Parametrise it (or `vm`) indirectly with a source, keywords, or a `MachineSpec`."""
     given = getattr(request, "param", None) or parameter(request.node, "vm")
     if isinstance(given, MachineSpec):
         return given
+    # A copy: the marks of a test are shared by all its parameters.
     wish = dict(_vm_plan.wishes[_vm_plan.primary])
     if given is not None:
         wish.update(given if isinstance(given, Mapping) else {"source": given})
@@ -58,7 +59,7 @@ def vm_spec(request: pytest.FixtureRequest, _vm_plan: Plan, vm_defaults: dict[st
 @pytest.fixture
 def _vm_lans() -> Iterator[Lans]:
     """The private LANs of a test, which outlast its machines."""
-    from pytest_vmbottle.lan import Lans
+    from pytest_vmbottle.machine.lan import Lans
 
     with closing(Lans()) as lans:
         yield lans
@@ -68,7 +69,7 @@ def _vm_lans() -> Iterator[Lans]:
 def vms(
     request: pytest.FixtureRequest, _vm_plan: Plan, vm_spec: MachineSpec, vm_defaults: dict[str, Any], _vm_lans: Lans
 ) -> Iterator[dict[str, Machine]]:
-    """The test's machines by name, each fresh: one for each `name=` among its vm marks."""
+    """The test's machines by name, each of them fresh: one for each `name=` in its vm marks."""
     with ExitStack() as stack:
         specs = {
             name: vm_spec if name == _vm_plan.primary else _resolve(request.config, wish, vm_defaults, request.node)
@@ -79,17 +80,17 @@ def vms(
 
 @pytest.fixture
 def vm(vms: dict[str, Machine], _vm_plan: Plan) -> Machine:
-    """The test's own machine: fresh, running, and gone after the test."""
+    """The test's own machine: fresh, running, and removed after the test."""
     return vms[_vm_plan.primary]
 
 
 @pytest.fixture
 def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[MachineFactory]:
-    """Starts more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
+    """Function to start more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
     with ExitStack() as stack:
 
         def make(source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
-            from pytest_vmbottle.packs import Snapshot
+            from pytest_vmbottle.machine.snapshot import Snapshot
 
             if isinstance(source, Snapshot):
                 return _enter(request, stack, source.of(**keywords), _vm_lans, source.start)
@@ -127,10 +128,10 @@ def _shared(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterato
 
 
 def _plan_of_class(request: pytest.FixtureRequest) -> Plan:
-    """The plan of a class whose tests have no parameters, those of unittest.
+    """Return the plan of a class whose tests have no parameters, those of unittest.
 
     Raises:
-        SpecError: The test got none because pytest did not know in time that it would ask.
+        SpecError: The test has no plan, because pytest did not know at collection that it would ask for the fixture.
     """
     test, name = request.config.stash[SESSION].test, request.fixturename
     if test is None or name not in getattr(test, "fixturenames", ()):
@@ -146,7 +147,7 @@ def _vm_reset(request: pytest.FixtureRequest) -> None:
     for name in SHARED:
         if name in request.fixturenames:
             _check_kept(request, parameter(request.node, name), name)
-            request.config.stash[SESSION].freshen(request.getfixturevalue(name))
+            request.config.stash[SESSION].reset(request.getfixturevalue(name))
 
 
 def _check_kept(request: pytest.FixtureRequest, plan: object, name: str) -> None:
@@ -157,11 +158,10 @@ def _check_kept(request: pytest.FixtureRequest, plan: object, name: str) -> None
 def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
     keywords = dict(wish)
     backend = keywords.get("backend", defaults.get("backend", "auto"))
-    if config.stash[SESSION].backend_name(backend) == "smolvm":
-        keywords.setdefault("source", defaults.get("source", "smolvm"))
-    if "source" not in keywords and "source" not in defaults:
+    # A backend may have an image of its own, so that a mark without a source is complete there.
+    keywords.setdefault("source", defaults.get("source") or config.stash[SESSION].default_source(backend))
+    if keywords["source"] is None:
         raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
-    keywords.setdefault("source", defaults.get("source"))
     changed = config.hook.pytest_vmbottle_spec(item=item, keywords=keywords)
     keywords = dict(changed if changed is not None else keywords)
     source = keywords.pop("source")
@@ -186,6 +186,7 @@ def _enter(
         if not near:
             raise
         raise SpecError(f"there is no image and no layer {error.name!r}: did you mean the layer {' or '.join(map(repr, near))}?") from None
+    # After `enter_context`: a machine that could not be started is in no list.
     session.machines.append(machine)
     stack.callback(session.machines.remove, machine)
     return machine
@@ -193,7 +194,7 @@ def _enter(
 
 @contextmanager
 def _counting_retries(request: pytest.FixtureRequest, provisioner: Provisioner) -> Iterator[Provisioner]:
-    """Notes with a test how many machines more than one had to be started for it."""
+    """Record with a test how many extra machines were started for it."""
     before = provisioner.tally.retried
     try:
         yield provisioner

@@ -1,11 +1,11 @@
-"""What a run was told on the command line, in the environment and in the ini file."""
+"""Options of a run: command line, environment and ini file."""
 
 from __future__ import annotations
 
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import attrs
 import pytest
@@ -21,42 +21,36 @@ __all__ = ["Options"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the `--vm-*` options and their ini twins."""
+    """Add the `--vm-*` options and their ini twins."""
     group = parser.getgroup("vmbottle", "real machines (pytest-vmbottle)")
     for setting in SETTINGS:
-        text = f"{setting.help}. Also {setting.env} and ini vm_{setting.key}."
+        text = f"{setting.sentence}. Also {setting.env} and ini {setting.ini}."
         if setting.flag:
             group.addoption(f"--vm-{setting.name}", action="store_const", const="true", default=None, help=text)
         else:
-            group.addoption(f"--vm-{setting.name}", metavar="|".join(setting.choices) or None, default=None, help=text)
-        parser.addini(f"vm_{setting.key}", setting.help, default=None)
-    parser.addini(
-        "vm_smolvm_images",
-        "What names of images stand for with smolvm, one `name = reference` per line; an empty reference is smolvm's own Alpine",
-        type="linelist",
-        default=[],
-    )
+            # As text without a default, so that an option which was not given can be told from one that says the default.
+            group.addoption(f"--vm-{setting.name}", metavar=setting.takes, default=None, help=text)
+        kind: Literal["linelist", "string"] = "linelist" if setting.pairs else "string"
+        parser.addini(setting.ini, setting.sentence, type=kind, default=None)
     parser.addini("vm_defaults", "Defaults for the keywords of the vm mark, one `keyword = value` per line", type="linelist", default=[])
 
 
 @attrs.frozen(kw_only=True)
 class Options(Settings):
-    """All that a run was told, checked.
+    """Values of all options of a run, checked.
 
     Attributes:
-        defaults: Of the keywords of the vm mark.
-        smolvm_images: What names of images stand for with smolvm.
+        defaults: Default values of the vm mark's keywords.
     """
 
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
-    smolvm_images: Mapping[str, str] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, config: pytest.Config) -> Self:
-        """Reads them all: the command line goes before the environment, and that before the ini file.
+        """Read all options: the command line, then the environment, then the ini file.
 
         Raises:
-            pytest.UsageError: One has a value that makes no sense.
+            pytest.UsageError: An option has an invalid value.
         """
         try:
             told = cls.read(
@@ -67,14 +61,14 @@ class Options(Settings):
             )
         except SpecError as error:
             raise pytest.UsageError(str(error)) from None
-        return attrs.evolve(
-            told, defaults=_defaults(config.getini("vm_defaults")), smolvm_images=_smolvm_images(config.getini("vm_smolvm_images"))
-        )
+        return attrs.evolve(told, defaults=_defaults(config.getini("vm_defaults")))
 
 
 def _in_ini(config: pytest.Config, setting: Setting) -> object:
-    """What the ini file says; a folder there is seen from the root folder, wherever pytest was started."""
-    value = config.getini(f"vm_{setting.key}")
+    """Return the ini file's value; a folder there is seen from the root folder, wherever pytest was started."""
+    value = config.getini(setting.ini)
+    if setting.pairs:
+        return "\n".join(value or ())
     return config.rootpath / Path(value).expanduser() if setting.name == "catalog" and value else value
 
 
@@ -82,6 +76,7 @@ def _defaults(lines: list[str]) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for line in lines:
         try:
+            # First as TOML, so that numbers and lists keep their types; a bare word is taken for a text.
             defaults.update(tomllib.loads(line))
         except tomllib.TOMLDecodeError:
             keyword, equals, value = line.partition("=")
@@ -93,13 +88,3 @@ def _defaults(lines: list[str]) -> dict[str, Any]:
     except SpecError as error:
         raise pytest.UsageError(f"vm_defaults: {error}") from None
     return defaults
-
-
-def _smolvm_images(lines: list[str]) -> dict[str, str]:
-    images = {}
-    for line in lines:
-        name, equals, reference = (part.strip() for part in line.partition("="))
-        if not equals or not name:
-            raise pytest.UsageError(f"vm_smolvm_images: {line!r} is not of the form name = reference")
-        images[name] = reference.strip("\"'")
-    return images

@@ -1,4 +1,4 @@
-"""What the marks of a test come to: the machines that it is to get."""
+"""Plans: the machines that the marks of a test ask for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import attrs
 import pytest
 
 from pytest_vmbottle.errors import SpecError
-from pytest_vmbottle.spec import Layer, MachineSpec, digest, mistakes
+from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.spec import Layer, MachineSpec, mistakes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,30 +25,33 @@ __all__ = ["SHARED", "Plan", "given_plan", "named_layer", "near_layers", "parame
 
 @attrs.frozen
 class Plan:
-    """The machines that one test's marks ask for: the keywords of each by its name. Plans of the same machines are equal."""
+    """Machines that one test's marks ask for: keywords by name.
+
+    Plans of the same machines are equal.
+    """
 
     key: str
     wishes: Mapping[str, Mapping[str, Any]] = attrs.field(eq=False)
     label: str = attrs.field(eq=False)
     sources: tuple[Source | None, ...] = attrs.field(eq=False)
     alone: bool = attrs.field(eq=False)
-    """Whether it is all that the marks come to, rather than one of a matrix."""
+    """True for a single plan of a test's marks, false for one of a matrix."""
 
     @property
     def primary(self) -> str:
-        """The name of the machine that the fixture `vm` is."""
+        """The name of the machine that the fixture `vm` returns."""
         return "vm" if "vm" in self.wishes else next(iter(self.wishes))
 
 
 SHARED = ("session_vm", "module_vm", "class_vm")
-"""The fixtures of machines that several tests use."""
+"""Fixtures of machines that several tests share."""
 
 
 def plans_of(node: pytest.Item | pytest.Collector) -> list[Plan]:
-    """What the marks of a test, or of a class or module, come to: one plan, or one for each combination of sources that they list.
+    """Return the plans of a test, class or module: one, or one for each combination of listed sources.
 
     Raises:
-        SpecError: A mark makes no sense.
+        SpecError: A mark is invalid.
     """
     wishes = _merged(node) or {"vm": {}}
     choices = [_sources(node, wish) for wish in wishes.values()]
@@ -56,12 +60,12 @@ def plans_of(node: pytest.Item | pytest.Collector) -> list[Plan]:
 
 
 def plan_of(test: pytest.Item) -> Plan:
-    """The plan that a test runs with: that of its parameter, with all that its marks say by now.
+    """Return the plan that a test runs with: its parameter's, with all marks that it has now.
 
-    Marks of a parameter set, and those that hooks add, come after pytest was told which parameters there are.
+    Marks of a parameter set, and those that hooks add, are set after pytest has fixed the parameters.
 
     Raises:
-        SpecError: A mark makes no sense, or lists sources where there can be no test for each.
+        SpecError: A mark is invalid, or lists sources where pytest can no longer make a test for each.
     """
     plans, given = plans_of(test), given_plan(test)
     if given is None and len(plans) > 1:
@@ -81,25 +85,28 @@ def plan_of(test: pytest.Item) -> Plan:
 
 
 def given_plan(test: pytest.Item) -> Plan | None:
-    """The plan that a test has as a parameter, if any."""
+    """Return the plan that a test has as a parameter, if any."""
     given = (parameter(test, name) for name in (*SHARED, "_vm_plan"))
     return next((plan for plan in given if isinstance(plan, Plan)), None)
 
 
 def named_layer(node: pytest.Item | pytest.Collector, name: str) -> Source:
-    """The layer of this name in the test's module or in a conftest above it; else the name is an image's."""
+    """Return the layer of this name in the test's module or in a conftest above it.
+
+    Without such a layer, the name is an image's, and is returned.
+    """
     found = (getattr(place, name, None) for place in _places(node)) if name.isidentifier() else ()
     return next((each for each in found if isinstance(each, Layer)), name)
 
 
 def near_layers(node: pytest.Item | pytest.Collector, name: str) -> list[str]:
-    """The names, nearest first, of layers that a test could have meant by a name."""
+    """Return the names of layers that a test could have meant by a name, nearest first."""
     there = {each for place in _places(node) for each, value in vars(place).items() if isinstance(value, Layer)}
     return difflib.get_close_matches(name, sorted(there), n=3)
 
 
 def _places(node: pytest.Item | pytest.Collector) -> list[object]:
-    """The test's module, and the conftests above it, the closest first."""
+    """Return the test's module and the conftests above it, nearest first."""
     conftests = [
         plugin
         for plugin in node.config.pluginmanager.get_plugins()
@@ -111,13 +118,17 @@ def _places(node: pytest.Item | pytest.Collector) -> list[object]:
 
 
 def parameter(node: object, name: str) -> object:
-    """The parameter that a test got for a fixture, if any."""
+    """Return the parameter that a test got for a fixture, if any."""
     callspec = getattr(node, "callspec", None)
     return None if callspec is None else callspec.params.get(name)
 
 
 def _merged(node: pytest.Item | pytest.Collector) -> dict[str, dict[str, Any]]:
-    """The keywords of all marks on a test, by the machine's name; of the same keyword the nearest mark's."""
+    """Merge the keywords of all marks on a test, by the machine's name.
+
+    The nearest mark's value of a keyword wins.
+    """
+    # Farthest first, so that the keywords of nearer marks overwrite those of farther ones.
     marks = [*_nearest_first(node)][::-1]
     wrong = dict.fromkeys(mistake for mark in marks for mistake in _mistakes(mark))
     if wrong:
@@ -130,9 +141,11 @@ def _merged(node: pytest.Item | pytest.Collector) -> dict[str, dict[str, Any]]:
 
 
 def _nearest_first(node: pytest.Item | pytest.Collector) -> Iterator[pytest.Mark]:
-    """The marks of a test's parameter set, of its function, of its classes in the order in which Python looks attributes up, of its module.
+    """Yield the marks of a test, nearest first.
 
-    One that a hook has added counts as the farthest of those of its test, or as the nearest, as the hook said.
+    Those of its parameter set come first, then those of its function, of its classes in the order of attribute lookup, and of its module.
+
+    A mark that a hook has added is the farthest of those of its test, or the nearest, as the hook chose.
     """
     for each in reversed(node.listchain()):
         depths = _depths(each)
@@ -140,7 +153,7 @@ def _nearest_first(node: pytest.Item | pytest.Collector) -> Iterator[pytest.Mark
 
 
 def _depths(node: object) -> dict[int, int]:
-    """How far away from a test marks of its own node are, by their ids, where pytest has them the other way round; 0 for all others."""
+    """Return the distance from a test of marks whose order pytest has reversed, by their ids; 0 for all others."""
     callspec = getattr(node, "callspec", None)
     if callspec is not None:
         return dict.fromkeys(map(id, callspec.marks), -1)
@@ -154,7 +167,7 @@ def _marks_on(kind: type) -> list[object]:
 
 
 def _mistakes(mark: pytest.Mark) -> list[str]:
-    """All that is wrong with a mark by itself."""
+    """Return all mistakes of a single mark."""
     keywords = {key: value for key, value in mark.kwargs.items() if key != "source"}
     sources = [*mark.args, *([mark.kwargs["source"]] if "source" in mark.kwargs else [])]
     wrong = []
@@ -179,16 +192,21 @@ def _sources(node: pytest.Item | pytest.Collector, wish: Mapping[str, Any]) -> l
 
 
 def _plan(wishes: Mapping[str, Mapping[str, Any]], sources: tuple[Source | None, ...], *, alone: bool) -> Plan:
-    """The plan of one choice among the sources, of which it is known that a layer's keywords and the mark's fit together."""
+    """Make the plan of one choice among the sources.
+
+    Its layer's and its mark's keywords are known to fit together.
+    """
     given = [{} if source is None else {"source": source} for source in sources]
     chosen = {name: {**wish, **source} for (name, wish), source in zip(wishes.items(), given, strict=True)}
     for wish in chosen.values():
         if "source" in wish:
             MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
+    # By `repr` and sorted, because keywords need not be hashable, and equal marks must give equal plans.
     named = {
         name: {key: repr(sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in wish.items()}
         for name, wish in chosen.items()
     }
+    # By identity: two layers of the same name in two modules are not the same layer.
     layers = [id(source) for source in sources if isinstance(source, Layer)]
     return Plan(digest(named, layers), chosen, "-".join(map(_label, sources)), sources, alone)
 

@@ -1,4 +1,4 @@
-"""What a run says about its machines, from whichever of its processes."""
+"""Reports of a run about its machines, collected from all of its processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_vmbottle.errors import VMBottleError
-from pytest_vmbottle.infra import PROPERTY, cause_of, cause_told, note
 from pytest_vmbottle.plugin.collection import uses_machine
+from pytest_vmbottle.plugin.infra import PROPERTY, cause_of, cause_told, note
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.shown import coloured, printable
 
@@ -25,16 +25,17 @@ _WORTH_TELLING = 1.0
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tells a worker where its words about long work are seen."""
+    """Tell a worker where to write its progress messages."""
     capture = node.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
+        # pytest-xdist shows nothing of a worker's output while tests run, so workers write to the controller's stderr.
         node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
     node.workerinput["vmbottle_flag"] = node.config.stash[SESSION].flag()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any) -> None:
-    """Makes the controller end in order too, if its workers have machines."""
+    """Install the controller's signal handlers, if its workers have machines."""
     ours = node.config.stash[SESSION]
     if ours.is_flagged:
         ours.interruption.install()
@@ -42,10 +43,11 @@ def pytest_xdist_node_collection_finished(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hands what a worker knows to the controller, which refuses the wrong marks that its workers have found."""
+    """Send a worker's data to the controller, which refuses the wrong marks that its workers found."""
     ours = session.config.stash[SESSION]
     output = getattr(session.config, "workeroutput", None)
     if output is None:
+        # Before the ledger is written: what is reclaimed here belongs to it.
         ours.clean_up()
     ours.collect()
     if output is not None:
@@ -56,14 +58,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "ledger": ours.ledger.sent(),
         }
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise ours.misuse()
+        raise ours.usage_error()
+    # The exit status of a run with failed tests is left alone: a leak is the lesser news.
     elif ours.ledger.left and session.exitstatus == pytest.ExitCode.OK and ours.options.fail_on_leak:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Takes what a worker knows, and sees to what it left if it crashed."""
+    """Collect a worker's data, and clean up after a worker that crashed."""
     output = getattr(node, "workeroutput", {}).get("vmbottle", {})
     ours = node.config.stash[SESSION]
     if error:
@@ -75,10 +78,11 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Says what became of machines and packs."""
+    """Report the run's machines and packs."""
     ours = config.stash[SESSION]
     total = {key: sum(tally[key] for tally in ours.tallies) for key in (ours.tallies or [{}])[0]}
     if any(total.values()):
+        # Without workers this was told after the collection, of which the controller has none.
         if hasattr(config.option, "dist") and config.option.dist != "no":
             for line in ours.told:
                 terminalreporter.write_line(printable(line))
@@ -93,11 +97,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 class LastWords:
-    """What the ledger of a run has to say, after all other summaries."""
+    """Hook that reports the ledger of a run, after all other summaries."""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
-        """Says what the run made, kept, reclaimed and left behind."""
+        """Report what the run made, kept, reclaimed and left behind."""
         yield
         for line in config.stash[SESSION].ledger.lines():
             terminalreporter.write_line(printable(f"vmbottle: {line}"), red=line.startswith("LEAK"))
@@ -105,7 +109,7 @@ class LastWords:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Shows a machine that could not be provided as what it is: the cause in words, without our own stack."""
+    """Report a machine that could not be started by its cause, without our own stack."""
     cause = cause_of(call.excinfo.value if call.excinfo else None)
     if cause and (PROPERTY, cause) not in item.user_properties:
         item.user_properties.append((PROPERTY, cause))
@@ -126,7 +130,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _make_safe(report: pytest.TestReport) -> None:
-    """Takes out of a report what a guest may have put there, by what a test prints or compares, to steer a terminal or CI."""
+    """Neutralise guest text in a report.
+
+    A test may print or compare it, and it could steer a terminal or CI.
+    """
     report.sections = [(title, coloured(content)) for title, content in report.sections]
     for trace, crash, _ in getattr(report.longrepr, "chain", ()):
         if crash is not None:
@@ -141,12 +148,16 @@ def _make_safe(report: pytest.TestReport) -> None:
 
 
 def _fail_for_panics(report: pytest.TestReport, session: Session) -> None:
-    """Fails a test that passed although the kernel of a machine was in trouble; a machine counts in the first test that sees it."""
+    """Fail a passed test if a machine's kernel panicked.
+
+    A machine counts in the first test that sees it.
+    """
     for machine in session.machines:
         panic = machine.panic if machine.spec.panic == "fail" else None
-        if not panic or machine.id in session.blamed:
+        if not panic or machine.id in session.reported_panics:
             continue
-        session.blamed.add(machine.id)
+        # A machine that several tests share must not fail each of them.
+        session.reported_panics.add(machine.id)
         if report.passed:
             report.outcome = "failed"
             report.longrepr = (
@@ -157,18 +168,21 @@ def _fail_for_panics(report: pytest.TestReport, session: Session) -> None:
 
 
 class Outcomes:
-    """Tells INFRA apart where reports are shown: in the only process, or in the controller of several."""
+    """Hook that marks INFRA outcomes in the process that shows reports.
+
+    That is the only process, or the controller.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self._infra, self._in_full = config.stash[SESSION].infra, config.option.fulltrace
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Counts a test without a machine, before anybody shows or stores it."""
+        """Count a test without a machine, before anybody shows or stores its report."""
         self._infra.take(report, in_full=self._in_full)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: Any) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-    """Gives a test without a machine a letter and a word of its own, among the errors."""
+    """Return a letter and a word of its own for a test without a machine, among the errors."""
     return ("error", "I", ("INFRA", {"red": True})) if isinstance(report, pytest.TestReport) and cause_told(report) else None

@@ -1,4 +1,4 @@
-"""What one pytest process has for its tests: a catalog, backends, and what gives out machines."""
+"""State of one pytest process: its catalog, backends and provisioners."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from weakref import WeakSet
 import attrs
 import pytest
 
-from pytest_vmbottle.backend import Selective
+from pytest_vmbottle.catalog.ledger import Ledger
 from pytest_vmbottle.errors import SpecError, VMBottleError
-from pytest_vmbottle.infra import Infra
-from pytest_vmbottle.interruption import Interruption
-from pytest_vmbottle.ledger import Ledger
+from pytest_vmbottle.host.signals import Interruption
+from pytest_vmbottle.plugin.infra import Infra
 from pytest_vmbottle.shown import printable
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.backend import Backend
-    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.backends.port import Backend
+    from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
-    from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.plugin.options import Options
     from pytest_vmbottle.provision import Provisioner
     from pytest_vmbottle.spec import MachineSpec
@@ -36,7 +35,7 @@ _CUT_SECONDS = 2.0
 
 
 class Session:
-    """What one pytest process knows: its provisioners, made when the first machine is asked for."""
+    """State of one pytest process; provisioners are made when the first machine is asked for."""
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self._config = config
@@ -54,7 +53,7 @@ class Session:
         self.infra = Infra()
         self.ledger = Ledger()
         self.machines: list[Machine] = []
-        self.blamed: set[str] = set()
+        self.reported_panics: set[str] = set()
         self.unable: dict[str, int] = {}
         self.wanted: set[str] = set()
         self.test: pytest.Item | None = None
@@ -62,9 +61,9 @@ class Session:
 
     @property
     def catalog(self) -> Catalog:
-        """The folder that holds images and packs; opened when it is first asked for."""
+        """The catalog, opened on first use."""
         # Imported here and not above: a suite without machines pays nothing for what they need (psutil, paramiko, asyncio).
-        from pytest_vmbottle.catalog import Catalog, default_root
+        from pytest_vmbottle.catalog.catalog import Catalog, default_root
 
         if self._catalog is None:
             given = self.options.catalog
@@ -72,29 +71,37 @@ class Session:
         return self._catalog
 
     def flag(self) -> str:
-        """The path of a file without a name; workers write to it if they have tests with machines, since their controller collects none."""
+        """Return the path of a worker's flag file.
+
+        A worker writes to it if it has tests with machines, since the controller collects none.
+        """
         if self._flag < 0:
+            # A file in memory: it is gone with this process, however that ends.
             self._flag = os.memfd_create("vmbottle", os.MFD_CLOEXEC)
         return f"/proc/{os.getpid()}/fd/{self._flag}"
 
     @property
     def is_flagged(self) -> bool:
-        """Whether a worker has tests with machines."""
+        """Tell whether a worker has tests with machines."""
         return self._flag >= 0 and os.fstat(self._flag).st_size > 0
 
     def clean_up(self) -> None:
-        """Sees to what processes left that are dead, workers and their supervisors among them; does nothing in a run without machines."""
+        """Clean up after dead processes, such as workers and their supervisors.
+
+        Does nothing in a run without machines.
+        """
         if self._catalog is not None or self.is_flagged:
             with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
                 self.catalog.gc()
 
     def cut(self) -> None:
-        """Ends all machines at once, beside each other."""
+        """End all machines at once, in parallel."""
 
         def end(machine: Machine) -> None:
             with suppress(VMBottleError):
                 machine.power_cut()
 
+        # Beside each other: each may take seconds, and CI kills a job soon after it has asked for its end.
         threads = [threading.Thread(target=end, args=(machine,), daemon=True) for machine in self.machines]
         for thread in threads:
             thread.start()
@@ -103,19 +110,14 @@ class Session:
 
     @cached_property
     def declared(self) -> dict[str, DeclaredImage]:
-        """The images that the project declares."""
+        """Images that the project declares."""
         from pytest_vmbottle.images import find_declared_images
 
         # Without an ini file pytest may take a folder for its root that has little to do with the project.
         return find_declared_images(self._config.rootpath) or find_declared_images(self._config.invocation_params.dir)
 
-    stand_in = "any"
-    """A source for who only wants to know whether the rest of a spec can be."""
-
-    def backend_name(self, wanted: str) -> str:
-        """The backend that is meant; `"auto"` is what the option says, and by default QEMU."""
-        asked = self.options.backend if wanted == "auto" else wanted
-        return "qemu" if asked == "auto" else asked
+    placeholder = "any"
+    """Placeholder source, to check the rest of a spec."""
 
     def _backend(self, name: str) -> Backend:
         if name not in self._backends:
@@ -125,16 +127,20 @@ class Session:
             self._backends[name] = backend
         return self._backends[name]
 
-    def refusal(self, spec: MachineSpec) -> str | None:
-        """Why the backend of a spec makes no machine like that, whatever the host; None if it does."""
-        backend = self._backend(self.backend_name(spec.backend))
-        return backend.refusal(spec) if isinstance(backend, Selective) else None
+    def default_source(self, wanted: str) -> str | None:
+        """Return what machines of a backend start from where nobody says it, if it has such an image."""
+        return self._backend(self.options.backend_for(wanted)).default_source
+
+    def unsupported_reason(self, spec: MachineSpec) -> str | None:
+        """Return the reason that the backend makes no such machine on any host; None if it does."""
+        backend = self._backend(self.options.backend_for(spec.backend))
+        return backend.unsupported_reason(spec)
 
     def provisioner(self, wanted: str) -> Provisioner:
-        """What gives out machines of a backend."""
+        """Return the provisioner of a backend."""
         from pytest_vmbottle.provision import Provisioner, Settings
 
-        name = self.backend_name(wanted)
+        name = self.options.backend_for(wanted)
         if name not in self._provisioners:
             backend = self._backend(name)
             settings = Settings(
@@ -151,19 +157,20 @@ class Session:
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
 
-    def freshen(self, machine: Machine) -> None:
-        """Takes a shared machine that an earlier test had back to where it began, if its spec says so."""
+    def reset(self, machine: Machine) -> None:
+        """Restore a used shared machine to its initial state, if its spec says so."""
+        # Not before its first test: the machine is new then.
         if machine.spec.reset == "test" and machine in self._used:
             try:
                 machine.restore()
             except VMBottleError as error:
                 error.infra = True
                 raise
-            self.blamed.discard(machine.id)
+            self.reported_panics.discard(machine.id)
         self._used.add(machine)
 
     def say(self, line: str) -> None:
-        """Writes a line to the terminal at once, also from a worker, whatever is being captured."""
+        """Write a line to the terminal at once, also from a worker, whatever is being captured."""
         line = printable(f"vmbottle: {line}")
         capture = self._config.pluginmanager.getplugin("capturemanager")
         reporter = self._config.pluginmanager.getplugin("terminalreporter")
@@ -178,11 +185,11 @@ class Session:
                 reporter.write_line(line)
 
     def describe_hosts(self) -> dict[str, None]:
-        """One line for each backend that is asked for: what machines run on, and why."""
-        return {self._describe_host(name): None for name in sorted(self.wanted or {self.backend_name("auto")})}
+        """Return one line for each backend in use: hypervisor, accelerator, and the reason."""
+        return {self._describe_host(name): None for name in sorted(self.wanted or {self.options.backend_for()})}
 
     def _describe_host(self, name: str) -> str:
-        from pytest_vmbottle.catalog import default_reason
+        from pytest_vmbottle.catalog.catalog import default_reason
 
         try:
             able = self.provisioner(name).capabilities
@@ -192,12 +199,12 @@ class Session:
         why = "" if self.options.catalog else default_reason()
         return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}{f' ({why})' if why else ''}"
 
-    def misuse(self) -> pytest.UsageError:
-        """What is wrong with the marks of all tests, or with the project's images."""
+    def usage_error(self) -> pytest.UsageError:
+        """Return the error about all wrong marks, or about the project's images."""
         return pytest.UsageError("\n".join(self.problems))
 
     def collect(self) -> None:
-        """Adds up what this process did, and ends its provisioners."""
+        """Add up this process's counts, and end its provisioners."""
         for provisioner in self._provisioners.values():
             provisioner.close()
             self.tallies.append(attrs.asdict(provisioner.tally))
@@ -214,41 +221,35 @@ SESSION: pytest.StashKey[Session] = pytest.StashKey()
 
 @pytest.hookimpl(trylast=True)
 def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | None:
-    """Makes the backends of this package."""
+    """Make the backends of this package."""
     from pytest_vmbottle.backends.make import make
 
     session = config.stash[SESSION]
-    told = session.options
-    return make(
-        name,
-        folder=session.catalog.root,
-        accelerator=told.accelerator,
-        pack_kind=told.pack_kind,
-        account=told.account,
-        images=told.smolvm_images,
-        warn=session.say,
-    )
+    return make(name, session.options, folder=session.catalog.root, warn=session.say)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Notes which test it is that shared fixtures are asked by: they only know their class, module or session."""
+    """Note the test that asks for shared fixtures: they know only their class, module or session."""
     item.config.stash[SESSION].test = item
 
 
 class Interrupted:
-    """Ends the machines of a run that was interrupted before anything is told or torn down: there may be little time for that."""
+    """Hook that ends the machines of an interrupted run before any report or teardown.
+
+    There may be little time for that.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self) -> None:
-        """Ends them; to describe where the run was interrupted takes pytest a while."""
+        """End the machines; pytest needs a while to describe the interruption."""
         self._session.cut()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Ends them; a teardown that still uses one is told that it is off."""
+        """End the machines; a teardown that still uses one is told that it is off."""
         if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
             self._session.cut()

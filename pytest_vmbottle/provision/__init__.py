@@ -1,6 +1,6 @@
-"""From a spec to a running machine: images, packs, instances, and who closes what.
+"""From specs to running machines: images, packs and instances.
 
-Here the catalog and the backend meet; neither knows of the other.
+This room joins the catalog and the backend, which do not know each other.
 """
 
 from __future__ import annotations

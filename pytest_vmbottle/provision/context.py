@@ -1,4 +1,4 @@
-"""What all that provides machines works with: a catalog, a backend, what a run was told, and what it has done."""
+"""Shared state of one provisioner: catalog, backend, settings and counts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Keeping
 from pytest_vmbottle.errors import CatalogError, VMBottleError
-from pytest_vmbottle.generations import Holds
-from pytest_vmbottle.spec import host_arch
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.generations import Holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_vmbottle.backend import Backend, Capabilities
-    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.backends.port import Backend, Capabilities
+    from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
-    from pytest_vmbottle.machine import Machine
+    from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["BUILD_SECONDS", "Context", "Settings", "Tally"]
@@ -30,23 +29,23 @@ __all__ = ["BUILD_SECONDS", "Context", "Settings", "Tally"]
 log = logging.getLogger(__name__)
 
 BUILD_SECONDS = 1800.0
-"""How long an image or a pack may take to be made, by this process or by the one that is waited for."""
+"""Seconds that the build of an image or a pack may take, in this process or in the one that it waits for."""
 
 
 @attrs.frozen(kw_only=True)
 class Settings:
-    """What a run was told.
+    """Settings of a run.
 
     Attributes:
-        timeout_factor: What every time-out is multiplied with.
-        rebuild_before: Packs made before this moment, in seconds since 1970, are made again.
-        report: Takes a line about long work.
-        warn: Takes a sentence that somebody should read.
-        ready: Called with a machine before anybody gets it.
-        stopping: Called with a machine before it is ended.
-        declared: The images that the project declares, by name; they go before those of the catalog.
-        memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a share of what this host can spare.
-        retries: How often a machine that could not be provided is tried again, on a fresh one.
+        timeout_factor: The factor of all time-outs.
+        rebuild_before: Packs made before this time, in seconds since 1970, are made again.
+        report: Function that gets a line about long work.
+        warn: Function that gets a warning.
+        ready: Function that is called with a machine before anybody gets it.
+        stopping: Function that is called with a machine before it is ended.
+        declared: The images that the project declares, by name; they take precedence over those of the catalog.
+        memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a part of this host's available memory.
+        retries: Number of retries, with a fresh machine, if a machine could not be started.
     """
 
     timeout_factor: float = 1.0
@@ -62,7 +61,10 @@ class Settings:
 
 @attrs.define
 class Tally:
-    """What was done: counts, and seconds spent waiting for machines, and those of them in which they waited for memory."""
+    """Counts of machines and packs, and seconds of waiting.
+
+    `waited` is the time until machines were ready, `queued` the part of it spent waiting for memory.
+    """
 
     poured: int = 0
     booted: int = 0
@@ -74,7 +76,10 @@ class Tally:
 
 
 class Context:
-    """One backend and one catalog, with what a run holds of it: its machines have holds of their own."""
+    """One backend and one catalog, with the folders that a run holds.
+
+    Its machines hold theirs on their own.
+    """
 
     def __init__(self, catalog: Catalog, backend: Backend, *, name: str, settings: Settings) -> None:
         self.catalog, self.backend, self.name, self.settings = catalog, backend, name, settings
@@ -82,28 +87,30 @@ class Context:
         self.holds = Holds()
 
     def close(self) -> None:
-        """Gives up what is held; may be called again."""
+        """Release everything that is held; may be called again."""
         self.holds.close()
-        if isinstance(self.backend, Keeping):
-            self.backend.close()
+        self.backend.close()
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the backend can do here."""
+        """The backend's capabilities on this host."""
         return self.backend.probe()
 
     def label(self, spec: MachineSpec) -> str:
-        """What machines of a spec are run by, in words."""
+        """Describe the backend that runs machines of a spec, in words."""
         able = self.capabilities
         return f"{self.name} {able.version} {able.accelerator if spec.arch == host_arch() else f'{spec.arch} emulated'}"
 
     def deadline(self, seconds: float = BUILD_SECONDS) -> Deadline:
-        """The end of something that may take as long as a build."""
+        """Return the deadline of a step that may take as long as a build."""
         return Deadline(seconds * self.settings.timeout_factor)
 
     @contextmanager
     def alone(self, lock: str, label: str, seconds: float = BUILD_SECONDS) -> Iterator[Callable[[str], None]]:
-        """Does something as the only one; the block gets what takes a line about how far it is, for this run and for those who wait."""
+        """Hold a lock of the catalog for a block.
+
+        The block gets a function for progress lines, which reach this run and the processes that wait.
+        """
         report = self.settings.report
         with self.catalog.lock(lock, deadline=self.deadline(seconds), waiting=report, label=label) as tell:
 
@@ -115,9 +122,10 @@ class Context:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Says what a failure of the file system means here."""
+        """Turn an error of the file system into a `CatalogError` with a hint."""
         try:
             yield
+        # Already a sentence; some of these errors are OSErrors too.
         except VMBottleError:
             raise
         except OSError as error:

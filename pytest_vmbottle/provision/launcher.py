@@ -1,4 +1,7 @@
-"""Starts machines: each in a folder of its own, known to who ends it, and waited for until it can be used."""
+"""Launching of machines.
+
+Each has a folder of its own and a record for the supervisor, and is awaited until it is ready.
+"""
 
 from __future__ import annotations
 
@@ -6,99 +9,106 @@ import secrets
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Command, Detached, Keeping
+from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.errors import MachineTimeout
-from pytest_vmbottle.generations import Holds
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.generations import Holds
+from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.images import check_again
-from pytest_vmbottle.machine import Machine
-from pytest_vmbottle.power import Supply
-from pytest_vmbottle.spec import host_arch
+from pytest_vmbottle.machine.lifecycle import Relauncher
+from pytest_vmbottle.machine.machine import Machine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from pytest_vmbottle.backend import Channel, Instance, Start
+    from pytest_vmbottle.backends.port import Instance, Start
+    from pytest_vmbottle.channels.port import Channel
     from pytest_vmbottle.provision.context import Context
-    from pytest_vmbottle.provision.sources import Sources
+    from pytest_vmbottle.provision.origins import Origin
     from pytest_vmbottle.spec import MachineSpec
+
+    _AwaitBoot = Callable[[Instance, Channel, Deadline], None]
 
 __all__ = ["Launcher"]
 
 _EMULATED_FACTOR = 4.0
 _FOREIGN_FACTOR = 2.0
-"""Images that were not made for us have a boot loader, a big initial RAM disk and much to start."""
-# cloud-init has ended, well or badly, when it has written its result: it is the last to do so. Where it is not there, or disabled, systemd
-# says when it has started all there is. A guest that is otherwise in a sorry state is still the one that was asked for.
-_BOOTED = r"""
-if command -v cloud-init && ! [ -e /run/cloud-init/disabled ] && ! [ -e /etc/cloud/cloud-init.disabled ]; then
-    [ -e /run/cloud-init/result.json ] || systemctl is-failed cloud-final.service
-elif [ -d /run/systemd/system ]; then
-    case $(systemctl is-system-running) in initializing | starting) false ;; esac
-fi >/dev/null
-"""
+"""Factor of time-outs for foreign images: they have a boot loader, a big initial RAM disk and much to start."""
+_BOOTED = read_script(__package__, "is_booted.sh")
 
 
 class Launcher:
-    """Starts machines, with all they can be started again with."""
+    """Launcher of machines, which gives each the means to be started again."""
 
-    def __init__(self, context: Context, sources: Sources) -> None:
-        self._context, self._sources = context, sources
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     @contextmanager
-    def machine(self, name: str, spec: MachineSpec, start: Start) -> Iterator[Machine]:
-        """A running machine for the length of a block, under a name that gets a random end.
+    def machine(self, name: str, spec: MachineSpec, start: Start, origin: Origin) -> Iterator[Machine]:
+        """Start a machine for a block, under a name with a random suffix.
 
-        What ends it if we do not is written down before it is started; what the backend keeps elsewhere goes with it.
+        The record by which a supervisor ends it is written before the start. Files that the backend keeps elsewhere are removed with it.
         """
         backend = self._context.backend
-        ending = {"ending": backend.ending} if isinstance(backend, Detached) else {}
-        with self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", **ending) as rundir, Holds() as holds:
+        # Random, because several machines of one test may have the same name, and folders must not.
+        with self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", ending=backend.ending) as rundir, Holds() as holds:
             try:
-                machine = self._furnish(spec, start, rundir, holds, Deadline(self.patience(spec)))
+                machine = self._furnish(spec, start, origin, rundir, holds)
                 try:
                     yield machine
                 finally:
-                    machine.close()
+                    machine.lifecycle.stop()
             finally:
-                if isinstance(backend, Keeping):
-                    backend.discard(rundir)
+                # Also after a failed start, which may have left files outside of the folder.
+                backend.discard(rundir)
 
-    def patience(self, spec: MachineSpec) -> float:
-        """Seconds that a machine may take to come up here."""
+    def patience(self, spec: MachineSpec, origin: Origin) -> float:
+        """Return the seconds that a machine may take to start here."""
         emulated = spec.arch != host_arch() or self._context.capabilities.emulated
-        factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if self._sources.image(spec).prepared else _FOREIGN_FACTOR)
+        factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if origin.prepared else _FOREIGN_FACTOR)
         return spec.timeout * self._context.settings.timeout_factor * factor
 
-    def _furnish(self, spec: MachineSpec, start: Start, rundir: Path, holds: Holds, deadline: Deadline) -> Machine:
-        """Starts a machine in a folder and gives it what it can be started again with."""
-        context = self._context
+    def _furnish(self, spec: MachineSpec, start: Start, origin: Origin, rundir: Path, holds: Holds) -> Machine:
+        """Start a machine in a folder, with the means to start it again."""
+        context, patience = self._context, self.patience(spec, origin)
+
+        def await_boot(instance: Instance, channel: Channel, deadline: Deadline) -> None:
+            if origin.awaits_boot:
+                _await_system(instance, channel, spec, deadline)
+            context.tally.booted += 1
 
         def launch(source: Start, deadline: Deadline) -> tuple[Instance, Channel]:
+            # Held before the start: a pack that is pruned between the two would leave a machine without its disk.
             self._hold(source, holds)
-            return self._launch(spec, source, rundir, deadline)
+            return self._launch(spec, source, rundir, deadline, await_boot)
 
-        instance, channel = launch(start, deadline)
-        supply = Supply(
+        instance, channel = launch(start, Deadline(patience))
+        relauncher = Relauncher(
             start=start,
             folder=rundir,
-            patience=self.patience(spec),
+            patience=patience,
             launch=launch,
-            await_boot=lambda instance, channel, deadline: self._await_boot(instance, channel, spec, deadline),
-            image=self._sources.image(spec).sha256,
+            await_boot=await_boot,
+            image=origin.sha256,
             backend=context.label(spec),
         )
         factor = context.settings.timeout_factor
-        return Machine(instance, spec, id=rundir.name, backend=context.name, channel=channel, factor=factor, supply=supply)
+        return Machine(instance, spec, id=rundir.name, backend=context.name, channel=channel, factor=factor, relauncher=relauncher)
 
     def _hold(self, start: Start, holds: Holds) -> None:
-        """Holds what a machine starts from: images, packs and snapshots; not what lies in somebody's own folders."""
+        """Hold the images, packs and snapshots that a machine starts from.
+
+        Files in users' own folders are not held.
+        """
         folders = [disk.path.parent for disk in start.disks] + ([start.saved] if start.saved else [])
         with self._context.explained():
             holds.take(*(folder for folder in folders if self._context.catalog.root in folder.parents))
 
-    def _launch(self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline) -> tuple[Instance, Channel]:
+    def _launch(
+        self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline, await_boot: _AwaitBoot
+    ) -> tuple[Instance, Channel]:
         context = self._context
         for disk in start.disks:
             # Nobody keeps others from writing to a disk in its own place, nor a guest of another run: its header is read each time.
@@ -108,21 +118,18 @@ class Launcher:
             instance = context.backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
         context.catalog.ledger.machines += 1
         try:
+            # As soon as the process is known, so that a crash from here on leaves it named in the record.
             context.catalog.note_process(rundir, instance.pid)
             channel = instance.channel(deadline=deadline)
             if start.saved is None:
-                self._await_boot(instance, channel, spec, deadline)
+                await_boot(instance, channel, deadline)
             elif not start.building:
                 context.tally.poured += 1
+        # Ctrl-C too: nobody else knows of this instance yet.
         except BaseException:
             instance.stop()
             raise
         return instance, channel
-
-    def _await_boot(self, instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:
-        if self._sources.image(spec).readiness == "cloud-init":
-            _await_system(instance, channel, spec, deadline)
-        self._context.tally.booted += 1
 
 
 def _await_system(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:

@@ -20,8 +20,8 @@ import attrs
 import psutil
 import pytest
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.images import ImageStore
 
 HERE = Path(__file__).parent
@@ -33,14 +33,14 @@ Rounds = Callable[[str, int], range]
 
 @attrs.frozen(kw_only=True)
 class Left:
-    """What there is of a catalog's machines at one moment; nothing of it may be there when nobody uses the catalog.
+    """Remains of a catalog's machines at one moment, which must be empty when nobody uses the catalog.
 
     Attributes:
-        processes: Those that name the catalog in their command line, or were given it in their environment.
-        ports: Where these listen.
-        records: Of machines.
-        folders: Of machines, and of what was being built.
-        locks: That somebody holds, and those of processes that have, or had, machines.
+        processes: Processes that name the catalog in their command line or environment.
+        ports: Ports on which these processes listen.
+        records: Records of machines.
+        folders: Folders of machines and of unfinished builds.
+        locks: Locks that somebody holds, and those of processes that have, or had, machines.
         temporary: Files in packs that were to be renamed; `gc` sweeps up those of records when they are old.
     """
 
@@ -69,7 +69,7 @@ class Left:
 
     @property
     def machines(self) -> tuple[str, ...]:
-        """All that is of machines."""
+        """Remains of machines alone."""
         return (*self.processes, *self.ports, *self.records, *self.folders)
 
     def __bool__(self) -> bool:
@@ -134,7 +134,7 @@ def carriers(root: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Where the test's catalog is."""
+    """The folder of the test's catalog."""
     return tmp_path / "catalog"
 
 
@@ -148,7 +148,7 @@ def catalog(root: Path) -> Iterator[Catalog]:
 
 @pytest.fixture
 def left(root: Path) -> Callable[[], Left]:
-    """What is left of the test's machines, asked now."""
+    """Function that returns the present remains of the test's machines."""
     return lambda: Left.of(root)
 
 
@@ -218,7 +218,7 @@ class Zygote:
 
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
-    """What forks processes that have imported everything already."""
+    """Process that forks test processes with all imports already done."""
     kept = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith(("PYTEST_", "VMBOTTLE_"))}
     paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     zygote = Zygote({**kept, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
@@ -227,7 +227,7 @@ def zygote() -> Iterator[Zygote]:
 
 
 def percentiles(seconds: Iterable[float]) -> str:
-    """What is told of many durations."""
+    """Describe many durations by their percentiles."""
     ordered = sorted(seconds)
     p50, p95 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.95))
     return f"p50 {p50 * 1000:.1f} ms, p95 {p95 * 1000:.1f} ms, at most {ordered[-1] * 1000:.1f} ms, of {len(ordered)}"
@@ -241,7 +241,7 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[[str, I
 
 @pytest.fixture(scope="session")
 def rounds() -> Rounds:
-    """How often an experiment is done: `rounds("A1", 20)` is 20 times, unless `SOAK` says otherwise."""
+    """Function that returns the rounds of an experiment: 20 of them for `rounds("A1", 20)`, unless `SOAK` says otherwise."""
     words = [word for word in os.environ.get("SOAK", "1").split(",") if word]
     factor = next((float(word) for word in words if "=" not in word), 1.0)
     given = {name: int(number) for name, _, number in (word.partition("=") for word in words if "=" in word)}

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from pytest_vmbottle import testing
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Backend, Instance, Start, State
+from pytest_vmbottle.backends.port import Backend, Instance, Start, State
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.errors import LaunchError, MachineDied
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.spec import MachineSpec
 
 _DETACHED = """
@@ -57,7 +57,7 @@ class StandIn(testing.FakeInstance):
         return self.process.exitcode
 
     def state(self) -> State:
-        """What the process is doing."""
+        """Return the state of the process."""
         return State.RUNNING if self.exitcode is None else State.DIED
 
     def alive(self) -> None:

@@ -18,7 +18,7 @@ import attrs
 import psutil
 import pytest
 
-from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.host.deadline import Deadline
 from tests.conftest import is_gone, line, process
 
 pytestmark = pytest.mark.usefixtures("image", "canary")
@@ -38,7 +38,7 @@ PLUGINS = ("pytest_vmbottle.plugin", "standins", "no:cacheprovider")
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether processes are gone, soon."""
+    """Tell whether processes are gone, within a short time."""
     return bool(Deadline(20).poll(lambda: all(map(is_gone, pids)), every=0.01))
 
 
@@ -97,7 +97,7 @@ class Run:
         return self.process.wait(120)
 
     def said(self) -> str:
-        """What it printed."""
+        """Return the output of the run."""
         return self.output.read_text(errors="replace")
 
 
@@ -374,7 +374,7 @@ from pytest_vmbottle import MachineDied
 @pytest.mark.vm("debian-12")
 def test_killed(vm):
     os.kill(vm.pid, 9)
-    with pytest.raises(MachineDied, match="status -9"):
+    with pytest.raises(MachineDied, match="-9"):
         vm.wait_until(lambda: False, timeout=60)
 """
     for _ in rounds("A10", 1):
@@ -413,7 +413,7 @@ def test_it(vm_factory):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         machine = pool.submit(vm_factory, "debian-12").result()
     time.sleep(1)
-    assert machine._instance.exitcode is None
+    assert machine.lifecycle.instance.exitcode is None
 """
     run = start(text, plugins=())
     assert run.wait() == 0, run.said()
@@ -441,7 +441,7 @@ def test_multiprocessing(vm, session_vm, how):
     child.start()
     child.join(60)
     assert child.exitcode is not None
-    assert vm._instance.exitcode is session_vm._instance.exitcode is None
+    assert vm.lifecycle.instance.exitcode is session_vm.lifecycle.instance.exitcode is None
 
 @pytest.mark.vm("debian-12")
 @pytest.mark.filterwarnings("ignore")
@@ -450,7 +450,7 @@ def test_fork(vm, session_vm):
     if child == 0:
         pytest.exit("the child goes through all teardowns")
     assert os.waitpid(child, 0)[0] == child
-    assert vm._instance.exitcode is session_vm._instance.exitcode is None
+    assert vm.lifecycle.instance.exitcode is session_vm.lifecycle.instance.exitcode is None
     assert os.path.isdir(os.path.dirname(vm.console.path))
 """
     for _ in rounds("A16", 1):
@@ -531,7 +531,7 @@ def test_use(vm, off):
                 assert owner in str(error), name
             else:
                 raise AssertionError(name)
-        vm._power.stop()
+        vm.lifecycle.stop()
     assert in_a_child(use) == 0
     assert str(vm.state) == ("off" if off else "running")
 
@@ -562,7 +562,7 @@ MONITORS = """
 import os, shutil, signal, socket, sys
 from contextlib import suppress
 from pathlib import Path
-from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 

@@ -24,11 +24,11 @@ MACHINE = """
 import subprocess, sys, time
 from pathlib import Path
 from pytest_vmbottle import MachineDied, MachineSpec
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Disk, Start
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.backends.port import Disk, Start
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.channels.ssh import new_keys
-from pytest_vmbottle.seed import write_seed
+from pytest_vmbottle.provision.seed import write_seed
 
 folder = Path(sys.argv[1])
 small = folder / "small"

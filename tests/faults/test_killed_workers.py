@@ -16,8 +16,8 @@ from typing import Any
 import attrs
 import pytest
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.host.deadline import Deadline
 
 pytestmark = pytest.mark.usefixtures("image", "canary")
 
@@ -75,7 +75,7 @@ class Worker:
 
 @pytest.fixture
 def order(tmp_path: Path, root: Path) -> dict[str, Any]:
-    """What has a worker run tests with machines."""
+    """Order for a worker to run tests with machines."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "test_it.py").write_text(WORK)

@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from pytest_vmbottle import CatalogError, SpecError, supervisor
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.budget import Budget
-from pytest_vmbottle.catalog import Catalog
-from pytest_vmbottle.supervisor import Record
+from pytest_vmbottle import CatalogError, SpecError
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.memory_budget import Budget
+from pytest_vmbottle.host import supervisor
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.supervisor import Record
 
 GIB = 1 << 30
 LIMIT = 3 * GIB
@@ -58,7 +59,7 @@ class Owner:
 
     @property
     def folder(self) -> Path | None:
-        """Where its machines are."""
+        """The folder of the owner's machines."""
         return None if self.catalog._owner is None else self.catalog._owner.folder
 
     def die(self) -> None:
@@ -73,7 +74,7 @@ class Owner:
 
 
 class Model(RuleBasedStateMachine):
-    """What may happen."""
+    """State machine of everything that may happen."""
 
     graveyard: list[Owner]
 
@@ -227,7 +228,7 @@ class Model(RuleBasedStateMachine):
     @rule(pick=PICK)
     def take_memory(self, pick: int) -> None:
         owner = self.owner(pick)
-        share = owner.budget.share(GIB, name="vm", deadline=Deadline(0), waiting=lambda _: None)
+        share = owner.budget.reserve(GIB, name="vm", deadline=Deadline(0), waiting=lambda _: None)
         taken = sum(len(each.shares) for each in self.owners)
         if taken < 3:
             share.__enter__()
@@ -326,7 +327,7 @@ def full_disk(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_whatever_happens_the_catalog_is_what_the_model_says(monkeypatch: pytest.MonkeyPatch, rounds: Callable[[str, int], range]) -> None:
-    monkeypatch.setattr("pytest_vmbottle.catalog.Supervisor", NoSupervisor)
+    monkeypatch.setattr("pytest_vmbottle.catalog.catalog.Supervisor", NoSupervisor)
     monkeypatch.setattr(supervisor, "_LATE", 0.0)  # nothing was being started by these dead
     try:
         run_state_machine_as_test(

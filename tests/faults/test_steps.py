@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pytest_vmbottle import packs
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog import packs
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.host.deadline import Deadline
 
 pytestmark = pytest.mark.usefixtures("image", "canary")
 
@@ -33,13 +33,13 @@ def die_before(zygote: Any, root: Path, tmp_path: Path) -> Callable[[int, str], 
 
 @pytest.fixture
 def clean_up(root: Path, left: Callable[[], object]) -> Callable[[], object]:
-    """What the next run does; in the first steps there was no supervisor yet."""
+    """Function that cleans up as the next run does; in the first steps there was no supervisor yet."""
     catalog = Catalog(root)
     return lambda: Deadline(60).poll(lambda: not left() or (catalog.gc() and not left()), every=0.02)
 
 
 def every(steps: range) -> range:
-    """All of them, or where there is little time ten, others each time."""
+    """Return all steps or, where there is little time, ten of them, others each time."""
     stride = 1 if SOAK else max(1, len(steps) // 10)
     return steps[os.getpid() % stride :: stride]
 

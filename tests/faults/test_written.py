@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from pytest_vmbottle import CatalogError, MachineSpec, VMBottleError, packs, records
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle import CatalogError, MachineSpec, VMBottleError
+from pytest_vmbottle.catalog import packs
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.host import records
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.images import ImageStore
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.testing import FakeBackend
@@ -29,7 +31,7 @@ Rounds = Callable[[str, int], range]
 WRITE = """
 import sys
 from pathlib import Path
-from pytest_vmbottle import records
+from pytest_vmbottle.host import records
 path = Path(sys.argv[1]) / "proofs" / "record.json"
 print("began", flush=True)
 for number in range(10 ** 9):
@@ -145,7 +147,7 @@ def test_a_machine_is_provided_or_the_reason_told_whichever_call_fails_and_no_ot
 
 
 def steps(rounds: Rounds, number: int) -> list[int]:
-    """All calls by their number, or where there is little time some of them, others for each kind of error."""
+    """Return all calls by number or, where there is little time, some of them, others for each kind of error."""
     if len(rounds("B13", 1)) > 1:
         return list(range(1, 400))
     return [*range(1 + number % 7, 60, 7), 400]
@@ -158,7 +160,7 @@ from pytest_vmbottle import CatalogError, MachineSpec, VMBottleError
 root = Path(sys.argv[1])
 root.mkdir(exist_ok=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "none", str(root)], check=True)
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 
 def fill():
     try:
@@ -230,7 +232,7 @@ def test_what_newer_versions_have_written_is_refused_and_stays_as_it_is(root: Pa
     pack.mkdir(parents=True)
     (pack / "pack.json").write_text(json.dumps({"format": 99}))
 
-    with pytest.raises(CatalogError, match=r"it is of version 99, and only 1 is known here: a newer pytest-vmbottle has written it"):
+    with pytest.raises(CatalogError, match="version 99"):
         ImageStore(catalog.images).get("newer")
     assert list(packs.scan(catalog.packs)[1]) == ["key"]
     assert (names / "newer.json").read_bytes() == before

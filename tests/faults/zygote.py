@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
 

@@ -27,7 +27,7 @@ kernel, and back with the last. Two processors that an older QEMU emulates may m
 another, where 2,500 went well beside this one."""
 
 WITNESS = "/sys/kernel/tracing/instances/witness"
-"""Where the kernel of the guest notes that a processor of one of its machines has shut down: 8 is KVM_EXIT_SHUTDOWN (linux/kvm.h)."""
+"""Trace in the guest's kernel of the processors of its machines that shut down: 8 is KVM_EXIT_SHUTDOWN (linux/kvm.h)."""
 NOTE = f"mkdir {WITNESS} && cd {WITNESS}/events/kvm/kvm_userspace_exit && echo 'reason == 8' > filter && echo 1 > enable"
 
 

@@ -15,18 +15,18 @@ from pytest_vmbottle.result import Result
 
 REPORT = "/root/report.xml"
 FAILED = "/srv/.pytest_cache/v/cache/lastfailed"
-"""Where pytest has kept the tests that failed."""
+"""Cache file in which pytest keeps the failed tests."""
 MINUTES = 12
 LEAST = 20
 """Tests that the suite has at least: with fewer, it was not found."""
 CRASHED = ("the process that ran it is gone", "boot process exited (code 0) before the agent was ready")
-"""What is said of a machine whose hypervisor has ended by itself: by us, and by smolvm if it was only just begun."""
+"""Messages about a machine whose hypervisor has ended by itself: ours, and smolvm's if the machine was only just begun."""
 PROCESSORS = "1,2"
 """Those that run machines. Not the first one: each other one that restores a floating-point unit writes into its flags, and takes no care
 (cpu_clear_ignne in target/i386/tcg/sysemu/fpu_helper.c of QEMU 7.2, and still in 2026). Then it runs a machine without the page tables of
 its own, or itself with them: one in ten of smolvm's machines shut down, and none of 74 that were kept off it."""
 ATTEMPTS = 3
-"""How often a test may meet such a machine. All tests of that machine miss it."""
+"""Number of such machines that a test may meet. All tests of that machine miss it."""
 
 TRIPLE_FAULT = """
 import ctypes, fcntl, mmap, os, struct
@@ -50,11 +50,11 @@ assert struct.unpack_from("I", state, 8) == (8,), "KVM_EXIT_SHUTDOWN"
 
 
 def outcomes(report: bytes, *, shut_down: int = 0) -> Counter[str]:
-    """How many tests of a JUnit report passed, failed for whatever reason, or failed where machines had ended by themselves.
+    """Count the tests of a JUnit report: passed, failed for any reason, or failed because machines had ended by themselves.
 
     Args:
-        report: What pytest wrote.
-        shut_down: Processors of machines that shut down meanwhile: whichever test had the machine, what it says of that may be anything.
+        report: The report of pytest.
+        shut_down: Number of processors of machines that shut down meanwhile. The test of such a machine may fail with any message.
     """
     troubles: dict[tuple[str, ...], list[ET.Element]] = {}
     for case in ET.fromstring(report).iter("testcase"):  # one whose teardown failed too is there twice

@@ -10,7 +10,7 @@ import pytest
 
 import pytest_vmbottle.provision
 import pytest_vmbottle.testing  # noqa: F401 - a run in this process forgets what it imports, and what is compiled cannot be imported twice
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.images import ImageStore
 
 if TYPE_CHECKING:
@@ -78,5 +78,5 @@ def run(pytester: pytest.Pytester, catalog: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def said(result: pytest.RunResult) -> str:
-    """All that a run printed."""
+    """Return the whole output of a run."""
     return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout.str() + "\n" + result.stderr.str())

@@ -50,7 +50,7 @@ def test_a_declared_image_goes_before_one_of_the_catalog(run: Run, pytester: pyt
     pytester.makefile(".toml", vmbottle='[images.debian-12]\npath = "none.raw"\n')
     result = run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', status=1, errors=1)
 
-    assert re.search(r"the image 'debian-12' \(.*vmbottle\.toml: images\.debian-12\): cannot use .*none\.raw", said(result))
+    assert re.search(r"vmbottle\.toml: images\.debian-12.*none\.raw", said(result))
 
 
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
@@ -81,11 +81,8 @@ def test_a_wrong_declaration_is_a_usage_error_before_anything_runs(run: Run, pyt
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\n" + BUILD.replace("build", "biuld"))
     result = run(MARKED + "def test_right():\n    open('ran', 'w').close()\n", *workers, status=4)
 
-    assert (
-        len(re.findall(r"^(?:ERROR: )?.*pyproject\.toml: tool\.vmbottle\.images\.web\.biuld: is not known", said(result), re.MULTILINE))
-        == 1
-    )
-    assert "did you mean 'build'?" in said(result)
+    assert len(re.findall(r"^(?:ERROR: )?.*pyproject\.toml: tool\.vmbottle\.images\.web\.biuld", said(result), re.MULTILINE)) == 1
+    assert "'build'" in said(result)
     assert "Traceback" not in said(result)
     assert not (pytester.path / "ran").exists()
 

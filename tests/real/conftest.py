@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from pytest_vmbottle import Machine
-from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.host.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.catalog.catalog import Catalog
 
 
 def qemus(folder: Path) -> list[int]:
@@ -61,7 +61,7 @@ def inner(pytester: pytest.Pytester, vm_catalog: Catalog, monkeypatch: pytest.Mo
 @pytest.fixture(params=["agent", "ssh"])
 def either(request: pytest.FixtureRequest, session_vm: Machine) -> Machine:
     """The session's machine, spoken to over one channel and then over the other."""
-    instance = session_vm._instance
+    instance = session_vm.lifecycle.instance
     channel = instance.channel(deadline=Deadline(120), bulk=request.param == "ssh")
     return Machine(instance, session_vm.spec, id=session_vm.id, backend="qemu", channel=channel)
 

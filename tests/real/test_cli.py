@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from pytest_vmbottle import Machine
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.cli import main
 
 

@@ -13,8 +13,7 @@ import attrs
 import pytest
 
 from pytest_vmbottle import Machine, MachineDied, TransferError
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Hotplug
+from pytest_vmbottle.host.deadline import Deadline
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -23,8 +22,8 @@ FILES = 1500
 
 
 def plugged(vm: Machine) -> tuple[list[str], list[str], list[str]]:
-    """What a machine still has of a disk that was plugged in: devices, nodes, and block devices in the guest."""
-    qmp = vm._instance._qmp  # type: ignore[attr-defined]
+    """Return the remains of a plugged-in disk: devices, nodes, and block devices in the guest."""
+    qmp = vm.lifecycle.instance._qmp  # type: ignore[attr-defined]
     devices = [each["name"] for each in qmp.execute("qom-list", path="/machine/peripheral", deadline=Deadline(10))]
     nodes = [each["node-name"] for each in qmp.execute("query-named-block-nodes", deadline=Deadline(10))]
     seen = vm.exec("cd /sys/block; echo vd*").stdout.split()
@@ -41,7 +40,6 @@ def place(session_vm: Machine) -> str:
 
 
 def test_a_large_file_goes_there_and_back_on_a_clone_and_leaves_no_disk(vm: Machine, tmp_path: Path) -> None:
-    assert isinstance(vm._instance, Hotplug)
     data = os.urandom(MUCH) + b"not a whole block"
     (tmp_path / "large").write_bytes(data)
     vm.cp(tmp_path / "large", vm.path("/root"))
@@ -49,7 +47,7 @@ def test_a_large_file_goes_there_and_back_on_a_clone_and_leaves_no_disk(vm: Mach
     vm.cp(vm.path("/root/large"), tmp_path / "again")
     assert plugged(vm) == NOTHING
     assert (tmp_path / "again").read_bytes() == data
-    assert vm._instance._ssh is None, "it went over the disk"  # type: ignore[attr-defined]
+    assert vm.lifecycle.instance._channels._ssh is None, "it went over the disk"  # type: ignore[attr-defined]
 
 
 def test_many_files_with_modes_and_links_go_there_and_back(session_vm: Machine, place: str, tmp_path: Path) -> None:
@@ -91,16 +89,16 @@ def test_holes_take_no_space_on_either_side(session_vm: Machine, place: str, tmp
 
 
 def test_much_data_goes_by_ssh_where_no_disk_can_be_had(session_vm: Machine, place: str, tmp_path: Path) -> None:
-    bulk, data = session_vm._bulk, os.urandom(3 << 20)
+    bulk, data = session_vm.lifecycle.bulk, os.urandom(3 << 20)
     (tmp_path / "f").write_bytes(data)
-    hotplug, bulk._hotplug = bulk._hotplug, None
+    had, bulk._has_disks = bulk._has_disks, False
     try:
         session_vm.cp(tmp_path / "f", session_vm.path(place))
         session_vm.cp(session_vm.path(place) / "f", tmp_path / "back")
     finally:
-        bulk._hotplug = hotplug
+        bulk._has_disks = had
     assert (tmp_path / "back").read_bytes() == data
-    assert hotplug is not None
+    assert had
 
 
 def test_a_full_disk_of_the_guest_leaves_neither_a_part_nor_a_disk(session_vm: Machine, place: str, tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_a_machine_that_dies_in_the_middle_is_an_error_and_leaves_nothing_on_the
 
 
 def test_a_guest_that_keeps_the_disk_is_waited_for_and_loses_it_before_the_next_copy(session_vm: Machine, tmp_path: Path) -> None:
-    instance = session_vm._instance
+    instance = session_vm.lifecycle.instance
     port = instance._disk_port  # type: ignore[attr-defined]
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     with (tmp_path / "disk").open("rb") as file:
@@ -162,7 +160,7 @@ def test_a_guest_that_keeps_the_disk_is_waited_for_and_loses_it_before_the_next_
 
 def test_an_ordinary_user_copies_too(session_vm: Machine, tmp_path: Path) -> None:
     spec = attrs.evolve(session_vm.spec, env={}, files={}, user="nobody")
-    ordinary = Machine(session_vm._instance, spec, id="x", backend="qemu", channel=session_vm._channel)
+    ordinary = Machine(session_vm.lifecycle.instance, spec, id="x", backend="qemu", channel=session_vm.lifecycle.channel)
     (tmp_path / "f").write_bytes(os.urandom(2 << 20))
     ordinary.cp(tmp_path / "f", ordinary.path("/tmp/theirs"))
     assert session_vm.exec(["stat", "-c", "%U %s", "/tmp/theirs"]).stdout == f"nobody {2 << 20}\n"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from pytest_vmbottle import Machine, layer
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Command
 from pytest_vmbottle.channels.guest_agent import AgentEnded
+from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.channels.ssh import SshChannel
+from pytest_vmbottle.host.deadline import Deadline
 
 pytestmark = pytest.mark.vm("debian-12")
 BY = "ps -o comm= -p $PPID"
-"""What has started a command."""
+"""Ancestors of a command."""
 
 
 def test_commands_go_on_whatever_becomes_of_the_agent(vm: Machine) -> None:
@@ -48,11 +48,11 @@ def fettered(vm: Machine) -> None:
     vm.path("/etc/systemd/system/qemu-guest-agent.service.d/as-fedora.conf").parent.mkdir()
     vm.path("/etc/systemd/system/qemu-guest-agent.service.d/as-fedora.conf").write_text(unit)
     restart = Command(argv=("sh", "-c", "systemctl daemon-reload; systemctl restart qemu-guest-agent"), env=(("PATH", GUEST_PATH),))
-    ssh = vm.instance.channel(deadline=Deadline(120), bulk=True)  # the agent would end the command with itself
+    ssh = vm.lifecycle.instance.channel(deadline=Deadline(120), bulk=True)  # the agent would end the command with itself
     assert ssh.run(restart, deadline=Deadline(60)).returncode == 0
 
 
 @pytest.mark.vm(fettered)
 def test_an_agent_that_is_forbidden_to_run_commands_is_not_the_channel(vm: Machine) -> None:
-    assert type(vm._channel) is SshChannel
+    assert type(vm.lifecycle.channel) is SshChannel
     assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"]).stdout == "active\n"

@@ -18,10 +18,11 @@ import pytest
 
 from pytest_vmbottle import MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend, backend, proof
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.doctor import State, examine
+from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.provision import Provisioner, Settings
-from pytest_vmbottle.spec import host_arch
+from pytest_vmbottle.settings import Settings as Told
 
 pytestmark = pytest.mark.skipif(host_arch() != "x86_64", reason="the QEMU that stands in is one for x86-64")
 
@@ -50,7 +51,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    """What the stand-in was told, a list of words on each line."""
+    """File with the stand-in's arguments, a list of words on each line."""
     return tmp_path / "record"
 
 
@@ -92,7 +93,7 @@ def test_a_processor_that_kvm_aborts_on_is_tried_without_what_it_aborts_on(insta
     proved = QemuBackend(proofs=tmp_path / "proofs").proof
 
     assert proved.accelerator.cpu == "host,arch-capabilities=off"
-    assert "ended by signal 6 before it ran its first instruction and printed 'error: failed to set MSR" in proved.verdicts[0].evidence
+    assert "error: failed to set MSR" in proved.verdicts[0].evidence
     assert told(record)[1:3] == [["kvm", "host"], ["kvm", "host,arch-capabilities=off"]]
     assert ["kvm", "host"] not in told(record)[2:]
 
@@ -128,7 +129,7 @@ def test_packs_of_kvm_are_for_this_processor_and_this_kernel_alone(
 
 def test_the_doctor_says_that_kvm_is_used_and_that_a_guest_ran(install: Install, tmp_path: Path) -> None:
     install()
-    found = {finding.topic: finding for finding in examine(tmp_path / "catalog")}
+    found = {finding.topic: finding for finding in examine(tmp_path / "catalog", Told.read())}
 
     assert found["accelerator"].state is State.OK
     assert found["accelerator"].text.startswith("using KVM: a guest ran 20,000,000 function calls")

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from pytest_vmbottle import Machine, MachineFactory, MachineSpec, layer
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import Disk, Start
+from pytest_vmbottle.backends.port import Disk, Start
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.backends.qemu.instance import QemuInstance
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.channels.ssh import new_keys
-from pytest_vmbottle.seed import write_seed
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.provision.seed import write_seed
 
 MIB = 1 << 20
 

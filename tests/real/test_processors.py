@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmbottle import Machine, MachineFactory, SpecError
-from pytest_vmbottle.spec import host_arch
+from pytest_vmbottle.host.arch import host_arch
 
 REWRITING = """
 import os, signal, time
@@ -29,11 +29,11 @@ for other in others:
     os.kill(other, signal.SIGKILL)
 print(rounds)
 """
-"""What has a kernel write over code that its processors are running: the scheduler's points to trace are switched on and off."""
+"""Script that makes a kernel write over code that its processors are running, by switching trace points of the scheduler on and off."""
 
 
 def features(cpuinfo: str) -> set[str]:
-    """What proc_cpuinfo(5) says that the first processor of an x86 computer has."""
+    """Return the features of the first processor of an x86 computer, from proc_cpuinfo(5)."""
     return set(next(line for line in cpuinfo.splitlines() if line.startswith("flags")).partition(":")[2].split())
 
 
@@ -51,12 +51,12 @@ def test_an_emulated_guest_has_all_but_what_only_costs_time_and_any_other_what_i
 
 def test_a_processor_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: MachineFactory) -> None:
     for _ in range(2):
-        with pytest.raises(SpecError, match=r"^cpu='Transistor,\+svm': unable to find CPU model 'Transistor'; `qemu-system-.* -cpu help`"):
+        with pytest.raises(SpecError, match="unable to find CPU model 'Transistor'"):
             vm_factory("debian-12", cpu="Transistor,+svm")
 
 
 def test_a_feature_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: MachineFactory) -> None:
-    with pytest.raises(SpecError, match=r"^cpu='max,\+flying-carpet': .*cpu\.flying-carpet' not found"):
+    with pytest.raises(SpecError, match=r"cpu\.flying-carpet' not found"):
         vm_factory("debian-12", cpu="max,+flying-carpet", fresh="boot")
 
 

@@ -96,7 +96,7 @@ def test_roots_and_patterns_that_cannot_be_are_errors_at_once(session_vm: Machin
         session_vm.search("x", f"{place}/none")
     with pytest.raises(ValueError, match="absolute"):
         session_vm.search("x", "etc")
-    with pytest.raises(ValueError, match=r"'\(' is no extended regular expression: .*Unmatched"):
+    with pytest.raises(ValueError, match="Unmatched"):
         session_vm.search("(", place, regex=True)
     with pytest.raises(ValueError, match="NUL"):
         session_vm.search("a\0b", place)
@@ -111,7 +111,7 @@ def test_a_grep_that_cannot_do_it_is_named(session_vm: Machine, place: str) -> N
     grep = session_vm.path("/usr/local/bin/grep")  # found before the real one
     grep.write_text("#!/bin/sh\necho \"grep: unrecognized option '--null'\" >&2\nexit 2\n", mode=0o755)
     try:
-        with pytest.raises(OSError, match="not GNU grep"):
+        with pytest.raises(OSError, match="GNU grep"):
             session_vm.search("x", place)
     finally:
         grep.unlink()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_vmbottle import Machine
-    from pytest_vmbottle.catalog import Catalog
+    from pytest_vmbottle.catalog.catalog import Catalog
 
 HERE = Path(__file__).parent
 
@@ -53,5 +53,5 @@ def either(session_vm: Machine) -> Machine:
 
 @pytest.fixture(scope="session")
 def environment(vm_catalog: Catalog) -> dict[str, str]:
-    """What another pytest or `vmbottle` is run with, so that it uses the same smolvm and catalog."""
+    """Environment for another pytest or `vmbottle` that uses the same smolvm and catalog."""
     return {**os.environ, "VMBOTTLE_CATALOG": str(vm_catalog.root), "VMBOTTLE_MISSING": "fail", "VMBOTTLE_TIMEOUT_FACTOR": "3"}

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from pytest_vmbottle.guestpath import with_any_bytes
+from pytest_vmbottle.guest.path import with_any_bytes
 from pytest_vmbottle.images import CLOUD_IMAGES
 from pytest_vmbottle.result import Result
 
@@ -184,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         self.web.ended.wait(30)
 
     def _halt(self, content: bytes) -> None:
-        """All of it, with a moment's pause in the middle."""
+        """Send everything, with a moment's pause in the middle."""
         self._answer(200, None, Content_Length=str(len(content)))
         self.wfile.write(content[:1000])
         self.web.ended.wait(0.5)
@@ -216,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
         self._repeat(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _trailers(self, content: bytes) -> None:
-        """All of it, and then headers that come after, without end."""
+        """Send everything, followed by headers without end."""
         chunk = f"{len(content):x}\r\n".encode() + content + b"\r\n0\r\n"
         self._repeat(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk, b"X: y\r\n")
 
@@ -248,12 +248,12 @@ class Web(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where its root is."""
+        """The URL of the root."""
         return f"https://localhost:{self.server_port}"
 
     @property
     def paths(self) -> list[str]:
-        """What it was asked for."""
+        """Paths that were requested."""
         return [path for _, path, _ in self.asked]
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -347,7 +347,7 @@ def web(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 @pytest.fixture
 def proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """All of the internet leads to `web`."""
+    """Proxy that sends all requests to `web`."""
     server = Proxy(web.server_port)
     monkeypatch.setenv("HTTPS_PROXY", f"http://{server.address}")
     for _ in _running(server):
@@ -404,7 +404,7 @@ def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def local_shell() -> type[LocalShell]:
-    """What runs scripts here."""
+    """Shell that runs scripts on this computer."""
     return LocalShell
 
 

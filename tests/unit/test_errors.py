@@ -23,11 +23,12 @@ EXAMPLES: list[VMBottleError] = [
     errors.MachineError("gone", machine="vm", console_tail="panic"),
     errors.LaunchError("died", argv=["qemu", "-x"], exitcode=-6, output="abort", machine="vm", console_tail="tail"),
     errors.SmolvmError("not found", argv=["smolvm", "machine"], returncode=1, stderr="it is not there", code="NOT_FOUND"),
+    errors.Unsupported("QEMU has no lid", machine="vm"),
     errors.MachineTimeout("late", machine="vm", console_tail="login:"),
     errors.MachineDied("dead", machine="vm", console_tail="Kernel panic"),
     errors.GuestPanic("in trouble", machine="vm", console_tail="BUG: of its own"),
-    errors.CommandFailed(RESULT),
-    errors.CommandTimeout(RESULT, 2.5),
+    pytest_vmbottle.CommandFailed(RESULT),
+    pytest_vmbottle.CommandTimeout(RESULT, 2.5),
     errors.TransferError("it broke off", src=Path("/here"), dst="/there"),
     errors.CatalogError("not writable"),
     errors.ImageMissing("there is none", name="debain-12"),
@@ -36,7 +37,7 @@ EXAMPLES: list[VMBottleError] = [
 
 
 def test_every_public_error_has_an_example_here() -> None:
-    assert {type(each).__name__ for each in EXAMPLES} == set(errors.__all__)
+    assert {type(each).__name__ for each in EXAMPLES} == {*errors.__all__, "CommandFailed", "CommandTimeout"}
 
 
 def test_every_public_error_is_a_name_of_the_package() -> None:
@@ -61,7 +62,7 @@ def test_an_error_comes_out_of_a_pickle_with_its_text_and_all_its_attributes(err
     [
         (errors.SpecError, ValueError),
         (errors.MachineTimeout, TimeoutError),
-        (errors.CommandTimeout, TimeoutError),
+        (pytest_vmbottle.CommandTimeout, TimeoutError),
         (errors.PackCorrupt, errors.CatalogError),
     ],
 )
@@ -77,7 +78,7 @@ def test_a_lost_machine_shows_its_console_and_a_failed_launch_its_evidence() -> 
 
 
 def test_a_failed_command_shows_the_command_and_both_streams() -> None:
-    text = str(errors.CommandFailed(RESULT))
+    text = str(pytest_vmbottle.CommandFailed(RESULT))
 
     assert "$ false" in text
     assert "status 1" in text

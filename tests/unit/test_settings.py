@@ -7,17 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
 from click.testing import CliRunner
 
-from pytest_vmbottle import keeper
-from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.backends.make import make
-from pytest_vmbottle.backends.qemu import Account
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.cli import main
 from pytest_vmbottle.errors import SpecError
-from pytest_vmbottle.kept import Kept, Record
+from pytest_vmbottle.host.account import Account
 from pytest_vmbottle.settings import SETTINGS, Settings
+from pytest_vmbottle.spec.pack_kind import PackKind
+from pytest_vmbottle.standalone import daemon as keeper
+from pytest_vmbottle.standalone.client import Kept, Record
 
 GIVEN = {
     "backend": ("smolvm", "backend", "smolvm"),
@@ -30,6 +32,7 @@ GIVEN = {
     "memory-budget": ("2G", "memory_budget", 2 << 30),
     "infra-retries": ("4", "infra_retries", 4),
     "fail-on-leak": ("1", "fail_on_leak", True),
+    "smolvm-images": ("debian-12 =, web = ./web.tar\n", "images", {"debian-12": "", "web": "./web.tar"}),
 }
 
 
@@ -58,6 +61,8 @@ def test_every_setting_has_a_default_that_makes_sense() -> None:
         ("memory-budget", "lots"),
         ("infra-retries", "9" * 5000),
         ("run-as", "root"),
+        ("smolvm-images", "debian-12"),
+        ("smolvm-images", "= ./web.tar"),
     ],
     ids=lambda text: text[:20],
 )
@@ -70,16 +75,16 @@ def test_a_wrong_value_is_told_with_its_option(name: str, value: str) -> None:
 
 def test_backends_are_made_as_they_were_ordered(tmp_path: Path) -> None:
     account = Account(name="joe", uid=1000, gid=1000, groups=())
-    made = make("qemu", folder=tmp_path, accelerator="tcg", pack_kind=PackKind.DISK, account=account)
+    told = attrs.evolve(read({"accel": "tcg", "pack": "disk"}), account=account)
+    made = make("qemu", told, folder=tmp_path)
 
     assert made is not None
     assert vars(made).items() >= {"_account": account, "_pack_kind": PackKind.DISK}.items()
-    assert make("xen", folder=tmp_path) is None
+    assert make("xen", told, folder=tmp_path) is None
 
 
-@pytest.mark.parametrize("way", ["option", "environment"])
-def test_a_machine_without_pytest_is_ordered_with_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    said = {"backend": "qemu", "accel": "tcg", "pack": "disk", "memory-budget": "3G", "infra-retries": "0", "timeout-factor": "2"}
+def _ordered(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """Has machines only be ordered, by commands that are told nothing by the environment."""
     ordered: list[Mapping[str, Any]] = []
 
     def start(self: Kept, order: Mapping[str, Any], _: object) -> Record:
@@ -89,6 +94,13 @@ def test_a_machine_without_pytest_is_ordered_with_what_was_said(tmp_path: Path, 
     monkeypatch.setattr(Kept, "start", start)
     for setting in SETTINGS:
         monkeypatch.delenv(setting.env, raising=False)
+    return ordered
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_a_machine_without_pytest_is_ordered_with_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    said = {"backend": "qemu", "accel": "tcg", "pack": "disk", "memory-budget": "3G", "infra-retries": "0", "timeout-factor": "2"}
+    ordered = _ordered(monkeypatch)
     if way == "environment":
         for name, value in {**said, "rebuild": "true"}.items():
             monkeypatch.setenv(f"VMBOTTLE_{name.replace('-', '_').upper()}", value)
@@ -97,6 +109,29 @@ def test_a_machine_without_pytest_is_ordered_with_what_was_said(tmp_path: Path, 
 
     assert result.exit_code == 0, result.output
     assert ordered[0]["settings"] == {**said, "rebuild": "true"}
+
+
+def test_paths_that_names_stand_for_hold_in_the_folder_of_the_keeper_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered = _ordered(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VMBOTTLE_SMOLVM_IMAGES", "debian-12 =, web = ./web.tar, app = library/app")
+    Path("web.tar").touch()
+    result = CliRunner().invoke(main, ["--catalog", str(tmp_path / "catalog"), "machine", "start", "web", "--backend", "smolvm"])
+
+    assert result.exit_code == 0, result.output
+    assert ordered[0]["settings"]["smolvm-images"] == f"debian-12 = \nweb = {tmp_path / 'web.tar'}\napp = library/app"
+
+
+def test_every_setting_of_the_command_line_is_in_its_help_with_its_environment_variable() -> None:
+    start, doctor, all_commands = (
+        " ".join(CliRunner().invoke(main, [*words, "--help"]).output.split()) for words in (["machine", "start"], ["doctor"], [])
+    )
+
+    for setting in SETTINGS:
+        told = f"--{setting.name} {setting.takes} {setting.sentence}; also {setting.env}.".replace("  ", " ")
+        assert (told in start) is not setting.tests_only
+        assert (told in doctor) is (setting.name in ("backend", "accel", "pack", "run-as", "memory-budget"))
+        assert (told in all_commands) is (setting.name == "catalog")
 
 
 def test_a_wrong_setting_is_a_wrong_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +173,9 @@ def test_a_keeper_does_as_it_was_ordered(tmp_path: Path, monkeypatch: pytest.Mon
     assert (name, backend._account.name, backend._pack_kind) == ("qemu", "joe", PackKind.DISK)
     assert (settings.memory_budget, settings.retries, settings.timeout_factor) == (3 << 30, 5, 2)
     assert settings.rebuild_before is not None
+
+
+def test_a_keeper_tells_smolvm_what_names_of_images_stand_for(tmp_path: Path) -> None:
+    told = read({"smolvm-images": "debian-12 ="})
+
+    assert vars(keeper._backend("smolvm", told, Catalog(tmp_path / "catalog"), print))["_images"] == {"debian-12": ""}

@@ -13,14 +13,14 @@ _DECLARED = ("abstractmethod", "hookspec", "click.group", ".group(", "overload")
 
 
 def _functions(tree: ast.AST, *, declared: bool = False) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Those that are not only declared, as all in a protocol are."""
+    """Those that are not only declared, as all in a protocol are, and the defaults of a base class that do nothing."""
     for node in ast.iter_child_nodes(tree):
-        protocol = isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases)
+        port = isinstance(node, ast.ClassDef) and any(ast.unparse(base) in ("ABC", "Protocol") for base in node.bases)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             decorators = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
             if not declared and not any(word in decorators for word in _DECLARED):
                 yield node
-        yield from _functions(node, declared=protocol)
+        yield from _functions(node, declared=port)
 
 
 def _is_empty(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pytest_vmbottle.backends.qemu.account import Account
 from pytest_vmbottle.backends.qemu.backend import QemuBackend, find_program
 
-__all__ = ["Account", "QemuBackend", "find_program"]
+__all__ = ["QemuBackend", "find_program"]

@@ -1,33 +1,38 @@
-"""QEMU as a backend: which program and accelerator this host has, proved, and what a pack made by them depends on."""
+"""QEMU as a backend: its program and accelerator on this host, probed, and the dependencies of its packs."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import attrs
-import cattrs
 from cattrs.preconf.json import make_converter
 
-from pytest_vmbottle import records
-from pytest_vmbottle._os import Deadline, private_dir
-from pytest_vmbottle.backend import Capabilities, Instance, PackKind, Start
+from pytest_vmbottle.backends.port import Backend, Capabilities, Instance, Start
 from pytest_vmbottle.backends.qemu import proof
-from pytest_vmbottle.backends.qemu.account import Account
+from pytest_vmbottle.backends.qemu.checks import QemuChecks
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
-from pytest_vmbottle.backends.qemu.dialect import Dialect, ask
-from pytest_vmbottle.backends.qemu.instance import Programs, start
+from pytest_vmbottle.backends.qemu.features import Features, probe_features
+from pytest_vmbottle.backends.qemu.instance import Programs
+from pytest_vmbottle.backends.qemu.launch import start
 from pytest_vmbottle.backends.qemu.processor import accelerator_for
 from pytest_vmbottle.errors import BackendUnavailable
-from pytest_vmbottle.spec import MachineSpec, digest, host_arch
+from pytest_vmbottle.host import records
+from pytest_vmbottle.host.account import Account
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.digest_cache import file_digest
+from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.host.files import private_dir, read_or_empty
+from pytest_vmbottle.host.findings import Check
+from pytest_vmbottle.host.locks import locked
+from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 __all__ = ["Proof", "QemuBackend", "find_program"]
 
@@ -36,7 +41,7 @@ _IMG = ("qemu-img", "qemu-utils")
 
 
 def find_program(name: str, package: str) -> Path:
-    """A program of QEMU's in the search path.
+    """Find a QEMU program in the search path.
 
     Raises:
         BackendUnavailable: It is not there.
@@ -49,25 +54,25 @@ def find_program(name: str, package: str) -> Path:
 
 @attrs.frozen(kw_only=True)
 class Proof:
-    """What was proved about this host and QEMU, and is kept until either changes.
+    """Probe results for this host and QEMU, kept until either changes.
 
     Attributes:
         version: QEMU's own version text.
-        dialect: What it offers.
+        dialect: The features that it offers.
         accelerator: The one that ran guest code.
-        verdicts: What came of each accelerator that was tried, in order.
-        broken: The kinds of packs with RAM that do not work, and why.
+        verdicts: The result for each accelerator that was tried, in order.
+        broken: The kinds of packs with RAM that do not work, each with the reason.
     """
 
     version: str
-    dialect: Dialect
+    dialect: Features
     accelerator: Accelerator
-    verdicts: tuple[proof.Verdict, ...]
+    verdicts: tuple[proof.ProbeResult, ...]
     broken: Mapping[PackKind, str]
 
     @property
     def reason(self) -> str:
-        """Why this accelerator, in one sentence."""
+        """The reason for this accelerator, in one sentence."""
         refused = [verdict for verdict in self.verdicts if not verdict.works]
         if not refused:
             return self.verdicts[-1].evidence
@@ -81,10 +86,10 @@ class Proof:
 
 
 class _Prover:
-    """Finds out what the QEMU for one architecture can do on this host, and remembers it."""
+    """Cached probe of the QEMU for one architecture."""
 
     def __init__(self, arch: str, wanted: str, memory: Path) -> None:
-        """Tries nothing yet; takes the wanted accelerator, and a folder to remember in."""
+        """Take the wanted accelerator, and a folder to remember in; nothing is tried yet."""
         self._board, self._wanted, self._folder = board_of(arch), wanted, memory
         self._refused: BackendUnavailable | None = None
 
@@ -107,6 +112,7 @@ class _Prover:
         try:
             known = self._prove()
         except BackendUnavailable as error:
+            # A failure is not written down: installing a package or joining a group mends it without a reboot.
             self._refused = error
             raise
         records.write(self._memory(), _converter.unstructure(known))
@@ -114,13 +120,16 @@ class _Prover:
         return known
 
     def _memory(self) -> Path:
+        # The boot id and access to /dev/kvm are part of the key, because another kernel or another group membership may change the result.
         key = digest(_boot_id(), _identity(self.binary), self._wanted, FORMAT, _kvm_access())
         return private_dir(self._folder) / f"qemu-{key[:24]}.json"
 
     def _prove(self) -> Proof:
-        with tempfile.TemporaryDirectory(prefix="proving-", dir=private_dir(self._folder)) as name, _held(Path(name)) as workdir:
+        place = private_dir(self._folder)
+        # One that is not locked was left by a process that was killed.
+        with tempfile.TemporaryDirectory(prefix="proving-", dir=place) as name, locked(workdir := Path(name), shared=True):
             version = proof.version(self.binary)
-            dialect = ask(self.binary, workdir=workdir)
+            dialect = probe_features(self.binary, workdir=workdir)
             verdicts = proof.choose(self.binary, dialect, self._board, self._wanted, workdir=workdir)
             accelerator = next((verdict.accelerator for verdict in verdicts if verdict.works), None)
             if accelerator is None:
@@ -132,19 +141,19 @@ class _Prover:
             return Proof(version=version, dialect=dialect, accelerator=accelerator, verdicts=verdicts, broken=broken)
 
 
-class QemuBackend:
-    """Makes machines with the QEMU of this host."""
+class QemuBackend(Backend):
+    """Backend that makes machines with this host's QEMU."""
 
     def __init__(
         self, *, accelerator: str = "auto", pack_kind: PackKind | None = None, account: Account | None = None, proofs: Path
     ) -> None:
-        """Chooses nothing yet.
+        """Take the settings; nothing is chosen yet.
 
         Args:
             accelerator: `"auto"`, or the only one that will do.
             pack_kind: The kind of pack to make, or None for the best that works.
-            account: Who QEMU runs as; None for who runs us.
-            proofs: A folder that remembers what was proved.
+            account: The account that QEMU runs as; None for our own.
+            proofs: Folder for probe results.
         """
         self._wanted = accelerator
         self._pack_kind = pack_kind
@@ -159,7 +168,7 @@ class QemuBackend:
 
     @property
     def proof(self) -> Proof:
-        """What this host can do for guests of its own architecture, proved now or earlier since it was booted.
+        """Probe results for guests of this host's architecture, made now or earlier since boot.
 
         Raises:
             BackendUnavailable: No accelerator runs a guest.
@@ -167,7 +176,9 @@ class QemuBackend:
         return self._prover(host_arch()).proof
 
     def prove_again(self) -> Proof:
-        """Proves it now, whatever was proved before, and remembers it; that nothing works is only remembered by this object.
+        """Probe again, whatever is remembered, and remember the result.
+
+        That nothing works is remembered by this object only.
 
         Raises:
             BackendUnavailable: No accelerator runs a guest.
@@ -175,7 +186,7 @@ class QemuBackend:
         return self._prover(host_arch()).prove_again()
 
     def programs(self, arch: str) -> Programs:
-        """What makes machines of an architecture.
+        """Return the programs for machines of an architecture.
 
         Raises:
             BackendUnavailable: A program is missing, or runs no guest.
@@ -183,13 +194,14 @@ class QemuBackend:
         if arch != host_arch() and self._wanted not in ("auto", "tcg"):
             reason = f"guests of {arch} are emulated on this {host_arch()} host, and {self._wanted} was asked for"
             raise BackendUnavailable(reason, "Allow it: --vm-accel auto")
+        return Programs(emulator=self._emulator(arch), img=find_program(*_IMG))
+
+    def _emulator(self, arch: str) -> Emulator:
         emulator = self._prover(arch).emulator
-        if self._account is not None:
-            emulator = _run_as(self._account, emulator)
-        return Programs(emulator=emulator, img=find_program(*_IMG))
+        return emulator if self._account is None else _run_as(self._account, emulator)
 
     def probe(self) -> Capabilities:
-        """What QEMU can do here (see `Backend.probe`)."""
+        """Return the capabilities of QEMU on this host (see `Backend.probe`)."""
         known = self.proof
         find_program(*_IMG)
         works = {
@@ -208,41 +220,42 @@ class QemuBackend:
             emulated=known.accelerator.name == "tcg",
         )
 
+    def checks(self, *, chosen: bool) -> tuple[Check, ...]:
+        """Return the checks of QEMU (see `Backend.checks`)."""
+        return QemuChecks(
+            wanted=self._wanted,
+            account=self._account,
+            prove=lambda: self.prove_again().verdicts,
+            emulator=lambda: self._emulator(host_arch()),
+            probe=self.probe,
+            broken=lambda: self.proof.broken,
+            chosen=chosen,
+        ).all()
+
     def _programs(self, spec: MachineSpec) -> Programs:
-        """The same, with the processor that a machine is to have."""
+        """Return the programs, with the processor that a machine asks for."""
         programs = self.programs(spec.arch)
         version = self._prover(spec.arch).proof.version
         accelerator = accelerator_for(spec, programs.emulator.accelerator, version=version)
         return attrs.evolve(programs, emulator=attrs.evolve(programs.emulator, accelerator=accelerator))
 
     def fingerprint(self, spec: MachineSpec) -> str:
-        """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
+        """Return a digest of a pack's dependencies besides its spec (see `Backend.fingerprint`)."""
         emulator, version = self._programs(spec).emulator, self._prover(spec.arch).proof.version
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
         processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
-        return digest("qemu", FORMAT, version, _content(emulator.binary, self._proofs), known, processor, spec.arch)
+        return digest("qemu", FORMAT, version, file_digest(emulator.binary, self._proofs), known, processor, spec.arch)
 
-    def refusal(self, spec: MachineSpec) -> str | None:
-        """What of a spec QEMU cannot do (see `Selective`)."""
+    def unsupported_reason(self, spec: MachineSpec) -> str | None:
+        """Return what in a spec QEMU does not support (see `Backend.unsupported_reason`)."""
         if isinstance(spec.network, tuple):
             return f"network={list(spec.network)}: the user network of QEMU lets a guest reach all or nothing: say True or False"
         return None
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
-        """Starts a machine (see `Backend.launch`)."""
+        """Start a machine (see `Backend.launch`)."""
         return start(self._programs(spec), spec, source=source, rundir=rundir, deadline=deadline)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[Path]:
-    """Has a folder be locked by this process as long as it is needed: one that is not was left by a process that was killed."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        yield folder
-    finally:
-        os.close(fd)
 
 
 def _run_as(account: Account, emulator: Emulator) -> Emulator:
@@ -255,20 +268,13 @@ def _run_as(account: Account, emulator: Emulator) -> Emulator:
 
 
 def _boot_id() -> str:
-    return _text(Path("/proc/sys/kernel/random/boot_id"))
+    return read_or_empty(Path("/proc/sys/kernel/random/boot_id"))
 
 
 def _processor() -> str:
-    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    lines = read_or_empty(Path("/proc/cpuinfo")).splitlines()
     keep = ("model name", "flags", "microcode", "stepping")
     return digest(sorted({line for line in lines if line.startswith(keep)}))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def _kvm_access() -> bool:
@@ -280,19 +286,8 @@ def _identity(path: Path) -> list[object]:
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _content(path: Path, memory: Path) -> str:
-    """The sha256 of a program, remembered by its size, times and inode."""
-    known = private_dir(memory) / f"sha256-{digest(_identity(path))[:24]}"
-    with suppress(OSError, ValueError, KeyError):
-        return str(records.read(known)["sha256"])
-    with path.open("rb") as file:
-        value = hashlib.file_digest(file, "sha256").hexdigest()
-    records.write(known, {"sha256": value})
-    return value
-
-
 def _read(path: Path) -> Proof | None:
     try:
-        return _converter.structure(records.read(path), Proof)
-    except (OSError, ValueError, cattrs.BaseValidationError):
+        return records.read_as(path, lambda facts: _converter.structure(facts, Proof))
+    except (OSError, records.Damaged):
         return None  # not there, or of another version: proved again

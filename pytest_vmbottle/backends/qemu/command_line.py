@@ -1,7 +1,7 @@
-"""The QEMU command line of a machine, composed here and nowhere else.
+"""Composition of a machine's QEMU command line.
 
-The state that a saved machine is made of follows the order and the ids of devices: a pack is restored with the same command line but
-for what `share` and `incoming` say, so anything added here changes `FORMAT`.
+The saved state of a machine follows the order and the ids of devices. So a pack is restored with the same command line, except for `share`
+and `incoming`, and anything added here must change `FORMAT`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle.backend import GUEST_MAC, Disk
-from pytest_vmbottle.backends.qemu.account import Account
-from pytest_vmbottle.backends.qemu.dialect import Dialect
+from pytest_vmbottle.backends.port import GUEST_MAC, Disk
+from pytest_vmbottle.backends.qemu.features import Features
 from pytest_vmbottle.errors import BackendUnavailable
+from pytest_vmbottle.host.account import Account
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = [
@@ -28,30 +28,34 @@ __all__ = [
     "Accelerator",
     "Board",
     "Emulator",
-    "Wiring",
+    "LaunchResources",
     "board_of",
     "command_line",
     "sandbox",
 ]
 
 FORMAT = 4
-"""Part of every fingerprint: packs made with another processor or another set of devices are not restored."""
+"""Version of the command line, part of every fingerprint.
+
+Packs made with another processor or another set of devices are not restored.
+"""
 
 SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
-"""The empty PCI Express ports, each for one device that is plugged in while the machine runs: a disk, a network card."""
+"""Empty PCI Express ports for devices that are plugged in while the machine runs: a disk, and a network card."""
 
 NIC = "nic"
-"""The network card by which a guest is reached from the host."""
+"""Id of the network card by which the host reaches a guest."""
 
+# What QEMU never does for a machine: old system calls, more rights, other programs, and priorities.
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @attrs.frozen(kw_only=True)
 class Accelerator:
-    """How guest code is run.
+    """Accelerator that runs guest code.
 
     Attributes:
-        name: QEMU's word for it.
+        name: QEMU's name of it.
         option: The argument of `-accel`.
         cpu: The argument of `-cpu`.
     """
@@ -72,16 +76,16 @@ def _tcg(cpu: str) -> Accelerator:
 
 @attrs.frozen(kw_only=True)
 class Board:
-    """What differs between the machines of two architectures.
+    """Differences between the machines of two architectures.
 
     Attributes:
         arch: The guest's architecture, as `uname -m` names it.
-        package: What Debian and Ubuntu call the package with the QEMU for it.
-        machine: The argument of `-machine`, but for what all have.
-        tcg: How it is emulated.
-        serial: What connects the chardev `console` to the first serial port.
-        quick_hotplug: Whether a guest lets go of a device at once. By PCI Express's own way, without ACPI, it waits for 5 s.
-        display: A screen, and a keyboard where the board has none.
+        package: The package of its QEMU in Debian and Ubuntu.
+        machine: The argument of `-machine`, without the part common to all.
+        tcg: The accelerator that emulates it.
+        serial: Arguments that connect the chardev `console` to the first serial port.
+        quick_hotplug: Whether a guest releases a device at once. With PCI Express's native hot-plug, without ACPI, it waits for 5 s.
+        display: Arguments for a screen, and for a keyboard if the board has none.
     """
 
     arch: str
@@ -120,10 +124,10 @@ BOARDS = {board.arch: board for board in _BOARDS}
 
 
 def board_of(arch: str) -> Board:
-    """The board for an architecture.
+    """Return the board of an architecture.
 
     Raises:
-        BackendUnavailable: There is none.
+        BackendUnavailable: There is no board for it.
     """
     try:
         return BOARDS[arch]
@@ -138,34 +142,36 @@ class Emulator:
 
     Attributes:
         binary: The program, by its absolute path.
-        board: The machine it emulates.
-        accelerator: How it runs guest code.
-        dialect: What it understands.
-        account: Who it runs as; None for who runs us.
+        board: The machine that it emulates.
+        accelerator: The accelerator that runs guest code.
+        dialect: The features that it offers.
+        account: The account that it runs as; None for our own.
     """
 
     binary: Path
     board: Board
     accelerator: Accelerator
-    dialect: Dialect
+    dialect: Features
     account: Account | None = None
 
 
 @attrs.frozen(kw_only=True)
-class Wiring:
-    """What a machine's command line refers to on the host: files by absolute path, sockets by inherited descriptor.
+class LaunchResources:
+    """Host resources that a machine's command line refers to.
+
+    Files are named by absolute path, sockets by inherited descriptor.
 
     Attributes:
-        ram: The file that is the guest's RAM.
+        ram: The file of the guest's RAM.
         share: Whether the guest's writes go to that file, or stay private to the process.
-        overlay: The only disk that is written.
-        disks: What the overlay lies on, lowest first.
+        overlay: The only disk that is written to.
+        disks: The disks below the overlay, lowest first.
         seed: The cloud-init ISO.
-        kernel, initrd, cmdline: For a direct boot; None and empty to boot by firmware.
-        firmware: A file to boot by instead of QEMU's own firmware.
+        kernel, initrd, cmdline: Files and command line for a direct boot; None and empty to boot by firmware.
+        firmware: A firmware file that replaces QEMU's default firmware.
         qmp, agent, waker, console: Connected sockets.
-        incoming: Whether it waits for a saved state instead of booting.
-        lent: What tells QEMU of files that it inherits open.
+        incoming: Whether the machine waits for a saved state instead of booting.
+        lent: Arguments that name the open files which QEMU inherits.
     """
 
     name: str
@@ -186,8 +192,8 @@ class Wiring:
     lent: tuple[str, ...] = ()
 
 
-def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[str]:
-    """The argv of a machine."""
+def command_line(emulator: Emulator, spec: MachineSpec, wiring: LaunchResources) -> list[str]:
+    """Return the command line of a machine."""
     board, dialect = emulator.board, emulator.dialect
     return [
         str(emulator.binary),
@@ -214,8 +220,11 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: Wiring) -> list[
     ]
 
 
-def sandbox(dialect: Dialect) -> tuple[str, ...]:
-    """What has QEMU forbid itself the system calls that it does not need, where it can."""
+def sandbox(dialect: Features) -> tuple[str, ...]:
+    """Return the arguments by which QEMU forbids itself system calls that it does not need.
+
+    Empty if this QEMU cannot.
+    """
     return ("-sandbox", _SANDBOX) if dialect.sandbox else ()
 
 
@@ -223,14 +232,14 @@ def _json(**members: object) -> str:
     return json.dumps({name.replace("_", "-"): value for name, value in members.items()}, separators=(",", ":"))
 
 
-def _memory(spec: MachineSpec, wiring: Wiring, dialect: Dialect) -> list[str]:
+def _memory(spec: MachineSpec, wiring: LaunchResources, dialect: Features) -> list[str]:
     # A named file, because the RAM of anything else is not left out of the saved state (since QEMU 8.1 only RAM_NAMED_FILE is).
     readonly: dict[str, object] = {"readonly": True, "rom": "off"} if dialect.readonly_ram and not wiring.share else {}
     backend = _json(qom_type="memory-backend-file", id="ram0", size=spec.memory, mem_path=str(wiring.ram), share=wiring.share, **readonly)
     return ["-object", backend]
 
 
-def _disks(wiring: Wiring) -> list[str]:
+def _disks(wiring: LaunchResources) -> list[str]:
     # The chain is spelled out. No image's header says what lies beneath it, so none can point QEMU at another file of this host.
     backing: dict[str, object] | None = None
     for disk in wiring.disks:
@@ -258,7 +267,7 @@ def _disks(wiring: Wiring) -> list[str]:
     ]
 
 
-def _channels(wiring: Wiring, board: Board) -> list[str]:
+def _channels(wiring: LaunchResources, board: Board) -> list[str]:
     return [
         *("-chardev", f"socket,id=qmp,fd={wiring.qmp}", "-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"socket,id=console,fd={wiring.console}", *board.serial),
@@ -288,7 +297,7 @@ def _ports() -> list[str]:
     ]
 
 
-def _boot(wiring: Wiring) -> list[str]:
+def _boot(wiring: LaunchResources) -> list[str]:
     if wiring.kernel is None:
         return ["-bios", str(wiring.firmware)] if wiring.firmware is not None else []
     initrd = ("-initrd", str(wiring.initrd)) if wiring.initrd is not None else ()

@@ -1,4 +1,4 @@
-"""The host's ports that lead to those of a guest, as QEMU's user network keeps them."""
+"""Host ports that lead to guest ports, in QEMU's user network."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ _RULE = re.compile(r"\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s
 
 
 class Forwards:
-    """What leads to one guest; the kernel chooses the numbers, so that no other process can take one first.
+    """Port forwards of one guest; the kernel chooses the numbers, so that no other process can take one first.
 
     Attributes:
-        told: The host's ports that somebody was told of, by the guest's.
+        told: Host ports that were given out, by guest port.
     """
 
     def __init__(self, monitor: Callable[[str], str]) -> None:
-        """Takes what runs a line of QEMU's human monitor and returns its answer."""
+        """Take a function that runs a line of QEMU's human monitor and returns its answer."""
         self._monitor = monitor
         self._lock = threading.Lock()
         self.told: dict[int, int] = {}
 
     def find(self, port: int) -> int | None:
-        """The host's port that leads to one of the guest's, made if need be; None if QEMU does not."""
+        """Return the host port that leads to a guest port, made if need be; None if QEMU makes none."""
+        # Two threads could make two rules for the same port.
         with self._lock:
             found = next(iter(self._rules(port)), None)
             if found is None:
@@ -36,9 +37,10 @@ class Forwards:
             return found
 
     def keep(self, wanted: Iterable[tuple[int, int]]) -> None:
-        """Makes forwards that there were before again, by the guest's port and the host's; another number where that is taken by now."""
+        """Make earlier forwards again, by guest port and host port; take another number if that one is in use."""
         for port, host in wanted:
             others = [each for each in self._rules(port) if each != host]
+            # The new rule is made before the old one goes, so that the port is always forwarded by some number.
             self._monitor(f"hostfwd_add net0 tcp:127.0.0.1:{host}-:{port}")
             for other in others if host in self._rules(port) else ():
                 self._monitor(f"hostfwd_remove net0 tcp:127.0.0.1:{other}")

@@ -1,4 +1,4 @@
-"""The port of a running machine into which a disk is plugged, and from which it is taken again."""
+"""Hot-plug port of a running machine for one disk at a time."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import NotPlugged
+from pytest_vmbottle.backends.port import NotPlugged
 from pytest_vmbottle.backends.qemu.command_line import SCRATCH_PORT
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.host.deadline import Deadline
 
 __all__ = ["DiskPort"]
 
 _DEVICE, _NODE = "scratch", "scratch0"
 _GRACE = 10.0
-"""Seconds that a guest is given to let go of a disk; an emulated one takes a tenth of one."""
+"""Seconds for a guest to release a disk; an emulated guest takes 0.1 s."""
 
 
 class DiskPort:
-    """Holds one disk at a time; safe to use from several threads, which wait for each other."""
+    """Port for one disk at a time; safe to use from several threads, which wait for each other."""
 
     def __init__(self, qmp: Qmp, *, alive: Callable[[], None]) -> None:
-        """Takes the machine's monitor.
+        """Take the machine's monitor.
 
         Args:
             qmp: The monitor.
-            alive: Called while waiting; raises `MachineDied` when the machine is gone.
+            alive: Function called while waiting; raises `MachineDied` when the machine is gone.
         """
         self._qmp, self._alive = qmp, alive
         self._lock = threading.Lock()
@@ -35,14 +35,17 @@ class DiskPort:
 
     @contextmanager
     def reserved(self, deadline: Deadline) -> Iterator[None]:
-        """Waits until nobody uses the port, and keeps others from it for the length of a block, in which it is empty at first.
+        """Reserve the port, empty, for the length of a block.
+
+        Waits until nobody else uses it.
 
         Raises:
-            NotPlugged: There is still a disk.
+            NotPlugged: The guest has not released the last disk.
         """
         if not self._lock.acquire(timeout=deadline.remaining):
             raise NotPlugged("another copy holds the machine's port for a disk")
         try:
+            # The guest may have kept the last disk beyond the end of its block.
             if not self.empty():
                 raise NotPlugged("the guest has not let go of the disk that was plugged in before")
             yield
@@ -51,7 +54,7 @@ class DiskPort:
 
     @contextmanager
     def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> Iterator[Callable[[], int]]:
-        """Plugs a disk in, and out again at the end (see `Hotplug.disk`)."""
+        """Plug a disk in for the length of a block (see `Instance.disk`)."""
         with self.reserved(deadline):
             try:
                 self._plug(file, serial, writable=writable)
@@ -80,7 +83,7 @@ class DiskPort:
         return 0
 
     def empty(self, seconds: float = _GRACE) -> bool:
-        """Takes the disk out if there is one; whether there is none any more."""
+        """Remove the disk if there is one; return whether the port is empty."""
         if self._files is None:
             return True
         with suppress(QmpFailed):  # refused while an earlier request is under way, and where there is no such device
@@ -88,12 +91,13 @@ class DiskPort:
         if not Deadline(seconds).poll(self._freed, every=0.2, first=0.01):
             return False
         with suppress(QmpFailed):
+            # The fd set outlives the device, and would keep the file open in QEMU.
             self._qmp.execute("remove-fd", fdset_id=self._files, deadline=Deadline(_GRACE))
         self._files = None
         return True
 
     def _freed(self) -> bool:
-        """Whether the disk is nobody's any more, which it is some time after the guest has let go of it, or the machine is gone."""
+        """Tell whether QEMU has freed the disk: some time after the guest released it, or when the machine is gone."""
         try:
             self._alive()
         except MachineError:

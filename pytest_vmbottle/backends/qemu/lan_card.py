@@ -1,13 +1,13 @@
-"""The second network card of a running machine, which leads to a private LAN."""
+"""Second network card of a running machine, on a private LAN."""
 
 from __future__ import annotations
 
 import socket
 from contextlib import suppress
 
-from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.backends.qemu.command_line import LAN_PORT
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
+from pytest_vmbottle.host.deadline import Deadline
 
 __all__ = ["LAN_CARD", "plug_card", "unplugged"]
 
@@ -17,12 +17,13 @@ _GRACE = 10.0
 
 
 def plug_card(qmp: Qmp, wire: socket.socket, *, mac: str) -> None:
-    """Plugs in a card at the end of a cable: a connected unix socket, each datagram of which is a frame.
+    """Plug in a card on a connected unix socket, each datagram of which is a frame.
 
     Raises:
-        QmpFailed: QEMU does not take it.
+        QmpFailed: QEMU refused it.
     """
     deadline = Deadline(_GRACE)
+    # A descriptor that QEMU keeps under a name, because `netdev_add` takes no descriptor itself.
     qmp.lend(wire.fileno(), _NETDEV, deadline=deadline)
     # Of the kinds of `netdev` that take a descriptor this is the one that every QEMU has (net/socket.c).
     qmp.execute("netdev_add", type="socket", id=_NETDEV, fd=_NETDEV, deadline=deadline)
@@ -36,7 +37,7 @@ def plug_card(qmp: Qmp, wire: socket.socket, *, mac: str) -> None:
 
 
 def unplugged(qmp: Qmp) -> bool:
-    """Asks the guest to let go of the card; true when it has, and the card is gone."""
+    """Ask the guest to release the card; return whether it is gone."""
     deadline = Deadline(_GRACE)
     with suppress(QmpFailed):  # it was asked before, or the card is gone
         qmp.execute("device_del", id=LAN_CARD, deadline=deadline)

@@ -1,4 +1,7 @@
-"""Which processor a guest sees: the best that this host has for it, or the one it was asked for; with virtualisation of its own or not."""
+"""Choice of the processor that a guest sees.
+
+It is the best one of this host or the one asked for, with or without virtualisation of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,39 @@ from pytest_vmbottle.spec import MachineSpec
 __all__ = ["accelerator_for"]
 
 _NESTING_MODEL = "EPYC-v1"
-"""What TCG emulates for a guest with guests. Its widest model, `max`, has AMD-V too, but a guest of libkrun starts ten times as slowly."""
+"""Model that TCG emulates for nested guests. Its widest model, `max`, has AMD-V too, but a guest of libkrun starts ten times as slowly."""
 
 _NESTING_FEATURES = ",+svm,+npt"
 """AMD-V and its nested page tables: the only hardware virtualisation that TCG emulates (TCG_EXT3_FEATURES in target/i386/cpu.c)."""
 
 _SAFE_THREADS = (8, 1)
-"""Since when QEMU locks the page of guest code that it translates. Before, what another processor writes there just then is missed for
-ever: a kernel puts a breakpoint into its own code while it changes it (text_poke_bp in arch/x86/kernel/alternative.c), and may meet that
-breakpoint again and again after it is gone. With one thread for all processors nothing is missed. Measured: with two processors that
-switched what of the scheduler is traced, guests of QEMU 7.2 stopped within 20 times, those of QEMU 10.0 ran 500 times and more.
-A guest with guests keeps its threads: taking turns, it made machines five times as slowly, and it stopped at one in some hundreds.
-It is to run them on other processors than its first, into whose flags (env->hflags2) QEMU lets all others write: see docs/machines.md."""
+"""Version since which QEMU locks the page of guest code that it translates.
+
+Older ones miss for ever what another processor writes there at that moment: a kernel puts a breakpoint into its own code while it changes
+it (text_poke_bp in arch/x86/kernel/alternative.c), and may hit that breakpoint again and again after it is gone. With one thread for all
+processors nothing is missed. Measured: with two processors that switched the tracing of the scheduler on and off, guests of QEMU 7.2
+stopped within 20 times, those of QEMU 10.0 ran 500 times and more.
+
+A guest with nested guests keeps its threads. With one thread for all it made machines five times as slowly, and with its threads it stopped
+at one in some hundreds. It is to run them on other processors than its first, into whose flags (env->hflags2) QEMU lets all others write:
+see docs/machines.md.
+"""
 
 _FEATURES = {"kvm_amd": _NESTING_FEATURES, "kvm_intel": ",+vmx"}
 _MODULES = Path("/sys/module")
 
 
 def accelerator_for(spec: MachineSpec, accelerator: Accelerator, *, version: str, modules: Path = _MODULES) -> Accelerator:
-    """How guest code is run on the processors that a machine is to have.
+    """Return the accelerator for the processors of a machine.
 
     Args:
-        spec: What it is.
-        accelerator: What this host runs its guests by.
-        version: What QEMU says of itself.
-        modules: Where the kernel tells of its modules.
+        spec: The machine's spec.
+        accelerator: The accelerator that this host uses.
+        version: QEMU's version line.
+        modules: The folder of the kernel's modules in sysfs.
 
     Raises:
-        BackendUnavailable: The guest was to run virtual machines, and this host cannot have it do so.
+        BackendUnavailable: The guest is to run virtual machines, and this host does not support that.
     """
     if not spec.nested:
         if spec.cpus > 1 and not _has_safe_threads(version):
@@ -60,7 +68,7 @@ def _has_safe_threads(version: str) -> bool:
 
 
 def _hardware_features(accelerator: Accelerator, modules: Path) -> str:
-    """What a model lacks that the host's own processor passes on, where its kernel lets it."""
+    """Return the host's virtualisation features for a model, if the kernel passes them on."""
     if accelerator.name != "kvm":
         raise BackendUnavailable(f"guests that run virtual machines are not known to work by {accelerator.name}", "Use: --vm-accel tcg")
     module = next((name for name in _FEATURES if (modules / name).is_dir()), None)

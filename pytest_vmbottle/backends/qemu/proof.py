@@ -1,11 +1,11 @@
-"""What an accelerator is worth on this host, and whether RAM can be a template: proved by running guest code.
+"""Probe of accelerators and of RAM restores on this host, by running guest code.
 
-That `/dev/kvm` opens, and even that a virtual machine can be made, says little: on a host that is itself a paravirtual guest, the firmware
-runs and no operating system ever does, because every instruction of kernel mode is emulated, or refused. So the guests here do what a
-kernel does, and with KVM they have to be done sooner than with emulation by QEMU itself, measured a moment before.
+An open `/dev/kvm`, or even a virtual machine that can be created, proves little: on a host that is itself a paravirtual guest, firmware
+runs but no operating system does, because every instruction of kernel mode is emulated, or refused. So the guests here do a kernel's work,
+and with KVM they have to finish sooner than with QEMU's own emulation, measured a moment before.
 
-Both guests are small firmware images (see `firmware`) that are run instead of a BIOS and tell how far they have come through a port whose
-bytes QEMU writes to a file.
+Both guests are small firmware images (see `firmware`) that are run instead of a BIOS. They report their progress through a port whose bytes
+QEMU writes to a file.
 """
 
 from __future__ import annotations
@@ -23,45 +23,46 @@ from typing import TYPE_CHECKING, Literal
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, run_tool
-from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.backends.qemu.command_line import HVF, KVM, Accelerator, Board, Emulator, sandbox
 from pytest_vmbottle.backends.qemu.firmware import RAM_BYTES, RESULTS, WORK_DONE, Guests, aarch64, x86_64
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.errors import BackendUnavailable, SpecError, VMBottleError
+from pytest_vmbottle.host.commands import run_tool
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from pytest_vmbottle.backends.qemu.dialect import Dialect
+    from pytest_vmbottle.backends.qemu.features import Features
 
-__all__ = ["Verdict", "choose", "prove_restore", "run_guest", "version"]
+__all__ = ["ProbeResult", "choose", "prove_restore", "run_guest", "version"]
 
 _ANSWER_SECONDS = 10.0
-"""For a QEMU that only prints something, and for each step of the template's round trip."""
+"""Seconds for a QEMU that only prints something, and for each step of the template's round trip."""
 
 _START_SECONDS = 5.0
-"""From the start of QEMU to the guest's first sign of life; it takes 0.05 s on an idle host."""
+"""Seconds from the start of QEMU to the guest's first sign of life; it takes 0.05 s on an idle host."""
 
 _EMULATED_SECONDS = 30.0
-"""For a guest that is emulated, and so sure to come to an end; it takes 0.3 s on a fast idle host."""
+"""Seconds for an emulated guest, which is sure to finish; it takes 0.3 s on a fast idle host."""
 
 _UNMEASURED_SECONDS = 2.0
-"""For KVM where nothing can be compared with it; it takes less than 0.1 s on hardware."""
+"""Seconds for KVM if nothing can be compared with it; it takes less than 0.1 s on hardware."""
 
 _TICK = 0.005
 
 
 @attrs.frozen(kw_only=True)
-class Verdict:
-    """What became of one accelerator.
+class ProbeResult:
+    """Probe result of one accelerator.
 
     Attributes:
-        accelerator: How the guest was run.
-        works: Whether it did all of its work, rightly and in time.
-        evidence: What happened, in a sentence with figures.
-        seconds: What the guest took from its first sign of life; None if it did not finish.
+        accelerator: The accelerator that ran the guest.
+        works: Whether the guest finished its work, correctly and in time.
+        evidence: A sentence with figures about what happened.
+        seconds: Seconds from the guest's first sign of life to its end; None if it did not finish.
     """
 
     accelerator: Accelerator
@@ -71,7 +72,7 @@ class Verdict:
 
 
 def version(binary: Path) -> str:
-    """The first line of what QEMU says of itself.
+    """Return the first line of QEMU's version output.
 
     Raises:
         BackendUnavailable: The file cannot be run, or is not QEMU.
@@ -82,18 +83,18 @@ def version(binary: Path) -> str:
     return output.splitlines()[0]
 
 
-def choose(binary: Path, dialect: Dialect, board: Board, wanted: str, *, workdir: Path) -> tuple[Verdict, ...]:
-    """Tries accelerators, best first; the first that works is the one to use.
+def choose(binary: Path, dialect: Features, board: Board, wanted: str, *, workdir: Path) -> tuple[ProbeResult, ...]:
+    """Probe accelerators, best first, until one works.
 
     Args:
-        binary: QEMU, by its absolute path.
-        dialect: What it offers.
-        board: What the guests run on.
-        wanted: `kvm`, `hvf` or `tcg`, or `auto` for the host's own one and then TCG.
+        binary: QEMU's absolute path.
+        dialect: Its features.
+        board: The board that the guests run on.
+        wanted: `kvm`, `hvf` or `tcg`, or `auto` for the host's own accelerator and then TCG.
         workdir: An existing folder for scratch files, which are removed.
 
     Returns:
-        A verdict for each that was tried. None of them may work.
+        A verdict for each one that was tried. Maybe none of them works.
 
     Raises:
         BackendUnavailable: The file cannot be run, or is not QEMU.
@@ -103,6 +104,7 @@ def choose(binary: Path, dialect: Dialect, board: Board, wanted: str, *, workdir
         raise SpecError(f"{wanted!r} is not an accelerator: write auto, kvm, hvf or tcg")
     offered = _offered(binary)
     emulator = Emulator(binary=binary, board=board, accelerator=board.tcg, dialect=dialect)
+    # First, because its time is the limit for hardware: a KVM that is slower than emulation is emulated itself.
     emulated = _tried(emulator, offered, workdir=workdir, seconds=_EMULATED_SECONDS)
     if wanted == "tcg":
         return (emulated,)
@@ -112,39 +114,40 @@ def choose(binary: Path, dialect: Dialect, board: Board, wanted: str, *, workdir
     return (*verdicts, emulated) if wanted == "auto" else verdicts
 
 
-def run_guest(emulator: Emulator, *, workdir: Path, seconds: float) -> Verdict:
-    """Runs a guest that does a known amount of what kernels do, and checks its results.
+def run_guest(emulator: Emulator, *, workdir: Path, seconds: float) -> ProbeResult:
+    """Run a guest that does a known amount of a kernel's work, and check its results.
 
     Args:
-        emulator: How to run it.
+        emulator: The QEMU and the accelerator to run it with.
         workdir: An existing folder for scratch files, which are removed.
-        seconds: What the guest may take from its first sign of life. Starting QEMU is not part of it.
+        seconds: Seconds for the guest from its first sign of life, without the start of QEMU.
 
     Raises:
         BackendUnavailable: The file cannot be run.
     """
     guests = _GUESTS[emulator.board.arch]()
     with _bench(emulator, guests, guests.work, workdir=workdir) as bench, bench.guest("work", ram=bench.ram, share=False) as guest:
+        # QEMU's own start does not count: a busy host may take seconds to load it.
         Deadline(_START_SECONDS).poll(lambda: guest.report or guest.over, every=_TICK)
         started = time.monotonic()
         Deadline(seconds).poll(lambda: guest.over, every=_TICK)
         taken = time.monotonic() - started
         if guest.process.exitcode == guests.done and guest.report == "".join(guests.stages).encode() + RESULTS:
             evidence = f"ran {WORK_DONE} in {taken:.2f} s"
-            return Verdict(accelerator=emulator.accelerator, works=True, evidence=evidence, seconds=taken)
-        return Verdict(accelerator=emulator.accelerator, works=False, evidence=_failure(guests, guest, taken))
+            return ProbeResult(accelerator=emulator.accelerator, works=True, evidence=evidence, seconds=taken)
+        return ProbeResult(accelerator=emulator.accelerator, works=False, evidence=_failure(guests, guest, taken))
 
 
 def prove_restore(emulator: Emulator, kind: PackKind, *, workdir: Path) -> str | None:
-    """Saves a guest that counts, as a pack of this kind has it, and lets a clone count on.
+    """Save a guest that counts, as a pack of this kind, and let a clone count on.
 
     Args:
-        emulator: One whose accelerator works.
-        kind: With its RAM left in a file of which the clone has a private view, or with its RAM in the saved state.
+        emulator: A QEMU whose accelerator works.
+        kind: The kind of pack: its RAM is in a file that the clone maps privately, or in the saved state.
         workdir: An existing folder for scratch files, which are removed.
 
     Returns:
-        None if packs of this kind work on this host, else why they do not.
+        None if packs of this kind work on this host, else the reason.
 
     Raises:
         BackendUnavailable: The file cannot be run.
@@ -157,6 +160,7 @@ def prove_restore(emulator: Emulator, kind: PackKind, *, workdir: Path) -> str |
             _count_on(bench, kind, counted)
         except _Unproven as error:
             return str(error)
+        # Clones must not see each other's writes, so their view of the file has to be private.
         if bench.ram.read_bytes() != saved:
             return "a clone's writes reached the RAM file that it shares with others"
     return None
@@ -180,14 +184,15 @@ def _kvm(board: Board) -> tuple[Accelerator, ...]:
 
 
 def _hardware(
-    emulator: Emulator, candidates: tuple[Accelerator, ...], offered: frozenset[str], *, workdir: Path, emulated: Verdict
-) -> tuple[Verdict, ...]:
+    emulator: Emulator, candidates: tuple[Accelerator, ...], offered: frozenset[str], *, workdir: Path, emulated: ProbeResult
+) -> tuple[ProbeResult, ...]:
     refusal = kvm_refusal(Path("/dev/kvm")) if candidates[0] == KVM and "kvm" in offered else None
     if refusal is not None:
-        return (Verdict(accelerator=KVM, works=False, evidence=refusal),)
-    verdicts: list[Verdict] = []
+        return (ProbeResult(accelerator=KVM, works=False, evidence=refusal),)
+    verdicts: list[ProbeResult] = []
     for accelerator in candidates:
         tried = attrs.evolve(emulator, accelerator=accelerator)
+        # KVM has to be faster than emulation: if it is not, its instructions are emulated too.
         verdict = _tried(tried, offered, workdir=workdir, seconds=emulated.seconds or _UNMEASURED_SECONDS)
         if emulated.seconds is not None:
             verdict = attrs.evolve(verdict, evidence=f"{verdict.evidence}; TCG ran the whole guest in {emulated.seconds:.2f} s")
@@ -197,16 +202,17 @@ def _hardware(
     return tuple(verdicts)
 
 
-def _tried(emulator: Emulator, offered: frozenset[str], *, workdir: Path, seconds: float) -> Verdict:
+def _tried(emulator: Emulator, offered: frozenset[str], *, workdir: Path, seconds: float) -> ProbeResult:
     if emulator.accelerator.name not in offered:
         evidence = f"{emulator.binary} was built without it: it has {', '.join(sorted(offered))}"
-        return Verdict(accelerator=emulator.accelerator, works=False, evidence=evidence)
+        return ProbeResult(accelerator=emulator.accelerator, works=False, evidence=evidence)
     return run_guest(emulator, workdir=workdir, seconds=seconds)
 
 
 def kvm_refusal(device: Path) -> str | None:
-    """Why KVM's device cannot be opened, with what to do about it; None if it can."""
+    """Return why KVM's device cannot be opened, and what to do; None if it can."""
     try:
+        # Opened, not only looked at: mode bits say nothing about ACLs, control groups of devices or containers.
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         return f"{device} cannot be opened: {error.strerror}; {_kvm_remedy(error)}"
@@ -250,12 +256,12 @@ _GAVE_UP = re.compile(r"KVM internal error|kvm run failed|entry failed")
 
 
 class _Unproven(VMBottleError):
-    """The round trip of a template ended early."""
+    """The round trip of a template failed."""
 
 
 @attrs.frozen(kw_only=True)
 class _Guest:
-    """A running guest and what it has reported."""
+    """A running guest and its report."""
 
     process: QemuProcess
     report_file: Path
@@ -275,7 +281,7 @@ class _Guest:
 
 @attrs.frozen(kw_only=True)
 class _Bench:
-    """What the guests of one proof have in common: a command line, the image they run, a file for RAM and a scratch folder."""
+    """Common parts of the guests of one probe: command line, image, RAM file and scratch folder."""
 
     emulator: Emulator
     guests: Guests
@@ -291,7 +297,7 @@ class _Bench:
 
     @contextmanager
     def guest(self, name: str, *extra: str, ram: Path, share: bool, fds: Sequence[int] = ()) -> Iterator[_Guest]:
-        """Starts QEMU, and ends it with the block; `name` is for its own files."""
+        """Start QEMU for a block; `name` is for its files."""
         report = self.folder / f"{name}.report"
         process = QemuProcess([*self._argv(report, ram, share=share), *extra], log=self.folder / f"{name}.log", fds=fds)
         try:
@@ -301,7 +307,7 @@ class _Bench:
 
     @contextmanager
     def guest_with_monitor(self, name: str, *extra: str, ram: Path, share: bool) -> Iterator[tuple[_Guest, Qmp]]:
-        """The same, with a connection to its monitor."""
+        """Start QEMU as `guest` does, and connect to its monitor."""
         ours, its = socket.socketpair()
         with ours, its:
             monitor = ("-chardev", f"socket,id=qmp,fd={its.fileno()}", "-mon", "chardev=qmp,mode=control")
@@ -314,7 +320,7 @@ class _Bench:
                     raise _Unproven(f"{error}; QEMU printed {_said(guest.process.output)}") from error
 
     def migrate(self, qmp: Qmp, verb: Literal["migrate", "migrate-incoming"], kind: PackKind) -> None:
-        """Writes or reads a guest's state."""
+        """Write or read a guest's state."""
         dialect = self.emulator.dialect
         self.state.touch()
         deadline = Deadline(_ANSWER_SECONDS)
@@ -352,7 +358,7 @@ def _blank(path: Path) -> Path:
 
 
 def _progress(stages: Mapping[str, str], report: bytes) -> str:
-    """How far a guest has come, by its report.
+    """Describe a guest's progress, from its report.
 
     >>> _progress({"R": "real mode", "L": "long mode"}, b"R")
     'after it had done real mode and before long mode'
@@ -380,7 +386,7 @@ def _failure(guests: Guests, guest: _Guest, taken: float) -> str:
 
 
 def _status(status: int) -> str:
-    """How a process ended.
+    """Describe the end of a process.
 
     >>> _status(-6), _status(1)
     ('was ended by signal 6', 'ended with status 1')
@@ -389,7 +395,7 @@ def _status(status: int) -> str:
 
 
 def _said(output: str) -> str:
-    r"""What is worth telling of what QEMU printed: the first line that is no warning, and KVM's reason.
+    r"""Extract the important part of QEMU's output: the first line that is no warning, and KVM's reason.
 
     >>> _said("qemu-system-x86_64: warning: old\nqemu-system-x86_64: error: failed to set MSR 0x10a to 0x69\n")
     "'error: failed to set MSR 0x10a to 0x69'"
@@ -406,12 +412,12 @@ _LAPS = 3
 
 
 def counts(start: int, end: int) -> bytes:
-    """What the counting guest reports from `start` up to, and without, `end`."""
+    """Return the counting guest's report from `start` up to, and without, `end`."""
     return bytes(0x80 | number & 0x7F for number in range(start, end))
 
 
 def _save(bench: _Bench, kind: PackKind) -> int:
-    """Saves a guest that counts; returns the number up to which it has."""
+    """Save a guest that counts; return its last number."""
     hello = bench.guests.hello
     with bench.guest_with_monitor("saved", ram=bench.ram, share=True) as (guest, qmp):
         _await_laps(guest, len(hello) + _LAPS, "a guest with its RAM in a shared file")
@@ -424,7 +430,10 @@ def _save(bench: _Bench, kind: PackKind) -> int:
 
 
 def _count_on(bench: _Bench, kind: PackKind, counted: int) -> None:
-    """Restores it, with a private view of its RAM or with RAM that comes with its state, and sees that it counts on where it was."""
+    """Restore the guest and check that it counts on from its last number.
+
+    Its RAM is mapped privately, or comes with its state.
+    """
     template = kind is PackKind.TEMPLATE
     ram = bench.ram if template else _blank(bench.folder / "ram-of-clone")
     with bench.guest_with_monitor("clone", "-incoming", "defer", ram=ram, share=not template) as (guest, qmp):

@@ -1,4 +1,6 @@
-"""A synchronous view of `qemu.qmp`: one background thread runs the protocol for all machines of this process.
+"""Synchronous client for QMP, over `qemu.qmp`.
+
+One background thread runs the protocol for all machines of this process.
 
 That thread also starts the QEMU processes. The kernel sends a parent-death signal when the *thread* that started a process ends, not
 when the process does, and this one lives as long as the interpreter.
@@ -16,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
-from pytest_vmbottle._os import Deadline
 from pytest_vmbottle.errors import VMBottleError
-from pytest_vmbottle.ownership import Owner
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.ownership import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -29,16 +31,19 @@ __all__ = ["Qmp", "QmpFailed", "QmpLost", "in_background"]
 _T = TypeVar("_T")
 _STATE = "state"
 _PACE = 1 << 40
-"""Bytes in a second that a state may be written with: more than any disk takes. QEMU's own limit is 128 MiB (max-bandwidth)."""
+"""Bytes per second for writing a state: more than any disk takes. QEMU's own limit is 128 MiB (max-bandwidth)."""
 log = logging.getLogger(__name__)
 
 
 class QmpFailed(VMBottleError):
-    """QEMU refused a command, or is not there to take one."""
+    """QEMU refused a command, or cannot be reached."""
 
 
 class QmpLost(QmpFailed):
-    """QEMU has ended, or will in a moment: its monitor is closed before its process is gone."""
+    """QEMU has ended, or will in a moment.
+
+    Its monitor is closed before its process is gone.
+    """
 
 
 def _loop() -> asyncio.AbstractEventLoop:
@@ -47,7 +52,10 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 @cache
 def _loop_of(_: int) -> asyncio.AbstractEventLoop:
-    """The loop of a process: a forked child has none of the threads of its parent, and must not touch what those look at."""
+    """Return the event loop of a process.
+
+    A forked child has none of its parent's threads, and must not touch the descriptors that they watch.
+    """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="vmbottle-qemu", daemon=True).start()
     return loop
@@ -63,7 +71,10 @@ def _await(coroutine: Coroutine[Any, Any, _T], deadline: Deadline) -> _T:
 
 
 def in_background(function: Callable[[], _T]) -> _T:
-    """Calls a short function in the thread that outlives all others, and returns what it returns."""
+    """Call a short function in the background thread, and return its result.
+
+    That thread outlives all others.
+    """
 
     async def call() -> _T:
         return function()
@@ -72,7 +83,10 @@ def in_background(function: Callable[[], _T]) -> _T:
 
 
 class _Latest(EventListener):
-    """Counts events and keeps what they said, each saying once, since a guest can cause them without end."""
+    """Listener that counts resets and keeps the latest events, one of each kind.
+
+    A guest can cause events without end.
+    """
 
     def __init__(self) -> None:
         super().__init__(("GUEST_PANICKED", "BLOCK_IO_ERROR", "RESET"))
@@ -87,7 +101,7 @@ class _Latest(EventListener):
 
 
 class _Port(EventListener):
-    """Counts how often a serial port was opened or closed in the guest."""
+    """Listener that counts how often a serial port was opened or closed in the guest."""
 
     def __init__(self, port: str) -> None:
         super().__init__("VSERPORT_CHANGE", lambda event: event.get("data", {}).get("id") == port)  # type: ignore[attr-defined]
@@ -102,7 +116,7 @@ class Qmp:
     """A connection to the monitor of one QEMU process."""
 
     def __init__(self, sock: socket.socket, *, deadline: Deadline) -> None:
-        """Talks over a connected socket, or raises `QmpFailed`."""
+        """Connect over a connected socket; raise `QmpFailed` on failure."""
         self._owner = Owner()
         self._client = QMPClient("vmbottle")
         # It logs every lost connection as an error; a machine that ends is an everyday thing here.
@@ -130,7 +144,10 @@ class Qmp:
             raise QmpLost(f"QEMU is gone, or its monitor is: {what}: {error}") from error
 
     def execute(self, command: str, *, deadline: Deadline, **arguments: Any) -> Any:
-        """Runs a command and returns its answer; underscores in argument names stand for dashes."""
+        """Run a command and return its answer.
+
+        Underscores in argument names stand for dashes.
+        """
         return self._guard(
             self._client.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()}), deadline, command
         )
@@ -144,19 +161,20 @@ class Qmp:
         by_name: bool,
         deadline: Deadline,
     ) -> None:
-        """Writes the machine's state to an existing file, or reads it from there.
+        """Write the machine's state to an existing file, or read it from there.
 
         Args:
-            verb: Which of the two.
-            file: By its absolute path.
-            capabilities: What QEMU is to do so, or not; both directions need the same.
-            by_name: Whether QEMU opens the file; else it is given the descriptor, since an older one could only do it by way of a shell.
-            deadline: When it has to be done.
+            verb: The direction: write or read.
+            file: The file's absolute path.
+            capabilities: Migration capabilities to turn on or off, the same in both directions.
+            by_name: Whether QEMU opens the file. Otherwise it gets the descriptor, since an older QEMU could open it only through a shell.
+            deadline: Deadline of the migration.
 
         Raises:
-            QmpFailed: It was not completed.
+            QmpFailed: The migration was not completed.
         """
         self._events.clear()  # what came of an earlier one
+        # Both ends must agree, and what an earlier migration of this QEMU has set stays set.
         wanted = [{"capability": name, "state": state} for name, state in capabilities.items()]
         self.execute("migrate-set-capabilities", capabilities=wanted, deadline=deadline)
         self.execute("migrate-set-parameters", max_bandwidth=_PACE, deadline=deadline)
@@ -177,7 +195,7 @@ class Qmp:
         return bool(self.execute("query-status", deadline=deadline)["status"] == "finish-migrate")
 
     def lend(self, file: int, name: str, *, deadline: Deadline) -> None:
-        """Hands over a descriptor, of which QEMU keeps a copy under a name until a command uses it."""
+        """Pass a descriptor to QEMU, which keeps a copy under a name until a command uses it."""
         self._guard(self._send_fd(file, name), deadline, "getfd")
 
     async def _send_fd(self, file: int, name: str) -> None:
@@ -185,7 +203,7 @@ class Qmp:
         await self._client.execute("getfd", {"fdname": name})
 
     def add_fd(self, file: int, *, deadline: Deadline) -> int:
-        """Hands over an open file, which QEMU then opens as `/dev/fdset/N`, in the mode it was opened in; returns N."""
+        """Pass an open file to QEMU; return the N of `/dev/fdset/N`, by which QEMU opens it in the same mode."""
         return self._guard(self._add_fd(file), deadline, "add-fd")
 
     async def _add_fd(self, file: int) -> int:
@@ -201,31 +219,35 @@ class Qmp:
         raise EOFError("its monitor was closed")
 
     def seen(self, event: str, **data: object) -> bool:
-        """Whether an event has come that says this, since it was last forgotten."""
+        """Tell whether an event with this data has come, since it was last forgotten."""
+        # Copied, because the background thread adds entries meanwhile.
         said = [told for (name, _), told in tuple(self._latest.said.items()) if name == event]
         return any(all(told.get(key) == value for key, value in data.items()) for told in said)
 
     def forget(self, event: str) -> None:
-        """What has come of this event so far is not `seen` any more."""
+        """Forget what has come of this event so far."""
         self._latest.said = {key: told for key, told in tuple(self._latest.said.items()) if key[0] != event}
 
     @property
     def resets(self) -> int:
-        """How many times the machine was reset."""
+        """The number of resets of the machine."""
         return self._latest.resets
 
     @property
     def agent_changes(self) -> int:
-        """How often an agent has opened its port in the guest, or closed it."""
+        """The number of times that an agent has opened or closed its port in the guest."""
         return self._agent.count
 
     def agent_is_there(self, *, deadline: Deadline) -> bool:
-        """Whether an agent has its port open in the guest now."""
+        """Tell whether an agent has its port open in the guest now."""
         known = self.execute("query-chardev", deadline=deadline)
         return any(each["label"] == "agent" and each["frontend-open"] for each in known)
 
     def close(self) -> None:
-        """Ends the connection; QEMU runs on. May be called again. A forked child, whose it is not, leaves it alone."""
+        """Close the connection; QEMU runs on. May be called again.
+
+        A forked child, which does not own it, leaves it alone.
+        """
         if not self._owner.is_us:
             return
         try:

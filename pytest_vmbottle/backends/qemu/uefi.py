@@ -1,4 +1,7 @@
-"""Where hosts keep the UEFI firmware that boots a disk: packages and systems have agreed on neither folder nor name."""
+"""Search for the UEFI firmware of this host.
+
+Packages and systems agree on neither folder nor name.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ _PACKAGES = {"aarch64": "qemu-efi-aarch64", "x86_64": "ovmf"}
 
 
 def find_uefi(arch: str, binary: Path) -> Path:
-    """The firmware file for guests of an architecture.
+    """Find the firmware file for guests of an architecture.
 
     Args:
-        arch: As `uname -m` names it.
-        binary: The QEMU it is for, which may come with one.
+        arch: The architecture, as `uname -m` names it.
+        binary: The QEMU that it is for, which may come with a firmware.
 
     Raises:
-        BackendUnavailable: There is none where hosts have it, or the one that `VMBOTTLE_UEFI_<ARCH>` names is not there.
+        BackendUnavailable: There is none in the usual places, or the file that `VMBOTTLE_UEFI_<ARCH>` names does not exist.
     """
     variable = f"VMBOTTLE_UEFI_{arch.upper()}"
     named = os.environ.get(variable)
@@ -49,6 +52,7 @@ def find_uefi(arch: str, binary: Path) -> Path:
         if not Path(named).is_file():
             raise BackendUnavailable(f"{variable} names {named}, which is no file", f"Set it to a UEFI firmware for {arch}, or unset it")
         return Path(named).absolute()
+    # Beside this QEMU first: one that was built by hand comes with the firmware that fits it.
     for candidate in _candidates(arch, (binary.parent.parent / "share", Path("/usr/local/share"), Path("/usr/share"))):
         if candidate.is_file():
             return candidate

@@ -1,4 +1,4 @@
-"""Machines by smolvm, which runs microVMs with libkrun."""
+"""Machines by smolvm, a runner of microVMs with libkrun."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""smolvm as a backend: which program this host has, whether it runs a guest, what it can do, and what its packs depend on."""
+"""smolvm as a backend: its program on this host, probed, its capabilities, and the dependencies of its packs."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import secrets
@@ -15,21 +13,30 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, atomic_file, private_dir
-from pytest_vmbottle.backend import Capabilities, Command, Instance, OwnImage, PackKind, Start
+from pytest_vmbottle.backends.port import Backend, Capabilities, Instance, OwnImage, Start
 from pytest_vmbottle.backends.smolvm import ending
 from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel
+from pytest_vmbottle.backends.smolvm.checks import ProbeResult, SmolvmChecks
 from pytest_vmbottle.backends.smolvm.engine import LABEL, Creation, Engine, alone
 from pytest_vmbottle.backends.smolvm.instance import PACK, Maker, creation, machine_name
 from pytest_vmbottle.backends.smolvm.program import Program, find_program
 from pytest_vmbottle.backends.smolvm.vmm import Vmm, is_dead, me
+from pytest_vmbottle.channels.port import Command
 from pytest_vmbottle.errors import BackendUnavailable, MachineError, SmolvmError, SpecError
-from pytest_vmbottle.spec import MachineSpec, digest, host_arch
+from pytest_vmbottle.host import records
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.digest_cache import file_digest
+from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.host.files import private_dir, read_or_empty
+from pytest_vmbottle.host.findings import Check
+from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.spec.pack_kind import PackKind
 
-__all__ = ["SmolvmBackend", "Verdict"]
+__all__ = ["ProbeResult", "SmolvmBackend"]
 
 _FORMAT = 1
-"""Part of every fingerprint: how a machine is made, and what is in a pack."""
+"""Version of how machines are made and packed, part of every fingerprint."""
 _PROOF_SECONDS = 38.0
 _OTHERS = 300.0
 _DEVICE = Path("/dev/kvm")
@@ -50,28 +57,14 @@ _OWN = ("", "smolvm")
 _SOCKET = len("/.cache/smolvm/vms/0123456789abcdef/port-forward.sock")
 """Bytes that smolvm adds to the path of its folder for a socket."""
 _SOCKET_PATH = 107
-"""Bytes of a socket's path at most: see unix(7)."""
+"""Most bytes in the path of a socket: see unix(7)."""
 _SHORT = Path("/var/tmp")  # noqa: S108 - a folder there is only used if it is ours alone
-_TEXT = 1 << 20
 
 
-@attrs.frozen(kw_only=True)
-class Verdict:
-    """What came of running a machine here.
+class SmolvmBackend(Backend):
+    """Backend that makes machines with this host's smolvm."""
 
-    Attributes:
-        works: Whether a command ran in a guest.
-        evidence: What happened, in one sentence.
-        seconds: How long it took.
-    """
-
-    works: bool
-    evidence: str
-    seconds: float
-
-
-class SmolvmBackend:
-    """Makes machines with the smolvm of this host."""
+    default_source = "smolvm"
 
     def __init__(
         self,
@@ -82,14 +75,14 @@ class SmolvmBackend:
         images: Mapping[str, str] | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Looks for nothing yet.
+        """Take the settings; nothing is looked for yet.
 
         Args:
             state: A folder for smolvm's machines, images and database.
-            proofs: A folder that remembers what was proved.
+            proofs: Folder for probe results.
             pack_kind: The kind of pack to make, or None for the quickest that is dependable.
-            images: What names of images stand for: a reference, a path, or nothing for smolvm's own Alpine.
-            warn: Takes a sentence that somebody should read.
+            images: References by image name: a registry's reference, a path, or nothing for smolvm's own Alpine.
+            warn: Function that shows a warning to the user.
         """
         self._state, self._proofs, self._pack_kind, self._warn = state, proofs, pack_kind, warn
         self._images = dict(images or {})
@@ -98,7 +91,7 @@ class SmolvmBackend:
 
     @cached_property
     def program(self) -> Program:
-        """The smolvm that is used.
+        """The smolvm program to use.
 
         Raises:
             BackendUnavailable: There is none.
@@ -107,7 +100,7 @@ class SmolvmBackend:
 
     @cached_property
     def engine(self) -> Engine:
-        """It, with its machines."""
+        """The commands of smolvm, with its machines."""
         return Engine(self.program, _place(self._state))
 
     @property
@@ -122,7 +115,10 @@ class SmolvmBackend:
     # -- what it can do here ---------------------------------------------------------------------------------------------------------
 
     def probe(self) -> Capabilities:
-        """What smolvm can do here, proved by running a machine, now or earlier since this host was booted (see `Backend.probe`)."""
+        """Return the capabilities of smolvm (see `Backend.probe`).
+
+        They are proved by running a machine, now or earlier since this host was booted.
+        """
         verdict = self.verdict
         if not verdict.works:
             raise BackendUnavailable(f"smolvm {self.program.version} runs no machine here: {verdict.evidence}", _remedy())
@@ -140,8 +136,8 @@ class SmolvmBackend:
         )
 
     @cached_property
-    def verdict(self) -> Verdict:
-        """Whether a machine ran here, which is remembered until this host is booted again.
+    def verdict(self) -> ProbeResult:
+        """Probe result of smolvm, remembered until this host is booted again.
 
         Raises:
             BackendUnavailable: There is no smolvm.
@@ -152,36 +148,39 @@ class SmolvmBackend:
                 known = self._known() or self.prove_again()
         return known
 
-    def _known(self) -> Verdict | None:
+    def _known(self) -> ProbeResult | None:
         try:
-            return Verdict(**json.loads(self._memory().read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return records.read_as(self._memory(), lambda facts: ProbeResult(**facts))
+        except (OSError, records.Damaged):
             return None
 
-    def prove_again(self) -> Verdict:
-        """Runs a machine now, whatever was proved before, and remembers what came of it."""
+    def prove_again(self) -> ProbeResult:
+        """Run a machine now, whatever is remembered, and remember the result."""
         verdict = self._prove()
         # The first start of all unpacks disks of 30 GiB beside the program, which may take a slow host all the time there is.
         if verdict.works or verdict.seconds < _PROOF_SECONDS:
-            with atomic_file(self._memory()) as file:
-                file.write(json.dumps(attrs.asdict(verdict)).encode())
+            records.write(self._memory(), attrs.asdict(verdict))
         self.__dict__["verdict"] = verdict
         return verdict
+
+    def checks(self, *, chosen: bool) -> tuple[Check, ...]:
+        """Return the checks of smolvm (see `Backend.checks`)."""
+        return SmolvmChecks(find=lambda: self.program, prove=self.prove_again, chosen=chosen).all()
 
     def _memory(self) -> Path:
         status = self.program.path.stat()
         identity = [str(self.program.path), status.st_size, status.st_mtime_ns]
-        key = digest("smolvm", _FORMAT, _text(Path("/proc/sys/kernel/random/boot_id")), identity, _device())
+        key = digest("smolvm", _FORMAT, read_or_empty(Path("/proc/sys/kernel/random/boot_id")), identity, _device())
         return private_dir(self._proofs) / f"smolvm-{key[:24]}.json"
 
-    def _prove(self) -> Verdict:
+    def _prove(self) -> ProbeResult:
         began = time.monotonic()
         refused = _no_device()
         evidence = refused or self._run_one(Deadline(_PROOF_SECONDS))
-        return Verdict(works=not evidence, evidence=evidence or "a command ran in a guest", seconds=time.monotonic() - began)
+        return ProbeResult(works=not evidence, evidence=evidence or "a command ran in a guest", seconds=time.monotonic() - began)
 
     def _run_one(self, deadline: Deadline) -> str:
-        """Runs a command in a new machine; returns why it could not, or nothing."""
+        """Run a command in a new machine; return the reason of a failure, or nothing."""
         name = f"proof-{secrets.token_hex(4)}"
         made_of = Creation(memory=256 << 20, label=me())
         try:
@@ -203,8 +202,8 @@ class SmolvmBackend:
         except MachineError as error:
             self._warn(f"smolvm could not remove the machine {name}: {error}")
 
-    def refusal(self, spec: MachineSpec) -> str | None:
-        """What of a spec smolvm cannot do (see `Selective`)."""
+    def unsupported_reason(self, spec: MachineSpec) -> str | None:
+        """Return what in a spec smolvm does not support (see `Backend.unsupported_reason`)."""
         cannot = {
             f"network={spec.lan!r}: smolvm's machines join no private LAN": spec.lan is not None,
             "display=True: smolvm's machines have no screen": spec.display,
@@ -217,18 +216,19 @@ class SmolvmBackend:
         return next((why for why, applies in cannot.items() if applies), None)
 
     def fingerprint(self, spec: MachineSpec) -> str:
-        """What a pack depends on besides its spec (see `Backend.fingerprint`)."""
+        """Return a digest of a pack's dependencies besides its spec (see `Backend.fingerprint`)."""
         return digest("smolvm", _FORMAT, self.program.version, spec.arch)
 
     # -- images ----------------------------------------------------------------------------------------------------------------------
 
     def find_image(self, source: str | Path) -> OwnImage:
-        """What a spec's source stands for: a name, a registry's reference, an archive, a root folder, or a pack (see `OwnImages`)."""
+        """Find the image for a spec's source: a name, a reference, an archive, a folder or a pack (see `Backend.find_image`)."""
         given = self._images.get(source, source) if isinstance(source, str) else source
         if str(given) in _OWN:
             return OwnImage(name=str(source) or "smolvm", reference="", digest=digest("smolvm's own"), quick=True)
         if isinstance(given, Path) or given.startswith(("/", "./", "../", "~/")) or given.endswith((".tar", ".smolmachine")):
             return self._local(str(source), Path(given).expanduser().absolute())
+        # `debian-12` is the catalog's way to write the registry's `debian:12`.
         system = _SYSTEM.fullmatch(given)
         reference = f"{system[1]}:{system[2]}" if system else given
         return OwnImage(name=str(source), reference=reference, digest=digest("reference", reference), quick=False)
@@ -239,30 +239,30 @@ class SmolvmBackend:
             return OwnImage(name=name, reference=f"{path}/", digest=content, quick=False)
         if not path.is_file():
             raise SpecError(f"source={name!r}: there is no file or folder {path}")
-        return OwnImage(name=name, reference=str(path), digest=_content(path, self._proofs), quick=path.suffix == ".smolmachine")
+        return OwnImage(name=name, reference=str(path), digest=file_digest(path, self._proofs), quick=path.suffix == ".smolmachine")
 
     def pack_image(self, reference: str, dest: Path, *, deadline: Deadline) -> None:
-        """Writes an image into a folder (see `OwnImages`)."""
+        """Write an image into a folder (see `Backend.find_image`)."""
         self.engine.pack(dest / PACK.removesuffix(".smolmachine"), image=reference, deadline=deadline)
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
-        """Starts a machine (see `Backend.launch`)."""
+        """Start a machine (see `Backend.launch`)."""
         self.probe()
         self._sweep()
         return self._maker(self.engine.of(rundir)).start(spec, source, rundir, deadline)
 
     def ending(self, rundir: Path) -> tuple[str, ...]:
-        """The command that ends a folder's machine and removes what smolvm keeps of it (see `Detached`)."""
+        """Return the command that ends and removes a folder's machine (see `Backend.ending`)."""
         return ending.command(self.program.path, _place(self._state), machine_name(rundir))
 
     def discard(self, rundir: Path) -> None:
-        """Removes what smolvm keeps of a folder's machine (see `Keeping`)."""
+        """Remove smolvm's data of a folder's machine (see `Backend.discard`)."""
         self._maker(self.engine).discard(rundir)
 
     def close(self) -> None:
-        """Ends the machines that others were branched from; may be called again."""
+        """End the machines that others were branched from; may be called again."""
         while self._sources:
             _, (name, vmm) = self._sources.popitem()
             vmm.kill()
@@ -270,7 +270,7 @@ class SmolvmBackend:
             self._remove(name)
 
     def _sweep(self) -> None:
-        """Removes, once, the machines of processes that are certainly gone."""
+        """Remove the machines of processes that are certainly gone, once."""
         if self._swept:
             return
         self._swept = True
@@ -279,7 +279,8 @@ class SmolvmBackend:
                 self._remove(listed.name)
 
     def _source_of(self, folder: Path, spec: MachineSpec, deadline: Deadline) -> str:
-        """The machine that those of a pack are branched from, started if this process has none yet."""
+        """Return the machine that clones of a pack branch from, started if this process has none yet."""
+        # What a machine is branched from must be of the same shape, since a branch cannot change it.
         key = digest(str(folder), spec.cpus, spec.memory, spec.network, spec.ports)
         name, vmm = self._sources.get(key, ("", None))
         if vmm is not None and vmm.is_running:
@@ -298,7 +299,7 @@ class SmolvmBackend:
 
 
 def _place(state: Path) -> Path:
-    """The folder itself; or one of ours below /var/tmp, if the paths of the sockets in it would be too long for the kernel, or for root.
+    """Return the folder, or one of ours below /var/tmp if its socket paths are too long for the kernel or for root.
 
     Root's smolvm runs each machine as a user of its own, and lets all users pass through every folder above its state for that. The
     catalog stays closed to them.
@@ -308,13 +309,14 @@ def _place(state: Path) -> Path:
     top = _SHORT / f"vmbottle-{os.geteuid()}"
     private_dir(top)
     status = top.lstat()
+    # In a folder that all can write to, somebody may have made it first.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o066:
         raise BackendUnavailable(f"smolvm needs a folder of ours for its machines, and {top} is not ours alone", f"Move {top} away")
     return private_dir(top / digest(str(state))[:12])
 
 
 def _echoes(engine: Engine, name: str, deadline: Deadline) -> bool:
-    """Whether a machine runs a command by the deadline."""
+    """Tell whether a machine runs a command by the deadline."""
     channel = SmolvmChannel(engine, name, alive=lambda: None)
 
     def asked() -> bool:
@@ -344,25 +346,6 @@ def _remedy() -> str:
     return "See vmbottle doctor, or use QEMU, which also runs without KVM: --vm-backend qemu"
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")[:_TEXT]
-    except OSError:
-        return ""
-
-
 def _entry(path: Path, root: Path) -> list[object]:
     status = path.lstat()
     return [str(path.relative_to(root)), status.st_mode, status.st_size, status.st_mtime_ns]
-
-
-def _content(path: Path, memory: Path) -> str:
-    """The sha256 of a file, remembered by its size, time and inode."""
-    status = path.stat()
-    known = private_dir(memory) / f"sha256-{digest(str(path), status.st_size, status.st_mtime_ns, status.st_ino)[:24]}"
-    if not known.exists():
-        with path.open("rb") as file:
-            value = hashlib.file_digest(file, "sha256").hexdigest()
-        with atomic_file(known) as record:
-            record.write(value.encode())
-    return known.read_text()

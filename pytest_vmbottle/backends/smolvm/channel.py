@@ -22,45 +22,34 @@ from contextlib import suppress
 from io import BytesIO
 from typing import IO, BinaryIO
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import GUEST_PATH, Command, Finished
 from pytest_vmbottle.backends.smolvm.engine import Engine, failure, plain
 from pytest_vmbottle.channels.outputs import Outputs
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running, Terminal
 from pytest_vmbottle.errors import MachineTimeout
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.package_data import read_script
 
-__all__ = ["SmolvmChannel", "SmolvmProcess", "SmolvmTerminal", "Verdict"]
+__all__ = ["Outcome", "SmolvmChannel", "SmolvmProcess", "SmolvmTerminal"]
 
 _CHUNK = 1 << 16
 _GRACE = 10.0
 _CUT_OFF, _DYING = b"connection closed", 3.0
-"""What smolvm says where its machine ends meanwhile, and for how many seconds that machine's process may still be seen."""
+"""Message of smolvm when its machine ends meanwhile, and seconds for which that machine's process may still be seen."""
 _EVIDENCE = 8192
-"""Bytes of the end of stderr that are kept for the case that smolvm itself failed."""
-# The command and its environment come before its input: on the host's command line all users could read them, and in the guest whoever
-# looks for a process by its words would find this shell. Neither `read` nor dd takes more than is asked for. Of a child that a signal
-# ended the shell says what signal that was; dash and BusyBox do, bash does not.
-_WRAP = r"""
-read -r mark size; words=$(dd bs="$size" count=1 iflag=fullblock 2>/dev/null); eval "set -- $words"; cd /
-exec 5>&1 3>&2
-said=$(exec 2>&1; (exec "$@" >&5 2>&3 3>&- 5>&-); echo " $?")
-printf '\036%s%s\n' "$mark" "$said" >&2
-"""
+"""Bytes of the end of stderr to keep, in case smolvm itself failed."""
+_WRAP = read_script(__package__, "wrap.sh")
 _ENDING = re.compile(rb"(.*?) (\d{1,3})\n", re.DOTALL)
 _BY_SIGNAL = 128
 _UNSAID = frozenset({signal.SIGINT, signal.SIGPIPE})
-"""Of these, no shell says anything."""
-_LOGIN = r"""
-cd / 2>/dev/null; home=$(getent passwd "$1" | cut -d: -f6); [ -z "$home" ] || cd "$home" 2>/dev/null
-if [ "$1" = root ]; then export HOME="${home:-/root}" USER=root LOGNAME=root; exec "${SHELL:-/bin/sh}" -l; fi
-exec su - "$1"
-"""
+"""Signals that a shell does not report."""
+_LOGIN = read_script(__package__, "login.sh")
 
 
-class Verdict:
-    """Takes the mark, and how the command ended, out of its stderr; what is left goes on."""
+class Outcome:
+    """Filter that takes the mark and the command's status out of its stderr."""
 
     def __init__(self, mark: str, sink: Callable[[bytes], object]) -> None:
-        """Takes the mark, and who gets the rest."""
+        """Take the mark, and the sink for the rest."""
         self._mark = b"\x1e" + mark.encode()
         self._sink = sink
         self._held = b""
@@ -69,7 +58,7 @@ class Verdict:
         self.evidence = b""
 
     def feed(self, data: bytes) -> None:
-        """Takes what was written, or with `b""` the end."""
+        """Take output, or `b""` at its end."""
         self._held += data
         self.evidence = (self.evidence + data)[-_EVIDENCE:]
         if not self._begun and data and b"\n" not in self._held and b"note: no packed".startswith(self._held[:15]):
@@ -95,7 +84,7 @@ class Verdict:
             self._sink(data)
 
     def _hold_back(self, data: bytes) -> None:
-        """Passes on all but what may be the beginning of the mark."""
+        """Pass on all but a possible beginning of the mark."""
         kept = next((n for n in range(min(len(self._mark), len(self._held)), 0, -1) if self._mark.startswith(self._held[-n:])), 0)
         split = len(self._held) - (kept if data else 0)
         held = self._held[split:]
@@ -107,14 +96,16 @@ def _status(number: int, *, killed: bool) -> int:
     return _BY_SIGNAL - number if killed or number - _BY_SIGNAL in _UNSAID else number
 
 
-class SmolvmProcess:
-    """A command that runs in a guest, with the smolvm that holds its streams (see `Running`). Where that is killed, so is the command.
+class SmolvmProcess(Running):
+    """A command in a guest, with the smolvm that holds its streams (see `Running`).
+
+    Killing that smolvm kills the command.
 
     Attributes:
-        unwritten: Why output could not be kept.
+        unwritten: The reason that output could not be written.
     """
 
-    def __init__(  # noqa: PLR0913 - as Spawning.start, and what it is told by
+    def __init__(  # noqa: PLR0913 - as Channel.start, and what it is told by
         self,
         argv: list[str],
         mark: str,
@@ -125,19 +116,19 @@ class SmolvmProcess:
         alive: Callable[[], None],
         closed: Callable[[SmolvmProcess], object],
     ) -> None:
-        """Starts it.
+        """Start the command.
 
         Args:
             argv: The command line of smolvm.
-            mark: What stands before the command's status on stderr.
+            mark: The mark before the command's status on stderr.
             words: The command, as a shell reads it.
-            stdout: Gets its output, with `b""` at the end.
-            stderr: The same of stderr.
-            alive: Raises if the machine is gone.
-            closed: Told when it is given up.
+            stdout: Sink for its output, with `b""` at the end.
+            stderr: Sink for its stderr, likewise.
+            alive: Function that raises if the machine is gone.
+            closed: Function called when the command is given up.
         """
         self._argv, self._alive, self._closed = argv, alive, closed
-        self._verdict = Verdict(mark, stderr)
+        self._verdict = Outcome(mark, stderr)
         self._writing = threading.Lock()
         self.unwritten: list[OSError] = []
         self._process = subprocess.Popen(  # noqa: S603 - argv list, no shell
@@ -164,18 +155,19 @@ class SmolvmProcess:
 
     @property
     def returncode(self) -> int | None:
-        """Its status, or -N for signal N; None while it runs."""
+        """The status, or -N for signal N; None while the command runs."""
         if self._process.poll() is None:
             return None
         for reader in self._readers:
             reader.join(_GRACE)
+        # Without a verdict smolvm itself failed, or its machine ended; the latter is seen in the process a moment later.
         if self._verdict.returncode is None:
             Deadline(_DYING if _CUT_OFF in self._verdict.evidence else 0).poll(self._alive)
             raise failure(self._argv, self._process.returncode, self._verdict.evidence)
         return self._verdict.returncode
 
     def wait(self, *, deadline: Deadline) -> int | None:
-        """Waits for its status."""
+        """Wait for the status."""
         while not self._ended(min(0.5, deadline.remaining)):
             if deadline.expired:
                 return None
@@ -189,7 +181,7 @@ class SmolvmProcess:
         return False
 
     def feed(self, source: BinaryIO) -> None:
-        """Gives it all of a file as its input, in a thread."""
+        """Feed a whole file to the command's input, in a thread."""
 
         def copy() -> None:
             with suppress(OSError):  # the command ended without reading all of it
@@ -203,12 +195,13 @@ class SmolvmProcess:
         stdin = self._process.stdin
         if stdin is None or stdin.closed:
             raise BrokenPipeError("its input was closed")
+        # The command comes before its input, on the same stream.
         self._opening.join()
         stdin.write(data)
         stdin.flush()
 
     def write(self, data: bytes, *, deadline: Deadline) -> None:
-        """Gives it input (see `Running.write`)."""
+        """Write to the command's input (see `Running.write`)."""
         failures: list[OSError] = []
 
         def send() -> None:
@@ -218,6 +211,7 @@ class SmolvmProcess:
             except (OSError, ValueError) as error:
                 failures.append(BrokenPipeError(f"the command has ended, or its input was closed, and takes no more: {error}"))
 
+        # A thread, because a pipe that nobody reads blocks without a limit.
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
         sender.join(min(deadline.remaining, threading.TIMEOUT_MAX))  # no end at all is more than threads understand
@@ -227,14 +221,14 @@ class SmolvmProcess:
             raise failures[0]
 
     def close_input(self) -> None:
-        """Ends its input; may be called again."""
+        """End the input; may be called again."""
         self._opening.join(_GRACE)
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
 
     def close(self) -> None:
-        """Ends the smolvm that holds it, and with that the command if it still runs; may be called again."""
+        """End the smolvm that holds the command, and so the command; may be called again."""
         self._closed(self)
         if self._process.poll() is None:
             with suppress(ProcessLookupError):
@@ -257,15 +251,16 @@ def _drain(stream: IO[bytes], sink: Callable[[bytes], object], unwritten: list[O
                 unwritten.append(error)
 
 
-class SmolvmChannel:
-    """Runs commands in one machine, each by a smolvm of its own; safe to use from several threads."""
+class SmolvmChannel(Channel):
+    """Channel that runs each command by a smolvm of its own; safe to use from several threads."""
 
     def __init__(self, engine: Engine, name: str, *, alive: Callable[[], None]) -> None:
-        """Takes what tells, by raising, that the machine is gone."""
+        """Take the machine, and a function that raises if it is gone."""
         self._engine, self._name, self._alive = engine, name, alive
         self._running: set[SmolvmProcess] = set()
 
     def _begin(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> SmolvmProcess:
+        # A mark that no command knows: otherwise a command could write a status of its own to stderr.
         mark = secrets.token_hex(8)
         environment = [f"{name}={value}" for name, value in command.env]
         words = f"env -i VMBOTTLE_EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
@@ -283,19 +278,19 @@ class SmolvmChannel:
         stderr: Callable[[bytes], object],
         deadline: Deadline,  # noqa: ARG002 - it begins at once
     ) -> SmolvmProcess:
-        """Starts a command (see `Spawning.start`)."""
+        """Start a command (see `Channel.start`)."""
         return self._begin(command, stdout, stderr)
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command to its end (see `Channel.run`)."""
+        """Run a command to its end (see `Channel.run`)."""
         return self._execute(command, BytesIO(command.input), None, deadline)
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
-        """Runs a command with a host file as its input."""
+        """Run a command with a host file as its input."""
         return self._execute(command, source, None, deadline)
 
     def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
-        """Runs a command and writes its standard output to a host file."""
+        """Run a command and write its standard output to a host file."""
         return self._execute(command, None, sink, deadline)
 
     def _execute(self, command: Command, source: BinaryIO | None, sink: BinaryIO | None, deadline: Deadline) -> Finished:
@@ -315,7 +310,7 @@ class SmolvmChannel:
         return outputs.finished(command, status=status, timed_out=timed_out)
 
     def _kill(self, command: Command) -> None:
-        """Ends a command with all it has started, by the tag in their environments."""
+        """End a command and all its descendants, by the tag in their environments."""
         process = self._begin(command.killer(), lambda _: None, lambda _: None)
         try:
             process.close_input()
@@ -324,22 +319,23 @@ class SmolvmChannel:
             process.close()
 
     def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> SmolvmTerminal:  # noqa: ARG002
-        """A user's login shell on a terminal (see `Terminals.terminal`)."""
+        """Start a user's login shell on a terminal (see `Channel.terminal`)."""
         environment = (f"PATH={GUEST_PATH}", f"TERM={kind}", "LANG=C.UTF-8")
         words = ("env", "-i", *environment, "/bin/sh", "-c", _LOGIN, "sh", user)
         return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), size)
 
     def close(self) -> None:
-        """Ends the commands that still run, each of which has a smolvm of its own; others can be run."""
+        """End the commands that still run; others can be run."""
+        # A copy: each `close` removes an entry.
         for process in list(self._running):
             process.close()
 
 
-class SmolvmTerminal:
+class SmolvmTerminal(Terminal):
     """A program on a terminal in the guest, by a smolvm on a terminal here (see `Terminal`)."""
 
     def __init__(self, argv: list[str], size: tuple[int, int]) -> None:
-        """Starts it, in a window of so many columns and lines."""
+        """Start the program in a window of this many columns and lines."""
         self._master, slave = pty.openpty()
         try:
             self._resize(*size)
@@ -348,14 +344,15 @@ class SmolvmTerminal:
             os.close(self._master)
             raise
         finally:
+            # The child alone keeps the other end, so that its end is seen here as EIO.
             os.close(slave)
 
     def fileno(self) -> int:
-        """Readable when there is something to receive."""
+        """Return the descriptor, readable when there is output."""
         return self._master
 
     def receive(self) -> bytes:
-        """What the program has written; nothing at its end."""
+        """Return new output; nothing at its end."""
         with suppress(OSError):  # EIO: nobody has the other end open
             while data := os.read(self._master, _CHUNK):
                 if said := plain(data):  # smolvm's own note, which may come by itself, is not the end
@@ -363,13 +360,13 @@ class SmolvmTerminal:
         return b""
 
     def send(self, data: bytes) -> None:
-        """Types it, if the program is still there."""
+        """Type into the terminal, if the program is still there."""
         with suppress(OSError):
             while data:
                 data = data[os.write(self._master, data) :]
 
     def resize(self, columns: int, lines: int) -> None:
-        """Tells smolvm, which tells the guest."""
+        """Resize the terminal; smolvm tells the guest."""
         with suppress(OSError):
             self._resize(columns, lines)
             os.killpg(self._process.pid, signal.SIGWINCH)
@@ -379,14 +376,14 @@ class SmolvmTerminal:
 
     @property
     def status(self) -> int | None:
-        """How the program ended, or None if that is not known."""
+        """Exit status of the program, or None if it is not known."""
         with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(2)
             return None if code < 0 else code
         return None
 
     def close(self) -> None:
-        """Hangs up; may be called again."""
+        """Hang up; may be called again."""
         if self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Ends a machine of smolvm's for good, whatever it is doing; that there is none is as good.
+"""End of a smolvm machine for good, whatever it is doing; a machine that does not exist counts as ended.
 
 This module is also run as a program, by a Python that has nothing but its standard library: it ends machines whose owner has died.
 """
@@ -19,12 +19,13 @@ _MOMENT = 0.2
 
 
 def command(program: Path, state: Path, name: str) -> tuple[str, ...]:
-    """The command line that does it; its exit status is 0 when there is no such machine any more."""
+    """Return the command line that ends a machine; its exit status is 0 if there is no such machine any more."""
+    # Isolated, as the supervisor is: it runs when nobody is there to see an error of somebody else's module.
     return (sys.executable, "-I", "-S", __file__, str(program), str(state), name)
 
 
 def _code(stderr: str) -> str:
-    """What smolvm calls what went wrong: its last line is an object that says so."""
+    """Return smolvm's error code: the last line is an object that has it."""
     try:
         return str(json.loads(stderr.splitlines()[-1])["error"]["code"])
     except (ValueError, IndexError, KeyError, TypeError):
@@ -39,6 +40,7 @@ def _end(program: str, state: str, name: str) -> int:
         said = done.stderr.decode(errors="replace")
         if not done.returncode or _code(said) == "NOT_FOUND":
             return 0
+        # Others end their machines at the same time, with the same database.
         if _LOCKED not in said or time.monotonic() > until:
             return done.returncode
         time.sleep(_MOMENT)

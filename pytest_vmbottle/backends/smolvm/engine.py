@@ -1,4 +1,4 @@
-"""The commands of smolvm, one function for each: what it is asked, and what it answered.
+"""Commands of smolvm, one function for each.
 
 Its own failures are `SmolvmError`. With `--error-format json` it writes one object as its last line on stderr; the exit status alone would
 not tell a failure of its own from a command in a guest that ended with 1.
@@ -21,10 +21,12 @@ from typing import Any
 
 import attrs
 
-from pytest_vmbottle import supervisor
-from pytest_vmbottle._os import Deadline, private_dir, try_lock
 from pytest_vmbottle.backends.smolvm.program import Program
 from pytest_vmbottle.errors import MachineTimeout, SmolvmError
+from pytest_vmbottle.host import supervisor
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import private_dir
+from pytest_vmbottle.host.locks import FileLock
 
 __all__ = ["Creation", "Engine", "Listed", "alone", "failure", "plain"]
 
@@ -34,7 +36,7 @@ _QUICK = 60.0
 _SLOW = 600.0
 _LOCKED = "database is locked"
 _RUNS_ON, _ENDED = "left the VM alive for retry", "is not running"
-"""What `stop` says of a machine that did not write its files out within 5 s, and `exec` of one that has ended."""
+"""Messages of `stop` for a machine that did not write its files out within 5 s, and of `exec` for one that has ended."""
 _TRIES = 8
 _PID = re.compile(r"PID: (\d+)")
 _NOTE = b"note: no packed assets found"
@@ -42,16 +44,16 @@ _NOTE = b"note: no packed assets found"
 
 @attrs.frozen(kw_only=True)
 class Creation:
-    """What a machine is made of.
+    """Parameters of a new machine.
 
     Attributes:
         image: A registry's reference, an archive, or a folder with a root file system; empty for smolvm's own Alpine.
-        packed: A file that `pack` or `checkpoint` wrote, instead.
+        packed: A file that `pack` or `checkpoint` wrote, instead of an image.
         cpus: Virtual processors.
         memory: Bytes of RAM.
-        network: Whether it reaches the network, or what alone it reaches of it (CIDR).
-        ports: Ports of the guest, and those of the host that lead to them.
-        label: Names who made it.
+        network: Whether it reaches the network, or the only networks that it reaches (CIDR).
+        ports: Host ports by guest port.
+        label: Name of the process that made it.
     """
 
     image: str = ""
@@ -64,7 +66,7 @@ class Creation:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The options that say so."""
+        """The command-line options for these parameters."""
         # Without --net, smolvm before 1.0 left the network off whatever was allowed; it is said whenever there is to be one.
         network = ("--net", *(word for cidr in _networks(self.network) for word in ("--allow-cidr", cidr))) if self.network else ()
         return (
@@ -86,13 +88,13 @@ def _networks(network: bool | tuple[str, ...]) -> tuple[str, ...]:  # noqa: FBT0
 
 @attrs.frozen(kw_only=True)
 class Listed:
-    """A machine as `machine ls` shows it.
+    """A machine as `machine ls` lists it.
 
     Attributes:
         name: Its name.
         state: `"created"`, `"running"`, `"stopped"`, or another word of smolvm's.
         pid: The process that runs it; of no meaning unless it is running.
-        labels: What it was labelled with.
+        labels: Its labels.
     """
 
     name: str
@@ -102,33 +104,33 @@ class Listed:
 
 
 class Engine:
-    """A smolvm with the folder where it keeps its machines."""
+    """A smolvm with the folder of its machines."""
 
     def __init__(self, program: Program, state: Path | None, *, rundir: Path | None = None) -> None:
-        """Makes the folder, by default smolvm's own; runs nothing.
+        """Make the folder, by default smolvm's own; run nothing.
 
         Args:
             program: The program.
             state: Its folder.
-            rundir: The folder of the machine that all that is started is marked with, as it is proven by that to be the machine's.
+            rundir: The machine's folder; every process that is started is marked with it, which proves whose it is.
         """
         self.program = program
         self.state = state and private_dir(state)
         self._environment = supervisor.environment(rundir) if rundir is not None else None
 
     def of(self, rundir: Path) -> Engine:
-        """The same for the machine with a folder."""
+        """Return the same engine for the machine of another folder."""
         return Engine(self.program, self.state, rundir=rundir)
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
     def create(self, name: str, creation: Creation, *, deadline: Deadline | None = None) -> None:
-        """Makes a machine that does not run yet."""
+        """Make a machine; it does not run yet."""
         with self._alone(deadline):
             self._do("machine", "create", "--name", name, *creation.words, seconds=_SLOW, deadline=deadline)
 
     def start(self, name: str, *, branchable: bool = False, deadline: Deadline | None = None) -> int:
-        """Starts a machine, and returns the id of the process that runs it."""
+        """Start a machine; return the ID of the process that runs it."""
         with self._alone(deadline):
             words = ("--branchable",) if branchable else ()
             said = self._do("machine", "start", "--name", name, *words, seconds=_SLOW, deadline=deadline)
@@ -139,7 +141,10 @@ class Engine:
         return pid
 
     def stop(self, name: str, *, deadline: Deadline | None = None) -> None:
-        """Has a machine write its files out and shut down, however long that takes it; one that is not running stays as it is."""
+        """Have a machine write its files out and shut down, however long that takes.
+
+        A machine that does not run stays as it is.
+        """
         try:
             self._do("machine", "stop", "--name", name, seconds=_SLOW, deadline=deadline)
         except SmolvmError as error:
@@ -149,7 +154,10 @@ class Engine:
             self._do("machine", "stop", "--name", name, seconds=_SLOW, deadline=deadline)
 
     def _await_sync(self, name: str, deadline: Deadline | None) -> None:
-        """Waits for a guest's files to be written out: stopped while it does not answer, it is cut off, and loses what is not."""
+        """Wait until a guest's files are written out.
+
+        A machine that is stopped while it does not answer is cut off, and loses what is not written.
+        """
         try:
             self._do("machine", "exec", "--name", name, "--", "sync", seconds=_SLOW, deadline=deadline)
         except SmolvmError as error:
@@ -157,7 +165,7 @@ class Engine:
                 raise
 
     def delete(self, name: str, *, deadline: Deadline | None = None) -> bool:
-        """Removes a machine, running or not; whether there was one."""
+        """Remove a machine, running or not; return whether there was one."""
         try:
             self._do("machine", "delete", "-f", "--name", name, seconds=_SLOW, deadline=deadline)
         except SmolvmError as error:
@@ -167,7 +175,7 @@ class Engine:
         return True
 
     def machines(self) -> tuple[Listed, ...]:
-        """All machines of this folder."""
+        """Return all machines of this folder."""
         answer = json.loads(self._do("machine", "ls", "--json", seconds=_QUICK))
         return tuple(
             Listed(name=each["name"], state=each["state"], pid=each.get("pid"), labels=each.get("labels") or {}) for each in answer
@@ -178,23 +186,23 @@ class Engine:
         return found or Listed(name=name, state="unknown", pid=None, labels={})
 
     def status(self, name: str) -> str:
-        """What smolvm says of a machine, for people."""
+        """Return smolvm's status of a machine, for people."""
         return self._do("machine", "status", "--name", name, seconds=_QUICK)
 
     def data_dir(self, name: str) -> Path:
-        """Where a machine's files are."""
+        """Return the folder of a machine's files."""
         return Path(self._do("machine", "data-dir", "--name", name, seconds=_QUICK).strip())
 
     def copy_in(self, name: str, source: Path, path: str, *, deadline: Deadline | None = None) -> None:
-        """Copies a host file to a path in the guest."""
+        """Copy a host file to a path in the guest."""
         self._do("machine", "cp", str(source.absolute()), f"{name}:{path}", seconds=_SLOW, deadline=deadline)
 
     def copy_out(self, name: str, path: str, target: Path, *, deadline: Deadline | None = None) -> None:
-        """Copies a file of the guest to the host."""
+        """Copy a file of the guest to the host."""
         self._do("machine", "cp", f"{name}:{path}", str(target.absolute()), seconds=_SLOW, deadline=deadline)
 
     def exec_argv(self, name: str, command: Sequence[str], *, terminal: bool = False) -> list[str]:
-        """The command line that runs a command in a guest, whose streams are those of it, as they come."""
+        """Return the command line that runs a command in a guest and streams its output."""
         # Without -i the output comes whole at the end, and none of it where the command is ended before.
         return self._argv("machine", "exec", "--name", name, "-i", *(("-t",) if terminal else ()), "--", *command)
 
@@ -203,7 +211,7 @@ class Engine:
     def branch(
         self, source: str, name: str, *, ports: Mapping[int, int] | None = None, label: str = "", deadline: Deadline | None = None
     ) -> int:
-        """Makes a running machine that begins where a running, branchable one is, and returns the id of its process."""
+        """Branch a new machine from a running, branchable one; return the ID of its process."""
         label_words = ("--label", f"{LABEL}={label}") if label else ()
         port_words = [word for guest, host in (ports or {}).items() for word in ("--port", f"{host}:{guest}")]
         with self._alone(deadline):
@@ -215,14 +223,16 @@ class Engine:
         return pid
 
     def checkpoint(self, name: str, dest: Path, *, deadline: Deadline | None = None) -> None:
-        """Writes a running, branchable machine with its RAM into a file; it goes on."""
+        """Write a running, branchable machine with its RAM into a file; the machine continues."""
         self._do("machine", "checkpoint", "--name", name, "--output", str(dest), seconds=_SLOW, deadline=deadline)
 
     def pack(self, dest: Path, *, machine: str = "", image: str = "", deadline: Deadline | None = None) -> Path:
-        """Packs a stopped machine or an image, and returns the file that `Creation.packed` takes: `dest` with `.smolmachine` at its end.
+        """Pack a stopped machine or an image; return the file for `Creation.packed`.
+
+        It is `dest` with `.smolmachine` at its end.
 
         Raises:
-            SmolvmError: It could not; among others because the machine is running.
+            SmolvmError: smolvm failed, for example because the machine is running.
         """
         source = ("--from-vm", machine) if machine else ("--image", image)
         self._do("pack", "create", *source, "--output", str(dest), seconds=_SLOW, deadline=deadline)
@@ -236,7 +246,7 @@ class Engine:
         return [str(self.program.path), group, verb, "--error-format", "json", *state, *words]
 
     def _do(self, group: str, verb: str, *words: str, seconds: float, deadline: Deadline | None = None) -> str:
-        """Runs a subcommand, again where another one had the database locked; returns what it wrote on stdout."""
+        """Run a subcommand, again if the database was locked; return its stdout."""
         limit = Deadline(min(seconds, deadline.remaining) if deadline is not None else seconds)
         argv = self._argv(group, verb, *words)
         for attempt in range(1, _TRIES + 1):
@@ -246,12 +256,13 @@ class Engine:
                 if _LOCKED not in error.stderr or attempt == _TRIES or limit.expired:
                     raise
                 log.info("smolvm's database was locked, attempt %d of %d", attempt, _TRIES)
+                # Random pauses, or processes that collided once would collide again.
                 time.sleep(min(limit.remaining, 0.05 * 2**attempt * random.uniform(0.5, 1.5)))  # noqa: S311 - no secret
         raise AssertionError("unreachable")
 
     @contextmanager
     def _alone(self, deadline: Deadline | None) -> Iterator[None]:
-        """Held by one process at a time: smolvm's database does not stand many that make or start machines at once."""
+        """Lock smolvm for one process at a time: its database fails when many make or start machines at once."""
         folder = self.state or private_dir(Path.home() / ".cache")
         with alone(folder / "vmbottle.lock", deadline or Deadline(_SLOW)):
             yield
@@ -259,15 +270,18 @@ class Engine:
 
 @contextmanager
 def alone(path: Path, deadline: Deadline) -> Iterator[None]:
-    """Held by one process at a time.
+    """Lock a path for one process at a time.
 
     Raises:
         MachineTimeout: Others held it until the deadline.
     """
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as lock:  # noqa: PTH123 - nobody else is to hold it
-        if not deadline.poll(lambda: try_lock(lock.fileno()), every=0.2, first=0.01):
+    lock = FileLock(path)
+    try:
+        if not lock.acquire(deadline):
             raise MachineTimeout(f"other processes use smolvm ({path}) and were not done within {deadline.seconds:.0f} s")
         yield
+    finally:
+        lock.release()
 
 
 def _run(argv: Sequence[str], deadline: Deadline, environment: Mapping[str, str] | None) -> str:
@@ -277,6 +291,7 @@ def _run(argv: Sequence[str], deadline: Deadline, environment: Mapping[str, str]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
+        # Not one process group with us: a Ctrl-C would cut smolvm off in the middle of a change to its database.
         start_new_session=True,
     )
     try:
@@ -300,23 +315,25 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def plain(stderr: bytes) -> bytes:
-    """What was written on stderr, without the note that smolvm begins with when it was started by another name."""
+    """Return stderr without the note that smolvm begins with when it runs under another name."""
     if not stderr.startswith(_NOTE):
         return stderr
     return stderr.partition(b"\n")[2]
 
 
 def failure(argv: Sequence[str], returncode: int | None, stderr: bytes) -> SmolvmError:
-    """The error that an ended smolvm comes to."""
+    """Return the error for a failed smolvm."""
     text = plain(stderr).decode(errors="replace").strip()
     told = _told(text)
     what = " ".join(argv[1:3])
-    message = str(told.get("message") or text or "it said nothing")
+    message = str(told.get("message") or text or "no output")
+    if returncode is None:
+        message = f"timed out and was ended; its output until then: {message}"
     return SmolvmError(f"smolvm {what}: {message}", argv=argv, returncode=returncode, stderr=text, code=str(told.get("code", "")))
 
 
 def _told(text: str) -> dict[str, Any]:
-    """What its last line says of a failure."""
+    """Return the facts in the last line of a failure."""
     with suppress(ValueError, IndexError):
         last = json.loads(text.splitlines()[-1])
         told = last.get("error") if isinstance(last, dict) else None

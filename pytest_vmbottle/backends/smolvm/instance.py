@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import socket
@@ -11,26 +10,28 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle._os import Deadline, atomic_file
-from pytest_vmbottle.backend import GUEST_PATH, Channel, Command, Console, PackKind, Start, State, Unwakeable
+from pytest_vmbottle.backends.kernel_watch import KernelWatch
+from pytest_vmbottle.backends.port import CannotSave, Console, Instance, Start, State
 from pytest_vmbottle.backends.smolvm.channel import SmolvmChannel
 from pytest_vmbottle.backends.smolvm.engine import Creation, Engine
 from pytest_vmbottle.backends.smolvm.vmm import Follower, Vmm, me
-from pytest_vmbottle.console import Cursor, kernel_trouble
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
 from pytest_vmbottle.errors import GuestPanic, MachineDied, MachineError, MachineTimeout, SmolvmError
+from pytest_vmbottle.host import records
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 __all__ = ["CHECKPOINT", "PACK", "Maker", "SmolvmInstance", "packed_in"]
 
 log = logging.getLogger(__name__)
 
 PACK, CHECKPOINT = "machine.smolmachine", "machine.checkpoint"
-"""What a saved machine is, in its folder: its disks, or these and its RAM."""
+"""Names of a saved machine's files: its disks, or its disks and RAM."""
 
 _RECORD, _CONSOLE, _AGENT_LOG = "smolvm.json", "console.log", "agent-console.log"
 _FLAKE = "boot process exited (code 0) before the agent was ready"
-"""What a start says that fails for no reason of the machine's, as it may where processors are emulated; the same call then works."""
-_POWERED_OFF = (b"reboot: Power down", b"reboot: System halted", b"reboot: Restarting system")
+"""Message of a start that fails at random, as it may with emulated processors; a second call works."""
 _READY = Command(argv=("true",), env=(("PATH", GUEST_PATH),))
 _SYNC = Command(argv=("sync",), env=(("PATH", GUEST_PATH),))
 _STOP = 60.0
@@ -38,20 +39,20 @@ _ASK = 15.0
 
 
 def packed_in(folder: Path) -> Path:
-    """The file that a machine is made from, of a saved machine's folder."""
+    """Return the file in a saved machine's folder from which a machine is made."""
     checkpoint = folder / CHECKPOINT
     return checkpoint if checkpoint.exists() else folder / PACK
 
 
 @attrs.frozen(kw_only=True)
 class Maker:
-    """What starts machines.
+    """Starter of smolvm machines.
 
     Attributes:
-        engine: The smolvm that does.
-        kind: What kind of pack is made of a machine that is built.
-        warn: Takes a sentence that somebody should read.
-        source_of: The running machine that one which is restored from a folder is branched from.
+        engine: The smolvm to use.
+        kind: The kind of pack to make.
+        warn: Function that shows a warning to the user.
+        source_of: Function that returns the running machine from which clones of a folder branch.
     """
 
     engine: Engine
@@ -60,7 +61,7 @@ class Maker:
     source_of: Callable[[Path, MachineSpec, Deadline], str]
 
     def start(self, spec: MachineSpec, source: Start, rundir: Path, deadline: Deadline) -> SmolvmInstance:
-        """Makes a machine and starts it, or only starts one that is there."""
+        """Make a machine and start it, or only start an existing one."""
         record = _Record.read(rundir)
         if source.kept and record is not None:
             return self._started(spec, source, rundir, record, deadline)
@@ -68,6 +69,7 @@ class Maker:
             self.engine.delete(record.name, deadline=deadline)
         known = dict(source.forwards)
         record = _Record(name=machine_name(rundir), ports={port: known.get(port) or _free_port() for port in spec.ports})
+        # Before anything is made, so that a crash in between leaves a record by which the machine is found.
         record.write(rundir)
         if self._is_branched(source) and source.saved is not None:
             warm = self.source_of(source.saved, spec, deadline)
@@ -95,7 +97,7 @@ class Maker:
         return SmolvmInstance(self, spec, source, rundir=rundir, record=record, vmm=Vmm(pid))
 
     def start_twice(self, name: str, made_of: Creation, *, deadline: Deadline, branchable: bool = False, anew: bool = True) -> int:
-        """Starts a machine; once more, and as a new one if it may be, where that failed as it does now and then."""
+        """Start a machine; if that fails at random, start it once more, as a new one if allowed."""
         try:
             return self.engine.start(name, branchable=branchable, deadline=deadline)
         except SmolvmError as error:
@@ -108,7 +110,7 @@ class Maker:
         return self.engine.start(name, branchable=branchable, deadline=deadline)
 
     def discard(self, rundir: Path) -> None:
-        """Removes what smolvm keeps of a folder's machine, if there is any."""
+        """Remove smolvm's data of a folder's machine, if there is any."""
         record = _Record.read(rundir)
         if record is None:
             return
@@ -119,7 +121,7 @@ class Maker:
 
 
 def creation(spec: MachineSpec, source: Start, ports: Mapping[int, int]) -> Creation:
-    """What a machine is made of."""
+    """Return the parameters of a machine."""
     is_pack = source.image.endswith(".smolmachine")
     packed = packed_in(source.saved) if source.saved is not None else Path(source.image) if is_pack else None
     return Creation(
@@ -138,12 +140,15 @@ def _first_line(error: Exception) -> str:
 
 
 def machine_name(rundir: Path) -> str:
-    """What smolvm calls the machine of a folder, whose name nothing else on this host has."""
+    """Return smolvm's name for a folder's machine, unique on this host."""
     return "".join(letter if letter.isalnum() else "-" for letter in rundir.name.lower())
 
 
 def _free_port() -> int:
-    """A port of this host that is free now; smolvm takes it a moment later, and fails if it is not any more."""
+    """Return a free port of this host.
+
+    smolvm takes it a moment later, and fails if it is in use by then.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -151,7 +156,7 @@ def _free_port() -> int:
 
 @attrs.frozen(kw_only=True)
 class _Record:
-    """What is known of a machine in its folder: its name, and where its ports are."""
+    """Record of a machine in its folder: its name and its ports."""
 
     name: str
     ports: Mapping[int, int]
@@ -159,48 +164,49 @@ class _Record:
     @classmethod
     def read(cls, rundir: Path) -> _Record | None:
         try:
-            facts = json.loads((rundir / _RECORD).read_bytes())
+            return records.read_as(
+                rundir / _RECORD, lambda facts: cls(name=facts["name"], ports={int(guest): host for guest, host in facts["ports"].items()})
+            )
         except FileNotFoundError:
             return None
-        return cls(name=facts["name"], ports={int(guest): host for guest, host in facts["ports"].items()})
 
     def write(self, rundir: Path) -> None:
-        with atomic_file(rundir / _RECORD) as file:
-            file.write(json.dumps({"name": self.name, "ports": dict(self.ports)}).encode())
+        records.write(rundir / _RECORD, {"name": self.name, "ports": dict(self.ports)})
 
 
-class SmolvmInstance:
-    """A running machine."""
+class SmolvmInstance(Instance):
+    """A running smolvm machine."""
+
+    hypervisor = "smolvm"
 
     def __init__(  # noqa: PLR0913 - all that it consists of
         self, maker: Maker, spec: MachineSpec, source: Start, *, rundir: Path, record: _Record, vmm: Vmm, branchable: bool = False
     ) -> None:
-        """Takes a machine that was just started."""
+        """Take a machine that was just started."""
         self._maker, self._engine, self._spec, self._source = maker, maker.engine, spec, source
         self._rundir, self._name, self._ports, self._vmm = rundir, record.name, dict(record.ports), vmm
         self._paused = self._ended_in_order = False
         self._branchable = branchable
         self._between = False  # stopped, to be started again at once
         self._channel = SmolvmChannel(self._engine, self._name, alive=self.alive)
-        self._cursor, self._said = Cursor(rundir / _CONSOLE), b""
-        self._cursor.read()  # what was said when the same machine ran before
+        self._watch = KernelWatch(rundir / _CONSOLE)
         data = self._engine.data_dir(self._name)
         self.console = Console(rundir / _CONSOLE, ended=lambda: not self._vmm.is_running)
         self._follower = Follower(data / _AGENT_LOG, rundir / _CONSOLE)
 
     @property
     def name(self) -> str:
-        """What smolvm calls it."""
+        """The name that smolvm has for the machine."""
         return self._name
 
     @property
     def pid(self) -> int:
-        """The process that runs it."""
+        """ID of the process that runs the machine."""
         return self._vmm.pid
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The command that started it."""
+        """Command line that started the machine."""
         return (str(self._engine.program.path), "machine", "start", "--state-dir", str(self._engine.state), "--name", self._name)
 
     # -- what it says ----------------------------------------------------------------------------------------------------------------
@@ -210,27 +216,22 @@ class SmolvmInstance:
         """0 after the guest powered off or was shut down, 1 after another end; None while it runs."""
         if self._vmm.is_running or self._between:
             return None
-        return 0 if self._ended_in_order or self._has_powered_off() else 1
+        return 0 if self._ended_in_order or self._look().powered_off else 1
 
-    def _has_powered_off(self) -> bool:
-        self._look()
-        return any(words in self._said for words in _POWERED_OFF)
-
-    def _look(self) -> None:
+    def _look(self) -> KernelWatch:
         self._follower.catch_up()
-        self._said = (self._said + self._cursor.read())[-(1 << 20) :]
+        return self._watch.look()
 
     @property
     def panic(self) -> str | None:
-        """The line by which the guest's kernel said that it is in trouble."""
-        self._look()
-        return next(iter(kernel_trouble(self._said)), None)
+        """The console line that reports trouble in the guest's kernel."""
+        return self._look().trouble
 
     def alive(self) -> None:
-        """Returns if the guest can still answer.
+        """Return if the guest can still answer.
 
         Raises:
-            GuestPanic: Its kernel said that it is in trouble, and the spec does not expect that.
+            GuestPanic: Its kernel reported a failure that the spec does not expect.
             MachineDied: The process that ran it has ended.
         """
         panic = self.panic
@@ -245,7 +246,7 @@ class SmolvmInstance:
         return kind(message, machine=self._spec.name, console_tail=self.console.tail(30), argv=self.argv, exitcode=self.exitcode)
 
     def channel(self, *, deadline: Deadline, bulk: bool = False) -> Channel:  # noqa: ARG002 - there is one way
-        """The way to run commands, once it has answered (see `Instance.channel`)."""
+        """Return the channel, once it has answered (see `Instance.channel`)."""
         said = ["it did not answer"]
         if not deadline.poll(lambda: self._answers(deadline, said), every=0.5, first=0.05):
             message = f"smolvm's agent did not answer within {deadline.seconds:.0f} s; it last said: {said[-1]}"
@@ -262,7 +263,7 @@ class SmolvmInstance:
         return answer.returncode == 0
 
     def forward(self, port: int) -> tuple[str, int]:
-        """The address on 127.0.0.1 that leads to a TCP port of the guest, which the spec has to name."""
+        """Return the address on 127.0.0.1 that leads to a TCP port of the guest; the spec has to name the port."""
         if port not in self._ports:
             listed = [*self._ports, port]
             raise MachineError(f"smolvm forwards what the mark names: write ports={listed} in it", machine=self._spec.name)
@@ -270,13 +271,13 @@ class SmolvmInstance:
 
     @property
     def forwards(self) -> Mapping[int, int]:
-        """The host's ports that lead to it, by the guest's."""
+        """Host ports that lead to the guest, by guest port."""
         return self._ports
 
     # -- packs -----------------------------------------------------------------------------------------------------------------------
 
     def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
-        """Writes the machine into a folder and ends it (see `Instance.save`)."""
+        """Write the machine into a folder and end it (see `Instance.save`)."""
         if kind is PackKind.DISK:
             self._pack(dest, deadline)
         else:
@@ -285,13 +286,13 @@ class SmolvmInstance:
 
     def _save_running(self, dest: Path, deadline: Deadline) -> None:
         if not self._branchable:
-            raise Unwakeable("smolvm did not start it so that its RAM can be saved", machine=self._spec.name)
+            raise CannotSave("smolvm did not start it so that its RAM can be saved", machine=self._spec.name)
         self._channel.run(_SYNC, deadline=deadline)
         try:
             self._engine.checkpoint(self._name, dest, deadline=deadline)
         except SmolvmError as error:
             dest.unlink(missing_ok=True)
-            raise Unwakeable(_first_line(error), machine=self._spec.name) from error
+            raise CannotSave(_first_line(error), machine=self._spec.name) from error
 
     def _pack(self, dest: Path, deadline: Deadline) -> None:
         self._halt(deadline)
@@ -304,7 +305,10 @@ class SmolvmInstance:
         self._vmm.wait(Deadline(min(_STOP, deadline.remaining)))
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
-        """Stops the machine, packs it and starts it again: its disk is kept, what ran in it is not (see `Snapshots`)."""
+        """Stop the machine, pack it and start it again (see `Instance.snapshot`).
+
+        Its disk is kept, its processes are not.
+        """
         self._between = True
         try:
             self._pack(dest, deadline)
@@ -317,35 +321,37 @@ class SmolvmInstance:
             self._vmm = Vmm(self._maker.start_twice(self._name, made_of, deadline=deadline, anew=False))
         finally:
             self._between = False
-        self._look()
-        self._said, self._ended_in_order, self._paused = b"", False, False
+        self._follower.catch_up()
+        # The messages of the shutdown are an earlier boot's.
+        self._watch.forget()
+        self._ended_in_order = self._paused = False
         self.channel(deadline=deadline)
 
     # -- power -----------------------------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stops the process that runs it."""
+        """Stop the process that runs the machine."""
         self._vmm.signal(signal.SIGSTOP)
         self._paused = True
 
     def resume(self) -> None:
-        """Lets it run on."""
+        """Let the process run on."""
         self._vmm.signal(signal.SIGCONT)
         self._paused = False
 
     def state(self) -> State:
-        """What the machine is doing."""
+        """Return the state of the machine."""
         if self._vmm.is_running:
             return State.PAUSED if self._paused else State.RUNNING
         return State.OFF if self.exitcode == 0 else State.DIED
 
     def shut_down(self, *, deadline: Deadline) -> bool:
-        """Has it shut down in order; whether it had by the deadline."""
+        """Have the machine shut down in order; return whether it did by the deadline."""
         self._halt(deadline)
         return not self._vmm.is_running
 
     def reboot(self, *, deadline: Deadline) -> bool:
-        """Has it shut down, and starts it again: smolvm's machines cannot reboot by themselves."""
+        """Shut the machine down and start it again: smolvm's machines cannot reboot by themselves."""
         self._between = True
         try:
             self._halt(deadline)
@@ -356,11 +362,14 @@ class SmolvmInstance:
         return True
 
     def cut(self) -> None:
-        """Kills the process that runs it."""
+        """Kill the process that runs the machine."""
         self._vmm.kill()
 
     def stop(self) -> None:
-        """Ends it at once and frees what it held; smolvm keeps its disk until `discard`. May be called again."""
+        """End the machine at once and free its resources; may be called again.
+
+        smolvm keeps its disk until `discard`.
+        """
         self.cut()
         self._channel.close()
         self._follower.close()

@@ -1,4 +1,4 @@
-"""The program smolvm: where it is, and whether it is the right one.
+"""Search for the smolvm program, and check that it is the right one.
 
 Two products go by that name. This one is of smol-machines: its machines are made by `smolvm machine create`, and the wheel `smolmachines`
 carries it under the name `smol-vmm`.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle._os import run_tool
 from pytest_vmbottle.errors import BackendUnavailable
+from pytest_vmbottle.host.commands import run_tool
 
 __all__ = ["VARIABLE", "Program", "find_program", "judge"]
 
@@ -32,12 +32,12 @@ _WHEEL = ("smol", "smol-vmm")
 
 @attrs.frozen(kw_only=True)
 class Program:
-    """A smolvm that can be used.
+    """A smolvm program that can be used.
 
     Attributes:
-        path: Where it is.
+        path: Path of the program.
         version: Its version, such as `"1.32.2"`.
-        verbs: What it can do with machines: the subcommands of `smolvm machine`.
+        verbs: The subcommands of `smolvm machine`.
     """
 
     path: Path
@@ -46,16 +46,17 @@ class Program:
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> Program:
-    """The smolvm that is named by the environment, or else the first right one of the search path, or else that of the wheel.
+    """Find smolvm: the one that the environment names, or the first right one of the search path, or the wheel's.
 
     Raises:
-        BackendUnavailable: There is none, or the named one is not it; the reason says what each one found is instead.
+        BackendUnavailable: There is none, or the named program is another one; the reason says what each candidate is.
     """
     named = environ.get(VARIABLE)
     if named:
         found = judge(Path(named))
         if isinstance(found, Program):
             return found
+        # Named, so no other one will do: an error says more than a silent fallback.
         raise BackendUnavailable(f"{VARIABLE}={named}: {found}", f"{_INSTALL}, and unset {VARIABLE}")
     others = []
     for path in (*_on_path(environ.get("PATH", os.defpath)), *_in_wheel()):
@@ -70,12 +71,16 @@ def find_program(environ: Mapping[str, str] = os.environ) -> Program:
 def _on_path(path: str) -> Iterator[Path]:
     for folder in dict.fromkeys(path.split(os.pathsep)):
         program = Path(folder, "smolvm")
+        # An empty entry of PATH means the current folder, whose programs are not run unasked.
         if folder and os.access(program, os.X_OK) and program.is_file():
             yield program
 
 
 def _in_wheel() -> Iterator[Path]:
-    """The program inside the wheel, which is not imported: it loads a hypervisor."""
+    """Yield the program inside the wheel.
+
+    The wheel is not imported, because that loads a hypervisor.
+    """
     package, name = _WHEEL
     spec = importlib.util.find_spec(package)
     for folder in spec.submodule_search_locations or () if spec is not None else ():
@@ -85,7 +90,7 @@ def _in_wheel() -> Iterator[Path]:
 
 
 def judge(path: Path) -> Program | str:
-    """The program at a path, or what is wrong with it."""
+    """Return the program at a path, or the reason that it is the wrong one."""
     try:
         asked = run_tool([path, "--version"], timeout=_SECONDS)
         told = run_tool([path, "machine", "--help"], timeout=_SECONDS)
@@ -93,6 +98,7 @@ def judge(path: Path) -> Program | str:
         return f"it cannot be run: {error.strerror}"
     verbs = frozenset(re.findall(r"^  ([a-z][a-z-]*)  ", told.output, re.MULTILINE))
     version = _VERSION.search(asked.output)
+    # By what it can do: the other product of this name has a version too.
     if not told.ok or not verbs >= _VERBS:
         return "it is another product of that name, which knows no `smolvm machine create`"
     if version is None:

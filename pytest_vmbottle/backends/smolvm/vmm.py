@@ -1,6 +1,6 @@
-"""The process that runs a machine of smolvm's, which is nobody's child: it outlives the command that started it.
+"""Process of a smolvm machine, which is nobody's child: it outlives the command that started it.
 
-So its death is looked for. The supervisor ends it when we die, if it is a test's; where it has no folder, a small process does.
+So its end is polled for. If we die, the supervisor ends the process of a test's machine; for one without a folder, a small process does.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.supervisor import Identity
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.package_data import read_script
+from pytest_vmbottle.host.supervisor import Identity
 
 __all__ = ["Follower", "Vmm", "is_dead", "me"]
 
-# $1 the process, $2 when it began, in the kernel's ticks since it was booted: never another one with the same number.
-_LEASH = r"""
-read -r _
-began=$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20)
-[ "$began" = "$2" ] && kill -KILL "$1"
-"""
+_LEASH = read_script(__package__, "leash.sh")
 _PIECE = 4 << 20
 _EVERY = 0.1
 
 
 def me() -> str:
-    """This process, as a label of the machines that it owns."""
+    """Return the label that marks machines as ours."""
     return _label(Identity.of(os.getpid()))
 
 
@@ -37,54 +33,56 @@ def _label(process: Identity | None) -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Whether the process that labelled a machine is certainly gone."""
+    """Tell whether the process that labelled a machine is certainly gone."""
     pid, _, rest = owner.partition(".")
     began, _, boot = rest.partition(".")
+    # In doubt it lives: a label of another form is not ours to judge.
     if not pid.isdigit() or not began.isdigit() or not boot:
         return False
     return _label(Identity.of(int(pid))) != owner
 
 
 class Vmm:
-    """The process of a running machine."""
+    """Process of a running machine."""
 
     def __init__(self, pid: int, *, leash: bool = False) -> None:
-        """Takes the process that has this number now.
+        """Take the process that has this ID now.
 
         Args:
-            pid: Its number.
-            leash: Whether to tie its life to ours: where no supervisor does.
+            pid: ID of the process.
+            leash: Whether to end it when we die: needed if no supervisor does.
         """
         self.pid = pid
         self._process = Identity.of(pid)
         self._leash: subprocess.Popen[bytes] | None = None
         if leash and self._process is not None:
+            # With its start, because the number may belong to another process by the time that the leash acts.
             argv = ["/bin/sh", "-c", _LEASH, "sh", str(pid), str(self._process.ticks)]
             quiet = subprocess.DEVNULL
             self._leash = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)  # noqa: S603
 
     @property
     def is_running(self) -> bool:
-        """Whether it is still there."""
+        """Tell whether the process still runs."""
         return self._process is not None and self._process.is_running
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends it a signal, if it is still there."""
+        """Send a signal, if the process still runs."""
         if self.is_running:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def wait(self, deadline: Deadline) -> bool:
-        """Waits for its end; whether it came."""
+        """Wait for the end; return whether it came."""
         return bool(deadline.poll(lambda: not self.is_running, every=0.05, first=0.005))
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kill the process."""
         self.signal(signal.SIGKILL)
         self.wait(Deadline(10))
 
     def let_go(self) -> None:
-        """Ends the process that would have ended it; may be called again."""
+        """End the process that would have ended the machine; may be called again."""
         if self._leash is not None:
             self._leash.kill()
             self._leash.communicate()
@@ -92,10 +90,10 @@ class Vmm:
 
 
 class Follower:
-    """Appends what a file gets to another one of bounded size, in a thread of its own; the file may be begun anew meanwhile."""
+    """Thread that appends a file's new content to a file of bounded size; the source may be truncated meanwhile."""
 
     def __init__(self, source: Path, target: Path) -> None:
-        """Begins at the source's beginning."""
+        """Begin at the source's beginning."""
         self._source, self._target = source, target
         self._offset, self._inode = 0, -1
         self._over = threading.Event()
@@ -109,11 +107,12 @@ class Follower:
             self.catch_up()
 
     def catch_up(self) -> None:
-        """Copies what is new at this moment."""
+        """Copy the new content now."""
         with self._lock, suppress(OSError), self._source.open("rb") as source:
             status = os.fstat(source.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0
+            # A guest may print faster than this reads: of more than one piece the last part is kept.
             source.seek(max(self._offset, status.st_size - _PIECE))
             new = source.read(_PIECE)
             self._offset = source.tell()
@@ -129,7 +128,7 @@ class Follower:
             self._target.touch(mode=0o600)
 
     def close(self) -> None:
-        """Copies the rest and ends; may be called again."""
+        """Copy the rest and end; may be called again."""
         self._over.set()
         self._thread.join(5)
         self.catch_up()

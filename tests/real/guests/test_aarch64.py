@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import MachineSpec, packs
-from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle import MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog import packs
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 TESTS = """
 import time

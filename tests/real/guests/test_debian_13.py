@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from pytest_vmbottle import MachineSpec
-from pytest_vmbottle._os import Deadline
-from pytest_vmbottle.backend import PackKind
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog import Catalog
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.channels.ssh import SshChannel
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.images import declared_images
 from pytest_vmbottle.provision import Provisioner, Settings
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 DECLARED = """
 [tool.vmbottle.images.small]
@@ -58,5 +58,5 @@ def _looked_over(provisioner: Provisioner, spec: MachineSpec) -> str:
         assert vm.path("/etc/resolv.conf").read_text() == "nameserver 10.0.2.3\n"
         assert not [path for path in vm.path("/").iterdir() if path.name.startswith("vmbottle")]
         assert float(vm.exec("date +%s.%N").stdout) >= began
-        assert isinstance(vm._instance.channel(deadline=Deadline(120), bulk=True), SshChannel)
+        assert isinstance(vm.lifecycle.instance.channel(deadline=Deadline(120), bulk=True), SshChannel)
         return vm.exec("head -c 16 /dev/urandom | od -An -tx1").stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_vmbottle.backend import PackKind
+from pytest_vmbottle.spec.pack_kind import PackKind
 
 SCRIPT = "echo lasting > /root/which; echo kept > /dev/shm/which"
 TESTS = f"""

@@ -1,6 +1,6 @@
-"""The guests by which an accelerator is proved: firmware images of our own, assembled here for each architecture.
+"""Probe guests: firmware images of our own that test an accelerator, for each architecture.
 
-The listings are sources of the GNU assembler behind their offset and their machine code. Python puts the bytes together; no assembler is
+The listings are sources of the GNU assembler, each line after its offset and its machine code. Python joins the bytes; no assembler is
 needed to run them.
 """
 
@@ -15,7 +15,7 @@ import attrs
 __all__ = ["AMOUNTS", "IMAGE_BYTES", "RAM_BYTES", "RESULTS", "WORK_DONE", "Guests", "assemble", "image"]
 
 RAM_BYTES = 16 << 20
-"""What the machines of both guests have."""
+"""Bytes of RAM of the machines for both guests."""
 
 IMAGE_BYTES = 64 << 10
 
@@ -29,33 +29,36 @@ AMOUNTS = {
     "words": 1 << 18,
     "calls": 500,
 }
-"""How often it does what; the guest reads them from its image. Few of what leaves the guest under KVM, where that is nested and slow."""
+"""Number of times that the guest does each thing; it reads them from its image.
+
+Things that leave the guest under KVM are few, because nested KVM makes them slow.
+"""
 
 RESULTS = struct.pack(
     "<QQ",
     pow(3, 2 * AMOUNTS["loops"], 1 << 64),
     sum(AMOUNTS.values()) - AMOUNTS["loops"] + AMOUNTS["faults"],  # a fault is counted by its handler and in the page it missed
 )
-"""What a working guest comes to: the product of its loops, and how many other things have come about."""
+"""Results of a working guest: the product of its loops, and the number of other events."""
 
 WORK_DONE = (
     f"{2 * AMOUNTS['loops']:,} function calls in kernel and user mode, {AMOUNTS['faults']} page faults, "
     f"{AMOUNTS['breakpoints'] + AMOUNTS['undefined']} exceptions, {AMOUNTS['calls']} system calls and {AMOUNTS['ticks']} timer interrupts"
 )
-"""What it has done then, in words."""
+"""Description of a working guest's work."""
 
 
 @attrs.frozen(kw_only=True)
 class Guests:
-    """The proving guests of one architecture, and how their reports are read.
+    """Probe guests of one architecture, and the format of their reports.
 
     Attributes:
-        work: The image of the guest that does what kernels do; it reports a letter for each stage, `=` as the last, then `RESULTS`.
+        work: The image of the guest that does a kernel's work; it reports a letter for each stage, `=` as the last, then `RESULTS`.
         count: The image of the guest that counts.
-        devices: What sends their reports, byte by byte, to the chardev `report`.
-        stages: What has been done when a letter is reported, in that order.
-        hello: What the counting guest reports before it counts.
-        done: QEMU's exit status when the working guest has ended itself.
+        devices: Arguments for the device that sends their reports, byte by byte, to the chardev `report`.
+        stages: The work that is done when a letter is reported, in order.
+        hello: The counting guest's report before it counts.
+        done: QEMU's exit status after the working guest has ended itself.
     """
 
     work: bytes
@@ -67,7 +70,7 @@ class Guests:
 
 
 def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
-    r"""The machine code of a listing, and where its labels are.
+    r"""Return the machine code of a listing, and the offsets of its labels.
 
     >>> assemble("start:\n000  90    nop\nend:\n001  eb fd    jmp start")
     (b'\x90\xeb\xfd', {'start': 0, 'end': 1})
@@ -78,6 +81,7 @@ def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
             labels[line[:-1]] = len(code)
         elif line and not line.startswith("."):
             offset, machine_code, _ = re.split(r" {2,}", line, maxsplit=2)
+            # A listing that was edited by hand must not shift its jumps unnoticed.
             if int(offset, 16) != len(code):
                 raise ValueError(f"the listing goes on at {len(code):#x}, not as it says: {line}")
             code += bytes.fromhex(machine_code)
@@ -85,10 +89,10 @@ def assemble(listing: str) -> tuple[bytes, dict[str, int]]:
 
 
 def image(parts: Mapping[int, bytes]) -> bytes:
-    """An image of 64 KiB with these parts at their offsets, and zeros in between.
+    """Return an image of 64 KiB with these parts at their offsets, and zeros in between.
 
     Raises:
-        ValueError: One part lies on another, or beyond the end.
+        ValueError: A part overlaps another one, or the end.
     """
     whole = bytearray(IMAGE_BYTES)
     end = 0

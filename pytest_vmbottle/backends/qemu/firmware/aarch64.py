@@ -1,4 +1,4 @@
-"""The guests for aarch64, in the flash memory of QEMU's board `virt`.
+"""Probe guests for aarch64, in the flash memory of QEMU's board `virt`.
 
 They turn paging and caches on before they write anything: on real processors a write that bypasses the caches may be lost to a stale line.
 """
@@ -15,7 +15,7 @@ __all__ = ["COUNT", "START", "WORK", "firmware", "guests"]
 _RAM, _BLOCK = 0x40000000, 2 << 20
 
 _IMAGE = _RAM + 0x200000
-"""Where the firmware copies itself to, behind the board's device tree. Its code is at the start, its tables from 0x2000."""
+"""Address to which the firmware copies itself, behind the board's device tree. Its code is at the start, its tables from 0x2000."""
 
 START = """
 .equ RAM, 0x40200000
@@ -347,7 +347,7 @@ _STAGES = {
 
 
 def guests() -> Guests:
-    """They report through the serial port, and end by PSCI."""
+    """Return the guests, which report through the serial port, and end by PSCI."""
     return Guests(
         work=firmware(WORK),
         count=firmware(COUNT),
@@ -359,27 +359,29 @@ def guests() -> Guests:
 
 
 def firmware(listing: str) -> bytes:
-    """The image of a program: the common start, which flows into it, and the tables of both."""
+    """Return the image of a program: the common start, which flows into it, and the tables of both."""
     code, labels = assemble(START + listing)
     parts = {0x0: code, 0x2000: _vectors(labels), 0x2800: struct.pack("<8I", *AMOUNTS.values())}
     return image({**parts, **_page_tables()})
 
 
 _VECTORS = {4: "on_exception", 5: "on_interrupt", 8: "on_call", 9: "on_interrupt"}
-"""Which handler there is: 4 and 5 in kernel mode, 8 and 9 from user mode; all else is a surprise."""
+"""Handlers by vector: 4 and 5 are for kernel mode, 8 and 9 for user mode; all others are surprises."""
 
 
 def _vectors(labels: Mapping[str, int]) -> bytes:
-    """The vector table: 16 places of 128 bytes, with a branch in each."""
+    """Return the vector table: 16 entries of 128 bytes, with a branch in each."""
     handlers = [labels[_VECTORS.get(vector, "on_surprise")] for vector in range(16)]
     distances = [handler - (0x2000 + 0x80 * vector) for vector, handler in enumerate(handlers)]
     return b"".join(struct.pack("<I124x", 0x14000000 | distance >> 2 & 0x3FFFFFF) for distance in distances)
 
 
 def _page_tables() -> Mapping[int, bytes]:
-    """Virtual addresses are physical ones, but for those of the third block of RAM: its table is in RAM, for the program to fill.
+    """Return the page tables, which map virtual addresses to the same physical ones.
 
-    User mode may execute what is in memory, but not read it.
+    Those of the third block of RAM are an exception: its table is in RAM, for the program to fill.
+
+    User mode may execute memory, but not read it.
     """
     table, block = 0x3, 0x1
     normal, readonly = block | 0x700, 0x80  # accessed, shareable, cached

@@ -1,4 +1,4 @@
-"""The guests for x86-64, in the place of a PC's BIOS."""
+"""Probe guests for x86-64, in place of a PC's BIOS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytest_vmbottle.backends.qemu.firmware import AMOUNTS, RAM_BYTES, Guests, a
 __all__ = ["COUNT", "WORK", "firmware", "guests"]
 
 _IMAGE = 0x10000
-"""Where the firmware copies itself to. Its code is at the start, its tables from 0x1000."""
+"""Address to which the firmware copies itself. Its code is at the start, its tables from 0x1000."""
 
 _BODY = 0x100
 
@@ -264,7 +264,7 @@ _STAGES = {
 
 
 def guests() -> Guests:
-    """They report through the debug port, and end by writing 0x21 to isa-debug-exit."""
+    """Return the guests, which report through the debug port, and end by writing 0x21 to isa-debug-exit."""
     return Guests(
         work=firmware(WORK),
         count=firmware(COUNT),
@@ -276,11 +276,11 @@ def guests() -> Guests:
 
 
 _VECTORS = {3: "on_event", 6: "on_undefined", 14: "on_page_fault", 0x40: "on_tick", 0x80: "on_event", 0x81: "on_end"}
-"""Which handler an exception or interrupt has in a program that knows it; all else is a surprise."""
+"""Handlers of exceptions and interrupts in a program that has them; all others are surprises."""
 
 
 def firmware(listing: str) -> bytes:
-    """The image of a program: the reset vector at its end, the common start, the program itself, and the tables of long mode."""
+    """Return the image of a program: common start, program, tables of long mode, and the reset vector at its end."""
     start, body = assemble(_START)[0], assemble(listing)[0]
     parts = {
         0x0: start.ljust(_BODY, b"\x90") + body,
@@ -292,7 +292,10 @@ def firmware(listing: str) -> bytes:
 
 
 def _page_tables() -> Mapping[int, bytes]:
-    """Virtual addresses are physical ones, for the RAM and the local APIC, but for the page at 0x400000, which the program maps itself."""
+    """Return the page tables, which map the RAM and the local APIC to the same physical addresses.
+
+    The page at 0x400000 is an exception: the program maps it itself.
+    """
     present, large, uncached = 0x67, 0x80, 0x10  # present: and dirty, accessed, user, writable
     directory = [megabytes << 20 | present | large for megabytes in range(0, RAM_BYTES >> 20, 2)]
     directory[2] = _IMAGE + 0x4000 | present

@@ -1,0 +1,81 @@
+"""Waking of a restored guest: set its clock, reseed its random numbers, and prove that it was restored and not rebooted.
+
+A small process in the guest is frozen with it, blocked on a serial port of its own. It is the first thing that runs again. Nothing needs
+to be started for it, so all of this costs one round trip: starting any program is dearer in a guest whose translation cache is empty.
+
+Reasons for each part: CLOCK_REALTIME continues from the moment of the save. Clones start with equal random pools, and neither a write to
+/dev/urandom nor new input makes Linux use it before the next reseed, up to a minute later (drivers/char/random.c): RNDRESEEDCRNG does. The
+vmgenid device does it too, but Debian's cloud kernels are built without its driver.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+
+from pytest_vmbottle.backends.port import CannotSave
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
+from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.package_data import read_script
+
+__all__ = ["AfterRestore"]
+
+_SCRIPT = read_script(__package__, "after_restore.py")
+
+
+class AfterRestore:
+    """Host end of the conversation with the waking process."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take the connected socket of its port."""
+        self._sock = sock
+
+    def freeze(self, channel: Channel, *, deadline: Deadline) -> str:
+        """Ready the guest for being saved; return the secret that identifies it.
+
+        Raises:
+            CannotSave: The guest has no Python, or its port does not work.
+        """
+        # The program is the input, so nothing is written to the guest's disk.
+        script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
+        done = channel.run(script, deadline=deadline)
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip()[-500:]
+            raise CannotSave(f"the guest cannot run the Python that wakes it after a restore: {reason}")
+        nonce = secrets.token_hex(16)
+        if self._ask(f"keep {nonce}", deadline) != "kept":
+            raise CannotSave("the process that wakes a restored guest does not answer on its port")
+        return nonce
+
+    def wake(self, nonce: str, *, deadline: Deadline) -> None:
+        """Set the restored guest's clock and randomness, and verify its identity.
+
+        Raises:
+            MachineError: It does not answer, or is another guest.
+        """
+        answer = self._ask(f"wake {time.time_ns()} {secrets.token_hex(64)}", deadline)
+        # A guest that booted instead of being restored has no nonce, and another guest has another one.
+        if answer != nonce:
+            raise MachineError("the restored guest stays silent" if answer is None else "the restored guest is not the one that was saved")
+
+    def _ask(self, line: str, deadline: Deadline) -> str | None:
+        received = b""
+        try:
+            self._sock.settimeout(max(0.001, deadline.remaining))
+            self._sock.sendall(line.encode() + b"\n")
+            # A guest that was restored may be hostile: what it sends is bounded, and compared, never used.
+            while not received.endswith(b"\n") and len(received) < 256:  # noqa: PLR2004 - far more than a nonce
+                self._sock.settimeout(max(0.001, deadline.remaining))
+                chunk = self._sock.recv(256)
+                if not chunk:
+                    return None
+                received += chunk
+        except OSError:
+            return None
+        return received.decode("ascii", "replace").strip()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()

@@ -1,0 +1,1 @@
+"""The catalog: the folder that all workers and runs share."""

@@ -1,0 +1,1 @@
+"""Files in a guest, over any channel."""

@@ -1,0 +1,166 @@
+"""Copies of files and trees between host and guest.
+
+A copy gets its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from pytest_vmbottle.errors import TransferError, VMBottleError
+from pytest_vmbottle.guest import landing
+from pytest_vmbottle.guest import tar as archive
+from pytest_vmbottle.guest.path import BULK, GuestPath, raise_for
+from pytest_vmbottle.host.files import atomic_file
+from pytest_vmbottle.host.package_data import read_script
+
+__all__ = ["FORMATS", "copy_in", "copy_out", "pack_out"]
+
+FORMATS: dict[str, Callable[[Path, IO[bytes]], None]] = {"zip": archive.write_zip, "tar.gz": archive.write_tar_gz}
+"""Archive formats for a guest's folder."""
+
+_GNU = "tar --version 2>/dev/null | grep -q GNU"
+_PUT = read_script(__package__, "copy_put.sh")
+_CLEAR = 'path=$1; [ -d "$path" ] && rm -rf "${path%/}/$2"; rm -rf "${path%/*}/$2"'
+_MEASURE = read_script(__package__, "copy_measure.sh")
+_HEADERS = 4
+"""Kilobytes that an entry needs at most besides its content."""
+_MOST = 1 << 40
+"""Bytes that a guest may send at most."""
+_GET = read_script(__package__, "copy_get.sh")
+
+
+def copy_in(source: Path, target: GuestPath) -> None:
+    """Copy a host file or tree to the guest.
+
+    Raises:
+        FileNotFoundError: The source, or the target's folder, does not exist.
+        PermissionError: A file or folder of the source cannot be read.
+        TransferError: The copy broke off.
+    """
+    if not os.path.lexists(source):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory (on the host)", str(source))
+    itself = "1" if source.name == ".." else ""  # goes to the destination itself, as with `cp -r`
+    name = source.resolve().name if itself or not source.name else source.name
+    # Hidden and random, so that it meets no file of the guest's; it gets its name when it is complete.
+    temporary = f".vmbottle.{secrets.token_hex(8)}"
+    if not name:
+        raise TransferError("the whole file system cannot be copied: name its folders", src=source, dst=str(target))
+    with _failures(source, target), tempfile.TemporaryFile() as stream:
+        # Asked once, and only if there is a file with holes: it is another round trip.
+        archive.pack(source, stream, name=name, sparse=cache(lambda: target.shell.script(_GNU).ok))
+        size = stream.tell()
+        stream.seek(0)
+        try:
+            words = (str(target), name, temporary, _blocking(size), itself)
+            result = target.shell.feed(_PUT, *words, source=stream, size=size, framed=True)
+        except VMBottleError:  # it was killed at its time-out, or the channel is lost
+            with suppress(VMBottleError):
+                target.shell.script(_CLEAR, str(target), temporary)
+            raise
+        raise_for(result, target)
+
+
+def copy_out(source: GuestPath, target: Path) -> None:
+    """Copy a guest's file or tree to the host.
+
+    Nothing is written outside of the target, whatever the guest sends.
+
+    Raises:
+        FileNotFoundError: The source, or the target's folder, does not exist.
+        TransferError: The copy broke off, or the guest sent content that must not be written.
+    """
+    named = _named(source)
+    within = named.name if named is source else None
+    with (
+        _failures(source, target),
+        landing.destination(target, within) as (folder, opened, name),
+        _arrived(named, folder) as arrived,
+    ):
+        landing.settle(arrived, opened, name)
+
+
+def _named(source: GuestPath) -> GuestPath:
+    """Return the path with a name as its last part; the guest resolves `/srv/x/..`."""
+    if source.name != "..":
+        return source
+    result = source.shell.script('cd -P "$1" && pwd -P', str(source))
+    raise_for(result, source)
+    return source.joinpath(result.stdout.removesuffix("\n"))
+
+
+def pack_out(source: GuestPath, target: Path, form: str) -> Path:
+    """Pack a guest's folder into a file of the host, and return its path.
+
+    Raises:
+        FileNotFoundError: The folder, or the target's folder, does not exist.
+        IsADirectoryError: The target is a folder.
+        NotADirectoryError: The source is not a folder.
+        TransferError: The copy broke off, or the guest sent content that must not be packed.
+        ValueError: There is no such format.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"{form!r} is not a format: write {' or '.join(map(repr, FORMATS))}")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory (on the host)", str(target))
+    _check_folder(target.parent)
+    if not source.is_dir() and source.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory (in the guest)", str(source))
+    with _failures(source, target), _arrived(_named(source), target.parent) as arrived, atomic_file(target, mode=0o666) as file:
+        FORMATS[form](arrived, file)
+    return target
+
+
+@contextmanager
+def _failures(source: Path | GuestPath, target: Path | GuestPath) -> Iterator[None]:
+    """Turn failures of a block into errors that name the copy."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, VMBottleError):
+        raise
+    except (OSError, ValueError, IndexError, archive.Refused) as error:
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        raise TransferError(reason or str(error) or "it broke off", src=str(source), dst=str(target), number=number) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory (on the host)", str(folder))
+
+
+def _blocking(size: int) -> str:
+    """Return the factor for `tar -b`: blocks of 1 MiB for much data, else the default.
+
+    The last block is padded to its full length.
+    """
+    return "2048" if size >= BULK else ""
+
+
+@contextmanager
+def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
+    """Unpack the guest's file or tree below a host folder, for the length of a block."""
+    if not source.name:
+        raise archive.Refused("the whole file system cannot be copied: name its folders")
+    # On the target's file system, so that the last step is a rename.
+    with tempfile.TemporaryFile(dir=folder) as stream, landing.scratch(folder) as scratch:
+        measured = source.shell.script(_MEASURE, str(source))
+        raise_for(measured, source)
+        kilobytes, entries, *gnu = measured.stdout.split()
+        # The guest measures, so the number is bounded: it becomes the size of a disk.
+        size = min(int(kilobytes) + _HEADERS * int(entries) << 10, _MOST)
+        result = source.shell.fetch(_GET, str(source), _blocking(size), *(gnu or [""]), sink=stream, size=size)
+        raise_for(result, source)
+        stream.seek(0)
+        archive.unpack(stream, scratch)
+        arrived = scratch / source.name
+        if not os.path.lexists(arrived):
+            raise archive.Refused("what was asked for is not in it")
+        yield arrived

@@ -1,0 +1,1 @@
+"""This host: files, locks, processes, signals and resources."""

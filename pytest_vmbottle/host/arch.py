@@ -1,0 +1,18 @@
+"""The architecture of this host."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = []
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def host_arch() -> str:
+    """Return the architecture of this host, as `uname -m` names it on Linux."""
+    machine = platform.machine().lower()
+    return ARCHITECTURES.get(machine, machine)

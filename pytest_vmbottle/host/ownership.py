@@ -1,0 +1,38 @@
+"""Ownership of machines by processes.
+
+A forked child has its parent's memory, but neither its threads nor its children, such as QEMU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import attrs
+
+from pytest_vmbottle.errors import MachineError
+
+__all__ = ["Owner"]
+
+
+@attrs.frozen
+class Owner:
+    """The process in which this object was made."""
+
+    pid: int = attrs.field(factory=os.getpid)
+
+    @property
+    def is_us(self) -> bool:
+        """Tell whether this process is the owner; a forked child is not."""
+        return self.pid == os.getpid()
+
+    def check(self, machine: str) -> None:
+        """Check that this process is the owner.
+
+        Raises:
+            MachineError: It is another process.
+        """
+        if not self.is_us:
+            raise MachineError(
+                f"{machine} belongs to process {self.pid} and must be used there; this is process {os.getpid()}, forked from it, which "
+                f"may look at its state and pid, and start machines of its own"
+            )

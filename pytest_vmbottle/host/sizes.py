@@ -1,0 +1,46 @@
+"""Parsing and formatting of sizes in bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pytest_vmbottle.errors import SpecError
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["format_size", "parse_size"]
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(value: int | str) -> int:
+    """Parse ``"512M"``, ``"2G"``, ``"1.5GiB"`` or a number into bytes; units are powers of 1024.
+
+    >>> parse_size("512M")
+    536870912
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SpecError(f"{value!r} is not a size: write bytes or a string such as '512M' or '2G'")
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*", value.upper())
+        if match is None:
+            raise SpecError(f"{value!r} is not a size: write bytes or a string such as '512M' or '2G'")
+        size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise SpecError(f"{value!r} is not a size: it must be larger than 0")
+    return size
+
+
+def format_size(size: int) -> str:
+    """Format a number of bytes for people.
+
+    >>> format_size(1536 << 20)
+    '1.5 GiB'
+    """
+    power = min((size.bit_length() - 1) // 10, 4) if size else 0
+    amount = size / (1 << 10 * power)
+    digits = 1 if power and amount < 10 else 0  # noqa: PLR2004 - two figures are enough
+    return f"{amount:.{digits}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,0 +1,232 @@
+"""Private LANs that join the machines of a test.
+
+The machines on a LAN see each other, by name, and nothing else.
+
+A machine is cloned from the same pack as any other. Then it gets a second network card, connected to a switch in this process, with an
+address that no other clone has; the guest gets its own host name and those of the others.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import attrs
+
+from pytest_vmbottle.backends.port import Instance
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
+from pytest_vmbottle.errors import MachineError, SpecError
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.package_data import read_script
+from pytest_vmbottle.machine.switch import Impairment, Port, Switch
+
+__all__ = ["Lan", "LanMember", "Lans"]
+
+log = logging.getLogger(__name__)
+
+_SECONDS = 60.0
+_NETWORK = ipaddress.ip_network("10.77.0.0/16")
+"""The range that LANs are taken from, a /24 each; QEMU's user network is 10.0.2.0/24."""
+_NO_IP, _NO_ADDRESS = 3, 4
+_MAX_DELAY = 60.0
+
+_SPARE = read_script(__package__, "lan_spare.sh")
+_TELL = read_script(__package__, "lan_tell.sh")
+_SETTLE = read_script(__package__, "lan_settle.sh")
+
+
+class LanMember:
+    """A machine's membership of a LAN.
+
+    Attributes:
+        name: The machine's name, which is its host name there.
+        address: Its IPv4 address.
+        mac: The MAC address of its card.
+    """
+
+    def __init__(self, lan: Lan, name: str, address: ipaddress.IPv4Interface, *, body: LanGuest) -> None:
+        """Reserve name and address; `settle` connects the machine."""
+        self.name = name
+        self.address = str(address.ip)
+        # Derived from its address, so that no two cards on a LAN have the same.
+        self.mac = "52:54:" + address.ip.packed.hex(":")
+        self._lan, self._interface, self._body = lan, str(address), body
+        self._plugged: Instance | None = None
+        self._port: Port | None = None
+        self._impairment = Impairment()
+
+    def settle(self) -> None:
+        """Plug in the machine's card and configure it in the guest.
+
+        To be called again after a boot, or with another instance.
+
+        Raises:
+            MachineError: The backend has no LANs, or the guest cannot be on one.
+        """
+        instance = self._body.instance()
+        self._script(_SPARE, self.mac)
+        if instance is not self._plugged:
+            self._plug(instance)
+        self._script(_SETTLE, self.mac, self._interface, self.name, self._lan.hosts)
+
+    def tell(self) -> None:
+        """Write the names of all machines on the LAN to the guest's hosts file."""
+        self._script(_TELL, self._lan.hosts)
+
+    def impair(self, *, delay: float, loss: float) -> None:
+        """Set delay and loss of the machine's cable; zeros make it a perfect one.
+
+        Raises:
+            ValueError: The delay or the loss is out of range.
+        """
+        if not 0 <= delay <= _MAX_DELAY:
+            raise ValueError(f"delay={delay!r}: takes seconds from 0 to {_MAX_DELAY:g}")
+        if not 0 <= loss <= 1:
+            raise ValueError(f"loss={loss!r}: takes a probability from 0 to 1")
+        # Kept here too: a restart plugs in a new port, which takes the setting over.
+        self._impairment = Impairment(delay=delay, loss=loss)
+        if self._port is not None:
+            self._port.impairment = self._impairment
+
+    def unplug(self) -> None:
+        """Unplug the card from the machine, until `settle` is called.
+
+        Raises:
+            MachineError: The guest does not release the card.
+        """
+        instance = self._body.instance()
+        if instance is self._plugged:
+            instance.unplug_card(deadline=Deadline(_SECONDS * self._body.factor))
+        self.leave()
+
+    def leave(self) -> None:
+        """Disconnect from the switch."""
+        if self._port is not None:
+            self._lan.switch.disconnect(self._port)
+        self._plugged = self._port = None
+
+    def _plug(self, instance: Instance) -> None:
+        self.leave()
+        port, wire = self._lan.switch.connect()
+        port.impairment = self._impairment
+        self._port = port
+        # The hypervisor has its own copy of the descriptor afterwards.
+        with wire:
+            instance.plug_card(wire, mac=self.mac)
+        self._plugged = instance
+
+    def _script(self, text: str, *words: str) -> None:
+        command = Command(argv=("/bin/sh", "-c", text, "sh", *words), env=(("PATH", GUEST_PATH),))
+        finished = self._body.channel().run(command, deadline=Deadline(_SECONDS * self._body.factor))
+        if finished.timed_out or finished.returncode:
+            raise MachineError(f"the machine {self.name!r} cannot be on the LAN {self._lan.name!r}: {_reason(finished)}", machine=self.name)
+
+
+def _reason(finished: Finished) -> str:
+    said = " ".join(finished.stderr.decode(errors="replace").split())[-500:]
+    if finished.returncode == _NO_IP:
+        return "its guest has no program `ip`: add it, as with packages=['iproute2']"
+    if finished.timed_out:
+        return "its guest did not find the new network card in time; its kernel must know PCI hot-plug and virtio_net"
+    what = "the guest could not give its card an address" if finished.returncode == _NO_ADDRESS else "the guest could not be set up"
+    return f"{what}: {said or f'status {finished.returncode}'}"
+
+
+@attrs.frozen(kw_only=True)
+class LanGuest:
+    """Access to a machine's present instance and channel, which a restart replaces.
+
+    Attributes:
+        instance: Function that returns the backend's instance.
+        channel: Function that returns the channel for commands.
+        factor: The factor of all time-outs.
+    """
+
+    instance: Callable[[], Instance]
+    channel: Callable[[], Channel]
+    factor: float
+
+
+class Lan:
+    """One private LAN: a switch and its members."""
+
+    def __init__(self, name: str, network: ipaddress.IPv4Network) -> None:
+        """Start the switch; `close` ends it."""
+        self.name = name
+        self.switch = Switch(name)
+        self._prefix = network.prefixlen
+        self._free = network.hosts()
+        self._places: list[LanMember] = []
+
+    @property
+    def hosts(self) -> str:
+        """Return its members in the form of /etc/hosts."""
+        return "\n".join(f"{place.address} {place.name}" for place in self._places)
+
+    @contextmanager
+    def joined(self, name: str, body: LanGuest) -> Iterator[LanMember]:
+        """Join a machine to the LAN for a block.
+
+        Raises:
+            SpecError: A machine of this name is on the LAN already.
+            MachineError: The machine cannot be on a LAN.
+        """
+        place = self._reserve(name, body)
+        others = tuple(self._places)
+        # Added before it is settled, so that the guest's hosts file has its own name too.
+        self._places.append(place)
+        try:
+            place.settle()
+            for other in others:
+                _tell(other)
+            yield place
+        finally:
+            self._places.remove(place)
+            place.leave()
+
+    def _reserve(self, name: str, body: LanGuest) -> LanMember:
+        if name.lower() in {place.name.lower() for place in self._places}:
+            raise SpecError(f"the LAN {self.name!r} has a machine named {name!r} already: give this one another name=")
+        address = next(self._free, None)
+        if address is None:
+            raise SpecError(f"the LAN {self.name!r} has given out all of its addresses")
+        return LanMember(self, name, ipaddress.IPv4Interface(f"{address}/{self._prefix}"), body=body)
+
+    def close(self) -> None:
+        """Stop the switch."""
+        self.switch.close()
+
+
+def _tell(place: LanMember) -> None:
+    try:
+        place.tell()
+    except MachineError as error:  # switched off or paused, perhaps: that is its test's affair, and does not concern who joins
+        log.warning("the machine %r was not told who joined its LAN: %s", place.name, error)
+
+
+class Lans:
+    """The private LANs of one test, by name.
+
+    Each is created when its first machine joins; all end with the test.
+    """
+
+    def __init__(self) -> None:
+        """Create the table, without a LAN."""
+        self._lans: dict[str, Lan] = {}
+        self._networks = _NETWORK.subnets(new_prefix=24)
+
+    def __getitem__(self, name: str) -> Lan:
+        """Return the LAN of this name, created on first use."""
+        if name not in self._lans:
+            network = next(self._networks, None)
+            if not isinstance(network, ipaddress.IPv4Network):
+                raise SpecError("a test has at most 256 LANs")
+            self._lans[name] = Lan(name, network)
+        return self._lans[name]
+
+    def close(self) -> None:
+        """Close all LANs; may be called again."""
+        while self._lans:
+            self._lans.popitem()[1].close()

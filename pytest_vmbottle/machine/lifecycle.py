@@ -1,0 +1,383 @@
+"""Lifecycle of a machine: power, snapshots and restores.
+
+A machine's name, folder and console stay; a start or a restore replaces the instance behind them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from pytest_vmbottle.backends.port import Disk, Instance, Start, State
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
+from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import private_dir
+from pytest_vmbottle.host.generations import SNAPSHOTS
+from pytest_vmbottle.host.ownership import Owner
+from pytest_vmbottle.host.sizes import format_size
+from pytest_vmbottle.machine.bulk import Bulk
+from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
+from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.spec.pack_kind import PackKind
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.catalog.packs import Manifest
+    from pytest_vmbottle.machine.snapshot import Snapshot
+
+__all__ = ["Lifecycle", "Relauncher"]
+
+_BOOT_ID = Command(argv=("cat", "/proc/sys/kernel/random/boot_id"), env=(("PATH", GUEST_PATH),))
+
+
+@attrs.frozen(kw_only=True)
+class Relauncher:
+    """Everything needed to start a machine again, given by its creator.
+
+    Attributes:
+        start: The boot source of the first start.
+        folder: The machine's folder.
+        patience: Seconds that a boot may take.
+        launch: Function that starts the machine in its folder and returns when it is ready.
+        await_boot: Function that waits until a guest whose channel has answered has finished booting.
+        image: The sha256 of the machine's image.
+        backend: The backend's name, version and accelerator.
+    """
+
+    start: Start
+    folder: Path
+    patience: float
+    launch: Callable[[Start, Deadline], tuple[Instance, Channel]]
+    await_boot: Callable[[Instance, Channel, Deadline], None]
+    image: str
+    backend: str
+
+
+class Lifecycle:
+    """Current instance of a machine, if it is on, and its replacement by another.
+
+    Attributes:
+        place: The machine's place on a private LAN, if it is on one.
+    """
+
+    def __init__(
+        self, instance: Instance, channel: Channel, *, spec: MachineSpec, factor: float = 1.0, relauncher: Relauncher | None = None
+    ) -> None:
+        """Take a machine that is ready.
+
+        Args:
+            instance: The VM as its backend sees it.
+            channel: The channel for commands.
+            spec: The machine's spec.
+            factor: Factor of all time-outs.
+            relauncher: The means to start it again; without it, that is impossible.
+        """
+        self._instance: Instance | None = None
+        self._last_panic: str | None = None
+        self._adopt(instance, channel)
+        self._spec = spec
+        self._owner = Owner()
+        self._relauncher = relauncher
+        self._current = None if relauncher is None else relauncher.start
+        self._forwards: dict[int, int] = {}
+        self._factor = factor
+        self.place: LanMember | None = None
+
+    def _adopt(self, instance: Instance, channel: Channel) -> None:
+        self._instance = instance
+        self._channel = channel
+        self._bulk = Bulk(instance)
+        self._paused, self._last_panic = False, None
+
+    @property
+    def instance(self) -> Instance:
+        """Return the running instance.
+
+        Raises:
+            MachineError: The machine is off, or belongs to another process.
+        """
+        self.check_owner()
+        return self._on
+
+    @property
+    def pid(self) -> int:
+        """Return the hypervisor's process id; raise if the machine is off."""
+        return self._on.pid
+
+    @property
+    def _on(self) -> Instance:
+        if self._instance is None:
+            raise self._error("is off: vm.start() boots it, and vm.restore() takes it back to where it began")
+        return self._instance
+
+    @property
+    def channel(self) -> Channel:
+        """Return the channel for commands.
+
+        Raises:
+            MachineError: The machine is off or paused.
+        """
+        self.check_owner()
+        if self._instance is not None and self._paused:
+            raise self._error("is paused and answers nothing: vm.resume() lets it go on")
+        _ = self.instance
+        return self._channel
+
+    def alive(self) -> None:
+        """Return if the guest can still answer (see `Instance.alive`)."""
+        __tracebackhide__ = True
+        self.instance.alive()
+
+    @property
+    def bulk(self) -> Bulk:
+        """Return the transport for large data; raise as `channel` does."""
+        _ = self.channel
+        return self._bulk
+
+    def bulk_channel(self, deadline: Deadline) -> Channel:
+        """Return the channel with the most throughput (see `Instance.channel`); raise as `channel` does."""
+        _ = self.channel
+        return self.instance.channel(deadline=deadline, bulk=True)
+
+    @property
+    def panic(self) -> str | None:
+        """The kernel's report of trouble, also after the machine went off; see `Instance.panic`."""
+        return self._last_panic if self._instance is None else self._instance.panic
+
+    @property
+    def is_silent(self) -> bool:
+        """Tell whether the console has ended, until the machine is started again."""
+        return self._instance is None or self._instance.console.ended
+
+    @property
+    def state(self) -> State:
+        """Return the machine's state.
+
+        A forked child sees whether the instance that ran at the fork still runs.
+        """
+        if self._instance is None:
+            return State.OFF
+        if not self._owner.is_us and self._instance.exitcode is not None:
+            return State.OFF
+        # A hypervisor process of a parent cannot be asked by a fork: its monitor belongs to the parent.
+        found = self._instance.state() if self._owner.is_us else State.RUNNING
+        return State.PAUSED if self._paused and found is State.RUNNING else found
+
+    def check_owner(self) -> None:
+        """Raise `MachineError` in a forked child, which does not own the machine."""
+        self._owner.check(f"the machine {self._spec.name}")
+
+    def _error(self, message: str) -> MachineError:
+        return MachineError(f"the machine {self._spec.name} {message}", machine=self._spec.name)
+
+    def _powered(self, *, dead: bool = False) -> Instance:
+        """Return the instance if the machine is on; a dead instance only if allowed."""
+        instance = self.instance
+        state = instance.state()
+        # One that powered itself off is retired first, so that the error says "is off" and not what its monitor said.
+        if state is State.OFF:
+            self._retire()
+        _ = self.instance
+        if state is State.DIED and not dead:
+            raise self._died("has died: vm.start() boots it again, and vm.restore() takes it back to where it began")
+        return instance
+
+    def _died(self, message: str) -> MachineDied:
+        tail = self.instance.console.tail(20)
+        return MachineDied(f"the machine {self._spec.name} {message}", machine=self._spec.name, console_tail=tail)
+
+    def _relaunchable(self) -> Relauncher:
+        self.check_owner()
+        if self._relauncher is None:
+            raise self._error("cannot be started again by who holds it")
+        return self._relauncher
+
+    def _late(self, what: str, deadline: Deadline) -> MachineTimeout:
+        message = f"the machine {self._spec.name} did not {what} within {deadline.seconds:g} s; vm.power_cut() ends it whatever it does"
+        return MachineTimeout(message, machine=self._spec.name, console_tail=self.instance.console.tail(20))
+
+    # -- one and the same instance ---------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop the processors."""
+        self._powered()
+        self.instance.pause()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Continue the processors."""
+        self._powered()
+        self.instance.resume()
+        self._paused = False
+
+    def reboot(self, deadline: Deadline | None) -> None:
+        """Reboot the guest in order, and wait until it is ready again."""
+        relauncher, powered = self._relaunchable(), self._powered()
+        deadline = deadline or Deadline(relauncher.patience)
+        before = self._boot_id(deadline)
+        if not powered.reboot(deadline=deadline):
+            off = powered.state() is State.OFF
+            raise self._died("powered off instead of rebooting") if off else self._late("reboot", deadline)
+        self._channel = self.instance.channel(deadline=deadline)
+        if self._boot_id(deadline) == before:
+            raise self._error(f"was reset and is still in the boot {before}")
+        relauncher.await_boot(self.instance, self._channel, deadline)
+        self._settle()
+
+    def _boot_id(self, deadline: Deadline) -> str:
+        return self.channel.run(_BOOT_ID, deadline=deadline).stdout.decode("ascii", "replace").strip()
+
+    # -- off and on ------------------------------------------------------------------------------------------------------------------
+
+    def off(self, deadline: Deadline) -> None:
+        """Have the guest shut down in order."""
+        powered = self._powered()
+        _ = self.channel
+        if not powered.shut_down(deadline=deadline):
+            raise self._late("power off", deadline)
+        self._retire()
+
+    def cut(self) -> None:
+        """Cut the power at once."""
+        self._powered(dead=True).cut()
+        self._retire()
+
+    def start(self, deadline: Deadline | None) -> None:
+        """Boot the machine from its own disk."""
+        self.check_owner()
+        if self.state not in (State.OFF, State.DIED):
+            raise self._error(f"is not off, it is {self.state}")
+        self._relaunch(attrs.evolve(self._origin(), saved=None, kept=True), deadline)
+
+    def _origin(self) -> Start:
+        return self._current or self._relaunchable().start
+
+    def stop(self) -> None:
+        """End the machine for good; may be called again.
+
+        A forked child, which does not own the machine, leaves it alone.
+        """
+        if self._owner.is_us:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Stop the instance and remember its forwarded ports, so that the next instance gets the same ones."""
+        if self._instance is not None:
+            # Before the instance is stopped: afterwards nobody can ask it for its ports or its panic.
+            self._forwards.update(self._instance.forwards)
+            self._last_panic = self.panic
+            self._instance.stop()
+            self._instance, self._paused = None, False
+
+    def _relaunch(self, start: Start, deadline: Deadline | None) -> None:
+        relauncher = self._relaunchable()
+        self._retire()
+        self._current = start  # from here on this is what the disk in its folder stands on, whatever happens
+        wanted = attrs.evolve(start, forwards=tuple(self._forwards.items()))
+        self._adopt(*relauncher.launch(wanted, deadline or Deadline(relauncher.patience)))
+        self._settle()
+
+    # -- the private LAN -------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def on(self, lan: Lan) -> Iterator[None]:
+        """Connect the machine to a private LAN for the length of a block.
+
+        The fixtures do so if the spec says `network="name"`.
+        """
+        body = LanGuest(instance=lambda: self.instance, channel=lambda: self.channel, factor=self._factor)
+        with lan.joined(self._spec.name, body) as place:
+            self.place = place
+            try:
+                yield
+            finally:
+                self.place = None
+
+    def _settle(self) -> None:
+        """Connect the machine to its LAN again, after a boot or as another instance."""
+        if self.place is not None:
+            self.place.settle()
+
+    @contextmanager
+    def _off_the_lan(self) -> Iterator[None]:
+        """Remove the LAN's card for the length of a block: no restored machine has it."""
+        if self.place is not None:
+            self.place.unplug()
+        try:
+            yield
+        finally:
+            self._settle()
+
+    # -- there and back --------------------------------------------------------------------------------------------------------------
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Write a snapshot of the running machine, RAM included."""
+        # Imported here and not above: whoever only names `Machine` pays nothing for what manifests need (cattrs).
+        from pytest_vmbottle.catalog import packs
+        from pytest_vmbottle.machine.snapshot import Snapshot
+
+        relauncher, origin = self._relaunchable(), self._origin()
+        self._powered()
+        _ = self.channel
+        folder = relauncher.folder / SNAPSHOTS / secrets.token_hex(32)
+        try:
+            private_dir(folder)
+            with self._off_the_lan():
+                self.instance.snapshot(folder, deadline=Deadline(relauncher.patience))
+            packs.seal(folder, self._manifest(folder.name, name))
+            disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()
+            start = attrs.evolve(origin, disks=disks, saved=folder, kept=False, building=False)
+            return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            # The file system's own sentence is of no use without the remedy; a machine's error has one already.
+            if isinstance(error, OSError) and not isinstance(error, MachineError):
+                raise self._unwritten(name, str(error.strerror), relauncher.folder) from error
+            raise
+
+    def _unwritten(self, name: str, reason: str, folder: Path) -> CatalogError:
+        free = format_size(shutil.disk_usage(folder).free)
+        hint = "make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+        return CatalogError(
+            f"the snapshot {name!r} of the machine {self._spec.name} could not be written, and the machine goes on: {reason}; "
+            f"{free} are free in {folder}: {hint}"
+        )
+
+    def _manifest(self, key: str, name: str) -> Manifest:
+        from pytest_vmbottle.catalog.packs import Manifest
+
+        relauncher = self._relaunchable()
+        return Manifest(
+            key=key,
+            kind=PackKind.STREAM,
+            name=name,
+            parent=relauncher.start.saved.name if relauncher.start.saved else None,
+            image=relauncher.image,
+            backend=relauncher.backend,
+            memory=self._spec.memory,
+            disk_size=relauncher.start.disk_size,
+        )
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Replace the running instance by a snapshot, or by the state the machine was started from."""
+        from pytest_vmbottle.machine.snapshot import Snapshot
+
+        relauncher = self._relaunchable()
+        # The pack would get the state of another moment, without what the layer has done so far.
+        if relauncher.start.building:
+            raise self._error("is being built: a layer cannot go back")
+        if snapshot is None:
+            start = relauncher.start
+        elif isinstance(snapshot, Snapshot):
+            snapshot.check()
+            snapshot.check_fits(self._spec)
+            start = snapshot.start
+        else:
+            raise TypeError(f"a machine goes back to what its snapshot() returned, not to {snapshot!r}")
+        self._relaunch(start, None)

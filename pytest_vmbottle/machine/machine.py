@@ -1,0 +1,952 @@
+"""The machine of a test: commands, files, waits, power and devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO, TypeVar, Unpack, overload
+
+from pytest_vmbottle.backends.port import Console, Instance, State
+from pytest_vmbottle.channels.port import Channel, Command
+from pytest_vmbottle.errors import BackendUnavailable, MachineDied, MachineError
+from pytest_vmbottle.guest import copy as transfer
+from pytest_vmbottle.guest import write_files as fileset
+from pytest_vmbottle.guest.path import GuestPath
+from pytest_vmbottle.guest.search import Query
+from pytest_vmbottle.host import resources as host
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import atomic_file
+from pytest_vmbottle.machine import keyboard, openssh
+from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
+from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
+from pytest_vmbottle.machine.metrics import Meter, Sample
+from pytest_vmbottle.machine.process import Process
+from pytest_vmbottle.machine.recording import Recording
+from pytest_vmbottle.machine.terminal import attach
+from pytest_vmbottle.machine.waits import Wait
+from pytest_vmbottle.result import CommandTimeout, Matches, Result
+from pytest_vmbottle.spec import MachineSpec
+
+if TYPE_CHECKING:
+    from testinfra.host import Host
+
+    from pytest_vmbottle.machine.snapshot import Snapshot
+    from pytest_vmbottle.spec import MachineKeywords, Source
+
+__all__ = ["Machine", "MachineFactory"]
+
+_T = TypeVar("_T")
+_SPARE = 10.0
+"""Extra seconds after which a search is killed if the guest has not ended it."""
+_ANSWER = 5.0
+"""Seconds for the guest to answer a question about itself."""
+_LOGIN_TIME = 60.0
+_MAX_PORT = 65535
+
+
+class Machine:
+    """A running machine, with everything a test does to it. It is made by the fixtures and by `vm_factory`, which also end it.
+
+    Attributes:
+        name: The test's name for it.
+        id: A name that is unique on this host.
+        spec: Its `MachineSpec`.
+        backend: The name of the backend that runs it.
+        console: Its serial console.
+        lifecycle: Its current instance and power, for extensions of this package.
+        guest: Runner of commands in its guest, for extensions of this package.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        instance: Instance,
+        spec: MachineSpec,
+        *,
+        id: str,  # noqa: A002
+        backend: str,
+        channel: Channel,
+        factor: float = 1.0,
+        relauncher: Relauncher | None = None,
+    ) -> None:
+        """Take a running instance whose channel has answered.
+
+        Args:
+            instance: The VM as its backend sees it.
+            spec: The machine's spec.
+            id: A name that is unique on this host.
+            backend: The backend's name.
+            channel: The channel for commands.
+            factor: Factor of all time-outs.
+            relauncher: The means to start it again; without it, that is impossible.
+        """
+        self.name = spec.name
+        self.id = id
+        self.spec = spec
+        self.backend = backend
+        self.lifecycle = Lifecycle(instance, channel, spec=spec, factor=factor, relauncher=relauncher)
+        self.guest = GuestShell(self.lifecycle, spec, factor=factor)
+        self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
+        self._factor = factor
+        self._meter: Meter | None = None
+
+    @property
+    def pid(self) -> int:
+        """The hypervisor's process id on the host.
+
+        `start` and `restore` change it.
+
+        Raises:
+            MachineError: The machine is off.
+
+        Example:
+            >>> Path(f"/proc/{vm.pid}").is_dir()
+            True
+        """
+        return self.lifecycle.pid
+
+    @property
+    def panic(self) -> str | None:
+        """The last panic message of the guest's kernel, if any.
+
+        It is the line that reports a panic, a bug of the kernel (an oops), or a hung task.
+
+        None if there was no such line since the last boot or restore, or if the backend does not report panics. After a panic every call
+        raises `GuestPanic`, unless the mark says `panic="expected"`.
+
+        Example:
+            >>> vm.panic is None
+            True
+        """
+        return self.lifecycle.panic
+
+    @property
+    def state(self) -> State:
+        """The machine's state: `"running"`, `"paused"`, `"off"` or `"died"`.
+
+        It has died if its kernel panicked or its hypervisor failed.
+
+        Example:
+            >>> vm.state
+            <State.RUNNING: 'running'>
+        """
+        return self.lifecycle.state
+
+    def __repr__(self) -> str:
+        doing = self.state
+        return f"<Machine {self.name} ({self.id}), {self.backend} {doing if doing is State.OFF else f'pid {self.pid}'}>"
+
+    # -- commands --------------------------------------------------------------------------------------------------------------------
+
+    def exec(  # noqa: PLR0913 - the keywords are those of subprocess.run
+        self,
+        command: str | Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float = 60,
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | GuestPath | None = None,
+        user: str | None = None,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
+        stream: Callable[[str], object] | None = None,
+        shell: Literal["sh", "bash"] = "sh",
+    ) -> Result:
+        """Run a command in the guest and wait for its end.
+
+        Args:
+            command: A list of words runs as it is; a string is a script for `sh -eu -c`, where a pipe has its last command's status.
+            check: Whether to raise `CommandFailed` for a status other than 0.
+            timeout: Seconds after which the command and everything it started is killed.
+            env: Environment variables besides the standard ones and those of the spec.
+            cwd: The working directory; `/` by default.
+            user: The user who runs it; the spec's user by default.
+            input: The content of its standard input.
+            stream: Function that is called with each line of both streams as it comes, with its end and with control characters made
+                visible. An exception from it ends the command.
+            shell: `"bash"` runs a string by `bash -euo pipefail -c`, so that a pipe fails if any of its commands fails; the guest must have
+                bash.
+
+        Raises:
+            CommandFailed: The status was not 0.
+            CommandTimeout: The command took too long; the error's `result` has its output so far.
+            MachineError: The guest is gone.
+            ValueError: A word has a NUL byte in it or is not text, the command is longer than Linux accepts, or there is no such shell.
+
+        Example:
+            >>> vm.exec(["uname", "-s"]).stdout.strip()
+            'Linux'
+            >>> vm.exec("test -e /nothing", check=False).returncode
+            1
+            >>> vm.exec("cat /nothing | wc -l", shell="bash", check=False).returncode
+            1
+        """
+        __tracebackhide__ = True
+        argv = words_of(command, shell)
+        prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
+        result = self.guest.run(argv, prepared, Deadline(timeout * self._factor), stream)
+        return result.check() if check else result
+
+    def spawn(  # noqa: PLR0913 - as for exec
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | GuestPath | None = None,
+        user: str | None = None,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
+        shell: Literal["sh", "bash"] = "sh",
+    ) -> Process:
+        """Start a command in the guest and return while it runs.
+
+        It ends with the machine at the latest.
+
+        Args:
+            command: As for `exec`.
+            env: As for `exec`.
+            cwd: As for `exec`.
+            user: As for `exec`.
+            input: The whole content of its standard input; without it, the input stays open for `Process.stdin`.
+            shell: As for `exec`.
+
+        Raises:
+            MachineError: The guest is gone, or the backend runs no commands in the background.
+            ValueError: As for `exec`.
+
+        Example:
+            >>> server = vm.spawn(["python3", "-um", "http.server"])
+            >>> vm.wait_for_port(8000)
+            >>> server.kill("TERM")
+            >>> server.wait(timeout=30)
+            -15
+        """
+        __tracebackhide__ = True
+        argv = words_of(command, shell)
+        prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
+        process = self.guest.spawn(argv, prepared)
+        # Without data the channel leaves the input open for `Process.stdin`, but an empty input was asked for.
+        if input is not None and not prepared.input:
+            process.stdin.close()
+        return process
+
+    # -- files -----------------------------------------------------------------------------------------------------------------------
+
+    def path(self, path: str | PurePosixPath) -> GuestPath:
+        """Return an absolute path in the guest.
+
+        Example:
+            >>> vm.path("/etc") / "passwd"
+            GuestPath('/etc/passwd')
+        """
+        return GuestPath(path, shell=self.guest)
+
+    def write_files(
+        self,
+        files: Mapping[str, fileset.File] | Mapping[GuestPath, fileset.File],
+        *,
+        clean: bool = False,
+        mode: int | None = None,
+        owner: str | int | None = None,
+    ) -> None:
+        r"""Write many files by one command, each as `GuestPath.write_bytes` does.
+
+        The folders above them are created.
+
+        All files are in the guest before the first gets its final name. So a full disk, a folder of the same name, or a folder that may not
+        be written leaves everything as it was.
+
+        Args:
+            files: Text, bytes, or a file of the host, by absolute path in the guest. A tuple of content and permission bits sets the mode
+                of one file.
+            clean: Whether to empty the folders of these files beforehand: each folder that directly contains one of them, with everything
+                below it except other file systems. Folders that a guest needs, such as `/`, `/etc`, `/var/lib` or anything in `/usr/bin`,
+                are refused.
+            mode: Permission bits of all other files; by default those of `GuestPath.write_bytes`, and executable if the file of the host
+                is.
+            owner: Owner of the files and of the folders that are created.
+
+        Raises:
+            FileNotFoundError: A file of the host does not exist.
+            OSError: A file could not be written: `filename` says which, `errno` why.
+            LookupError: There is no such owner.
+            ValueError: A path is relative or has `..` in it, two paths contradict each other, permission bits are invalid, or `clean` is
+                refused.
+
+        Example:
+            >>> vm.write_files({"/srv/app/run.sh": ("exec true\n", 0o755), "/srv/app/conf/app.ini": b"[app]\n"}, owner="nobody")
+            >>> vm.path("/srv/app/conf").owner()
+            'nobody'
+        """
+        __tracebackhide__ = True
+        placed = {self.path(str(path)): content for path, content in files.items()}
+        # `/srv/a` and `/srv//a` are two keys, but one file.
+        if len(placed) < len(files):
+            raise ValueError("two of the paths name the same file")
+        fileset.write_files(self.guest, placed, clean=clean, mode=mode, owner=owner)
+
+    def cp(self, src: str | Path | GuestPath, dst: str | Path | GuestPath) -> None:
+        """Copy a file or a tree to the guest or from it.
+
+        Modes, times, symbolic links and holes are kept.
+
+        If the destination is a folder, the copy goes into it, as with `cp -r`. The copy gets its final name when it is complete. From 1 MiB
+        on the data goes over a disk that is plugged in for the copy. The logger `pytest_vmbottle` reports the progress of a long copy every
+        5 s.
+
+        Args:
+            src: The source.
+            dst: The destination. Exactly one of the two is a `GuestPath`.
+
+        Nothing is copied if a side is an empty string, which is the value of a variable that was not set.
+
+        Raises:
+            FileNotFoundError: The source, or the destination's folder, does not exist.
+            PermissionError: A file may not be read or written.
+            TransferError: The copy broke off, or the guest sent content that must not be written on the host.
+            MachineError: The guest was lost, or did not answer in time.
+            TypeError: Both sides are on the host, or both in a guest.
+
+        Example:
+            >>> vm.cp(vm.path("/etc/ssh"), tmp_path)
+            >>> (tmp_path / "ssh" / "sshd_config").is_file()
+            True
+            >>> vm.cp(tmp_path / "ssh", vm.path("/root"))
+        """
+        __tracebackhide__ = True
+        if "" in (src, dst):
+            return  # as a path of this computer it would be the current folder
+        if isinstance(dst, GuestPath) and not isinstance(src, GuestPath):
+            transfer.copy_in(Path(src), dst)
+        elif isinstance(src, GuestPath) and not isinstance(dst, GuestPath):
+            transfer.copy_out(src, Path(dst))
+        else:
+            raise TypeError("exactly one side of a copy is in the guest: write it as vm.path('/...')")
+
+    def search(  # noqa: PLR0913 - what grep can be told
+        self,
+        pattern: str,
+        root: str | PurePosixPath | GuestPath,
+        *,
+        regex: bool = False,
+        ignore_case: bool = False,
+        include: str | Sequence[str] = (),
+        exclude_dirs: str | Sequence[str] = (),
+        max_results: int = 500,
+        timeout: float = 10,
+    ) -> Matches:
+        """Search the guest's files for a pattern, with GNU grep.
+
+        It searches one file, or all files below a folder, and returns the lines that match.
+
+        Binary files, devices and unreadable files are left out, and symbolic links below the folder are not followed.
+
+        Args:
+            pattern: Literal text, without a newline.
+            root: The file or folder.
+            regex: Whether the pattern is an extended regular expression (`grep -E`) instead of literal text.
+            ignore_case: Whether to ignore the case of letters.
+            include: Globs: only files whose name matches one of them are read.
+            exclude_dirs: Globs: folders whose name matches one of them are left out.
+            max_results: Maximum number of matches to return; if there were more, the result's `truncated` is true.
+            timeout: Seconds after which the search ends with the matches so far, and the result's `timed_out` is true.
+
+        Raises:
+            FileNotFoundError, PermissionError: There is no such root, or it may not be read.
+            ValueError: The pattern is not a regular expression, or has a NUL byte or a newline in it.
+            OSError: The guest's grep is not GNU grep.
+            MachineError: The guest is gone.
+
+        Example:
+            >>> found = vm.search("root", "/etc", include="pass*d")
+            >>> str(found[0].path), found[0].line
+            ('/etc/passwd', 1)
+        """
+        __tracebackhide__ = True
+        query = Query(
+            pattern=pattern,
+            root=root if isinstance(root, GuestPath) else self.path(root),
+            regex=regex,
+            ignore_case=ignore_case,
+            include=include,
+            exclude_dirs=exclude_dirs,
+            max_results=max_results,
+        )
+        try:
+            # The guest ends the search itself and returns its matches so far; the kill is for a guest that does not.
+            result = self.exec(query.argv(seconds=timeout * self._factor), check=False, timeout=timeout + _SPARE, env=query.env)
+        except CommandTimeout as late:
+            return query.matches(late.result, timed_out=True)
+        return query.matches(result)
+
+    def archive(self, root: str | PurePosixPath | GuestPath, dest: str | Path, format: str = "tar.gz") -> Path:  # noqa: A002 - shutil's word
+        """Pack a folder of the guest into a file of the host, and return its path.
+
+        In the archive everything is below the folder's name, sorted by name, and belongs to root: equal folders give equal archives.
+        Content that `cp` refuses from a guest is refused here too.
+
+        Args:
+            root: The folder.
+            dest: The file, which appears when it is complete.
+            format: `"tar.gz"` or `"zip"`.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: The folder does not exist in the guest, or the file's folder does not exist on the host.
+            IsADirectoryError: The file on the host is a folder.
+            TransferError: The copy broke off, or the guest sent content that must not be packed.
+            ValueError: There is no such format, or a path is empty.
+
+        Example:
+            >>> vm.archive("/etc/ssh", tmp_path / "ssh.zip", format="zip").name
+            'ssh.zip'
+        """
+        __tracebackhide__ = True
+        return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), _host_path(dest), format)
+
+    # -- waiting ---------------------------------------------------------------------------------------------------------------------
+
+    def _wait(self, timeout: float) -> Wait:
+        deadline = Deadline(timeout * self._factor)
+        return Wait(
+            machine=self.name,
+            console=self.console,
+            alive=self.lifecycle.alive,
+            run=self.guest.ask,
+            deadline=deadline,
+            age=lambda: host.age(self.pid),
+        )
+
+    @overload
+    def wait_until(self, check: str | Sequence[str], *, timeout: float = 60, every: float = 0.25) -> Result: ...
+
+    @overload
+    def wait_until(self, check: Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T: ...
+
+    def wait_until(self, check: str | Sequence[str] | Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T | Result:
+        """Wait until a command succeeds or a function returns something true, and return its result.
+
+        Args:
+            check: A command as for `exec`, or a function without arguments.
+            timeout: Seconds to wait at most.
+            every: Seconds between two attempts, at most.
+
+        Raises:
+            MachineTimeout: The condition did not come true; the message has the last answer and the console's last lines.
+            MachineDied: The machine is gone.
+
+        Example:
+            >>> vm.wait_until("systemctl is-system-running --quiet || test -d /run/systemd").ok
+            True
+        """
+        __tracebackhide__ = True
+        wait = self._wait(timeout)
+        return wait.condition(check, every=every) if callable(check) else wait.command(check, every=every)
+
+    def wait_for_unit(self, unit: str, *, timeout: float = 60) -> None:
+        """Wait until a systemd unit is active.
+
+        Raises:
+            MachineError: The unit failed, does not exist, or is inactive with no job queued to start it. Raised at once, with its last
+                journal lines.
+            MachineTimeout: The unit was not active in time.
+
+        Example:
+            >>> vm.wait_for_unit("ssh.service")
+        """
+        __tracebackhide__ = True
+        self._wait(timeout).unit(unit)
+
+    def wait_for_port(self, port: int, *, forwarded: bool = False, timeout: float = 60) -> None:
+        """Wait until something in the guest listens on a TCP port.
+
+        Args:
+            port: The port's number in the guest.
+            forwarded: Whether a connection from the host must reach it too, which the guest's own loopback address and its firewall do not
+                let through. `forward` gives the address to connect to.
+            timeout: Seconds to wait at most.
+
+        Raises:
+            MachineTimeout: Nothing listened in time.
+
+        Example:
+            >>> vm.wait_for_port(22, forwarded=True)
+        """
+        __tracebackhide__ = True
+        wait = self._wait(timeout)
+        wait.forwarded_port(port, self.forward(port)) if forwarded else wait.port(port)
+
+    def wait_for_file(self, path: str | PurePosixPath | GuestPath, *, timeout: float = 60) -> GuestPath:
+        """Wait until a file or folder exists in the guest, and return its path.
+
+        Raises:
+            MachineTimeout: The path did not exist in time.
+
+        Example:
+            >>> vm.wait_for_file("/etc/hostname").is_file()
+            True
+        """
+        __tracebackhide__ = True
+        return self._wait(timeout).file(path if isinstance(path, GuestPath) else self.path(path))
+
+    def wait_for_console(self, pattern: str | re.Pattern[str], *, timeout: float = 60) -> re.Match[str]:
+        """Wait until the serial console's output matches a pattern, and return the match.
+
+        Earlier output counts too. Each call searches from the end of the match before it, so that the same words can be awaited again. The
+        pattern is matched against `console.text`, in which control characters are made visible.
+
+        Args:
+            pattern: Text, or a compiled regular expression.
+            timeout: Seconds to wait at most.
+
+        Raises:
+            MachineTimeout: There was no match in time.
+
+        Example:
+            >>> _ = vm.exec("echo ready at last > /dev/ttyS0")
+            >>> vm.wait_for_console(re.compile("ready at ([a-z]+)"))[1]
+            'last'
+        """
+        __tracebackhide__ = True
+        return self._wait(timeout).output(pattern)
+
+    def wait_for_shutdown(self, *, timeout: float = 60) -> None:
+        """Wait until the guest has powered off.
+
+        Raises:
+            MachineTimeout: It did not in time.
+            MachineDied: It ended in another way.
+
+        Example:
+            >>> _ = vm.exec("systemctl poweroff --no-block")
+            >>> vm.wait_for_shutdown()
+        """
+        __tracebackhide__ = True
+        if self.state is State.OFF:
+            return
+        self._wait(timeout).shutdown(self.lifecycle.instance)
+
+    # -- measuring -------------------------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> Sample:
+        """Measure the machine now.
+
+        The sample has the host's figures and, in `guest`, the guest's.
+
+        Processor time is measured between two calls, so the first sample has none.
+
+        Raises:
+            MachineDied: The machine's process has ended.
+            MachineError: The machine is off.
+
+        Example:
+            >>> before = vm.metrics()
+            >>> _ = vm.exec("dd if=/dev/zero of=/root/zeros bs=1M count=64 conv=fsync")
+            >>> vm.metrics().guest.disk_write_bytes - before.guest.disk_write_bytes >= 64 << 20
+            True
+        """
+        # Kept between calls, because processor time is measured from one to the next; another process starts from zero.
+        if self._meter is None or self._meter.pid != self.lifecycle.instance.pid:
+            self._meter = self._new_meter()
+        sample = self._meter.sample()
+        if sample is None:
+            raise MachineDied(f"process {self._meter.pid} has ended, and with it what could be measured", machine=self.name)
+        return sample
+
+    def record(self, every: float = 0.5, *, guest_every: float | None = None) -> Recording:
+        """Sample the machine in the background for a `with` block.
+
+        Args:
+            every: Seconds between two samples of the host's figures.
+            guest_every: Seconds between two questions to the guest, each of which has it run `cat`. By default the interval grows with the
+                time that the guest takes to answer, so that answering takes 0.5 % of its time, but it is at most 10 s.
+
+        Raises:
+            ValueError: A number of seconds is not above 0.
+            MachineError: The machine is off.
+
+        Example:
+            >>> with vm.record(every=0.1) as recording:
+            ...     _ = vm.exec("dd if=/dev/zero of=/dev/null bs=1M count=64")
+            >>> recording.summary["rss_bytes"].max > 0
+            True
+        """
+        # A meter of its own: samples in between would otherwise shorten the intervals of `metrics`.
+        return Recording(self._new_meter(), every=every, guest_every=guest_every)
+
+    def _new_meter(self) -> Meter:
+        def ask(question: Command) -> bytes:
+            return self.lifecycle.channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout
+
+        return Meter(self.lifecycle.instance.pid, ask)
+
+    # -- power and time --------------------------------------------------------------------------------------------------------------
+
+    def reboot(self, *, timeout: float | None = None) -> None:
+        """Reboot the guest in order, and return when it is ready again.
+
+        Its boot id proves that it is another boot.
+
+        Args:
+            timeout: Seconds for the whole reboot; by default the spec's time for a boot.
+
+        Raises:
+            MachineTimeout: The guest was not ready in time.
+            MachineDied: The guest panicked, or powered off instead.
+            MachineError: The machine is off.
+
+        Example:
+            >>> boot = vm.path("/proc/sys/kernel/random/boot_id").read_text()
+            >>> vm.reboot()
+            >>> vm.path("/proc/sys/kernel/random/boot_id").read_text() == boot
+            False
+        """
+        __tracebackhide__ = True
+        self.lifecycle.reboot(self._deadline(timeout))
+
+    def poweroff(self, *, timeout: float = 90) -> None:
+        """Shut the guest down in order, and return when the machine is off.
+
+        Afterwards everything but `start`, `restore` and `state` raises an error that says so.
+
+        Args:
+            timeout: Seconds until the machine has to be off.
+
+        Raises:
+            MachineTimeout: The machine was not off in time. It may still be shutting down; `power_cut` ends it.
+            MachineError: The machine is off already.
+
+        Example:
+            >>> vm.poweroff()
+            >>> vm.state
+            <State.OFF: 'off'>
+        """
+        __tracebackhide__ = True
+        self.lifecycle.off(Deadline(timeout * self._factor))
+
+    def start(self, *, timeout: float | None = None) -> None:
+        """Boot a machine that is off or died, from its own disk as it was left.
+
+        Returns when the guest is ready.
+
+        Args:
+            timeout: Seconds for the boot; by default the spec's.
+
+        Raises:
+            MachineTimeout: The guest was not ready in time, and the machine is off again.
+            MachineError: The machine is on.
+
+        Example:
+            >>> vm.power_cut()
+            >>> vm.start()
+            >>> vm.exec(["true"]).ok
+            True
+        """
+        __tracebackhide__ = True
+        self.lifecycle.start(self._deadline(timeout))
+
+    def power_cut(self) -> None:
+        """Cut the power: the machine is off at once.
+
+        Data that the guest had not written out (`sync`) is lost, as on real hardware.
+
+        Raises:
+            MachineError: The machine is off already.
+
+        Example:
+            >>> vm.power_cut()
+            >>> vm.state
+            <State.OFF: 'off'>
+        """
+        __tracebackhide__ = True
+        self.lifecycle.cut()
+
+    def pause(self) -> None:
+        """Pause the processors.
+
+        Until `resume` no command can be run, and the guest's clock stands still.
+
+        Raises:
+            MachineError: The machine is off.
+
+        Example:
+            >>> vm.pause()
+            >>> vm.state
+            <State.PAUSED: 'paused'>
+        """
+        self.lifecycle.pause()
+
+    def resume(self) -> None:
+        """Resume the processors.
+
+        The guest's clock is behind by the length of the pause.
+
+        Raises:
+            MachineError: The machine is off.
+
+        Example:
+            >>> vm.pause()
+            >>> vm.resume()
+            >>> vm.exec(["true"]).ok
+            True
+        """
+        self.lifecycle.resume()
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Save a snapshot of the running machine, RAM and disk.
+
+        The machine is paused for about a second.
+
+        Args:
+            name: The snapshot's name, for people.
+
+        Returns:
+            The snapshot, for `restore`, or for `vm_factory` as a source. Its files, in `path`, are deleted with the machine.
+
+        Raises:
+            CatalogError: There was not enough space on the disk. The machine goes on, and nothing is left of the snapshot.
+            MachineError: The machine is off or paused, or its guest has no Python 3, which sets clock and entropy right after a restore.
+
+        Example:
+            >>> before = vm.snapshot("before")
+            >>> vm.path("/srv").rmtree()
+            >>> vm.restore(before)
+            >>> vm.path("/srv").is_dir()
+            True
+        """
+        __tracebackhide__ = True
+        return self.lifecycle.snapshot(name)
+
+    def restore(self, snapshot: Snapshot | None = None) -> None:
+        """Restore the machine to a snapshot: memory, disk and processes.
+
+        It can be restored any number of times. The guest's clock is set right.
+
+        The machine may be off, paused or have died. Forwarded ports stay the same.
+
+        Args:
+            snapshot: The value that `snapshot` returned; by default, the state in which the test got the machine.
+
+        Raises:
+            CatalogError: The snapshot was deleted with the machine that it was made of.
+            SpecError: The snapshot is of a machine with other processors or memory.
+            MachineError: The restore failed, and the machine is off.
+
+        Example:
+            >>> vm.path("/srv").rmtree()
+            >>> vm.restore()
+            >>> vm.path("/srv").is_dir()
+            True
+        """
+        __tracebackhide__ = True
+        self.lifecycle.restore(snapshot)
+
+    def _deadline(self, timeout: float | None) -> Deadline | None:
+        return None if timeout is None else Deadline(timeout * self._factor)
+
+    # -- the host's side -------------------------------------------------------------------------------------------------------------
+
+    def forward(self, port: int) -> tuple[str, int]:
+        """Forward a TCP port of the guest, and return the host's address and port for it.
+
+        Only this host can connect to it.
+
+        The guest is not asked: if nothing listens there, a connection is closed at once.
+
+        Raises:
+            ValueError: It is not a port number.
+            MachineError: The backend does not forward ports, or the machine is gone.
+
+        Example:
+            >>> with socket.create_connection(vm.forward(22), timeout=60) as connection:
+            ...     connection.recv(4)
+            b'SSH-'
+        """
+        # `bool` is a subclass of `int`, so `isinstance` would let True pass for port 1.
+        if type(port) is not int or not 0 < port <= _MAX_PORT:
+            raise ValueError(f"port={port!r}: takes the number of a TCP port in the guest, from 1 to {_MAX_PORT}")
+        return self.lifecycle.instance.forward(port)
+
+    def link(self, up: bool) -> None:  # noqa: FBT001 - the only thing there is to say
+        """Plug the machine's network cable in, or pull it out.
+
+        The guest sees that its card has no carrier.
+
+        If the machine is on a private LAN, it is the cable to that LAN, and everything else goes on as before. Otherwise it is its only
+        cable.
+        Without that nothing from outside gets an answer: forwarded ports, `ssh_config`, `shell`, and large copies, which go over SSH.
+        Commands still run where the guest has the QEMU guest agent, as `debian-12` does.
+
+        Raises:
+            MachineError: The backend has no cable to pull, or the machine is gone.
+
+        Example:
+            >>> vm.link(False)
+            >>> vm.wait_until("! grep -qx 1 /sys/class/net/e*/carrier").ok
+            True
+            >>> vm.link(True)
+        """
+        self.lifecycle.instance.link(up=bool(up))
+
+    # -- the private LAN -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str | None:
+        """The machine's IPv4 address on its private LAN, or None.
+
+        Example:
+            >>> vms["one"].exec(["getent", "hosts", "two"]).stdout.split()[0] == vms["two"].address
+            True
+        """
+        place = self.lifecycle.place
+        return None if place is None else place.address
+
+    def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
+        """Set delay and loss of the machine's cable to its private LAN.
+
+        They hold from now on, in both directions; `impair()` removes them.
+
+        Args:
+            delay: Seconds by which each frame is delayed, up to 60; a round trip takes twice that longer.
+            loss: Probability that a frame is lost, from 0 to 1.
+
+        Raises:
+            MachineError: The machine is on no LAN.
+            ValueError: The delay or the loss is out of range.
+
+        Example:
+            >>> vms["two"].impair(delay=0.1)
+            >>> vms["one"].exec(["bash", "-c", "exec 3<>/dev/tcp/two/22"]).duration > 0.2
+            True
+        """
+        self.lifecycle.check_owner()
+        place = self.lifecycle.place
+        if place is None:
+            raise MachineError('it is on no private LAN: put network="lan" into its mark', machine=self.name)
+        place.impair(delay=delay, loss=loss)
+
+    # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
+
+    def screenshot(self, path: str | Path) -> Path:
+        r"""Save a screenshot to a file on the host, as PNG, and return its path.
+
+        Raises:
+            MachineError: The machine has no display (`display=True` in its mark), its QEMU writes no PNG, or the machine is gone.
+            OSError: The file cannot be written.
+            ValueError: The path is empty.
+
+        Example:
+            >>> vm.screenshot(tmp_path / "login.png").read_bytes()[:4]
+            b'\x89PNG'
+        """
+        image, dest = self._display().screenshot(), _host_path(path)
+        with atomic_file(dest, mode=0o644) as file:
+            file.write(image)
+        return dest
+
+    def send_keys(self, *keys: str) -> None:
+        r"""Press keys, one argument after the other.
+
+        An argument is the name of a key (`"ret"`, `"f2"`, `"up"`), or names joined by `-` of which the first is a modifier, held
+        down together (`"ctrl-alt-f2"`). Anything else is text, typed on a US keyboard, where a newline is the return key. Names
+        are QEMU's. To type a word that is a key's name, give its characters one by one: `*"home"`.
+
+        Raises:
+            ValueError: A combination has an unknown key in it, or a character is not on a US keyboard; then nothing is typed.
+            MachineError: The machine has no display (`display=True` in its mark), is paused, or is gone.
+
+        Example:
+            >>> vm.send_keys("ctrl-alt-f2", "root\n")
+        """
+        # All keys are checked before the first is pressed.
+        pressed = keyboard.chords(keys)
+        self._display().press(pressed)
+
+    def _display(self) -> Instance:
+        if not self.spec.display:
+            raise MachineError(f"the machine {self.name!r} has no display: write display=True in its mark", machine=self.name)
+        return self.lifecycle.instance
+
+    # -- other clients ---------------------------------------------------------------------------------------------------------------
+
+    def ssh_config(self) -> Path:
+        r"""Write an OpenSSH configuration for the machine, and return its path.
+
+        The machine's name is its host name there.
+
+        With it `ssh`, `scp`, `sftp`, `rsync`, Ansible and everything else that builds on OpenSSH log in as root, with the machine's own key
+        and only if it shows its own host key. All files are private, and deleted with the machine. The configuration is valid as long as
+        the machine lives, unless another program takes its port while it is off: then call this again.
+
+        Raises:
+            MachineError: The backend offers no SSH, OpenSSH cannot be given the path of the machine's folder, or the machine is gone.
+
+        Example:
+            >>> command = ["ssh", "-F", vm.ssh_config(), vm.name, "uname"]
+            >>> subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            'Linux\n'
+        """
+        return openssh.write_config(self.lifecycle.instance.ssh_access(), self.name)
+
+    def shell(self, *, user: str | None = None, stdin: TextIO | None = None, stdout: TextIO | None = None) -> int | None:
+        """Open an interactive shell of the guest on the terminal.
+
+        In a test it needs `pytest -s`.
+
+        Every key goes to the guest, Ctrl-C and Ctrl-D too, and so does the size of the window; Ctrl-] leaves. Afterwards the terminal is as
+        it was. There is no time-out.
+
+        Args:
+            user: The user whose login shell is started; the spec's user by default.
+            stdin: The terminal to read from; `sys.stdin` by default.
+            stdout: The terminal to write to; `sys.stdout` by default.
+
+        Returns:
+            The status of the shell, -N for signal N; None if the user left it.
+
+        Raises:
+            MachineError: There is no terminal here, the backend offers none, or the guest cannot be reached.
+        """
+        deadline = Deadline(_LOGIN_TIME * self._factor)
+        channel = self.lifecycle.bulk_channel(deadline)
+        return attach(channel, user=user or self.spec.user, stdin=stdin, stdout=stdout, seconds=deadline.seconds)
+
+    @cached_property
+    def host(self) -> Host:
+        """The machine as a host of pytest-testinfra, which needs the extra `testinfra`.
+
+        Its commands run as those of `exec` do.
+
+        Raises:
+            BackendUnavailable: pytest-testinfra is not installed.
+
+        Example:
+            >>> vm.host.service("ssh").is_running
+            True
+        """
+        try:
+            from pytest_vmbottle.machine.testinfra import connect  # noqa: PLC0415 - an extra, and it loads much
+        except ImportError as error:
+            reason = f"vm.host takes pytest-testinfra, which cannot be imported: {error}"
+            raise BackendUnavailable(reason, "Install it: pip install 'pytest-vmbottle[testinfra]'") from error
+        return connect(self.name, self.exec)
+
+
+def _host_path(path: str | Path) -> Path:
+    if path == "":
+        raise ValueError("an empty path names no file of this computer: write one, such as 'result.txt'")
+    return Path(path)
+
+
+class MachineFactory(Protocol):
+    """The type of the fixture `vm_factory`, which starts more machines for a test."""
+
+    def __call__(self, source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
+        """Start a machine that ends with the test.
+
+        Args:
+            source: The name of an image, the path of a disk image, a `Layer`, a spec, or a snapshot.
+            keywords: Those of the `vm` mark.
+
+        Raises:
+            SpecError: A keyword is unknown or its value is invalid.
+            MachineError: The machine could not be started.
+        """

@@ -1,0 +1,62 @@
+"""Snapshots of running machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from pytest_vmbottle.backends.port import Start
+from pytest_vmbottle.catalog.packs import Pack
+from pytest_vmbottle.errors import CatalogError, SpecError
+from pytest_vmbottle.spec import BOOT, MachineSpec
+
+__all__ = ["Snapshot"]
+
+
+@attrs.frozen(kw_only=True)
+class Snapshot(Pack):
+    """A pack made of a machine in the middle of a test.
+
+    It lives in that machine's folder, and is deleted with the machine and with all that run from it.
+
+    Attributes:
+        spec: The spec of the machine.
+        start: The boot source for machines that start from this.
+    """
+
+    spec: MachineSpec = attrs.field(repr=False)
+    start: Start = attrs.field(repr=False)
+
+    def of(self, **keywords: Any) -> MachineSpec:
+        """Return the spec of a machine that starts from this snapshot.
+
+        It is the original's, with other values for keywords that do not concern a booted guest.
+
+        Raises:
+            CatalogError: The snapshot is gone.
+            SpecError: A value is invalid, or the keyword is fixed at the boot.
+        """
+        self.check()
+        spec = attrs.evolve(self.spec, **{"env": dict(self.spec.env), "files": dict(self.spec.files), **keywords})
+        self.check_fits(spec)
+        return spec
+
+    def check_fits(self, spec: MachineSpec) -> None:
+        """Check that a machine can be restored from this snapshot.
+
+        Raises:
+            SpecError: The machine differs in what is fixed at the boot.
+        """
+        if spec.boot_digest() != self.spec.boot_digest():
+            differs = ", ".join(sorted(key for key in BOOT if getattr(spec, key) != getattr(self.spec, key)))
+            raise SpecError(f"the snapshot {self.manifest.name!r} is of a machine with another {differs} than {spec.name}")
+
+    def check(self) -> None:
+        """Check that the snapshot and everything below it still exist.
+
+        Raises:
+            CatalogError: A file is gone.
+        """
+        if not all(path.exists() for path in (self.path, self.start.seed, *(disk.path for disk in self.start.disks))):
+            raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it lives as long as the machine that it was made of")

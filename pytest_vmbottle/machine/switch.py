@@ -1,0 +1,213 @@
+"""An Ethernet switch in this process.
+
+Frames are the datagrams of unix socket pairs, which no other process on this host can see or send to.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from random import SystemRandom
+
+import attrs
+
+__all__ = ["Impairment", "Port", "Switch"]
+
+_MAX_FRAME = 72 << 10
+"""Larger than the largest frame that QEMU sends (NET_BUFSIZE in include/net/net.h)."""
+_MAX_WAITING = 8 << 20
+"""Bytes that may wait for one port, delayed or not yet read by its machine. Frames beyond that are dropped, as on any switch."""
+_BURST = 64
+"""Frames taken from a port before it is the next one's turn."""
+_MAX_ADDRESSES = 1024
+_HEADER, _ADDRESS, _GROUP_BIT = 14, 6, 1  # bytes of an Ethernet header, and of an address in it
+_random = SystemRandom()
+
+
+@attrs.frozen(kw_only=True)
+class Impairment:
+    """Delay and loss of a port's cable, in each direction.
+
+    Attributes:
+        delay: Seconds by which a frame is delayed.
+        loss: Probability that a frame is lost, 0 to 1.
+    """
+
+    delay: float = 0.0
+    loss: float = 0.0
+
+
+@attrs.define(eq=False)
+class Port:
+    """A machine's port at the switch.
+
+    Attributes:
+        wire: The switch's end of the cable.
+        impairment: Delay and loss of the cable; may be set at any time, from any thread.
+    """
+
+    wire: socket.socket
+    impairment: Impairment = attrs.field(factory=Impairment)
+    _waiting: list[tuple[float, int, bytes]] = attrs.field(factory=list)
+    _bytes: int = 0
+    _order: itertools.count[int] = attrs.field(factory=itertools.count)
+    blocked: bool = False
+
+    def accept(self, frame: bytes, delay: float) -> None:
+        """Queue a frame for this port, to be sent after `delay` seconds."""
+        # Full or lossy: the frame is dropped, as a real switch does. A guest that does not read must not fill the host's memory.
+        if self._bytes + len(frame) <= _MAX_WAITING and not self.lossy():
+            due = time.monotonic() + delay + self.impairment.delay
+            # Frames that are due at the same time keep their order: TCP takes reordered frames for lost ones.
+            heapq.heappush(self._waiting, (due, next(self._order), frame))
+            self._bytes += len(frame)
+
+    def lossy(self) -> bool:
+        """Tell whether this cable loses the present frame (a random draw)."""
+        loss = self.impairment.loss
+        return loss > 0 and _random.random() < loss
+
+    def due(self) -> float | None:
+        """Return the time at which the next frame is due.
+
+        None if no frame waits, or while the machine does not read.
+        """
+        return self._waiting[0][0] if self._waiting and not self.blocked else None
+
+    def flush(self) -> None:
+        """Send the frames that are due."""
+        self.blocked = False
+        while self._waiting and self._waiting[0][0] <= time.monotonic():
+            try:
+                self.wire.send(self._waiting[0][2])
+            except (BlockingIOError, InterruptedError):
+                self.blocked = True
+                return
+            except OSError:
+                pass  # the machine is gone, or the frame longer than the host allows: it is lost
+            self._bytes -= len(heapq.heappop(self._waiting)[2])
+
+
+class Switch:
+    """A learning Ethernet switch with its own thread.
+
+    It sends a frame to the port where the target address was last seen, or else to all other ports.
+
+    The thread sleeps while there is nothing to forward.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Start the switch's thread; `close` ends it."""
+        self._selector = selectors.DefaultSelector()
+        self._ports: list[Port] = []
+        self._addresses: dict[bytes, Port] = {}
+        self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waker, self._woken = socket.socketpair()
+        self._woken.settimeout(0)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._running = True
+        self._thread = threading.Thread(target=self._run, name=f"vmbottle-lan-{name}", daemon=True)
+        self._thread.start()
+
+    def connect(self) -> tuple[Port, socket.socket]:
+        """Add a port; return it and the caller's end of its cable."""
+        # Datagrams, because each is a frame and keeps its boundaries.
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours.settimeout(0)
+        port = Port(ours)
+        self._ask(lambda: self._add(port))
+        return port, theirs
+
+    def disconnect(self, port: Port) -> None:
+        """Remove a port, with the frames that wait for it."""
+        self._ask(lambda: self._remove(port))
+
+    def close(self) -> None:
+        """Remove all ports and end the thread; may be called again."""
+        if self._thread.is_alive():
+            self._ask(self._end)
+            self._thread.join()
+            self._waker.close()
+
+    def _ask(self, request: Callable[[], None]) -> None:
+        """Run a request in the thread, which alone may touch the ports."""
+        self._requests.put(request)
+        with suppress(OSError):  # it has ended, with all ports
+            # The thread sleeps in `select`, which a queue does not wake.
+            self._waker.send(b"\0")
+
+    def _add(self, port: Port) -> None:
+        self._ports.append(port)
+        self._selector.register(port.wire, selectors.EVENT_READ, port)
+
+    def _remove(self, port: Port) -> None:
+        if port in self._ports:
+            self._ports.remove(port)
+            self._selector.unregister(port.wire)
+            port.wire.close()
+            # Frames to these addresses go to all ports again, until they are seen behind another one.
+            self._addresses = {address: behind for address, behind in self._addresses.items() if behind is not port}
+
+    def _end(self) -> None:
+        for port in tuple(self._ports):
+            self._remove(port)
+        self._running = False
+
+    def _run(self) -> None:
+        while self._running:
+            for key, events in self._selector.select(self._patience()):
+                if key.data is None:
+                    self._serve()
+                # A request that was served in this round may have removed the port.
+                elif events & selectors.EVENT_READ and key.data in self._ports:
+                    self._take(key.data)
+            for port in self._ports:
+                self._give(port)
+        self._selector.close()
+        self._woken.close()
+
+    def _patience(self) -> float | None:
+        dues = [due for port in self._ports if (due := port.due()) is not None]
+        return max(0.0, min(dues) - time.monotonic()) if dues else None
+
+    def _serve(self) -> None:
+        with suppress(BlockingIOError):
+            self._woken.recv(4096)
+        while not self._requests.empty():
+            self._requests.get()()
+
+    def _take(self, port: Port) -> None:
+        # In bursts, so that one busy port does not keep the others waiting.
+        for _ in range(_BURST):
+            try:
+                frame = port.wire.recv(_MAX_FRAME)
+            except OSError:  # no more for now; a machine that is gone sends nothing either, until it is disconnected
+                return
+            if len(frame) >= _HEADER and not port.lossy():
+                self._forward(port, frame)
+
+    def _forward(self, port: Port, frame: bytes) -> None:
+        target, source = frame[:_ADDRESS], frame[_ADDRESS : 2 * _ADDRESS]
+        # A hostile guest may send from ever new addresses, and the table must not grow without end.
+        if source in self._addresses or len(self._addresses) < _MAX_ADDRESSES:
+            self._addresses[source] = port
+        known = None if target[0] & _GROUP_BIT else self._addresses.get(target)
+        for other in self._ports if known is None else (known,):
+            if other is not port:
+                other.accept(frame, port.impairment.delay)
+
+    def _give(self, port: Port) -> None:
+        """Send the frames that are due, and watch for writability only while the machine does not read."""
+        before = port.blocked
+        port.flush()
+        if port.blocked != before:
+            # Watched only while it blocks: a socket that can be written to would wake the selector all the time.
+            writing = selectors.EVENT_WRITE if port.blocked else 0
+            self._selector.modify(port.wire, selectors.EVENT_READ | writing, port)

@@ -1,0 +1,130 @@
+"""Interactive guest shell on this terminal."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
+
+from pytest_vmbottle.errors import MachineDied, MachineError
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.signals import Interruption
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.channels.port import Channel, Terminal
+
+__all__ = ["LEAVE", "attach"]
+
+LEAVE = b"\x1d"
+"""Ctrl-], as in telnet: leave the guest's terminal even if the guest does not answer."""
+_WELCOME = b"A shell in the guest: Ctrl-D ends it, Ctrl-] leaves it.\r\n"
+_PACE = 0.1
+"""Seconds between two checks of the window's size; SIGWINCH would be quicker, but only the main thread can handle signals."""
+# What programs in the guest may have switched on here: colours, no cursor, the mouse, marked pastes.
+_SOBER = b"\x1b[0m\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l"
+
+
+def attach(
+    channel: Channel, *, user: str = "root", stdin: TextIO | None = None, stdout: TextIO | None = None, seconds: float = 30
+) -> int | None:
+    """Connect this terminal to a shell in the guest.
+
+    Return when the shell ends or the user leaves it. The terminal's settings are restored in any case.
+
+    Every key goes to the guest, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves the shell.
+
+    Args:
+        channel: The channel to the guest.
+        user: The user whose login shell is started.
+        stdin: The terminal to read from; `sys.stdin` by default.
+        stdout: The terminal to write to; `sys.stdout` by default.
+        seconds: Seconds within which the guest must start the shell.
+
+    Returns:
+        The shell's status, -N for signal N; None if the user left it.
+
+    Raises:
+        MachineError: There is no terminal here.
+        MachineDied: The connection was lost.
+    """
+    source, sink = _descriptor(stdin or sys.stdin), _descriptor(stdout or sys.stdout)
+    kind, size = os.environ.get("TERM", "") or "dumb", _size(sink)
+    with closing(channel.terminal(user=user, kind=kind, size=size, deadline=Deadline(seconds))) as session:
+        with _raw(source, sink):
+            _write(sink, _WELCOME)
+            if not _join(session, source, sink, size):
+                return None
+        status = session.status
+    if status is None:
+        raise MachineDied("the connection to the guest's terminal was lost")
+    return status
+
+
+def _descriptor(stream: TextIO) -> int:
+    with suppress(OSError, ValueError, AttributeError):
+        if os.isatty(stream.fileno()):
+            return stream.fileno()
+    raise MachineError("a shell takes a terminal, and there is none here: run it in one, and a test with `pytest -s` and without `-n`")
+
+
+def _size(sink: int) -> tuple[int, int]:
+    columns, lines = os.get_terminal_size(sink)
+    return columns or 80, lines or 24  # a terminal that was not told its size has none
+
+
+def _write(sink: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(sink, data) :]
+
+
+@contextmanager
+def _raw(source: int, sink: int) -> Iterator[None]:
+    """Put the terminal into raw mode for a block."""
+    before = termios.tcgetattr(source)
+    with Interruption():
+        try:
+            tty.setraw(source)
+            yield
+        finally:
+            with suppress(termios.error, OSError):  # the window may be closed
+                _write(sink, _SOBER)
+                # Drained and not flushed: keys that were typed for the shell here are not lost.
+                termios.tcsetattr(source, termios.TCSADRAIN, before)
+
+
+def _join(session: Terminal, source: int, sink: int, size: tuple[int, int]) -> bool:
+    """Copy data both ways until the guest's shell ends.
+
+    Return false if the user left it before.
+    """
+    with selectors.DefaultSelector() as ready:
+        ready.register(source, selectors.EVENT_READ)
+        ready.register(session, selectors.EVENT_READ)
+        while True:
+            for key, _ in ready.select(_PACE):
+                if key.fileobj is session:
+                    if not (data := session.receive()):
+                        return True
+                    _write(sink, data)
+                elif not _type(session, source):
+                    return False
+            if size != _size(sink):
+                size = _size(sink)
+                session.resize(*size)
+
+
+def _type(session: Terminal, source: int) -> bool:
+    """Send what was typed; return false if the user leaves or the window was closed."""
+    try:
+        typed = os.read(source, 4096)
+    except OSError:
+        return False
+    if not typed or LEAVE in typed:
+        return False
+    session.send(typed)
+    return True

@@ -1,0 +1,266 @@
+"""Waits for conditions in a guest.
+
+Each has one deadline, ends at once when the condition can no longer come true, and reports the last state in its error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+import attrs
+
+from pytest_vmbottle.backends.console import Console
+from pytest_vmbottle.backends.port import Instance
+from pytest_vmbottle.errors import MachineError, MachineTimeout
+from pytest_vmbottle.guest.path import GuestPath
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.machine import guestlog
+from pytest_vmbottle.result import CommandTimeout, Result, printable
+
+__all__ = ["Wait"]
+
+_T = TypeVar("_T")
+_LEAST = 5.0
+"""Seconds that a question to the guest may take, even if less is left."""
+_EXPLAINED = 20.0
+"""Seconds for collecting what may explain a failed wait: without KVM a guest takes several to list its units."""
+_EVERY = 0.25
+_NO_PROGRAM = 127
+_LISTEN, _CONNECTED = "0A", ("01", "08")  # TCP_LISTEN, TCP_ESTABLISHED and TCP_CLOSE_WAIT in /proc/net/tcp
+_TABLES = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true"
+_PROPERTIES = "LoadState,ActiveState,SubState,Job,Result"
+
+
+class _Unanswered(Exception):
+    """The guest did not answer a question in time."""
+
+    def __init__(self, message: str, result: Result | None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@attrs.frozen(kw_only=True)
+class Wait:
+    """One wait on a machine.
+
+    Attributes:
+        machine: The machine's name.
+        console: Its console.
+        alive: Function that raises if the machine is gone.
+        run: Function that runs a command by a deadline and does not check its status.
+        deadline: The deadline of the wait.
+        age: Function that returns the seconds since the machine was cloned or booted.
+    """
+
+    machine: str
+    console: Console
+    alive: Callable[[], None]
+    run: Callable[[str | Sequence[str], Deadline], Result]
+    deadline: Deadline
+    age: Callable[[], float] = lambda: math.inf
+
+    def until(
+        self,
+        check: Callable[[], _T | None],
+        what: str,
+        *,
+        every: float = _EVERY,
+        last: Callable[[], str] = str,
+        more: Callable[[], str] = str,
+    ) -> _T:
+        """Call a function until it returns something true, and return that.
+
+        Args:
+            check: The function to call.
+            what: The condition in words, for the message.
+            every: Seconds between two calls, at most.
+            last: Function that returns the last answer, for the message.
+            more: Function that returns what else may explain the failure; called once, at the end.
+
+        Raises:
+            MachineTimeout: It returned nothing true by the deadline.
+            MachineDied: The machine is gone.
+        """
+        __tracebackhide__ = True
+        late: list[_Unanswered] = []
+
+        def look() -> _T | None:
+            answer: _T | None = None
+            try:
+                answer = check()
+                late.clear()
+            except _Unanswered as error:
+                late[:] = [error]
+            # Only if it is not true yet: what has come true counts, even if the machine is gone since.
+            if not answer:
+                self.alive()
+            return answer
+
+        answer = self.deadline.poll(look, every=every, first=0.02)
+        if answer:
+            return answer
+        seen = last().strip()
+        message = f"waited {self.deadline.seconds:g} s for {what}" + "".join(f"; {error}" for error in late)
+        message += (f"; the last answer was\n{seen}" if seen else "") + more()
+        raise MachineTimeout(message, machine=self.machine, console_tail=self.console.tail(20))
+
+    def _ask(self, command: str | Sequence[str], *, least: float = _LEAST) -> Result:
+        """Ask the guest; raise `_Unanswered` if it is too slow.
+
+        A slow answer is no answer yet, and does not end the wait.
+        """
+        limit = Deadline(max(least, self.deadline.remaining))
+        try:
+            return self.run(command, limit)
+        except (CommandTimeout, MachineTimeout) as error:
+            said = error.result if isinstance(error, CommandTimeout) else None
+            raise _Unanswered(f"the guest did not answer within {limit.seconds:.3g} s", said) from error
+
+    def _troubles(self) -> str:
+        """Describe the units that failed or were restarted since the machine was cloned.
+
+        They may explain a failed wait; empty if they cannot be listed.
+        """
+        with suppress(_Unanswered, MachineError):
+            units = guestlog.troubled(self._ask(guestlog.UNITS, least=_EXPLAINED).stdout, self.age())
+            if units:
+                journals = self._ask(["sh", "-c", guestlog.JOURNALS, "sh", *(unit.name for unit in units)], least=_EXPLAINED).stdout
+                listed = "\n".join(map(str, units))
+                return f"\n--- units that failed or were restarted meanwhile ---\n{listed}\n{guestlog.shortened(journals)}"
+        return ""
+
+    def command(self, command: str | Sequence[str], *, every: float) -> Result:
+        """Wait until a command succeeds, and return its result."""
+        answers: list[Result] = []
+
+        def succeeds() -> Result | None:
+            if not (answers and self.deadline.expired):  # the last attempt may have taken all the time there was
+                try:
+                    answers[:] = [self._ask(command, least=1.0)]
+                except _Unanswered as error:
+                    if error.result is None:
+                        raise
+                    answers[:] = [error.result]
+            return answers[0] if answers[0].ok else None
+
+        return self.until(succeeds, f"{command!r} to succeed", every=every, last=lambda: answers[-1].describe() if answers else "")
+
+    def condition(self, check: Callable[[], _T | None], *, every: float) -> _T:
+        """Wait until a function returns something true, and return that."""
+        name = getattr(check, "__name__", "<lambda>").replace("<lambda>", "the condition")
+        answers: list[object] = []
+
+        def asked() -> _T | None:
+            answer = check()
+            answers[:] = [answer]
+            return answer
+
+        return self.until(asked, f"{name} to come true", every=every, last=lambda: printable(repr(answers[-1]))[:1000] if answers else "")
+
+    def unit(self, unit: str) -> None:
+        """Wait until a systemd unit is active."""
+        state: dict[str, str] = {}
+
+        def active() -> bool:
+            shown = self._ask(["systemctl", "show", "-p", _PROPERTIES, "--", unit])
+            if shown.returncode == _NO_PROGRAM:
+                raise MachineError(f"there is no systemd in the guest, whose unit {unit} could become active", machine=self.machine)
+            state.clear()
+            state.update({key: printable(value) for key, _, value in (line.partition("=") for line in shown.stdout.splitlines())})
+            # A unit that is inactive without a job will not start by itself, so waiting on is of no use.
+            hopeless = state.get("ActiveState") == "failed" or (state.get("ActiveState") == "inactive" and not state.get("Job"))
+            if hopeless or state.get("LoadState") == "not-found":
+                raise self._hopeless(unit, state)
+            return state.get("ActiveState") == "active"
+
+        self.until(active, f"the unit {unit} to be active", last=lambda: _listed(state))
+
+    def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
+        journal = ""
+        with suppress(_Unanswered):
+            journal = self._ask(["journalctl", "--no-pager", "-n", "20", "-u", unit]).stdout
+        return MachineError(
+            f"the unit {unit} will not become active: {_listed(state)}\n --- its journal ---\n{journal}", machine=self.machine
+        )
+
+    def port(self, port: int) -> None:
+        """Wait until something in the guest listens on a TCP port."""
+        listening: set[int] = set()
+
+        def open_() -> bool:
+            listening.clear()
+            listening.update(row.port for row in self._sockets() if row.state == _LISTEN)
+            return port in listening
+
+        self.until(open_, f"something to listen on port {port}", last=lambda: _ports(listening), more=self._troubles)
+
+    def forwarded_port(self, port: int, address: tuple[str, int]) -> None:
+        """Wait until the guest accepts a connection from the host to a TCP port."""
+        what = f"a connection by {address[0]}:{address[1]} to the guest's port {port}"
+        listening: set[int] = set()
+
+        def reached() -> bool:
+            # QEMU takes every connection, and drops it again if the guest refuses: only the guest knows which it has.
+            with suppress(OSError), socket.create_connection(address, timeout=_LEAST):
+                rows = self._sockets()
+                listening.clear()
+                listening.update(row.port for row in rows if row.state == _LISTEN)
+                return any(row.port == port and row.state in _CONNECTED and not row.is_local for row in rows)
+            return False
+
+        self.until(reached, what, last=lambda: _ports(listening), more=self._troubles)
+
+    def _sockets(self) -> list[_Row]:
+        # Both tables, because a socket of IPv6 usually takes IPv4 as well.
+        lines = (line.split() for line in self._ask(_TABLES).stdout.splitlines())
+        return [_Row(row[1], row[2], row[3]) for row in lines if len(row) > 3 and row[0] != "sl"]  # noqa: PLR2004 - columns
+
+    def file(self, path: GuestPath) -> GuestPath:
+        """Wait until a file or folder exists."""
+        self.until(lambda: self._ask(["test", "-e", str(path)]).ok, f"{path} to exist")
+        return path
+
+    def output(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
+        """Wait until the console's output matches a pattern."""
+        wanted = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
+        what = f"{wanted.pattern if wanted is pattern else pattern!r} on the console"
+        return self.until(lambda: self.console.expect(wanted), what, every=0.1, more=self._troubles)
+
+    def shutdown(self, instance: Instance) -> None:
+        """Wait until the guest has powered off."""
+
+        def off() -> bool:
+            return instance.exitcode == 0
+
+        self.until(off, "the guest to power off", every=0.1)
+
+
+@attrs.frozen
+class _Row:
+    """A socket in /proc/net/tcp."""
+
+    local: str
+    remote: str
+    state: str
+
+    @property
+    def port(self) -> int:
+        return int(self.local.rpartition(":")[2], 16)
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether both ends are in the guest."""
+        return self.local.rpartition(":")[0] == self.remote.rpartition(":")[0]
+
+
+def _ports(listening: set[int]) -> str:
+    return "ports that are listened on: " + (", ".join(map(str, sorted(listening))) or "none")
+
+
+def _listed(state: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in state.items())

@@ -1,0 +1,664 @@
+"""Machine specs: checked keywords, layers, and their digests for the keys of packs."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import ipaddress
+import json
+import os
+import re
+import shlex
+import stat
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypedDict, Unpack
+
+import attrs
+
+from pytest_vmbottle.errors import SpecError
+from pytest_vmbottle.host.arch import ARCHITECTURES, host_arch
+from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.host.sizes import parse_size
+
+__all__ = [
+    "BOOT",
+    "POWER_IN_FIRST_BOOT",
+    "SIGNATURE",
+    "Layer",
+    "MachineKeywords",
+    "MachineSpec",
+    "Source",
+    "check_keywords",
+    "ends_first_boot",
+    "is_mode",
+    "layer",
+    "mistakes",
+    "script_ends_first_boot",
+]
+
+Prepare = Callable[..., object]
+Content = str | bytes | Path
+File = Content | tuple[Content, int]
+"""Content of a file, or a pair of content and permission bits."""
+
+
+class MachineKeywords(TypedDict, total=False):
+    """Keywords of the `vm` mark, of `layer` and of `vm_factory`; see `MachineSpec`."""
+
+    name: str
+    backend: str
+    arch: str | None
+    cpus: int
+    cpu: str | None
+    nested: bool
+    memory: int | str
+    disk: int | str | None
+    display: bool
+    network: bool | str | Sequence[str]
+    ports: Iterable[int]
+    packages: Iterable[str]
+    files: Mapping[str, File]
+    run: Iterable[str]
+    user_data: Mapping[str, Any] | str | None
+    env: Mapping[str, str]
+    user: str
+    fresh: Literal["restore", "boot"]
+    reset: Literal["none", "test"]
+    timeout: float
+    panic: Literal["fail", "expected"]
+
+
+SIGNATURE = (
+    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, display=False, "
+    "network=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', reset='none', "
+    "timeout=120, panic='fail')"
+)
+# Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
+PREPARATION = frozenset({"packages", "files", "run"})
+# Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
+BOOT = frozenset({"arch", "backend", "cpus", "cpu", "nested", "memory", "disk", "display", "user_data"})
+
+_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+_HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
+_CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CPU_FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9._-]{0,40}|[a-z0-9][a-z0-9._-]{0,40}=(on|off)")
+# What cloud-init knows the kinds of user-data by (cloudinit/handlers/__init__.py, cloudinit/user_data.py).
+_USER_DATA = re.compile(
+    r"#cloud-config|#cloud-boothook|#include|#part-handler|#!|## template: *jinja|(?=.{0,4096}^mime-version:)[a-z-]+:",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+POWER_IN_FIRST_BOOT = (
+    "would end the first boot before the guest is ready, which is waited for: leave it out, and have a layer or the test do it, by "
+    "vm.reboot() or vm.shutdown()"
+)
+_ENDS_GUEST = re.compile(
+    r"""(?:^|[;&|({`])[\s\-\["']*"""  # where a command begins, also as an entry of a list in YAML
+    r"""(?:(?:sudo|exec|nohup|then|do|else|if|!|time|systemctl|(?:/\S*/)?(?:ba|da|k|z)?sh|-\S+|\w+=\S*)[\s"']+)*"""
+    r"""(?:/\S*/)?(?:(?:reboot|poweroff|halt|shutdown|kexec)(?![\w.:=/-])|(?:tel)?init\s+[06]\b)|^power_state:""",
+    re.MULTILINE,
+)
+_MAX_CPUS = 64
+_MAX_MODE = 0o7777
+_MAX_PORT = 65535
+_MIB = 1 << 20  # QEMU rounds a machine's memory to pages; a file for it must have the very same size
+_MIN_MEMORY = 16 * _MIB
+
+
+def is_mode(value: object) -> bool:
+    """Tell whether a value can be permission bits, as chmod(2) takes them."""
+    return type(value) is int and 0 <= value <= _MAX_MODE
+
+
+def _fail(keyword: str, value: object, takes: str) -> SpecError:
+    return SpecError(f"{keyword}={value!r}: {takes}")
+
+
+def _words(keyword: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _fail(keyword, value, "takes a list of strings")
+    words = tuple(value)
+    if not all(isinstance(word, str) and word and "\0" not in word for word in words):
+        raise _fail(keyword, value, "takes a list of non-empty strings")
+    return words
+
+
+def _ports(value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _fail("ports", value, "takes a list of port numbers in the guest")
+    ports = tuple(value)
+    if not all(isinstance(port, int) and not isinstance(port, bool) and 0 < port <= _MAX_PORT for port in ports):
+        raise _fail("ports", value, f"takes port numbers from 1 to {_MAX_PORT}")
+    return tuple(dict.fromkeys(ports))
+
+
+def _cpus(value: object) -> int:
+    # `bool` is a subclass of `int`, so True would pass for one processor.
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_CPUS:
+        raise _fail("cpus", value, f"takes a whole number from 1 to {_MAX_CPUS}")
+    return value
+
+
+def _cpu(value: object) -> str | None:
+    if value is None:
+        return None
+    takes = "takes a CPU model of QEMU's, and features that it has or not: 'EPYC-v1,+svm,-avx2' or 'max,la57=off'"
+    if not isinstance(value, str):
+        raise _fail("cpu", value, f"{takes}; did you mean 'cpus'?")
+    model, *features = value.split(",")
+    if not _CPU_MODEL.fullmatch(model):
+        raise _fail("cpu", value, f"{takes}; {model!r} is no name of a model")
+    for feature in features:
+        if not _CPU_FEATURE.fullmatch(feature):
+            raise _fail("cpu", value, f"{takes}; {feature!r} is no feature")
+    return value
+
+
+def _nested(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _fail("nested", value, "takes True (the guest can run virtual machines by KVM) or False")
+    return value
+
+
+def _size(keyword: str, value: object) -> int:
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(SpecError):
+            return parse_size(value)
+    raise _fail(keyword, value, "takes bytes above 0, or a string such as '512M' or '2G'")
+
+
+def _arch(value: object) -> str:
+    if value is None:
+        return host_arch()
+    if not isinstance(value, str):
+        raise _fail("arch", value, "takes a string such as 'x86_64'")
+    arch = ARCHITECTURES.get(value, value)
+    if arch not in ARCHITECTURES.values():
+        raise _fail("arch", value, f"takes {' or '.join(repr(name) for name in ARCHITECTURES.values())}")
+    return arch
+
+
+def _network(value: object) -> bool | str | tuple[str, ...]:
+    if isinstance(value, bool) or (isinstance(value, str) and _NAME_PATTERN.fullmatch(value)):
+        return value
+    if isinstance(value, list | tuple) and value:
+        return tuple(_cidr(each) for each in value)
+    takes = (
+        "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _; "
+        "or a list of the networks that alone may be reached, such as ['10.0.0.0/8']"
+    )
+    raise _fail("network", value, takes)
+
+
+def _cidr(value: object) -> str:
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return str(ipaddress.ip_network(value))
+    raise _fail("network", value, "is no network: write its first address and the length of its prefix, such as '10.0.0.0/8'")
+
+
+def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise _fail(keyword, value, takes)
+    return value
+
+
+def _name(value: object) -> str:
+    return _matching("name", value, _NAME_PATTERN, "takes a letter, then letters, digits, - or _")
+
+
+def _backend(value: object) -> str:
+    return _matching("backend", value, _NAME_PATTERN, "takes 'auto' or the name of a backend")
+
+
+def _user(value: object) -> str:
+    return _matching("user", value, _USER_PATTERN, "takes the name of a user in the guest")
+
+
+def _memory(value: object) -> int:
+    size = _size("memory", value)
+    if size < _MIN_MEMORY:
+        raise _fail("memory", value, "is less than 16 MiB: bytes are meant, or write a string such as '512M'")
+    return -(-size // _MIB) * _MIB
+
+
+def _disk(value: object) -> int | None:
+    return None if value is None else _size("disk", value)
+
+
+def _display(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _fail("display", value, "takes True (a screen and a keyboard) or False")
+    return value
+
+
+def _packages(value: object) -> tuple[str, ...]:
+    return _words("packages", value)
+
+
+def _run(value: object) -> tuple[str, ...]:
+    return _words("run", value)
+
+
+def _fresh(value: object) -> Literal["restore", "boot"]:
+    if value == "restore":
+        return "restore"
+    if value == "boot":
+        return "boot"
+    raise _fail("fresh", value, "takes 'restore' (pour a pack) or 'boot' (boot cold)")
+
+
+def _reset(value: object) -> Literal["none", "test"]:
+    if value == "none":
+        return "none"
+    if value == "test":
+        return "test"
+    raise _fail("reset", value, "takes 'none', or 'test' (a shared machine is fresh again for each test)")
+
+
+def _panic(value: object) -> Literal["fail", "expected"]:
+    if value == "fail":
+        return "fail"
+    if value == "expected":
+        return "expected"
+    raise _fail("panic", value, "takes 'fail' (a kernel in trouble fails the test) or 'expected' (it is what the test wants)")
+
+
+def _timeout(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise _fail("timeout", value, "takes a number of seconds above 0")
+    return float(value)
+
+
+def _env(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Mapping):
+        raise _fail("env", value, "takes a mapping from names to strings")
+    for name, content in value.items():
+        if not isinstance(name, str) or not _ENV_NAME.fullmatch(name):
+            raise _fail("env", name, "is not a name for an environment variable")
+        if not isinstance(content, str) or "\0" in content:
+            raise _fail("env", {name: content}, "takes strings without NUL bytes")
+    return tuple(sorted(value.items()))
+
+
+def _files(value: object) -> tuple[tuple[str, File], ...]:
+    if not isinstance(value, Mapping):
+        raise _fail("files", value, "takes a mapping from absolute guest paths to text, bytes or a local Path")
+    for path, content in value.items():
+        if not isinstance(path, str) or not path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
+            raise _fail("files", path, "is not an absolute path in the guest")
+        plain, mode = content if isinstance(content, tuple) and len(content) == 2 else (content, 0)  # noqa: PLR2004 - a pair
+        if not isinstance(plain, str | bytes | Path):
+            raise _fail("files", {path: content}, "takes text, bytes or a local Path as content, or a pair of that and permission bits")
+        if not is_mode(mode):
+            raise _fail("files", {path: content}, "takes permission bits as 0o755")
+    return tuple(sorted(value.items(), key=lambda item: item[0]))
+
+
+def _user_data(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        ends = ends_first_boot(value)
+        if ends:
+            raise _fail("user_data", ends, POWER_IN_FIRST_BOOT)
+        return "#cloud-config\n" + json.dumps(_plain(value), indent=1, sort_keys=True)
+    if not isinstance(value, str) or not _USER_DATA.match(value):
+        raise _fail("user_data", value, "takes a mapping, or text that begins as cloud-init has it: '#cloud-config', '#!/bin/sh', ...")
+    _plain(value)
+    return value
+
+
+def _plain(value: object, *place: object) -> object:
+    """Return a value that JSON can write and YAML reads unchanged.
+
+    `place` names its place in the whole, for errors.
+    """
+    if isinstance(value, str):
+        with suppress(UnicodeEncodeError):
+            value.encode()
+            return value
+    elif isinstance(value, bool | int | None) or (isinstance(value, float) and isfinite(value)):
+        return value
+    elif isinstance(value, list | tuple):
+        return [_plain(each, *place, index) for index, each in enumerate(value)]
+    elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str(_plain(key, *place)): _plain(each, *place, key) for key, each in value.items()}
+    at = f"at {'.'.join(map(str, place))}: " if place else ""
+    raise _fail("user_data", value, f"{at}takes text, finite numbers, True, False, None, and lists, and mappings from text, of these")
+
+
+def ends_first_boot(config: Mapping[Any, Any]) -> str:
+    """Return the entry of a cloud-config that would power off or reboot the guest before it is ready.
+
+    Empty if there is none.
+    """
+    for key in ("power_state", "package_reboot_if_required"):
+        if config.get(key):
+            return key
+    for key in ("bootcmd", "runcmd"):
+        commands = config.get(key)
+        for command in commands if isinstance(commands, list | tuple) else ():
+            # cloud-init runs a string by a shell, and a list as the words of a command.
+            script = shlex.join(map(str, command)) if isinstance(command, list | tuple) else str(command)
+            if script_ends_first_boot(script):
+                return f"{key}: {script}"
+    return ""
+
+
+def script_ends_first_boot(script: str) -> bool:
+    """Tell whether a shell script has a command that powers off or reboots the guest."""
+    return bool(_ENDS_GUEST.search(script))
+
+
+def _source(value: object) -> str | Path | Layer:
+    if isinstance(value, Path | Layer) or (isinstance(value, str) and value):
+        return value
+    raise SpecError(f"source={value!r}: takes the name of an image, the path of a disk image, or a layer")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Layer:
+    """A recipe on top of an image or of another layer; made with the `layer` decorator.
+
+    Attributes:
+        source: The base: the name of an image, the path of a disk image, or another layer.
+        function: The function that prepares the machine; None for the `packages`, `files` and `run` of a mark.
+        keywords: Its spec keywords: defaults for machines cloned from it.
+        depends: Files and folders whose contents count as part of the recipe.
+        version: A number or text that is changed by hand to have the layer built again.
+        name: The layer's name, for people.
+    """
+
+    source: str | Path | Layer
+    function: Prepare | None
+    keywords: Mapping[str, Any] = attrs.field(factory=dict)
+    depends: tuple[Path, ...] = ()
+    version: str = ""
+    name: str = ""
+
+    @property
+    def chain(self) -> tuple[Layer, ...]:
+        """The layers from the lowest one up to this one."""
+        below = self.source.chain if isinstance(self.source, Layer) else ()
+        return (*below, self)
+
+    @property
+    def image(self) -> str | Path:
+        """The image at the bottom."""
+        bottom = self.chain[0].source
+        if isinstance(bottom, Layer):  # the chain ends where the source is no layer
+            raise SpecError(f"the layer {self.name} has no image at its bottom")
+        return bottom
+
+    def recipe(self, *, skipped: Callable[[Path], object] = lambda _: None) -> str:
+        """Return a digest of what this layer does, without its base.
+
+        Args:
+            skipped: Function that is called with what cannot be read as a file: sockets, FIFOs and devices.
+
+        Raises:
+            SpecError: The function's source or a file it depends on cannot be read.
+        """
+        depends = [_content(path, skipped) for path in self.depends]
+        return digest(_function_source(self), depends, self.version, _prepared(self.keywords, skipped))
+
+
+def layer(
+    source: str | Path | Layer, *, depends: Iterable[str | Path] = (), version: str | int = "", **keywords: Unpack[MachineKeywords]
+) -> Callable[[Prepare], Layer]:
+    """Turn a function that prepares a machine into a `Layer`.
+
+    The function runs once; all tests and later runs clone the pack of its outcome.
+
+    Args:
+        source: An image's name, a disk image's path, or another layer.
+        depends: Files and folders, relative to the function's own file, that the outcome depends on.
+        version: Change it to have the layer built again if its source text is the same.
+        keywords: Those of the `vm` mark; they hold while building and are the defaults for machines cloned from it.
+
+    Raises:
+        SpecError: A keyword is unknown or its value is invalid.
+    """
+    check_keywords({"source": source, **keywords}, signature=SIGNATURE.replace("vm(source, *", "layer(source, *, depends=(), version=''"))
+
+    def decorate(function: Prepare) -> Layer:
+        folder = Path(inspect.getfile(function)).parent
+        return Layer(
+            source=source,
+            function=function,
+            keywords=dict(keywords),
+            depends=tuple(folder / path for path in depends),
+            version=str(version),
+            name=getattr(function, "__name__", "layer"),
+        )
+
+    return decorate
+
+
+def _function_source(layer: Layer) -> str:
+    if layer.function is None:
+        return ""
+    try:
+        # Not the path of the source but its text: a project that moves keeps its packs.
+        return textwrap.dedent(inspect.getsource(layer.function))
+    except (OSError, TypeError) as error:
+        raise SpecError(f"the source text of the layer {layer.name} cannot be read ({error}): define it in a file") from error
+
+
+def _content(path: Path, skipped: Callable[[Path], object]) -> list[object]:
+    """Return the content of a file or a tree: names, modes, data, and targets of links.
+
+    The target of a link that is named itself is included, unless it does not exist or is a parent folder. Links in a tree are never
+    followed, so that the walk ends.
+    """
+    try:
+        found: list[object] = [_entry(path, path.name, skipped)]
+        start = Path(os.path.realpath(path)) if path.is_symlink() else path  # resolve() raises for a circle of links
+        if path.is_symlink():
+            if not path.exists() or start in (path.parent.resolve(), *path.parent.resolve().parents):
+                return found
+            found.append(_entry(start, "", skipped))
+        folders = [start] if start.is_dir() else []
+        while folders:
+            for child in sorted(folders.pop().iterdir()):
+                # Compiled files change without a change of the recipe.
+                if child.name != "__pycache__":
+                    found.append(_entry(child, str(child.relative_to(start)), skipped))
+                    folders += [child] if child.is_dir() and not child.is_symlink() else []
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def _entry(path: Path, name: str, skipped: Callable[[Path], object]) -> list[object]:
+    """Return one file, folder or link, under our name for it."""
+    status = path.lstat()
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFLNK:
+        return [name, "link", str(path.readlink())]
+    if kind == stat.S_IFDIR:
+        return [name, "folder", stat.S_IMODE(status.st_mode)]
+    if kind != stat.S_IFREG:
+        skipped(path)
+        return [name, "skipped"]
+    return [name, "file", stat.S_IMODE(status.st_mode), _file_digest(path, status.st_size)]
+
+
+def _file_digest(path: Path, size: int) -> str:
+    """Return the sha256 of the first `size` bytes of a file.
+
+    A file that grows meanwhile, or is replaced, does not make it read on for ever.
+    """
+    value = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 - opened already
+        while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+            value.update(chunk)
+            size -= len(chunk)
+    return value.hexdigest()
+
+
+def _prepared(keywords: Mapping[str, Any], skipped: Callable[[Path], object]) -> list[object]:
+    """Return the preparation keywords, with contents of local files in place of their paths."""
+
+    def told(content: File) -> object:
+        plain, mode = content if isinstance(content, tuple) else (content, None)
+        came_to = _content(plain, skipped) if isinstance(plain, Path) else repr(plain)
+        return came_to if mode is None else [came_to, mode]
+
+    files = [(path, told(content)) for path, content in _files(keywords.get("files", {}))]
+    return [list(keywords.get("packages", ())), files, list(keywords.get("run", ()))]
+
+
+Source = str | Path | Layer
+
+
+@attrs.frozen(kw_only=True)
+class MachineSpec:
+    """A machine's complete and checked description, from the `vm` mark and its defaults.
+
+    Attributes:
+        source: The name of an image, the path of a disk image, or a `Layer`.
+        name: The machine's name in the test.
+        backend: `"auto"` or the name of a backend.
+        arch: The guest's architecture, as `uname -m` says it.
+        cpus: Virtual processors.
+        cpu: The model of its processors and their features, as QEMU's option `-cpu` takes them; None for the best on this host.
+        nested: Whether the guest can itself run virtual machines, by KVM.
+        memory: Bytes of RAM.
+        disk: Bytes of the root disk, or None for the image's own size.
+        display: Whether the machine has a screen and a keyboard.
+        network: True for NAT, False for forwarded ports only, the only networks (CIDR) that it may reach, or the name of a private LAN that
+            the machines of one test share.
+        ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
+        packages: Packages installed beforehand.
+        files: Files written beforehand: guest path and content, or a pair of content and permission bits.
+        run: Shell commands run beforehand, after packages and files.
+        user_data: User data for cloud-init at the first boot, beside ours: a cloud-config, or another format that it knows.
+        env: Environment variables of every command.
+        user: The user who runs commands.
+        fresh: `"restore"` clones a pack, `"boot"` boots cold.
+        timeout: Seconds within which the machine must be ready, before factors.
+        panic: `"fail"` fails a test whose guest's kernel panics, reports a bug of its own or a hung task; `"expected"` does not.
+    """
+
+    source: Source = attrs.field(converter=_source)
+    name: str = attrs.field(default="vm", converter=_name)
+    backend: str = attrs.field(default="auto", converter=_backend)
+    arch: str = attrs.field(default=None, converter=_arch)
+    cpus: int = attrs.field(default=1, converter=_cpus)
+    cpu: str | None = attrs.field(default=None, converter=_cpu)
+    nested: bool = attrs.field(default=False, converter=_nested)
+    memory: int = attrs.field(default=1 << 30, converter=_memory)
+    disk: int | None = attrs.field(default=None, converter=_disk)
+    display: bool = attrs.field(default=False, converter=_display)
+    network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
+    ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
+    packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
+    files: tuple[tuple[str, File], ...] = attrs.field(factory=dict, converter=_files)
+    run: tuple[str, ...] = attrs.field(default=(), converter=_run)
+    user_data: str | None = attrs.field(default=None, converter=_user_data)
+    env: tuple[tuple[str, str], ...] = attrs.field(factory=dict, converter=_env)
+    user: str = attrs.field(default="root", converter=_user)
+    fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
+    reset: Literal["none", "test"] = attrs.field(default="none", converter=_reset)
+    timeout: float = attrs.field(default=120.0, converter=_timeout)
+    panic: Literal["fail", "expected"] = attrs.field(default="fail", converter=_panic)
+
+    def __attrs_post_init__(self) -> None:
+        """Check rules that concern several keywords."""
+        wrong = []
+        if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
+            takes = f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes"
+            wrong.append(_fail("name", self.name, takes))
+        if self.nested and self.arch != "x86_64":
+            takes = f"works in guests for x86_64, and this one is for {self.arch}: say arch='x86_64'"
+            wrong.append(_fail("nested", self.nested, takes))
+        if wrong:
+            raise SpecError("\n  ".join(map(str, wrong)))
+
+    @property
+    def nat(self) -> bool:
+        """Tell whether the guest reaches the host's network."""
+        return self.network is True
+
+    @property
+    def lan(self) -> str | None:
+        """The name of the machine's private LAN, or None."""
+        return self.network if isinstance(self.network, str) else None
+
+    @classmethod
+    def resolve(cls, source: Source, keywords: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> MachineSpec:
+        """Make a spec of keywords, the source's layers and the defaults, in this order of precedence.
+
+        Raises:
+            SpecError: A keyword is unknown or its value is invalid.
+        """
+        merged = dict(defaults or {})
+        for below in source.chain if isinstance(source, Layer) else ():
+            # Preparation belongs to the layer that names it; a layer above would otherwise do it again.
+            merged.update({key: value for key, value in below.keywords.items() if key not in PREPARATION})
+        merged.update(keywords)
+        check_keywords(merged)
+        return cls(**{**merged, "source": source})
+
+    @property
+    def image(self) -> str | Path:
+        """The image at the bottom of the source."""
+        return self.source.image if isinstance(self.source, Layer) else self.source
+
+    @property
+    def steps(self) -> tuple[Layer, ...]:
+        """The layers to build on the image, lowest first; the preparation keywords of the spec itself come last."""
+        below = self.source.chain if isinstance(self.source, Layer) else ()
+        own: dict[str, Any] = {"packages": self.packages, "files": dict(self.files), "run": self.run}
+        if not any(own.values()):
+            return below
+        return (*below, Layer(source=self.source, function=None, keywords=own, name="prepared"))
+
+    def boot_digest(self) -> str:
+        """Return a digest of everything that a guest is booted with.
+
+        Specs with the same digest can share a pack of the bare image.
+        """
+        return digest(sorted((key, getattr(self, key)) for key in BOOT))
+
+
+def check_keywords(keywords: Mapping[str, Any], *, signature: str = SIGNATURE) -> None:
+    """Check names and values of spec keywords.
+
+    Raises:
+        SpecError: It lists all mistakes: the keyword, what it takes, and a suggestion for a misspelt name.
+    """
+    # All mistakes at once, so that they can be mended together.
+    wrong = mistakes(keywords)
+    if wrong:
+        raise SpecError("\n  ".join([*wrong, f"the signature is {signature}"]))
+
+
+def mistakes(keywords: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each mistake in spec keywords, with or without a source."""
+    fields = {field.name: field for field in attrs.fields(MachineSpec)}
+    wrong = []
+    for keyword, value in keywords.items():
+        if keyword not in fields:
+            near = difflib.get_close_matches(keyword, fields, n=1)
+            wrong.append(f"unknown keyword {keyword!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        else:
+            wrong += _refusals(fields[keyword].converter, value)
+    # Each keyword alone first: rules about several are checked only if each is valid.
+    return wrong or _refusals(lambda value: MachineSpec(**value), {"source": "checked", **keywords})
+
+
+def _refusals(check: Any, value: object) -> list[str]:
+    try:
+        check(value)
+    except SpecError as error:
+        return [str(error)]
+    return []
