@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MOST", "coloured", "printable", "tail", "visible"]
+__all__ = ["MOST", "coloured", "hidden", "printable", "redact", "tail", "visible"]
 
 MOST = 1 << 18
 """Characters of a text that are shown at most."""
@@ -25,6 +25,29 @@ _GITHUB = re.compile(
 _ANYWHERE = re.compile(r"#(?=#(?:\[|vso\[|teamcity\[))|section_(?=(?:start|end):)", re.IGNORECASE)
 _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 _BUILDKITE = ("---", "+++", "~~~", "^^^")
+_SHORTEST = 4
+"""Characters of a secret at least: a shorter one would be found in ordinary words."""
+_SECRETS: dict[str, None] = {}
+"""Values that no text may show. They are the process's own, because every text that is shown goes through this module."""
+
+
+def redact(value: str) -> None:
+    """Hide a value, and each longer line of it, in every text that is shown from now on.
+
+    Raises:
+        ValueError: It has fewer than four characters.
+    """
+    if len(value) < _SHORTEST:
+        raise ValueError(f"a secret has at least {_SHORTEST} characters, since a shorter one is part of ordinary words")
+    _SECRETS.update(dict.fromkeys(line for line in (value, *value.splitlines()) if len(line) >= _SHORTEST))
+
+
+def hidden(text: str) -> str:
+    """Return a text in which secrets are replaced by `[redacted]`."""
+    # The longest first: a line of a key is part of the whole key.
+    for secret in sorted(_SECRETS, key=len, reverse=True) if _SECRETS else ():
+        text = text.replace(secret, "[redacted]")
+    return text
 
 
 def visible(text: str) -> str:
@@ -51,6 +74,7 @@ def printable(text: str, most: int = MOST) -> str:
     >>> printable("one\n  ::error::\x1b[31mtwo")
     'one\n  : :error::\\x1b[31mtwo'
     """
+    text = hidden(text)
     # Most texts are one plain line, and this is called for each of them.
     if text.isascii() and text.isprintable() and text[:1] not in " :-+~^" and "##" not in text and "section_" not in text:
         return _shortened(text, most)  # one plain line, as most are
@@ -68,7 +92,7 @@ def coloured(text: str) -> str:
     >>> coloured("\x1b[31m##[error]\x1b[0m \x1b[2J")
     '\x1b[31m# #[error]\x1b[0m \\x1b[2J'
     """
-    parts = _COLOUR.split(text)
+    parts = _COLOUR.split(hidden(text))
     parts[::2] = (printable(part, len(part)) for part in parts[::2])
     return "".join(parts)
 

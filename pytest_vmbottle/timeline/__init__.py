@@ -1,0 +1,5 @@
+"""Timelines: what happened to a machine, as events on one clock."""
+
+from pytest_vmbottle.timeline.timeline import FORMAT, Span, Timeline, now, recorded
+
+__all__ = ["FORMAT", "Span", "Timeline", "now", "recorded"]
