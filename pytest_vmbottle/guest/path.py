@@ -7,16 +7,18 @@ import fnmatch
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal
 
 import attrs
 
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import is_mode
+from pytest_vmbottle.timeline import Timeline, recorded
 
 __all__ = ["BULK", "Entry", "GuestPath", "Shell", "mode_word", "owner_word", "raise_for", "with_any_bytes"]
 
@@ -111,18 +113,27 @@ Type = Literal["dir", "symlink", "file", "fifo", "socket", "block", "char"]
 _TYPES: dict[str, Type] = {"d": "dir", "l": "symlink", "f": "file", "p": "fifo", "s": "socket", "b": "block", "c": "char"}
 
 
-class Shell(Protocol):
-    """The shell of a machine, as far as a path needs it."""
+class Shell(ABC):
+    """The shell of a machine, as far as a path needs it.
 
+    Attributes:
+        timeline: The machine's timeline, which gets the verbs of paths.
+    """
+
+    timeline = Timeline(None)
+
+    @abstractmethod
     def script(self, text: str, *words: str) -> Result:
         """Run one of our POSIX shell scripts with arguments; never raise for its status."""
 
+    @abstractmethod
     def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
         """Run a script like `script`, with a file as input.
 
         With `framed` the script finds the end of its input by itself.
         """
 
+    @abstractmethod
     def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:
         """Run a script like `script`, and write its output of about `size` bytes to a file."""
 
@@ -144,6 +155,9 @@ class Entry:
     def name(self) -> str:
         """The last part of its path."""
         return self.path.name
+
+
+_verb = recorded("file", lambda path: {"path": str(path)})
 
 
 class GuestPath:
@@ -177,6 +191,10 @@ class GuestPath:
         if not self._pure.is_absolute():
             raise ValueError(f"{str(path)!r} is not an absolute path in the guest")
         _check_text(str(path))
+
+    @property
+    def _timeline(self) -> Timeline:
+        return self._shell.timeline
 
     def _at(self, pure: PurePosixPath) -> GuestPath:
         return GuestPath(pure, shell=self._shell)
@@ -361,6 +379,7 @@ class GuestPath:
 
     # -- contents --------------------------------------------------------------------------------------------------------------------
 
+    @_verb
     def read_bytes(self) -> bytes:
         r"""Return the file's content.
 
@@ -373,6 +392,7 @@ class GuestPath:
         """
         return self._output(raise_for, _READ)
 
+    @_verb
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         r"""Return the file's content as text.
 
@@ -384,6 +404,7 @@ class GuestPath:
         """
         return self.read_bytes().decode(encoding, errors)
 
+    @_verb
     def write_bytes(self, data: bytes | bytearray | memoryview, *, mode: int | None = None, owner: str | int | None = None) -> int:
         """Replace the file's content atomically, and return the number of bytes.
 
@@ -410,6 +431,7 @@ class GuestPath:
         self._check(self._shell.feed(_WRITE, str(self), *words, source=BytesIO(content), size=len(content)))
         return len(content)
 
+    @_verb
     def write_text(
         self, data: str, encoding: str = "utf-8", errors: str = "strict", *, mode: int | None = None, owner: str | int | None = None
     ) -> int:
@@ -426,6 +448,7 @@ class GuestPath:
         self.write_bytes(data.encode(encoding, errors), mode=mode, owner=owner)
         return len(data)
 
+    @_verb
     def hash(self, algorithm: str = "sha256") -> str:
         """Return the hexadecimal digest of the file's content, computed in the guest.
 
@@ -448,6 +471,7 @@ class GuestPath:
 
     # -- what it is ------------------------------------------------------------------------------------------------------------------
 
+    @_verb
     def stat(self) -> os.stat_result:
         """Return the file's status, as `os.stat` does; symbolic links are followed.
 
@@ -460,6 +484,7 @@ class GuestPath:
         """
         return _stat_result(self._check(self._shell.script(_STAT, str(self), "-L")).stdout)
 
+    @_verb
     def lstat(self) -> os.stat_result:
         """Return the status as `stat` does, of a symbolic link itself.
 
@@ -469,6 +494,7 @@ class GuestPath:
         """
         return _stat_result(self._check(self._shell.script(_STAT, str(self), "")).stdout)
 
+    @_verb
     def exists(self) -> bool:
         """Tell whether the path exists; a symbolic link counts if its target exists.
 
@@ -481,6 +507,7 @@ class GuestPath:
         """
         return self._mode(self.stat) is not None
 
+    @_verb
     def is_file(self) -> bool:
         """Tell whether it is a regular file, or a symbolic link to one.
 
@@ -490,6 +517,7 @@ class GuestPath:
         """
         return stat.S_ISREG(self._mode(self.stat) or 0)
 
+    @_verb
     def is_dir(self) -> bool:
         """Tell whether it is a folder, or a symbolic link to one.
 
@@ -499,6 +527,7 @@ class GuestPath:
         """
         return stat.S_ISDIR(self._mode(self.stat) or 0)
 
+    @_verb
     def is_symlink(self) -> bool:
         """Tell whether it is a symbolic link, whether its target exists or not.
 
@@ -517,6 +546,7 @@ class GuestPath:
                 return None
             raise
 
+    @_verb
     def owner(self) -> str:
         """Return the name of the file's owner, or `"UNKNOWN"`.
 
@@ -526,6 +556,7 @@ class GuestPath:
         """
         return self._check(self._shell.script(_OWNER, str(self), "%U")).stdout.rstrip("\n")
 
+    @_verb
     def group(self) -> str:
         """Return the name of the file's group, or `"UNKNOWN"`.
 
@@ -535,6 +566,7 @@ class GuestPath:
         """
         return self._check(self._shell.script(_OWNER, str(self), "%G")).stdout.rstrip("\n")
 
+    @_verb
     def readlink(self) -> PurePosixPath:
         """Return the target of a symbolic link, as it was written.
 
@@ -550,6 +582,7 @@ class GuestPath:
 
     # -- what is in it ---------------------------------------------------------------------------------------------------------------
 
+    @_verb
     def scan(self, *, depth: int | None = 1) -> list[Entry]:
         """List the entries of the folder and below it, with their types, sorted by path.
 
@@ -580,6 +613,7 @@ class GuestPath:
             raise OSError(errno.EIO, "the guest's listing makes no sense", str(self))
         return sorted((Entry(path=self / name, type=_TYPES[kind]) for kind, name in rows), key=lambda entry: entry.path)
 
+    @_verb
     def iterdir(self) -> Iterator[GuestPath]:
         """Iterate over the paths in the folder, sorted.
 
@@ -592,6 +626,7 @@ class GuestPath:
         """
         return iter([entry.path for entry in self.scan()])
 
+    @_verb
     def walk(self, *, depth: int | None = None) -> Iterator[tuple[GuestPath, list[str], list[str]]]:
         """Walk the folders from the top down, as `pathlib.Path.walk` does.
 
@@ -627,6 +662,7 @@ class GuestPath:
                 # Reversed, because the last one is taken first.
                 waiting += [folder / name for name in reversed(dirs)]
 
+    @_verb
     def glob(self, pattern: str) -> Iterator[GuestPath]:
         """Find the paths below the folder that match a pattern, sorted.
 
@@ -661,6 +697,7 @@ class GuestPath:
         skip = len(base.parts)
         return iter([e.path for e in found if _matches(e.path.parts[skip:], matchers) and (e.type == "dir" or not folders)])
 
+    @_verb
     def rglob(self, pattern: str) -> Iterator[GuestPath]:
         """Find the paths at any depth that match a pattern: `glob` with `**/` before it.
 
@@ -674,6 +711,7 @@ class GuestPath:
 
     # -- changes ---------------------------------------------------------------------------------------------------------------------
 
+    @_verb
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:  # noqa: FBT001, FBT002 - as pathlib has it
         """Make a folder.
 
@@ -691,6 +729,7 @@ class GuestPath:
         words = ("1" if exist_ok else "", "1" if parents else "", mode_word(mode))
         self._check(self._shell.script(_MKDIR, str(self), *words))
 
+    @_verb
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:  # noqa: FBT001, FBT002 - as pathlib has it
         """Make an empty file, or set the times of an existing one to now.
 
@@ -704,6 +743,7 @@ class GuestPath:
         """
         self._check(self._shell.script(_TOUCH, str(self), mode_word(mode), "1" if exist_ok else ""))
 
+    @_verb
     def unlink(self, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 - as pathlib has it
         """Remove a file or a symbolic link.
 
@@ -718,6 +758,7 @@ class GuestPath:
         """
         self._remove('exec unlink "$1"', missing_ok=missing_ok)
 
+    @_verb
     def rmdir(self) -> None:
         """Remove an empty folder.
 
@@ -731,6 +772,7 @@ class GuestPath:
         """
         self._remove('exec rmdir "$1"')
 
+    @_verb
     def rmtree(self, *, missing_ok: bool = False) -> None:
         """Remove a folder with all its content, as `shutil.rmtree` does.
 
@@ -758,6 +800,7 @@ class GuestPath:
             if not missing_ok:
                 raise
 
+    @_verb
     def rename(self, target: str | PurePosixPath | GuestPath) -> GuestPath:
         """Rename the file or folder on the same file system, and return the new path.
 
@@ -781,6 +824,7 @@ class GuestPath:
             self.stat()
         return final
 
+    @_verb
     def replace(self, target: str | PurePosixPath | GuestPath) -> GuestPath:
         """Rename like `rename`, as in pathlib on a POSIX system.
 
@@ -798,6 +842,7 @@ class GuestPath:
             raise ValueError(f"{target} is on another machine than {self}")
         return target
 
+    @_verb
     def symlink_to(self, target: str | PurePosixPath | GuestPath) -> None:
         """Make the path a symbolic link to a target.
 
@@ -814,6 +859,7 @@ class GuestPath:
         _check_text(str(target))
         raise_for(self._shell.script(_LINK, str(self), str(target), "-s"), str(target), self)
 
+    @_verb
     def hardlink_to(self, target: str | PurePosixPath | GuestPath) -> None:
         """Make the path a hard link to a file.
 
@@ -829,6 +875,7 @@ class GuestPath:
         there = self._beside(target)
         raise_for(self._shell.script(_LINK, str(self), str(there), ""), there, self)
 
+    @_verb
     def chmod(self, mode: int) -> None:
         """Set the permission bits; symbolic links are followed.
 
@@ -843,6 +890,7 @@ class GuestPath:
         """
         self._check(self._shell.script(_CHMOD, str(self), mode_word(mode)))
 
+    @_verb
     def chown(self, user: str | int | None = None, group: str | int | None = None) -> None:
         """Change owner and group, by names of the guest or by numbers, as `shutil.chown` does.
 

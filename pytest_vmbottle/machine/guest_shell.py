@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
 from pytest_vmbottle.errors import MachineError
-from pytest_vmbottle.guest.path import BULK, GuestPath, with_any_bytes
+from pytest_vmbottle.guest.path import BULK, GuestPath, Shell, with_any_bytes
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.machine import guestlog
@@ -40,12 +40,13 @@ _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = read_script(__package__, "as_user.sh")
 
 
-class GuestShell:
+class GuestShell(Shell):
     """Runner of commands in a machine's guest."""
 
     def __init__(self, lifecycle: Lifecycle, spec: MachineSpec, *, factor: float) -> None:
         """Take the machine's lifecycle, its spec, and the factor of time-outs."""
         self._lifecycle, self._spec, self._factor = lifecycle, spec, factor
+        self.timeline = lifecycle.timeline
 
     @property
     def _channel(self) -> Channel:
@@ -55,7 +56,14 @@ class GuestShell:
         """Start a prepared command, and return while it runs."""
         self._lifecycle.alive()
         channel = self._lifecycle.bulk_channel(Deadline(_LOGIN_TIME * self._factor))
-        return Process(channel, prepared, argv=argv, killer=self._channel, factor=self._factor)
+        return Process(
+            channel, prepared, argv=argv, killer=self._channel, factor=self._factor, ended=lambda status: self._told(argv, status)
+        )
+
+    def _told(self, argv: tuple[str, ...], status: int) -> None:
+        """Record the end of a command in the background; that of a command which is awaited is in its own event."""
+        if not self.timeline.is_busy:
+            self.timeline.note("exit", argv=argv, status=status)
 
     def run(self, argv: tuple[str, ...], prepared: Command, deadline: Deadline, stream: Callable[[str], object] | None = None) -> Result:
         """Run a prepared command to its end.

@@ -26,6 +26,7 @@ from pytest_vmbottle.machine.bulk import Bulk
 from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
+from pytest_vmbottle.timeline import Timeline
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog.packs import Manifest
@@ -64,10 +65,18 @@ class Lifecycle:
 
     Attributes:
         place: The machine's place on a private LAN, if it is on one.
+        timeline: The record of what happens to the machine.
     """
 
-    def __init__(
-        self, instance: Instance, channel: Channel, *, spec: MachineSpec, factor: float = 1.0, relauncher: Relauncher | None = None
+    def __init__(  # noqa: PLR0913
+        self,
+        instance: Instance,
+        channel: Channel,
+        *,
+        spec: MachineSpec,
+        factor: float = 1.0,
+        relauncher: Relauncher | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """Take a machine that is ready.
 
@@ -77,7 +86,9 @@ class Lifecycle:
             spec: The machine's spec.
             factor: Factor of all time-outs.
             relauncher: The means to start it again; without it, that is impossible.
+            timeline: The record of what happens to it; without it, nothing is recorded.
         """
+        self.timeline = timeline or Timeline(None)
         self._instance: Instance | None = None
         self._last_panic: str | None = None
         self._adopt(instance, channel)

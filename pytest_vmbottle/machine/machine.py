@@ -27,7 +27,9 @@ from pytest_vmbottle.machine.recording import Recording
 from pytest_vmbottle.machine.terminal import attach
 from pytest_vmbottle.machine.waits import Wait
 from pytest_vmbottle.result import CommandTimeout, Matches, Result
+from pytest_vmbottle.shown import redact
 from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.timeline import Timeline, recorded
 
 if TYPE_CHECKING:
     from testinfra.host import Host
@@ -44,6 +46,9 @@ _ANSWER = 5.0
 """Seconds for the guest to answer a question about itself."""
 _LOGIN_TIME = 60.0
 _MAX_PORT = 65535
+_WORD, _WORDS = 4 << 10, 64
+"""Characters of a word, and words of a command, that the timeline has."""
+_ANSWER_TEXT, _NOTE = 2 << 10, 16 << 10
 
 
 class Machine:
@@ -69,6 +74,7 @@ class Machine:
         channel: Channel,
         factor: float = 1.0,
         relauncher: Relauncher | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """Take a running instance whose channel has answered.
 
@@ -80,16 +86,21 @@ class Machine:
             channel: The channel for commands.
             factor: Factor of all time-outs.
             relauncher: The means to start it again; without it, that is impossible.
+            timeline: The record of what happens to it; without it, nothing is recorded.
         """
         self.name = spec.name
         self.id = id
         self.spec = spec
         self.backend = backend
-        self.lifecycle = Lifecycle(instance, channel, spec=spec, factor=factor, relauncher=relauncher)
+        self.lifecycle = Lifecycle(instance, channel, spec=spec, factor=factor, relauncher=relauncher, timeline=timeline)
         self.guest = GuestShell(self.lifecycle, spec, factor=factor)
         self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
         self._factor = factor
         self._meter: Meter | None = None
+
+    @property
+    def _timeline(self) -> Timeline:
+        return self.lifecycle.timeline
 
     @property
     def pid(self) -> int:
@@ -184,7 +195,9 @@ class Machine:
         __tracebackhide__ = True
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
-        result = self.guest.run(argv, prepared, Deadline(timeout * self._factor), stream)
+        with self._timeline.span("command", **_told(argv, env, cwd, user or self.spec.user)) as event:
+            result = self.guest.run(argv, prepared, Deadline(timeout * self._factor), stream)
+            event.finish(result)
         return result.check() if check else result
 
     def spawn(  # noqa: PLR0913 - as for exec
@@ -223,7 +236,8 @@ class Machine:
         __tracebackhide__ = True
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
-        process = self.guest.spawn(argv, prepared)
+        with self._timeline.span("spawn", **_told(argv, env, cwd, user or self.spec.user)):
+            process = self.guest.spawn(argv, prepared)
         # Without data the channel leaves the input open for `Process.stdin`, but an empty input was asked for.
         if input is not None and not prepared.input:
             process.stdin.close()
@@ -240,6 +254,7 @@ class Machine:
         """
         return GuestPath(path, shell=self.guest)
 
+    @recorded("copy")
     def write_files(
         self,
         files: Mapping[str, fileset.File] | Mapping[GuestPath, fileset.File],
@@ -284,6 +299,7 @@ class Machine:
             raise ValueError("two of the paths name the same file")
         fileset.write_files(self.guest, placed, clean=clean, mode=mode, owner=owner)
 
+    @recorded("copy")
     def cp(self, src: str | Path | GuestPath, dst: str | Path | GuestPath) -> None:
         """Copy a file or a tree to the guest or from it.
 
@@ -322,6 +338,7 @@ class Machine:
         else:
             raise TypeError("exactly one side of a copy is in the guest: write it as vm.path('/...')")
 
+    @recorded("search")
     def search(  # noqa: PLR0913 - what grep can be told
         self,
         pattern: str,
@@ -378,6 +395,7 @@ class Machine:
             return query.matches(late.result, timed_out=True)
         return query.matches(result)
 
+    @recorded("copy")
     def archive(self, root: str | PurePosixPath | GuestPath, dest: str | Path, format: str = "tar.gz") -> Path:  # noqa: A002 - shutil's word
         """Pack a folder of the guest into a file of the host, and return its path.
 
@@ -413,6 +431,7 @@ class Machine:
             run=self.guest.ask,
             deadline=deadline,
             age=lambda: host.age(self.pid),
+            record=lambda seen: self._timeline.note("answer", text=seen[:_ANSWER_TEXT]) if seen else None,
         )
 
     @overload
@@ -421,6 +440,7 @@ class Machine:
     @overload
     def wait_until(self, check: Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T: ...
 
+    @recorded("wait")
     def wait_until(self, check: str | Sequence[str] | Callable[[], _T | None], *, timeout: float = 60, every: float = 0.25) -> _T | Result:
         """Wait until a command succeeds or a function returns something true, and return its result.
 
@@ -441,6 +461,7 @@ class Machine:
         wait = self._wait(timeout)
         return wait.condition(check, every=every) if callable(check) else wait.command(check, every=every)
 
+    @recorded("wait")
     def wait_for_unit(self, unit: str, *, timeout: float = 60) -> None:
         """Wait until a systemd unit is active.
 
@@ -455,6 +476,7 @@ class Machine:
         __tracebackhide__ = True
         self._wait(timeout).unit(unit)
 
+    @recorded("wait")
     def wait_for_port(self, port: int, *, forwarded: bool = False, timeout: float = 60) -> None:
         """Wait until something in the guest listens on a TCP port.
 
@@ -474,6 +496,7 @@ class Machine:
         wait = self._wait(timeout)
         wait.forwarded_port(port, self.forward(port)) if forwarded else wait.port(port)
 
+    @recorded("wait")
     def wait_for_file(self, path: str | PurePosixPath | GuestPath, *, timeout: float = 60) -> GuestPath:
         """Wait until a file or folder exists in the guest, and return its path.
 
@@ -487,6 +510,7 @@ class Machine:
         __tracebackhide__ = True
         return self._wait(timeout).file(path if isinstance(path, GuestPath) else self.path(path))
 
+    @recorded("wait")
     def wait_for_console(self, pattern: str | re.Pattern[str], *, timeout: float = 60) -> re.Match[str]:
         """Wait until the serial console's output matches a pattern, and return the match.
 
@@ -508,6 +532,7 @@ class Machine:
         __tracebackhide__ = True
         return self._wait(timeout).output(pattern)
 
+    @recorded("wait")
     def wait_for_shutdown(self, *, timeout: float = 60) -> None:
         """Wait until the guest has powered off.
 
@@ -578,8 +603,57 @@ class Machine:
 
         return Meter(self.lifecycle.instance.pid, ask)
 
+    # -- evidence --------------------------------------------------------------------------------------------------------------------
+
+    def journal(self, unit: str | None = None, *, since: str | float | None = None, lines: int | None = None) -> str:
+        """Return the guest's journal of this boot, with a time and a name in each line.
+
+        Args:
+            unit: The unit whose messages are wanted; by default all.
+            since: Only later messages: seconds since 1970, or a time as `journalctl --since` takes it, such as `"-5min"`.
+            lines: Only the last lines, so many.
+
+        Raises:
+            CommandFailed: The guest has no journal, or `since` is not a time.
+            MachineError: The guest is gone.
+
+        Example:
+            >>> "systemd" in vm.journal("ssh.service", lines=5)
+            True
+        """
+        argv = ["journalctl", "--no-pager", "--quiet", "--boot", "--output=short-iso"]
+        argv += [] if unit is None else [f"--unit={unit}"]
+        argv += [] if since is None else [f"--since={since if isinstance(since, str) else f'@{since:.0f}'}"]
+        argv += [] if lines is None else [f"--lines={lines:d}"]
+        return self.exec(argv, user="root").stdout
+
+    def note(self, text: str) -> None:
+        """Add a remark to the machine's timeline, which the report of a failed test shows.
+
+        Example:
+            >>> vm.note("upgraded")
+        """
+        self._timeline.note("note", text=text[:_NOTE])
+
+    def redact(self, value: str) -> None:
+        """Hide a value, such as a password, in everything that this process shows or records from now on.
+
+        It is replaced by `[redacted]` in timelines, artifacts, errors and reports; the test itself still gets it. Of a value of several
+        lines each line is hidden too.
+
+        Raises:
+            ValueError: The value has fewer than four characters.
+
+        Example:
+            >>> vm.redact("correct horse")
+            >>> "horse" in repr(vm.exec(["echo", "correct horse"]))
+            False
+        """
+        redact(value)
+
     # -- power and time --------------------------------------------------------------------------------------------------------------
 
+    @recorded("power")
     def reboot(self, *, timeout: float | None = None) -> None:
         """Reboot the guest in order, and return when it is ready again.
 
@@ -602,6 +676,7 @@ class Machine:
         __tracebackhide__ = True
         self.lifecycle.reboot(self._deadline(timeout))
 
+    @recorded("power")
     def poweroff(self, *, timeout: float = 90) -> None:
         """Shut the guest down in order, and return when the machine is off.
 
@@ -622,6 +697,7 @@ class Machine:
         __tracebackhide__ = True
         self.lifecycle.off(Deadline(timeout * self._factor))
 
+    @recorded("power")
     def start(self, *, timeout: float | None = None) -> None:
         """Boot a machine that is off or died, from its own disk as it was left.
 
@@ -643,6 +719,7 @@ class Machine:
         __tracebackhide__ = True
         self.lifecycle.start(self._deadline(timeout))
 
+    @recorded("power")
     def power_cut(self) -> None:
         """Cut the power: the machine is off at once.
 
@@ -659,6 +736,7 @@ class Machine:
         __tracebackhide__ = True
         self.lifecycle.cut()
 
+    @recorded("power")
     def pause(self) -> None:
         """Pause the processors.
 
@@ -674,6 +752,7 @@ class Machine:
         """
         self.lifecycle.pause()
 
+    @recorded("power")
     def resume(self) -> None:
         """Resume the processors.
 
@@ -690,6 +769,7 @@ class Machine:
         """
         self.lifecycle.resume()
 
+    @recorded("snapshot")
     def snapshot(self, name: str) -> Snapshot:
         """Save a snapshot of the running machine, RAM and disk.
 
@@ -715,6 +795,7 @@ class Machine:
         __tracebackhide__ = True
         return self.lifecycle.snapshot(name)
 
+    @recorded("snapshot")
     def restore(self, snapshot: Snapshot | None = None) -> None:
         """Restore the machine to a snapshot: memory, disk and processes.
 
@@ -744,6 +825,7 @@ class Machine:
 
     # -- the host's side -------------------------------------------------------------------------------------------------------------
 
+    @recorded("network")
     def forward(self, port: int) -> tuple[str, int]:
         """Forward a TCP port of the guest, and return the host's address and port for it.
 
@@ -765,6 +847,7 @@ class Machine:
             raise ValueError(f"port={port!r}: takes the number of a TCP port in the guest, from 1 to {_MAX_PORT}")
         return self.lifecycle.instance.forward(port)
 
+    @recorded("network")
     def link(self, up: bool) -> None:  # noqa: FBT001 - the only thing there is to say
         """Plug the machine's network cable in, or pull it out.
 
@@ -799,6 +882,7 @@ class Machine:
         place = self.lifecycle.place
         return None if place is None else place.address
 
+    @recorded("network")
     def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
         """Set delay and loss of the machine's cable to its private LAN.
 
@@ -825,6 +909,7 @@ class Machine:
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 
+    @recorded("screen")
     def screenshot(self, path: str | Path) -> Path:
         r"""Save a screenshot to a file on the host, as PNG, and return its path.
 
@@ -842,6 +927,7 @@ class Machine:
             file.write(image)
         return dest
 
+    @recorded("screen")
     def send_keys(self, *keys: str) -> None:
         r"""Press keys, one argument after the other.
 
@@ -928,6 +1014,11 @@ class Machine:
             reason = f"vm.host takes pytest-testinfra, which cannot be imported: {error}"
             raise BackendUnavailable(reason, "Install it: pip install 'pytest-vmbottle[testinfra]'") from error
         return connect(self.name, self.exec)
+
+
+def _told(argv: Sequence[str], env: Mapping[str, str] | None, cwd: object, user: str) -> dict[str, object]:
+    """Return the fields of a command's event, without the values of its environment, which may be secret."""
+    return {"argv": [word[:_WORD] for word in argv[:_WORDS]], "env": list(env or ()), "cwd": "" if cwd is None else str(cwd), "user": user}
 
 
 def _host_path(path: str | Path) -> Path:

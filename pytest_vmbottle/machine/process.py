@@ -155,7 +155,16 @@ class Process:
         ...     assert "hello" in next(journal.stdout)
     """
 
-    def __init__(self, channel: Channel, command: Command, *, argv: tuple[str, ...], killer: Channel, factor: float = 1.0) -> None:
+    def __init__(  # noqa: PLR0913
+        self,
+        channel: Channel,
+        command: Command,
+        *,
+        argv: tuple[str, ...],
+        killer: Channel,
+        factor: float = 1.0,
+        ended: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Start the command.
 
         Args:
@@ -164,12 +173,14 @@ class Process:
             argv: The words that the test gave.
             killer: The channel that signals are sent over.
             factor: The factor of all time-outs.
+            ended: Function that is called with the status when the command is first seen to have ended.
 
         Raises:
             MachineError: The channel cannot run commands beside others, or the guest cannot be reached.
         """
         self.argv = argv
         self._command, self._killer, self._factor = command, killer, factor
+        self._ended, self._told = ended, False
         self._began = time.monotonic()
         self._news = threading.Condition()
         self.stdout = Stream(self._news, check=self.poll)
@@ -202,7 +213,13 @@ class Process:
         Raises:
             MachineError: The guest or the connection to it is gone.
         """
-        return self._running.returncode
+        return self._seen(self._running.returncode)
+
+    def _seen(self, status: int | None) -> int | None:
+        if status is not None and not self._told:
+            self._told = True
+            self._ended(status)
+        return status
 
     def poll(self) -> int | None:
         """Return `returncode`, as `subprocess.Popen.poll` does."""
@@ -228,7 +245,7 @@ class Process:
     def _wait(self, deadline: Deadline) -> int | None:
         while (status := self._running.wait(deadline=Deadline(min(_TICK, deadline.remaining)))) is None and not deadline.expired:
             continue
-        return status
+        return self._seen(status)
 
     def kill(self, signal: str | int = "KILL") -> None:
         """Send a signal to the process and all its children.

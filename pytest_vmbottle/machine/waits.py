@@ -55,6 +55,7 @@ class Wait:
         run: Function that runs a command by a deadline and does not check its status.
         deadline: The deadline of the wait.
         age: Function that returns the seconds since the machine was cloned or booted.
+        record: Function that is given each answer that differs from the one before.
     """
 
     machine: str
@@ -63,6 +64,7 @@ class Wait:
     run: Callable[[str | Sequence[str], Deadline], Result]
     deadline: Deadline
     age: Callable[[], float] = lambda: math.inf
+    record: Callable[[str], None] = lambda _: None
 
     def until(
         self,
@@ -88,6 +90,12 @@ class Wait:
         """
         __tracebackhide__ = True
         late: list[_Unanswered] = []
+        recorded: list[str] = []
+
+        def record(seen: str) -> None:
+            if recorded != [seen]:
+                recorded[:] = [seen]
+                self.record(seen)
 
         def look() -> _T | None:
             answer: _T | None = None
@@ -96,6 +104,7 @@ class Wait:
                 late.clear()
             except _Unanswered as error:
                 late[:] = [error]
+            record(str(late[0]) if late else last().strip())
             # Only if it is not true yet: what has come true counts, even if the machine is gone since.
             if not answer:
                 self.alive()

@@ -9,15 +9,19 @@ import secrets
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from pytest_vmbottle.backends.console import Cursor
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.errors import MachineTimeout
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.images import check_again
 from pytest_vmbottle.machine.lifecycle import Relauncher
 from pytest_vmbottle.machine.machine import Machine
+from pytest_vmbottle.machine.sampler import Sampler
+from pytest_vmbottle.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +48,7 @@ class Launcher:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._sampler = Sampler()
 
     @contextmanager
     def machine(self, name: str, spec: MachineSpec, start: Start, origin: Origin) -> Iterator[Machine]:
@@ -57,7 +62,8 @@ class Launcher:
             try:
                 machine = self._furnish(spec, start, origin, rundir, holds)
                 try:
-                    yield machine
+                    with self._sampler.following(machine):
+                        yield machine
                 finally:
                     machine.lifecycle.stop()
             finally:
@@ -84,7 +90,9 @@ class Launcher:
             self._hold(source, holds)
             return self._launch(spec, source, rundir, deadline, await_boot)
 
-        instance, channel = launch(start, Deadline(patience))
+        timeline = Timeline(private_dir(rundir / "timeline"), machine=spec.name)
+        with timeline.span("power", verb="launch", args=[] if start.saved is None else [f"from the pack {start.saved.name}"]):
+            instance, channel = launch(start, Deadline(patience))
         relauncher = Relauncher(
             start=start,
             folder=rundir,
@@ -95,7 +103,18 @@ class Launcher:
             backend=context.label(spec),
         )
         factor = context.settings.timeout_factor
-        return Machine(instance, spec, id=rundir.name, backend=context.name, channel=channel, factor=factor, relauncher=relauncher)
+        machine = Machine(
+            instance,
+            spec,
+            id=rundir.name,
+            backend=context.name,
+            channel=channel,
+            factor=factor,
+            relauncher=relauncher,
+            timeline=timeline,
+        )
+        timeline.watch(Cursor(machine.console.path).read)
+        return machine
 
     def _hold(self, start: Start, holds: Holds) -> None:
         """Hold the images, packs and snapshots that a machine starts from.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from pytest_vmbottle.result import Result
 from pytest_vmbottle.shown import hidden
@@ -30,8 +30,7 @@ _WHOLE = 1 << 20
 _WORDS = 1 << 11
 _LINE = 1 << 12
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def now() -> float:
@@ -198,28 +197,25 @@ class Span:
         self._timeline._write({"time": self._began, "kind": self._kind, "seconds": round(now() - self._began, 6), **self._fields})  # noqa: SLF001
 
 
-class _HasTimeline(Protocol):
-    @property
-    def timeline(self) -> Timeline: ...
+def recorded(kind: str, about: Callable[[Any], dict[str, object]] = lambda _: {}) -> Callable[[_F], _F]:
+    """Decorate a verb of an object that has a `_timeline`: each call is an event with its arguments in words.
 
+    Args:
+        kind: The events' kind.
+        about: Function that returns fields of an object whose verb is called.
+    """
 
-_S = TypeVar("_S", bound=_HasTimeline)
-
-
-def recorded(kind: str) -> Callable[[Callable[Concatenate[_S, _P], _T]], Callable[Concatenate[_S, _P], _T]]:
-    """Decorate a verb, so that each call of it is an event of this kind, with its arguments in words."""
-
-    def decorate(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
+    def decorate(method: _F) -> _F:
         name = method.__name__
 
         @functools.wraps(method)
-        def verb(self: _S, /, *args: _P.args, **keywords: _P.kwargs) -> _T:
+        def verb(self: Any, /, *args: Any, **keywords: Any) -> Any:
             __tracebackhide__ = True
-            timeline = self.timeline
-            with timeline.span(kind, verb=name, args=[*map(_word, args), *(f"{key}={_word(value)}" for key, value in keywords.items())]):
+            words = [*map(_word, args), *(f"{key}={_word(value)}" for key, value in keywords.items())]
+            with self._timeline.span(kind, verb=name, args=words, **about(self)):
                 return method(self, *args, **keywords)
 
-        return verb
+        return cast("_F", verb)
 
     return decorate
 

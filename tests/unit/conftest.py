@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from pytest_vmbottle.guest.path import with_any_bytes
+from pytest_vmbottle.guest.path import Shell, with_any_bytes
 from pytest_vmbottle.images import CLOUD_IMAGES
 from pytest_vmbottle.result import Result
 
@@ -358,7 +358,7 @@ def proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 # -- scripts for guests, run here ---------------------------------------------------------------------------------------------------------
 
 
-class LocalShell:
+class LocalShell(Shell):
     """Runs scripts here; as a channel does, it keeps the first part of a long output, and takes UTF-8 alone.
 
     To them all of this computer but one folder is read-only, so that a wrong script of ours cannot do harm.
@@ -382,7 +382,8 @@ class LocalShell:
     def script(self, text: str, *words: str) -> Result:
         return self._run(text, words)[1]
 
-    def feed(self, text: str, *words: str, source: BinaryIO, size: int) -> Result:
+    def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
+        del framed
         return self._run(text, words, source.read(size))[1]
 
     def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:

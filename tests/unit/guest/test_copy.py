@@ -17,11 +17,11 @@ import pytest
 from pytest_vmbottle.errors import MachineDied, TransferError
 from pytest_vmbottle.guest import copy as transfer
 from pytest_vmbottle.guest.copy import copy_in, copy_out, pack_out
-from pytest_vmbottle.guest.path import GuestPath
+from pytest_vmbottle.guest.path import GuestPath, Shell
 from pytest_vmbottle.result import Result
 
 
-class Shell:
+class HostShell(Shell):
     """Runs a path's scripts on this host; `stream` is what it gives for a tree instead of it, `dies` whether the guest is lost then."""
 
     def __init__(self, *, tar: str = "tar") -> None:
@@ -53,13 +53,13 @@ class Shell:
         return result
 
 
-def at(path: Path | str, shell: Shell) -> GuestPath:
+def at(path: Path | str, shell: HostShell) -> GuestPath:
     return GuestPath(str(path), shell=shell)
 
 
 @pytest.fixture
-def shell() -> Shell:
-    return Shell()
+def shell() -> HostShell:
+    return HostShell()
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def grown(root: Path) -> Path:
     return root
 
 
-def test_a_tree_arrives_with_modes_times_and_links_both_ways(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_tree_arrives_with_modes_times_and_links_both_ways(shell: HostShell, guest: Path, host: Path) -> None:
     tree = grown(host / "tree")
     copy_in(tree, at(guest / "there", shell))
     copy_out(at(guest / "there", shell), host / "back")
@@ -106,7 +106,7 @@ def test_a_tree_arrives_with_modes_times_and_links_both_ways(shell: Shell, guest
 
 @pytest.mark.parametrize("tar", ["tar", "false"], ids=["GNU tar", "another tar"])
 def test_holes_stay_holes_where_tar_can_and_the_content_is_the_same_where_it_cannot(guest: Path, host: Path, tar: str) -> None:
-    shell = Shell(tar=tar)
+    shell = HostShell(tar=tar)
     with (host / "holes").open("wb") as file:
         file.truncate(3 << 20)
         file.seek(1 << 20)
@@ -120,7 +120,7 @@ def test_holes_stay_holes_where_tar_can_and_the_content_is_the_same_where_it_can
         assert (copy.stat().st_blocks * 512 < 1 << 20) == (tar == "tar")
 
 
-def test_a_source_that_is_a_symbolic_link_is_copied_as_one(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_source_that_is_a_symbolic_link_is_copied_as_one(shell: HostShell, guest: Path, host: Path) -> None:
     (host / "link").symlink_to("target")
     copy_in(host / "link", at(guest, shell))
     copy_out(at(guest / "link", shell), host / "back")
@@ -128,7 +128,7 @@ def test_a_source_that_is_a_symbolic_link_is_copied_as_one(shell: Shell, guest: 
     assert (guest / "link").readlink() == (host / "back").readlink() == Path("target")
 
 
-def test_what_is_not_there_is_named_and_says_where(shell: Shell, guest: Path, host: Path) -> None:
+def test_what_is_not_there_is_named_and_says_where(shell: HostShell, guest: Path, host: Path) -> None:
     (host / "f").write_text("x")
     with pytest.raises(FileNotFoundError, match="on the host"):
         copy_in(host / "none", at(guest, shell))
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_named_and_says_where(shell: Shell, guest: Path, ho
     assert [path.name for path in host.iterdir()] == ["f"]
 
 
-def test_a_file_in_the_place_of_a_folder_stays_and_the_other_way_round(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_file_in_the_place_of_a_folder_stays_and_the_other_way_round(shell: HostShell, guest: Path, host: Path) -> None:
     for root in (guest, host):
         (root / "tree" / "name").mkdir(parents=True)
         (root / "tree" / "name" / "file").write_text("x")
@@ -160,7 +160,7 @@ def test_a_file_in_the_place_of_a_folder_stays_and_the_other_way_round(shell: Sh
     assert (guest / "flat" / "name").read_text() == (host / "flat" / "name").read_text() == "stays"
 
 
-def test_a_symbolic_link_at_the_destination_is_not_written_through_by_a_tree(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_symbolic_link_at_the_destination_is_not_written_through_by_a_tree(shell: HostShell, guest: Path, host: Path) -> None:
     (guest / "tree" / "into").mkdir(parents=True)
     (guest / "tree" / "into" / "evil").write_text("evil")
     (host / "tree").mkdir()
@@ -172,7 +172,7 @@ def test_a_symbolic_link_at_the_destination_is_not_written_through_by_a_tree(she
     assert list((host / "outside").iterdir()) == []
 
 
-def test_something_that_is_no_file_is_not_copied(shell: Shell, guest: Path, host: Path) -> None:
+def test_something_that_is_no_file_is_not_copied(shell: HostShell, guest: Path, host: Path) -> None:
     os.mkfifo(host / "pipe")
     with pytest.raises(TransferError, match="pipe"):
         copy_in(host / "pipe", at(guest, shell))
@@ -182,7 +182,7 @@ def test_something_that_is_no_file_is_not_copied(shell: Shell, guest: Path, host
     assert list(guest.iterdir()) == []
 
 
-def test_the_whole_file_system_is_not_copied(shell: Shell, guest: Path, host: Path) -> None:
+def test_the_whole_file_system_is_not_copied(shell: HostShell, guest: Path, host: Path) -> None:
     with pytest.raises(TransferError):
         copy_in(Path("/"), at(guest, shell))
     with pytest.raises(TransferError):
@@ -201,7 +201,7 @@ def hostile(*names: str) -> bytes:
 
 @pytest.mark.parametrize("names", [["../evil"], ["f", "../../evil"], ["other"], ["f", "f"], ["f/../../evil"]])
 @pytest.mark.parametrize("form", ["", "zip", "tar.gz"])
-def test_a_hostile_guest_leaves_nothing_on_the_host(shell: Shell, guest: Path, host: Path, names: list[str], form: str) -> None:
+def test_a_hostile_guest_leaves_nothing_on_the_host(shell: HostShell, guest: Path, host: Path, names: list[str], form: str) -> None:
     (guest / "f").mkdir()
     shell.stream = hostile(*names)
     source = at(guest / "f", shell)
@@ -214,7 +214,7 @@ def test_a_hostile_guest_leaves_nothing_on_the_host(shell: Shell, guest: Path, h
 
 @pytest.mark.parametrize("said", ["", "x y", "1", "-5 1", "99999999999999999999 9"])
 def test_a_guest_that_says_nonsense_about_a_size_gets_a_plain_error_or_its_way(
-    shell: Shell, guest: Path, host: Path, monkeypatch: pytest.MonkeyPatch, said: str
+    shell: HostShell, guest: Path, host: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     (guest / "f").write_text("x")
     monkeypatch.setattr(transfer, "_MEASURE", f"echo '{said}'")
@@ -227,7 +227,7 @@ def test_a_guest_that_says_nonsense_about_a_size_gets_a_plain_error_or_its_way(
         assert (host / "f").read_text() == "evil"
 
 
-def test_a_guest_that_is_lost_in_the_middle_leaves_nothing(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_guest_that_is_lost_in_the_middle_leaves_nothing(shell: HostShell, guest: Path, host: Path) -> None:
     (host / "f").write_text("x")
     (guest / "g").write_text("x")
     shell.dies = True
@@ -241,7 +241,7 @@ def test_a_guest_that_is_lost_in_the_middle_leaves_nothing(shell: Shell, guest: 
 
 
 def test_a_command_that_is_killed_in_the_middle_leaves_nothing_in_the_guest(guest: Path, host: Path) -> None:
-    class Killed(Shell):
+    class Killed(HostShell):
         def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
             if size:
                 super().feed(text.replace("trap", "exit 0; #"), *words, source=source, size=size, framed=framed)
@@ -257,7 +257,7 @@ def test_a_command_that_is_killed_in_the_middle_leaves_nothing_in_the_guest(gues
         assert list(guest.iterdir()) == []
 
 
-def test_a_folder_becomes_a_zip_with_modes_and_links_that_is_the_same_each_time(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_folder_becomes_a_zip_with_modes_and_links_that_is_the_same_each_time(shell: HostShell, guest: Path, host: Path) -> None:
     grown(guest / "tree")
     source = at(guest / "tree", shell)
     assert pack_out(source, host / "a.zip", "zip") == host / "a.zip"
@@ -274,7 +274,7 @@ def test_a_folder_becomes_a_zip_with_modes_and_links_that_is_the_same_each_time(
         assert (run.external_attr >> 16, packed.read(run)) == (stat.S_IFREG | 0o750, b"#!/bin/sh\n")
 
 
-def test_a_folder_becomes_a_tar_gz_that_is_the_same_each_time(shell: Shell, guest: Path, host: Path) -> None:
+def test_a_folder_becomes_a_tar_gz_that_is_the_same_each_time(shell: HostShell, guest: Path, host: Path) -> None:
     grown(guest / "tree")
     source = at(guest / "tree", shell)
     pack_out(source, host / "a", "tar.gz")
@@ -285,7 +285,7 @@ def test_a_folder_becomes_a_tar_gz_that_is_the_same_each_time(shell: Shell, gues
     assert facts(host / "tree") == facts(guest / "tree")
 
 
-def test_an_archive_that_cannot_be_made_says_why(shell: Shell, guest: Path, host: Path) -> None:
+def test_an_archive_that_cannot_be_made_says_why(shell: HostShell, guest: Path, host: Path) -> None:
     (guest / "tree").mkdir()
     (guest / os.fsdecode(b"tree/\xff")).write_text("x")
     (guest / "file").write_text("x")
@@ -307,7 +307,7 @@ def test_an_archive_that_cannot_be_made_says_why(shell: Shell, guest: Path, host
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named itself", "in a folder"])
-def test_a_link_that_one_copy_brought_is_not_followed_by_the_next(shell: Shell, guest: Path, host: Path, *, named: bool) -> None:
+def test_a_link_that_one_copy_brought_is_not_followed_by_the_next(shell: HostShell, guest: Path, host: Path, *, named: bool) -> None:
     (host / "outside").mkdir()
     (host / "in").mkdir()
     (guest / "name").symlink_to(host / "outside")
@@ -325,7 +325,7 @@ def test_a_link_that_one_copy_brought_is_not_followed_by_the_next(shell: Shell, 
 
 
 @pytest.mark.parametrize("mode", [tarfile.DIRTYPE, tarfile.CHRTYPE], ids=["whole", "with a device"])
-def test_a_tree_of_any_depth_leaves_nothing_but_what_was_asked_for(shell: Shell, guest: Path, host: Path, mode: bytes) -> None:
+def test_a_tree_of_any_depth_leaves_nothing_but_what_was_asked_for(shell: HostShell, guest: Path, host: Path, mode: bytes) -> None:
     (guest / "d").mkdir()
     stream = BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as made:
@@ -350,7 +350,7 @@ def test_a_tree_of_any_depth_leaves_nothing_but_what_was_asked_for(shell: Shell,
 
 @pytest.mark.parametrize("text", ["No space left on device", "Read-only file system", "Disk quota exceeded"])
 def test_what_keeps_a_copy_from_beginning_is_told_by_the_guests_own_number(host: Path, guest: Path, text: str) -> None:
-    class Full(Shell):
+    class Full(HostShell):
         def feed(self, text_: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
             broken = f'mkdir() {{ echo "mkdir: cannot create directory: {text}" >&2; return 1; }}\n'
             return super().feed(broken + text_, *words, source=source, size=size, framed=framed)
@@ -366,7 +366,7 @@ def test_what_keeps_a_copy_from_beginning_is_told_by_the_guests_own_number(host:
 
 
 def test_a_source_that_ends_in_two_dots_goes_to_the_destination_itself(
-    shell: Shell, guest: Path, host: Path, monkeypatch: pytest.MonkeyPatch
+    shell: HostShell, guest: Path, host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (host / "tree" / "sub").mkdir(parents=True)
     (host / "tree" / "f").write_text("x")

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pytest_vmbottle.guest.path import GuestPath
+from pytest_vmbottle.guest.path import GuestPath, Shell
 from pytest_vmbottle.result import Result
 
 ODD = ["plain", "-dash", "two\nlines\n", "quo\"te's", "$(id)", "back\\slash", "*", "tab\t", " ", "ünï", os.fsdecode(b"\xff\xfe\n"), "~"]
@@ -310,10 +310,10 @@ def test_hashes_are_those_of_hashlib(algorithm: str, there: GuestPath) -> None:
 # -- without a guest ------------------------------------------------------------------------------------------------------------------
 
 
-class NoShell:
+class NoShell(Shell):
     """A guest that must not be asked anything."""
 
-    def script(self, text: str, *words: str) -> Result:  # noqa: ARG002 - as the protocol has it
+    def script(self, text: str, *words: str) -> Result:  # noqa: ARG002 - as the base class has it
         raise AssertionError(text)
 
     def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:  # noqa: ARG002

@@ -1,0 +1,67 @@
+"""Sampling of all machines of a process for their timelines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import attrs
+
+from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.machine.metrics import Meter
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.machine.machine import Machine
+
+__all__ = ["Sampler"]
+
+_EVERY = 1.0
+
+
+class Sampler:
+    """Thread that records resources and console lines of machines once a second, as long as there are any."""
+
+    def __init__(self) -> None:
+        """Start no thread yet."""
+        self._lock = threading.Lock()
+        self._machines: dict[Machine, Meter | None] = {}
+        self._stop = threading.Event()
+
+    @contextmanager
+    def following(self, machine: Machine) -> Iterator[None]:
+        """Sample a machine for the length of a block."""
+        with self._lock:
+            if not self._machines:
+                self._stop = threading.Event()
+                threading.Thread(target=self._run, args=(self._stop,), name="vmbottle-sampler", daemon=True).start()
+            self._machines[machine] = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._machines[machine]
+                if not self._machines:
+                    self._stop.set()
+            machine.lifecycle.timeline.close()
+
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.wait(_EVERY):
+            # Under the lock, so that no machine is sampled after its block.
+            with self._lock:
+                for machine in self._machines:
+                    self._sample(machine)
+
+    def _sample(self, machine: Machine) -> None:
+        timeline = machine.lifecycle.timeline
+        timeline.look()
+        with suppress(MachineError):  # it is off
+            pid, meter = machine.lifecycle.pid, self._machines[machine]
+            # Another process starts from zero.
+            if meter is None or meter.pid != pid:
+                meter = self._machines[machine] = Meter(pid, lambda _: b"")
+            sample = meter.host()
+            if sample is not None:
+                figures = attrs.asdict(sample, filter=lambda field, _: field.name not in ("time", "guest"))
+                timeline.note("metrics", **{name: round(value, 1) for name, value in figures.items() if value is not None})
