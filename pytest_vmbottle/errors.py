@@ -129,8 +129,6 @@ class MachineError(VMBottleError):
         parts = [super().__str__()]
         if self.console_tail.strip():
             parts.append(f" --- the console's last lines ---\n{printable(self.console_tail).rstrip()}")
-        if self.argv:
-            parts.append(f" --- the hypervisor's command line ---\n{printable(shlex.join(self.argv))}")
         return "\n".join(parts)
 
 
@@ -154,6 +152,11 @@ class LaunchError(MachineError):
         told = f"{message}\n --- what it printed ---\n{output.rstrip()}" if output.strip() else message
         super().__init__(told, machine=machine, console_tail=console_tail, argv=argv, exitcode=exitcode)
         self.output = output
+
+    def __str__(self) -> str:
+        if not self.argv:
+            return super().__str__()
+        return f"{super().__str__()}\n --- the hypervisor's command line ---\n{printable(shlex.join(self.argv))}"
 
 
 class SmolvmError(MachineError):

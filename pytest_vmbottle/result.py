@@ -64,7 +64,6 @@ class Result:
             CommandFailed: The status was not 0.
         """
         if not self.ok:
-            __tracebackhide__ = True
             raise CommandFailed(self)
         return self
 

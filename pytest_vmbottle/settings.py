@@ -119,6 +119,21 @@ SETTINGS = (
         metavar="SIZE",
     ),
     Setting("infra-retries", "1", "How often a machine that could not be provided is tried again, on a fresh one", metavar="COUNT"),
+    Setting(
+        "artifacts",
+        "failed",
+        "Which tests with machines leave files behind that explain them",
+        choices=("never", "failed", "always"),
+        tests_only=True,
+    ),
+    Setting(
+        "output",
+        "",
+        "Folder of these files; it is emptied by the first test of a run that leaves some",
+        meaning="vmbottle-artifacts in pytest's root folder",
+        metavar="DIR",
+        tests_only=True,
+    ),
     Setting("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", meaning="off", flag=True, tests_only=True),
     Setting(
         "smolvm-images",
@@ -146,6 +161,8 @@ class Settings:
         timeout_factor: Factor of all time-outs.
         memory_budget: Bytes of RAM for all machines; None for a part of the available memory.
         infra_retries: Number of retries for a machine that could not be started.
+        artifacts: Which tests leave artifacts: `never`, `failed` or `always`.
+        output: The folder of artifacts; empty for the default.
         fail_on_leak: Whether a run that leaves something behind fails.
         images: References by image name, for a backend with images of its own.
     """
@@ -160,6 +177,8 @@ class Settings:
     timeout_factor: float
     memory_budget: int | None
     infra_retries: int
+    artifacts: str
+    output: str
     fail_on_leak: bool
     images: Mapping[str, str]
 
@@ -270,6 +289,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "timeout_factor": ("timeout-factor", _timeout_factor),
     "memory_budget": ("memory-budget", _memory_budget),
     "infra_retries": ("infra-retries", _infra_retries),
+    "artifacts": ("artifacts", str),
+    "output": ("output", str),
     "fail_on_leak": ("fail-on-leak", _is_yes),
     "images": ("smolvm-images", parse_pairs),
 }

@@ -915,13 +915,11 @@ class GuestPath:
     # -- how -------------------------------------------------------------------------------------------------------------------------
 
     def _check(self, result: Result) -> Result:
-        __tracebackhide__ = True
         raise_for(result, self)
         return result
 
     def _output(self, check: Callable[[Result, GuestPath], None], text: str, *words: str) -> bytes:
         """Return the output of a read-only script, however long it is."""
-        __tracebackhide__ = True
         result = self._shell.script(text, str(self), *words)
         if not result.truncated:
             check(result, self)
@@ -965,7 +963,6 @@ def raise_for(result: Result, path: GuestPath | str, other: GuestPath | None = N
     """
     if result.ok:
         return
-    __tracebackhide__ = True
     if nobody := _NOBODY.search(result.stderr):
         raise LookupError(printable(f"{nobody[1][:_SAID]} (in the guest), for {str(path)!r}"))
     number = _number(result)

@@ -85,7 +85,6 @@ class Query:
             ValueError: The regular expression is invalid.
             OSError: The guest's grep is missing or is not GNU grep.
         """
-        __tracebackhide__ = True
         if not timed_out:
             self._check(result)
         records = result.stdout.split("\n")  # a path; then line, text and the path of the next match, again and again
@@ -100,7 +99,6 @@ class Query:
         return found
 
     def _check(self, result: Result) -> None:
-        __tracebackhide__ = True
         if result.returncode == _BAD_PATTERN:
             raise ValueError(f"{self.pattern!r} is no extended regular expression: {printable(result.stderr.strip()[-_TEXT:])}")
         if result.returncode == _BAD_GREP:

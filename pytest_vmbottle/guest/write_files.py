@@ -104,7 +104,6 @@ def _add_stream(tar: tarfile.TarFile, member: tarfile.TarInfo, source: BinaryIO,
 
 
 def _raise_for(result: Result, members: Mapping[str, GuestPath], tops: list[GuestPath]) -> None:
-    __tracebackhide__ = True
     if result.ok:
         return
     told = result.stdout.split("\0")[0]

@@ -71,7 +71,6 @@ class GuestShell(Shell):
         Raises:
             CommandTimeout: It was killed at the deadline.
         """
-        __tracebackhide__ = True
         self._lifecycle.alive()
         began = time.monotonic()
         finished = self.spawn(argv, prepared).relay(stream, deadline.seconds) if stream else self._channel.run(prepared, deadline=deadline)

@@ -140,9 +140,18 @@ class Lifecycle:
         _ = self.instance
         return self._channel
 
+    @property
+    def image(self) -> str:
+        """The sha256 of the machine's image; empty if it is unknown."""
+        return self._relauncher.image if self._relauncher else ""
+
+    @property
+    def made_by(self) -> str:
+        """Name, version and accelerator of what runs the machine; empty if they are unknown."""
+        return self._relauncher.backend if self._relauncher else ""
+
     def alive(self) -> None:
         """Return if the guest can still answer (see `Instance.alive`)."""
-        __tracebackhide__ = True
         self.instance.alive()
 
     @property

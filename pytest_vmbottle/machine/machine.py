@@ -192,7 +192,6 @@ class Machine:
             >>> vm.exec("cat /nothing | wc -l", shell="bash", check=False).returncode
             1
         """
-        __tracebackhide__ = True
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
         with self._timeline.span("command", **_told(argv, env, cwd, user or self.spec.user)) as event:
@@ -233,7 +232,6 @@ class Machine:
             >>> server.wait(timeout=30)
             -15
         """
-        __tracebackhide__ = True
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
         with self._timeline.span("spawn", **_told(argv, env, cwd, user or self.spec.user)):
@@ -292,7 +290,6 @@ class Machine:
             >>> vm.path("/srv/app/conf").owner()
             'nobody'
         """
-        __tracebackhide__ = True
         placed = {self.path(str(path)): content for path, content in files.items()}
         # `/srv/a` and `/srv//a` are two keys, but one file.
         if len(placed) < len(files):
@@ -328,7 +325,6 @@ class Machine:
             True
             >>> vm.cp(tmp_path / "ssh", vm.path("/root"))
         """
-        __tracebackhide__ = True
         if "" in (src, dst):
             return  # as a path of this computer it would be the current folder
         if isinstance(dst, GuestPath) and not isinstance(src, GuestPath):
@@ -378,7 +374,6 @@ class Machine:
             >>> str(found[0].path), found[0].line
             ('/etc/passwd', 1)
         """
-        __tracebackhide__ = True
         query = Query(
             pattern=pattern,
             root=root if isinstance(root, GuestPath) else self.path(root),
@@ -417,7 +412,6 @@ class Machine:
             >>> vm.archive("/etc/ssh", tmp_path / "ssh.zip", format="zip").name
             'ssh.zip'
         """
-        __tracebackhide__ = True
         return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), _host_path(dest), format)
 
     # -- waiting ---------------------------------------------------------------------------------------------------------------------
@@ -457,7 +451,6 @@ class Machine:
             >>> vm.wait_until("systemctl is-system-running --quiet || test -d /run/systemd").ok
             True
         """
-        __tracebackhide__ = True
         wait = self._wait(timeout)
         return wait.condition(check, every=every) if callable(check) else wait.command(check, every=every)
 
@@ -473,7 +466,6 @@ class Machine:
         Example:
             >>> vm.wait_for_unit("ssh.service")
         """
-        __tracebackhide__ = True
         self._wait(timeout).unit(unit)
 
     @recorded("wait")
@@ -492,7 +484,6 @@ class Machine:
         Example:
             >>> vm.wait_for_port(22, forwarded=True)
         """
-        __tracebackhide__ = True
         wait = self._wait(timeout)
         wait.forwarded_port(port, self.forward(port)) if forwarded else wait.port(port)
 
@@ -507,7 +498,6 @@ class Machine:
             >>> vm.wait_for_file("/etc/hostname").is_file()
             True
         """
-        __tracebackhide__ = True
         return self._wait(timeout).file(path if isinstance(path, GuestPath) else self.path(path))
 
     @recorded("wait")
@@ -529,7 +519,6 @@ class Machine:
             >>> vm.wait_for_console(re.compile("ready at ([a-z]+)"))[1]
             'last'
         """
-        __tracebackhide__ = True
         return self._wait(timeout).output(pattern)
 
     @recorded("wait")
@@ -544,7 +533,6 @@ class Machine:
             >>> _ = vm.exec("systemctl poweroff --no-block")
             >>> vm.wait_for_shutdown()
         """
-        __tracebackhide__ = True
         if self.state is State.OFF:
             return
         self._wait(timeout).shutdown(self.lifecycle.instance)
@@ -673,7 +661,6 @@ class Machine:
             >>> vm.path("/proc/sys/kernel/random/boot_id").read_text() == boot
             False
         """
-        __tracebackhide__ = True
         self.lifecycle.reboot(self._deadline(timeout))
 
     @recorded("power")
@@ -694,7 +681,6 @@ class Machine:
             >>> vm.state
             <State.OFF: 'off'>
         """
-        __tracebackhide__ = True
         self.lifecycle.off(Deadline(timeout * self._factor))
 
     @recorded("power")
@@ -716,7 +702,6 @@ class Machine:
             >>> vm.exec(["true"]).ok
             True
         """
-        __tracebackhide__ = True
         self.lifecycle.start(self._deadline(timeout))
 
     @recorded("power")
@@ -733,7 +718,6 @@ class Machine:
             >>> vm.state
             <State.OFF: 'off'>
         """
-        __tracebackhide__ = True
         self.lifecycle.cut()
 
     @recorded("power")
@@ -792,7 +776,6 @@ class Machine:
             >>> vm.path("/srv").is_dir()
             True
         """
-        __tracebackhide__ = True
         return self.lifecycle.snapshot(name)
 
     @recorded("snapshot")
@@ -817,7 +800,6 @@ class Machine:
             >>> vm.path("/srv").is_dir()
             True
         """
-        __tracebackhide__ = True
         self.lifecycle.restore(snapshot)
 
     def _deadline(self, timeout: float | None) -> Deadline | None:

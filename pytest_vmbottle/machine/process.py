@@ -95,7 +95,6 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        __tracebackhide__ = True
         while (line := self._next()) is None:
             self._check()
         if not line:
@@ -235,7 +234,6 @@ class Process:
             CommandTimeout: The command has not ended in time; it runs on, as with subprocess.
             MachineError: The guest is gone.
         """
-        __tracebackhide__ = True
         limit = _FOREVER if timeout is None else timeout * self._factor
         status = self._wait(Deadline(limit))
         if status is None:
@@ -262,7 +260,6 @@ class Process:
             CommandTimeout: The process was not found, or survived SIGKILL.
             MachineError: The guest is gone.
         """
-        __tracebackhide__ = True
         name = _signal_name(signal)
         deadline = Deadline(_PATIENCE * self._factor)
 

@@ -88,7 +88,6 @@ class Wait:
             MachineTimeout: It returned nothing true by the deadline.
             MachineDied: The machine is gone.
         """
-        __tracebackhide__ = True
         late: list[_Unanswered] = []
         recorded: list[str] = []
 

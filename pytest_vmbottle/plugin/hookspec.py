@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pytest_vmbottle.backends.port import Backend
     from pytest_vmbottle.machine.machine import Machine
 
@@ -27,5 +29,15 @@ def pytest_vmbottle_machine_ready(machine: Machine) -> None:
 
 
 @pytest.hookspec
-def pytest_vmbottle_machine_stopping(machine: Machine) -> None:
-    """Use a machine that is about to be stopped, and still runs. An exception here becomes a warning."""
+def pytest_vmbottle_machine_stopping(machine: Machine, failed: bool) -> None:  # noqa: FBT001 - hooks have their arguments by name
+    """Use a machine that is about to be stopped, and still runs. An exception here becomes a warning.
+
+    Args:
+        machine: The machine.
+        failed: Whether a test that had it failed.
+    """
+
+
+@pytest.hookspec
+def pytest_vmbottle_artifacts(machine: Machine, folder: Path, report: pytest.TestReport) -> None:
+    """Add files of your own to the artifacts of a machine, in its folder. The machine may be off. An exception here becomes a warning."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Options"]
 
+_FOLDERS = ("catalog", "output")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the `--vm-*` options and their ini twins."""
@@ -69,7 +71,7 @@ def _in_ini(config: pytest.Config, setting: Setting) -> object:
     value = config.getini(setting.ini)
     if setting.pairs:
         return "\n".join(value or ())
-    return config.rootpath / Path(value).expanduser() if setting.name == "catalog" and value else value
+    return config.rootpath / Path(value).expanduser() if setting.name in _FOLDERS and value else value
 
 
 def _defaults(lines: list[str]) -> dict[str, Any]:

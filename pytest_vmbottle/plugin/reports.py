@@ -10,8 +10,10 @@ import pytest
 
 from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.plugin.collection import uses_machine
+from pytest_vmbottle.plugin.failures import explain
 from pytest_vmbottle.plugin.infra import PROPERTY, cause_of, cause_told, note
 from pytest_vmbottle.plugin.session import SESSION, Session
+from pytest_vmbottle.plugin.tracebacks import hide_our_frames
 from pytest_vmbottle.shown import coloured, printable
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def pytest_configure_node(node: Any) -> None:
         # pytest-xdist shows nothing of a worker's output while tests run, so workers write to the controller's stderr.
         node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
     node.workerinput["vmbottle_flag"] = node.config.stash[SESSION].flag()
+    node.workerinput["vmbottle_run"] = node.config.stash[SESSION].run
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -111,6 +114,8 @@ class LastWords:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Report a machine that could not be started by its cause, without our own stack."""
     cause = cause_of(call.excinfo.value if call.excinfo else None)
+    if call.excinfo is not None and not item.config.option.fulltrace:
+        hide_our_frames(call.excinfo.value)
     if cause and (PROPERTY, cause) not in item.user_properties:
         item.user_properties.append((PROPERTY, cause))
     report: pytest.TestReport = yield  # type: ignore[assignment]
@@ -125,6 +130,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     if uses_machine(item):
+        explain(item, report, item.config.stash[SESSION])
         _make_safe(report)
     return report  # type: ignore[return-value]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from contextlib import nullcontext, suppress
@@ -17,8 +18,10 @@ import pytest
 from pytest_vmbottle.catalog.ledger import Ledger
 from pytest_vmbottle.errors import SpecError, VMBottleError
 from pytest_vmbottle.host.signals import Interruption
+from pytest_vmbottle.plugin.artifacts import Artifacts
 from pytest_vmbottle.plugin.infra import Infra
 from pytest_vmbottle.shown import printable
+from pytest_vmbottle.timeline import now
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backends.port import Backend
@@ -38,7 +41,7 @@ class Session:
     """State of one pytest process; provisioners are made when the first machine is asked for."""
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
-        self._config = config
+        self.config = config
         self.options = options
         self._provisioners: dict[str, Provisioner] = {}
         self._backends: dict[str, Backend] = {}
@@ -57,6 +60,9 @@ class Session:
         self.unable: dict[str, int] = {}
         self.wanted: set[str] = set()
         self.test: pytest.Item | None = None
+        self.began = 0.0
+        self.failed: set[str] = set()
+        self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or secrets.token_hex(16)
         self._used: WeakSet[Machine] = WeakSet()
 
     @property
@@ -94,6 +100,22 @@ class Session:
             with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
                 self.catalog.gc()
 
+    def note_phase(self, phase: str, state: str) -> None:
+        """Record a phase of the test in the timelines of all machines."""
+        for machine in self.machines:
+            machine.lifecycle.timeline.note("phase", phase=phase, state=state, nodeid=self.test.nodeid if self.test else "")
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        """The folder for artifacts of this run."""
+        given = self.options.output
+        folder = Path(given).expanduser().absolute() if given else self.config.rootpath / "vmbottle-artifacts"
+        return Artifacts(folder, self.run)
+
+    def shown_path(self, path: Path) -> str:
+        """Return a path as reports show it: below pytest's root folder if it is there."""
+        return str(path.relative_to(self.config.rootpath) if path.is_relative_to(self.config.rootpath) else path)
+
     def cut(self) -> None:
         """End all machines at once, in parallel."""
 
@@ -114,14 +136,14 @@ class Session:
         from pytest_vmbottle.images import find_declared_images
 
         # Without an ini file pytest may take a folder for its root that has little to do with the project.
-        return find_declared_images(self._config.rootpath) or find_declared_images(self._config.invocation_params.dir)
+        return find_declared_images(self.config.rootpath) or find_declared_images(self.config.invocation_params.dir)
 
     placeholder = "any"
     """Placeholder source, to check the rest of a spec."""
 
     def _backend(self, name: str) -> Backend:
         if name not in self._backends:
-            backend: Backend | None = self._config.hook.pytest_vmbottle_make_backend(config=self._config, name=name)
+            backend: Backend | None = self.config.hook.pytest_vmbottle_make_backend(config=self.config, name=name)
             if backend is None:
                 raise SpecError(f"there is no backend {name!r}: choose qemu or smolvm, or install the plugin that brings it")
             self._backends[name] = backend
@@ -148,8 +170,10 @@ class Session:
                 rebuild_before=self._began if self.options.rebuild else None,
                 report=self.say,
                 warn=self.say,
-                ready=lambda machine: self._config.hook.pytest_vmbottle_machine_ready(machine=machine),
-                stopping=lambda machine: self._config.hook.pytest_vmbottle_machine_stopping(machine=machine),
+                ready=lambda machine: self.config.hook.pytest_vmbottle_machine_ready(machine=machine),
+                stopping=lambda machine: self.config.hook.pytest_vmbottle_machine_stopping(
+                    machine=machine, failed=machine.id in self.failed
+                ),
                 declared=self.declared,
                 memory_budget=self.options.memory_budget,
                 retries=self.options.infra_retries,
@@ -172,9 +196,9 @@ class Session:
     def say(self, line: str) -> None:
         """Write a line to the terminal at once, also from a worker, whatever is being captured."""
         line = printable(f"vmbottle: {line}")
-        capture = self._config.pluginmanager.getplugin("capturemanager")
-        reporter = self._config.pluginmanager.getplugin("terminalreporter")
-        worker = getattr(self._config, "workerinput", None)
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        worker = getattr(self.config, "workerinput", None)
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             if worker is not None:
                 # A worker's own streams lead nowhere, so it is told where the controller's terminal is.
@@ -231,7 +255,21 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note the test that asks for shared fixtures: they know only their class, module or session."""
-    item.config.stash[SESSION].test = item
+    session = item.config.stash[SESSION]
+    session.test, session.began = item, now()
+    session.note_phase("setup", "began")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Record that the test begins to use its machines."""
+    item.config.stash[SESSION].note_phase("call", "began")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Record that the test has ended."""
+    item.config.stash[SESSION].note_phase("teardown", "began")
 
 
 class Interrupted:

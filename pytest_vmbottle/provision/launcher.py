@@ -91,7 +91,7 @@ class Launcher:
             return self._launch(spec, source, rundir, deadline, await_boot)
 
         timeline = Timeline(private_dir(rundir / "timeline"), machine=spec.name)
-        with timeline.span("power", verb="launch", args=[] if start.saved is None else [f"from the pack {start.saved.name}"]):
+        with timeline.span("power", verb="launch", args=[] if start.saved is None else [f"from the pack {start.saved.name[:12]}"]):
             instance, channel = launch(start, Deadline(patience))
         relauncher = Relauncher(
             start=start,

@@ -210,7 +210,6 @@ def recorded(kind: str, about: Callable[[Any], dict[str, object]] = lambda _: {}
 
         @functools.wraps(method)
         def verb(self: Any, /, *args: Any, **keywords: Any) -> Any:
-            __tracebackhide__ = True
             words = [*map(_word, args), *(f"{key}={_word(value)}" for key, value in keywords.items())]
             with self._timeline.span(kind, verb=name, args=words, **about(self)):
                 return method(self, *args, **keywords)

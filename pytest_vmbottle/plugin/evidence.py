@@ -1,0 +1,116 @@
+"""Evidence of a failed test: what its machines did, and what their guests say of themselves."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.report.words import describe_event
+from pytest_vmbottle.result import CommandTimeout
+from pytest_vmbottle.shown import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from pytest_vmbottle.host.deadline import Deadline
+    from pytest_vmbottle.machine.machine import Machine
+
+__all__ = ["ANSWER", "Evidence", "gather", "sections"]
+
+ANSWER = 5.0
+"""Seconds that all guests of a failed test have together to answer questions."""
+_LINES, _COMMANDS, _OUTPUT = 40, 10, 6
+"""Most lines of a section, commands in it, and lines of a failed command's output."""
+_CHARACTERS = 200
+_ASIDE = ("console", "metrics", "phase", "answer")
+"""Kinds of events that are no acts of the test."""
+
+
+@attrs.frozen(kw_only=True)
+class Evidence:
+    """Evidence of one machine.
+
+    Attributes:
+        machine: The machine.
+        events: Its events since the test began.
+        units: Lines about units that failed or were restarted since the test began.
+        journal: The guest's journal of this boot; empty if it was not asked for, or did not come in time.
+        silent: The reason that the guest was not asked or did not answer; empty if it did.
+    """
+
+    machine: Machine
+    events: Sequence[Mapping[str, Any]]
+    units: Sequence[str] = ()
+    journal: str = ""
+    silent: str = ""
+
+
+def gather(machine: Machine, *, since: float, deadline: Deadline, ask: bool) -> Evidence:
+    """Collect what is known of a machine.
+
+    Args:
+        machine: The machine.
+        since: The start of the test, in seconds since 1970.
+        deadline: The end of all questions.
+        ask: Whether to ask the guest too.
+    """
+    # Before the guest is asked: our own questions are no acts of the test.
+    events = machine.lifecycle.timeline.events(since)
+    if not ask:
+        return Evidence(machine=machine, events=events)
+    if machine.state != "running":
+        return Evidence(machine=machine, events=events, silent=f"the machine is {machine.state}, and was not asked for its journal")
+    from pytest_vmbottle.machine import questions
+
+    try:
+        journal = questions.journal(machine, deadline=deadline)
+    except (MachineError, TimeoutError) as error:
+        said = "it was not read in time" if isinstance(error, CommandTimeout) else str(error).partition("\n")[0]
+        return Evidence(machine=machine, events=events, silent=f"no journal: {said}")
+    return Evidence(machine=machine, events=events, units=questions.troubles_in(journal, since=since), journal=journal)
+
+
+def sections(found: Sequence[Evidence], *, since: float, told: str) -> Iterator[tuple[str, str]]:
+    """Yield titles and texts for the report of a test.
+
+    Args:
+        found: The evidence of its machines.
+        since: The start of the test.
+        told: The text of the report so far; what stands in it is not repeated.
+    """
+    for evidence in found:
+        name = evidence.machine.name
+        for title, lines in (
+            ("last commands", _commands(evidence.events, since)),
+            ("units that failed or were restarted", evidence.units),
+            ("trouble of the kernel", _troubles(evidence)),
+            ("console", [str(event["text"]) for event in evidence.events if event["kind"] == "console"]),
+            ("silence", [evidence.silent] if evidence.silent else []),
+        ):
+            shown = [printable(line[:_CHARACTERS]) for line in lines[-_LINES:]]
+            if any(line.strip() and line.strip() not in told for line in shown):
+                yield f"{name}: {title}", "\n".join(shown)
+
+
+def _commands(events: Sequence[Mapping[str, Any]], since: float) -> list[str]:
+    lines: list[str] = []
+    for event in [event for event in events if event["kind"] not in _ASIDE][-_COMMANDS:]:
+        lines.append(f"{event['time'] - since:+9.2f} s  {describe_event(event)}")
+        if event.get("status"):
+            said = f"{event.get('stdout', '')}\n{event.get('stderr', '')}".strip().splitlines()
+            lines += [f"             | {line}" for line in said[-_OUTPUT:]]
+    return lines
+
+
+def _troubles(evidence: Evidence) -> list[str]:
+    from pytest_vmbottle.backends.kernel_watch import troubles
+
+    with suppress(MachineError):
+        console = "\n".join(str(event["text"]) for event in evidence.events if event["kind"] == "console")
+        found = troubles(console.encode())
+        panic = evidence.machine.panic
+        return list(dict.fromkeys([*found, *([panic] if panic else [])]))
+    return []

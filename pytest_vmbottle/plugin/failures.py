@@ -1,0 +1,109 @@
+"""A failed test explains itself: sections of its report, and its artifacts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_vmbottle.errors import SpecError
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.plugin.artifacts import TestOutcome
+from pytest_vmbottle.plugin.evidence import ANSWER, Evidence, gather, sections
+from pytest_vmbottle.shown import printable
+from pytest_vmbottle.timeline import now
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_vmbottle.machine.machine import Machine
+    from pytest_vmbottle.plugin.session import Session
+
+__all__ = ["PROPERTY", "explain", "keep_interrupted"]
+
+PROPERTY = "vmbottle_artifacts"
+"""Property of a test, in JUnit's XML too: the folder of its artifacts."""
+_FOLDER = pytest.StashKey["Path"]()
+_TEXT = 256 << 10
+
+
+def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
+    """Add to a report what explains a failure, and keep the test's artifacts if the options say so."""
+    session.note_phase(report.when or "", report.outcome)
+    if report.failed:
+        session.failed.update(machine.id for machine in session.machines)
+    wanted = session.options.artifacts
+    is_kept = report.failed if wanted == "failed" else wanted == "always" and (report.failed or report.when == "call")
+    if not report.failed and not is_kept:
+        return
+    found = _gather(session, ask=True)
+    if report.failed:
+        report.sections += sections(found, since=session.began, told=report.longreprtext)
+    if is_kept:
+        _keep(item, report, session, found)
+
+
+def keep_interrupted(session: Session) -> None:
+    """Keep the artifacts of the test that is interrupted, without asking its guests: there may be little time."""
+    if session.test is not None and session.machines and session.options.artifacts != "never":
+        found = _gather(session, ask=False)
+        outcome = _outcome(session, nodeid=session.test.nodeid, outcome="failed", phase="call", error="interrupted")
+        _write(session, outcome, found)
+
+
+def _gather(session: Session, *, ask: bool) -> list[Evidence]:
+    # One deadline for all: a run with many machines that hang must not wait for each of them.
+    deadline = Deadline(ANSWER)
+    return [gather(machine, since=session.began, deadline=deadline, ask=ask) for machine in session.machines]
+
+
+def _outcome(session: Session, **facts: Any) -> TestOutcome:
+    known: dict[str, Any] = {"traceback": "", "sections": [], "began": session.began, "ended": now()}
+    return TestOutcome(**{**known, **facts}, worker=os.environ.get("PYTEST_XDIST_WORKER", ""))
+
+
+def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found: list[Evidence]) -> None:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    error = str(getattr(crash, "message", "") or report.longrepr or "")
+    outcome = _outcome(
+        session,
+        nodeid=item.nodeid,
+        outcome=report.outcome,
+        phase=report.when,
+        error=printable(error.partition("\n")[0]),
+        traceback=printable(report.longreprtext, _TEXT),
+        sections=[(title, printable(text, _TEXT)) for title, text in report.sections],
+    )
+    written = _write(session, outcome, found)
+    if written is None:
+        return
+    folder, places = written
+    for evidence, place in zip(found, places, strict=True):
+        _add_files(session, evidence.machine, place, report)
+    shown = session.shown_path(folder)
+    if report.failed:
+        report.sections.append(("artifacts", shown))
+    # The report has a copy of the item's properties, and JUnit's XML is made of the last report.
+    for properties in (item.user_properties, report.user_properties):
+        if (PROPERTY, shown) not in properties:
+            properties.append((PROPERTY, shown))
+
+
+def _write(session: Session, outcome: TestOutcome, found: list[Evidence]) -> tuple[Path, list[Path]] | None:
+    """Write a test's artifacts, and return its folder and those of its machines."""
+    try:
+        folder = session.artifacts.test_folder(outcome.nodeid)
+        return folder, session.artifacts.write_test(folder, outcome, found)
+    # Artifacts that cannot be written must not hide the test's own error.
+    except (OSError, SpecError) as error:
+        session.say(f"the artifacts of {outcome.nodeid} could not be written: {error}")
+        return None
+
+
+def _add_files(session: Session, machine: Machine, folder: Path, report: pytest.TestReport) -> None:
+    try:
+        session.config.hook.pytest_vmbottle_artifacts(machine=machine, folder=folder, report=report)
+    # A hook's error must not hide the test's own, either.
+    except Exception as error:
+        session.say(f"a hook failed while the artifacts of the machine {machine.name!r} were written: {error!r}")
