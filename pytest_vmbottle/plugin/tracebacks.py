@@ -55,7 +55,8 @@ def _unlink(error: BaseException) -> None:
     if first is None:
         return
     # The first entry belongs to whoever caught the error, and pytest has a reference to it.
-    error.__traceback__, each = first, first
+    error.__traceback__ = first
+    each: TracebackType | None = first
     while each is not None:
         each.tb_next = _after_ours(each.tb_next)
         each = each.tb_next
