@@ -223,8 +223,8 @@ class Recording:
         return self.samples[-1].time - self.samples[0].time if self.samples else 0.0
 
     def __repr__(self) -> str:
-        lost = ", ended with the machine's process" if self.lost else ""
-        return f"<Recording: {len(self.samples)} samples in {self._length:.1f} s{lost}\n{self.plot()}>"
+        lost, count = ", ended with the machine's process" if self.lost else "", len(self.samples)
+        return f"<Recording: {count} {'sample' if count == 1 else 'samples'} in {self._length:.1f} s{lost}\n{self.plot()}>"
 
 
 def _rates(known: Series) -> Series:
