@@ -107,8 +107,8 @@ def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str
     """Start a machine from SOURCE: the name of an image, or the path of a disk image.
 
     Images are made as tests make them: a missing one is built if there is a recipe for it. Images that the project around the current
-    folder declares can be named too. When the command returns, the machine is ready for the other commands. Ctrl-C before that leaves
-    nothing.
+    folder declares can be named too. When the command returns, the machine is ready for the other commands. Ctrl-C before that removes
+    it.
 
     The machine's name is written to stdout.
     """
