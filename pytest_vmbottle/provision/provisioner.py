@@ -184,7 +184,7 @@ class Provisioner:
         self._fallback = PackKind(pack.manifest.kind).next
         self._builder.quarantine(pack)
         self._settings.warn(
-            f"the {pack.manifest.kind} pack of {pack.manifest.name} could not be poured and was put aside; "
+            f"the {pack.manifest.kind} pack of {pack.manifest.name} could not be restored and was quarantined; "
             f"{self._fallback} packs are used from now on: {error}"
         )
 
@@ -193,7 +193,7 @@ class Provisioner:
             self._settings.stopping(machine)
         # A hook's error must not hide the test's own, which may be on its way.
         except Exception as error:
-            self._settings.warn(f"a hook failed while the machine {machine.name!r} was being ended: {error!r}")
+            self._settings.warn(f"a hook failed while the machine {machine.name!r} was ending: {error!r}")
 
 
 @contextmanager
@@ -213,5 +213,7 @@ def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:
     if spec.lan is None:
         return None
     if lans is None:
-        raise SpecError(f"network={spec.lan!r}: a private LAN is of one test; use the fixtures vm, vms or vm_factory for {spec.name!r}")
+        raise SpecError(
+            f"network={spec.lan!r}: a private LAN belongs to one test; use the fixtures vm, vms or vm_factory for {spec.name!r}"
+        )
     return lans[spec.lan]

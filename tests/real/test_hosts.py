@@ -209,7 +209,7 @@ def test_in_a_container_machines_run_and_the_doctor_says_what_is_degraded(contai
     run = container.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-missing=fail", "-v", path)
     assert run.stdout.count(" PASSED ") == 3, run.stdout + run.stderr
     assert f"catalog /var/tmp/pytest-vmbottle-{os.geteuid()} ({container.home}/.cache" in run.stdout
-    assert "2 machines poured, 1 booted; 1 packs built" in run.stdout
+    assert "2 machines restored, 1 booted; 1 pack built" in run.stdout
     if not limited:
         pytest.skip("all but the limit of memory was seen to work: no control group can be made here")
     assert "900 MiB" in found["memory"]["text"]
