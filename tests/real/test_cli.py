@@ -40,7 +40,7 @@ def test_the_doctor_finds_that_this_host_runs_machines_and_how(tmp_path: Path) -
     if chosen == "tcg":
         assert accelerator["state"] == "degraded"
         assert "using TCG" in accelerator["text"]
-        assert accelerator["remedy"] or "KVM present, runs no guest: using TCG" in accelerator["text"]
+        assert accelerator["remedy"] or "KVM is present but runs no guest: using TCG" in accelerator["text"]
     else:
         assert accelerator["state"] == "ok"
     assert found["packs"]["details"]["kind"] == "template", found["packs"]["text"]
