@@ -362,7 +362,7 @@ class _Owner:
     def __init__(self, run: Path) -> None:
         identity = Identity.of(os.getpid())
         if identity is None:
-            raise CatalogError("this process has no entry in /proc, which tells whose machines are whose: mount /proc")
+            raise CatalogError("this process has no entry in /proc, so its machines cannot be told from those of others: mount /proc")
         self.identity = identity
         self.lock = run / f"{identity.pid}-{secrets.token_hex(6)}.lock"
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.

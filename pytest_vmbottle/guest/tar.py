@@ -153,7 +153,7 @@ def write_zip(tree: Path, sink: IO[bytes]) -> None:
             try:
                 _zip_one(packed, entry, path, status.st_mode)
             except UnicodeEncodeError as error:
-                raise Refused(f"{name!r} is not text, and a zip archive holds only names that are: use 'tar.gz'") from error
+                raise Refused(f"{name!r} is not valid UTF-8, as names in a zip archive must be: use 'tar.gz'") from error
 
 
 def _tree(top: Path) -> Iterator[Path]:

@@ -72,7 +72,7 @@ def test_emulation_as_asked_for_is_no_defect(tmp_path: Path) -> None:
     found = findings(tmp_path, "--accel", "tcg")["accelerator"]
 
     assert found["state"] == "ok"
-    assert found["text"].startswith("using TCG as asked for: a guest ran ")
+    assert found["text"].startswith("using TCG as requested: a guest ran ")
 
 
 def test_a_catalog_that_cannot_be_used_does_not_keep_the_rest_from_being_found_out(tmp_path: Path) -> None:

@@ -134,9 +134,7 @@ class _Prover:
             accelerator = next((verdict.accelerator for verdict in verdicts if verdict.works), None)
             if accelerator is None:
                 tried = "; ".join(f"{verdict.accelerator.name}: {verdict.evidence}" for verdict in verdicts)
-                raise BackendUnavailable(
-                    f"QEMU runs no guest here: {tried}", "See vmbottle doctor, or allow another one: --vm-accel auto"
-                )
+                raise BackendUnavailable(f"QEMU runs no guest here: {tried}", "See vmbottle doctor, or allow another one: --vm-accel auto")
             emulator = Emulator(binary=self.binary, board=self._board, accelerator=accelerator, dialect=dialect)
             failures = {kind: proof.prove_restore(emulator, kind, workdir=workdir) for kind in (PackKind.TEMPLATE, PackKind.STREAM)}
             broken = {kind: failure for kind, failure in failures.items() if failure is not None}

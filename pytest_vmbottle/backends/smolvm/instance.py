@@ -249,7 +249,7 @@ class SmolvmInstance(Instance):
         """Return the channel, once it has answered (see `Instance.channel`)."""
         said = ["it did not answer"]
         if not deadline.poll(lambda: self._answers(deadline, said), every=0.5, first=0.05):
-            message = f"smolvm's agent did not answer within {deadline.seconds:.0f} s; it last said: {said[-1]}"
+            message = f"smolvm's agent did not answer within {deadline.seconds:.0f} s; last failure: {said[-1]}"
             raise MachineTimeout(message, machine=self._spec.name, console_tail=self.console.tail(20), argv=self.argv)
         return self._channel
 
