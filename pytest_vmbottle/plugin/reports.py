@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for line in ours.told:
                 terminalreporter.write_line(printable(line))
         terminalreporter.write_line(
-            f"vmbottle: {_counted(total['poured'], 'machine')} restored, {total['booted']:.0f} booted; "
+            f"vmbottle: {_counted(total['restored'], 'machine')} restored, {total['booted']:.0f} booted; "
             f"{_counted(total['built'], 'pack')} built, {total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
             + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
         )

@@ -124,7 +124,7 @@ class Launcher:
             if start.saved is None:
                 await_boot(instance, channel, deadline)
             elif not start.building:
-                context.tally.poured += 1
+                context.tally.restored += 1
         # Ctrl-C too: nobody else knows of this instance yet.
         except BaseException:
             instance.stop()

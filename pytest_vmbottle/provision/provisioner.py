@@ -148,7 +148,7 @@ class Provisioner:
         if start:
             return self._launcher.machine(spec.name, spec, start, origin)
         cold = spec.fresh == "boot" or (not spec.steps and origin.is_quick)
-        return self._cold(spec, origin) if cold else self._poured(spec, origin)
+        return self._cold(spec, origin) if cold else self._cloned(spec, origin)
 
     @contextmanager
     def _cold(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
@@ -161,11 +161,11 @@ class Provisioner:
             yield stack.enter_context(self._launcher.machine(spec.name, spec, start, origin))
 
     @contextmanager
-    def _poured(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
+    def _cloned(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
         with ExitStack() as stack:
-            yield self._pour(spec, origin, stack)
+            yield self._clone(spec, origin, stack)
 
-    def _pour(self, spec: MachineSpec, origin: Origin, stack: ExitStack) -> Machine:
+    def _clone(self, spec: MachineSpec, origin: Origin, stack: ExitStack) -> Machine:
         while True:
             pack = self._builder.pack(spec, self._kind, origin)
             try:

@@ -45,7 +45,7 @@ def test_machines_are_poured_from_packs_of_this_very_qemu(provisioner: Provision
     with provisioner.machine(spec) as machine:
         assert machine.exec(["echo", "poured"]).stdout == "poured\n"
     assert provisioner.tally.booted in (0, 1)  # 1 if the pack was not there yet
-    assert provisioner.tally.poured == 1
+    assert provisioner.tally.restored == 1
 
     others = [pack for pack in scan(vm_catalog.packs)[0] if pack.manifest.backend != f"qemu {able.version} {able.accelerator}"]
     assert chosen.manifest.backend == f"qemu {able.version} {able.accelerator}"
@@ -77,7 +77,7 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
         assert machine.path("/root/much").exists()
         machine.restore()
         assert not machine.path("/root/much").exists()
-    assert provisioner.tally.poured >= 2
+    assert provisioner.tally.restored >= 2
     provisioner.close()
     assert not [path for path in vm_catalog.root.rglob("*") if path.lstat().st_uid != 0], "something in the catalog has changed hands"
 
