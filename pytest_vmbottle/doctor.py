@@ -1,4 +1,4 @@
-"""Checks of this host, asked of every part of the package: each tries what it needs, and names what mends it."""
+"""Checks of this host, asked of every part of the package: each tries what it needs, and names the remedy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _backends(folder: Path, settings: Settings) -> Iterator[Check]:
             yield from backend.checks(chosen=name == chosen)
     # A plugin's backend is known to pytest alone, so nothing can be said of it here.
     if chosen not in NAMES:
-        yield Check("backend", partial(unknown, f"{chosen} comes with a plugin, which only pytest loads: what it needs was not checked"))
+        yield Check("backend", partial(unknown, f"{chosen} comes with a plugin and was not checked: only pytest loads plugins"))
 
 
 @contextmanager

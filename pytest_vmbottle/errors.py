@@ -178,8 +178,8 @@ class SmolvmError(MachineError):
         self.code = code
 
     def __str__(self) -> str:
-        status = "was ended because it took too long" if self.returncode is None else f"ended with status {self.returncode}"
-        return f"{VMBottleError.__str__(self)}\n --- the command, which {status} ---\n{printable(shlex.join(self.argv))}"
+        status = "killed at its time-out" if self.returncode is None else f"status {self.returncode}"
+        return f"{VMBottleError.__str__(self)}\n --- the command ({status}) ---\n{printable(shlex.join(self.argv))}"
 
 
 class Unsupported(MachineError):

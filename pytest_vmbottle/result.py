@@ -15,6 +15,8 @@ __all__ = ["CommandFailed", "CommandTimeout", "Match", "Matches", "Result", "pri
 _SHOWN_LINES = 60
 _SHOWN = 1 << 16
 """Characters of each stream that are shown."""
+_TITLE = 80
+"""Characters of a command that begin the message of its error."""
 
 
 @attrs.frozen(kw_only=True, repr=False)
@@ -127,9 +129,16 @@ class Matches(list[Match]):
 
     def __repr__(self) -> str:
         flags = "".join(f", {name}" for name in ("truncated", "timed_out") if getattr(self, name))
-        above = [f"[{len(self) - _SHOWN_LINES} matches above]"] if len(self) > _SHOWN_LINES else []
+        hidden = len(self) - _SHOWN_LINES
+        above = [f"[{hidden} match{'es' if hidden > 1 else ''} above]"] if hidden > 0 else []
         lines = "\n".join([*above, *map(str, self[-_SHOWN_LINES:])])
         return f"<Matches: {len(self)}{flags}\n{lines}>" if self else f"<Matches: none{flags}>"
+
+
+def _title(result: Result) -> str:
+    """Return the command in one short line: summaries show only the beginning of a message."""
+    line = " ".join(shlex.join(result.argv).split())
+    return line if len(line) <= _TITLE else f"{line[: _TITLE - 1]}…"
 
 
 def _noted(result: Result) -> str:
@@ -144,7 +153,7 @@ class CommandFailed(VMBottleError):
     """
 
     def __init__(self, result: Result) -> None:
-        super().__init__(f"the command ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
+        super().__init__(f"`{_title(result)}` ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
         self.result = result
 
 
@@ -160,6 +169,6 @@ class CommandTimeout(VMBottleError, TimeoutError):
 
     def __init__(self, result: Result, timeout: float, *, killed: bool = True) -> None:
         outcome = "was killed" if killed else "runs on"
-        super().__init__(f"the command did not end within {timeout:g} s and {outcome}{_noted(result)}\n{result.describe()}")
+        super().__init__(f"`{_title(result)}` did not end within {timeout:g} s and {outcome}{_noted(result)}\n{result.describe()}")
         self.result = result
         self.timeout = timeout

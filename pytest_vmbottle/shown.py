@@ -111,8 +111,11 @@ def _indented(text: str) -> str:
 
 def _shortened(text: str, most: int) -> str:
     left_out = len(text) - most
+    if left_out <= 0:
+        return text
     # Both ends are kept: the beginning says what it is, the end says what went wrong.
-    return text if left_out <= 0 else f"{text[: most // 2]}\n[{left_out} characters left out]\n{text[-(most // 2) :]}"
+    note = f"[{left_out} character{'s' if left_out > 1 else ''} left out]"
+    return f"{text[: most // 2]}\n{note}\n{text[-(most // 2) :]}"
 
 
 def tail(text: str, lines: int) -> str:
@@ -122,4 +125,5 @@ def tail(text: str, lines: int) -> str:
         at = text.rfind("\n", 0, at)
         if at < 0:
             return text
-    return f"[{text.count(chr(10), 0, at) + 1} lines above]\n{text[at + 1 : end]}"
+    above = text.count("\n", 0, at) + 1
+    return f"[{above} line{'s' if above > 1 else ''} above]\n{text[at + 1 : end]}"

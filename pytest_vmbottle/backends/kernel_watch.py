@@ -80,7 +80,7 @@ class KernelWatch:
             # An alert is the end only if a shell follows.
             if gives_up or not said.startswith(_ALERT):
                 why = printable((said[:_LAST_WORDS] + gives_up).decode("ascii", "replace")).strip()
-                self.stuck = "its initial RAM disk gave up and waits at a prompt" if why == "(initramfs)" else why
+                self.stuck = "its initial RAM disk failed and waits at a prompt" if why == "(initramfs)" else why
                 return
 
     def forget(self) -> None:

@@ -141,7 +141,7 @@ class State(StrEnum):
 
 
 class CannotSave(MachineError):
-    """The guest cannot be saved with its RAM, since nothing could wake it; its disk can be saved."""
+    """The guest cannot be saved with its RAM; its disk can be saved."""
 
 
 class NotPlugged(MachineError):
@@ -252,11 +252,11 @@ class Instance(ABC):
 
     def shut_down(self, *, deadline: Deadline) -> bool:
         """Have the guest power off in order; return whether it did by the deadline."""
-        raise self.unsupported("has no power button")
+        raise self.unsupported("cannot shut down a guest")
 
     def reboot(self, *, deadline: Deadline) -> bool:
         """Have the guest reboot in order, and forget the channels; return whether it had restarted by the deadline."""
-        raise self.unsupported("has no reset button")
+        raise self.unsupported("cannot reboot a guest")
 
     def cut(self) -> None:
         """End the machine at once, as if its plug was pulled; by default as `stop` does."""
@@ -270,10 +270,10 @@ class Instance(ABC):
         `dest` can be given as `Start.saved`, with `dest / "disk.qcow2"` on top of the `Start.disks` that it was launched with.
 
         Raises:
-            CannotSave: Nothing could wake the guest after a restore.
+            CannotSave: Nothing in the guest could set its clock after a restore.
             MachineError: It could not be written.
         """
-        raise self.unsupported("makes no snapshots")
+        raise self.unsupported("does not make snapshots")
 
     # -- network ---------------------------------------------------------------------------------------------------------------------
 
@@ -284,15 +284,15 @@ class Instance(ABC):
 
     def forward(self, port: int) -> tuple[str, int]:
         """Return the host's address and port that lead to a TCP port of the guest."""
-        raise self.unsupported("forwards no ports")
+        raise self.unsupported("does not forward ports")
 
     def ssh_access(self) -> SshAccess:
         """Return the address and keys that any SSH client needs to log in."""
-        raise self.unsupported("offers no SSH")
+        raise self.unsupported("does not offer SSH")
 
     def link(self, *, up: bool) -> None:
         """Plug the network cable in, or pull it."""
-        raise self.unsupported("has no network cable to pull")
+        raise self.unsupported("cannot unplug the network cable")
 
     def plug_card(self, wire: socket.socket, *, mac: str) -> None:
         """Plug in one more network card, whose frames are the datagrams of a socket.
@@ -340,11 +340,11 @@ class Instance(ABC):
         Raises:
             NotPlugged: It cannot take a disk now.
         """
-        raise self.unsupported("plugs in no disks")
+        raise self.unsupported("cannot plug in disks")
 
     def screenshot(self) -> bytes:
         """Return a screenshot as PNG."""
-        raise self.unsupported("makes no machines with a display")
+        raise self.unsupported("does not make machines with a display")
 
     def press(self, chords: Iterable[Chord]) -> None:
         """Press keys, one chord after the other.
@@ -352,7 +352,7 @@ class Instance(ABC):
         Raises:
             MachineError: A key is unknown, or the machine is not running.
         """
-        raise self.unsupported("makes no machines with a display")
+        raise self.unsupported("does not make machines with a display")
 
     def unsupported(self, lacks: str) -> Unsupported:
         """Return the error for a method that the backend does not support."""
@@ -441,7 +441,7 @@ class Backend(ABC):
         Raises:
             MachineError: It could not be fetched or written.
         """
-        raise Unsupported(f"this backend has no images of its own, such as {reference}")
+        raise Unsupported(f"{reference}: this backend has no images of its own")
 
     # -- what it keeps elsewhere -----------------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ def default_reason() -> str:
     """
     usual = _usual()
     if usual is None:
-        return "this user has no home"
+        return "this user has no home folder"
     return "" if _can_be_made(usual) else f"{usual.parent} cannot be written"
 
 
@@ -160,7 +160,7 @@ class Catalog:
             # In short steps, so that a waiting process is told from time to time who holds the lock.
             while not taken.acquire(Deadline(min(_MOMENT, deadline.remaining))):
                 if deadline.expired:
-                    raise CatalogError(f"{label} was not to be had within {deadline.seconds:.0f} s: {records.describe_holder(holder)}")
+                    raise CatalogError(f"timed out after {deadline.seconds:.0f} s waiting for {label}: {records.describe_holder(holder)}")
                 if reminder.due():
                     waiting(f"waiting for {label}, {reminder.elapsed:.0f} s: {records.describe_holder(holder)}")
             self.ledger.locks.add(name)
@@ -344,7 +344,7 @@ class Catalog:
                 what, _, why = sentence.partition(": ")
                 self.ledger.keep(what, why)
             for sentence in reaped.damaged:
-                self.ledger.keep(sentence.partition(": ")[0], "a damaged record, set aside")
+                self.ledger.keep(sentence.partition(": ")[0], "a damaged record, moved to quarantine")
 
 
 def _remove_stale(path: Path) -> None:
@@ -362,7 +362,7 @@ class _Owner:
     def __init__(self, run: Path) -> None:
         identity = Identity.of(os.getpid())
         if identity is None:
-            raise CatalogError("this process is not to be found in /proc, without which nobody could tell whose machines are whose")
+            raise CatalogError("this process has no entry in /proc, so its machines cannot be told from those of others: mount /proc")
         self.identity = identity
         self.lock = run / f"{identity.pid}-{secrets.token_hex(6)}.lock"
         # A bare descriptor: it is to stay open for as long as the process lives, whatever becomes of this object.
@@ -446,14 +446,14 @@ def _check(root: Path) -> None:
         private_dir(root)
         status = root.lstat()
     except (FileExistsError, NotADirectoryError):
-        raise CatalogError(f"the catalog {root} cannot be a folder, because a file stands there: {hint}") from None
+        raise CatalogError(f"the catalog {root} cannot be a folder, because a file is there: {hint}") from None
     except OSError as error:
         raise CatalogError(f"the catalog {root} cannot be made: {error.strerror}; {hint}") from error
     if not stat.S_ISDIR(status.st_mode):
         raise CatalogError(f"the catalog {root} is not a folder: {hint}")
     _check_ours(root, status, hint)
     if host.is_network_file_system(root):
-        raise CatalogError(f"the catalog {root} lies on a network file system ({host.file_system(root)}), where locks do not hold: {hint}")
+        raise CatalogError(f"the catalog {root} is on a network file system ({host.file_system(root)}), where locks are unsafe: {hint}")
     _check_locks(root, hint)
 
 
@@ -476,8 +476,8 @@ def _close_to_others(root: Path, mode: int, hint: str) -> None:
     # Checked again after the change of mode: somebody may have put a file in between the two looks.
     if stat.S_IMODE(root.lstat().st_mode) & 0o077 or any(root.iterdir()):
         raise CatalogError(
-            f"the catalog {root} is open to other users (mode {mode:04o}), and what is in it may be theirs: "
-            f"if you know that it is not, make it private with `chmod 700 {shlex.quote(str(root))}`; else {hint}"
+            f"the catalog {root} is open to other users (mode {mode:04o}), who may have changed its content: "
+            f"if you know that they have not, make it private with `chmod 700 {shlex.quote(str(root))}`; else {hint}"
         )
 
 
@@ -488,4 +488,4 @@ def _check_locks(root: Path, hint: str) -> None:
         with locks.tried(root, shared=True):
             pass
     except OSError as error:
-        raise CatalogError(f"the catalog {root} lies on a file system that has no locks ({error.strerror}): {hint}") from error
+        raise CatalogError(f"the catalog {root} is on a file system without locks ({error.strerror}): {hint}") from error

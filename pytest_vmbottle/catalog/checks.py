@@ -30,9 +30,9 @@ def _catalog(root: Path) -> Answer:
     except CatalogError as error:
         return missing(str(error), "export VMBOTTLE_CATALOG=/var/tmp/vmbottle-$USER", **details)
     if catalog.root == default_root() and default_reason():
-        text = f"{default_reason()}, so {catalog.root} is used: what is made in a container's own files is gone with it"
-        return degraded(text, "export VMBOTTLE_CATALOG=DIR  # one that is kept", **details)
-    return ok(f"{catalog.root} can be used, on {kind or 'a file system that cannot be told'}", **details)
+        text = f"{default_reason()}, so {catalog.root} is used: in a container it is removed together with the container"
+        return degraded(text, "export VMBOTTLE_CATALOG=DIR  # a folder that is kept", **details)
+    return ok(f"{catalog.root} can be used, on {kind or 'an unknown file system'}", **details)
 
 
 def _disk_space(root: Path) -> Answer:
@@ -43,5 +43,5 @@ def _disk_space(root: Path) -> Answer:
     if usage.free < _NO_SPACE:
         return missing(f"{text}, less than the {format_size(_NO_SPACE)} that an image and its packs need", "vmbottle pack prune", **details)
     if usage.free < _LITTLE_SPACE:
-        return degraded(f"{text}, little if many packs are to be kept", "vmbottle pack prune --older-than 7d", **details)
+        return degraded(f"{text}, too little for many packs", "vmbottle pack prune --older-than 7d", **details)
     return ok(text, **details)

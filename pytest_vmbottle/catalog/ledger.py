@@ -80,7 +80,7 @@ class Ledger:
         if not any(counts.values()) and not self.reclaimed and not self.left and not self.kept:
             return []
         kept = [f"{_many(len(self.packs), 'pack')} for later runs"] if self.packs else []
-        kept += [f"{_many(len(self.locks), 'lock')}, whose files are never removed"] if self.locks else []
+        kept += [f"{_many(len(self.locks), 'lock')} (lock files are never removed)"] if self.locks else []
         reclaimed = [_many(count, kind) for kind, count in sorted(self.reclaimed.items())]
         return [
             f"made {', '.join(_many(count, kind) for kind, count in counts.items())}; kept {_either('; '.join(kept))}",

@@ -117,9 +117,9 @@ class Budget:
         most, what = (total, "this host's") if self._limit is None or self._limit > total else (self._limit, "the memory budget of")
         # A machine that is all there is leaves nothing for its hypervisor.
         if size > most - own or (size == total and not own):
-            beside = f", of which other machines of this process have {format_size(own)}" if own else ""
+            beside = f" (other machines of this process have {format_size(own)} of it)" if own else ""
             raise SpecError(
-                f"memory={format_size(size)} for the machine {name!r} is more than {what} {format_size(most)}{beside}: ask for less"
+                f"memory={format_size(size)} for the machine {name!r} is more than {what} {format_size(most)}{beside}: reduce memory="
             )
 
     def _wait(self, turn: _Reservation, deadline: Deadline, waiting: Callable[[str], None]) -> _Reservation:
@@ -138,12 +138,12 @@ class Budget:
                     return mine
             words = _described(turns, turn, limit)
             if reminder.due():
-                waiting(f"waiting for {format_size(turn.size)}, {reminder.elapsed:.0f} s: {words}")
+                waiting(f"waiting for {format_size(turn.size)} of memory, {reminder.elapsed:.0f} s: {words}")
             return None
 
         mine = deadline.poll(go, every=0.03, first=0.01)
         if mine is None:
-            raise CatalogError(f"{format_size(turn.size)} of memory were not to be had within {deadline.seconds:.0f} s: {words}")
+            raise CatalogError(f"timed out after {deadline.seconds:.0f} s waiting for {format_size(turn.size)} of memory: {words}")
         return mine
 
     def _room(self, turns: Iterable[_Reservation]) -> int:
@@ -168,7 +168,7 @@ class Budget:
         """Lock the folder for a moment."""
         with tried(self._folder, deadline=deadline) as is_ours:
             if not is_ours:
-                raise CatalogError(f"the folder {self._folder} was locked by another process for {deadline.seconds:.0f} s")
+                raise CatalogError(f"timed out after {deadline.seconds:.0f} s waiting for the lock of the folder {self._folder}")
             yield
 
 
@@ -193,8 +193,8 @@ def _described(turns: list[_Reservation], turn: _Reservation, limit: int) -> str
             held[each.pid] += each.size
     before = sum(not each.held and each < turn for each in turns)
     who = ", ".join(f"process {pid} ({format_size(size)})" for pid, size in held.most_common(5))
-    queue = f"; {before} {'waits' if before == 1 else 'wait'} before" if before else ""
-    return f"of the memory budget of {format_size(limit)}, {format_size(held.total())} are held by {who or 'nobody'}{queue}"
+    queue = f"; {before} {'request is' if before == 1 else 'requests are'} ahead in the queue" if before else ""
+    return f"{format_size(held.total())} of the memory budget of {format_size(limit)} are held by {who or 'nobody'}{queue}"
 
 
 def _is_alive(path: Path) -> bool:

@@ -131,7 +131,7 @@ class Pack:
         for name, expected in self.manifest.files.items():
             path = self.path / name
             if path.is_symlink() or not path.is_file() or sparse_digest(path) != expected:
-                raise PackCorrupt(f"{label} is damaged: {name} is not what was published")
+                raise PackCorrupt(f"{label} is damaged: {name} does not match the manifest")
 
 
 def read(path: Path) -> Pack:
@@ -151,9 +151,9 @@ def read(path: Path) -> Pack:
         raise PackCorrupt(f"the manifest of the pack {path.name[:12]} cannot be read: {error}") from error
     # Compared both ways, so that a member which this version ignores is noticed too.
     if manifest.check != manifest.body() or cattrs.unstructure(manifest) != facts:
-        raise PackCorrupt(f"the manifest of the pack {path.name[:12]} is damaged: it is not what was published")
+        raise PackCorrupt(f"the manifest of the pack {path.name[:12]} is damaged: it was changed after it was written")
     if manifest.format != FORMAT or manifest.key != generations.name_of(path):
-        raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another's name")
+        raise PackCorrupt(f"the pack {path.name[:12]} was made by another version, or has another pack's name")
     return Pack(path=path, manifest=manifest)
 
 
@@ -186,10 +186,10 @@ def find(folder: Path, prefix: str) -> Path:
     """
     found = sorted(path for path in _latest(folder) if prefix and path.name.startswith(prefix))
     if not found:
-        raise CatalogError(f"there is no pack whose key begins with {prefix!r}: `vmbottle pack ls` shows those that are there")
+        raise CatalogError(f"there is no pack whose key begins with {prefix!r}: `vmbottle pack ls` lists the packs")
     if len(found) > 1:
         raise CatalogError(
-            f"{prefix!r} is the beginning of {len(found)} keys, give more of it: {', '.join(path.name[:12] for path in found)}"
+            f"{prefix!r} is the beginning of {len(found)} keys, so give more characters: {', '.join(path.name[:12] for path in found)}"
         )
     return found[0]
 
@@ -211,7 +211,7 @@ def check_parent(pack: Pack) -> None:
     except (FileNotFoundError, PackCorrupt):
         same = False
     if not same:
-        raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) stands on a pack that is gone or was made again")
+        raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) needs a pack that is gone or was built again")
 
 
 def children_first(chosen: Iterable[Pack]) -> list[Pack]:

@@ -54,7 +54,7 @@ class AgentOrSsh(Channel):
         limit = Deadline(max(_PATIENCE, deadline.remaining))
         way = limit.poll(lambda: self._known() or self.log_in(limit), every=0.2)
         if way is None:
-            raise MachineTimeout(f"the guest agent has ended, and SSH did not let us in within {limit.seconds:.0f} s")
+            raise MachineTimeout(f"the guest agent has ended, and SSH login timed out after {limit.seconds:.0f} s")
         return way, Deadline(deadline.seconds)
 
     def _known(self) -> Channel | None:

@@ -187,7 +187,7 @@ class GuestAgent(Channel):
             self._sock.settimeout(max(0.01, deadline.remaining))
             self._sock.sendall(message)
         except TimeoutError as error:
-            raise MachineTimeout(f"the guest agent does not take {name}: its buffer stays full") from error
+            raise MachineTimeout(f"timed out sending {name} to the guest agent: its buffer stays full") from error
         except OSError as error:
             raise self._lost(str(error)) from error
 
@@ -197,7 +197,7 @@ class GuestAgent(Channel):
         If the hypervisor is ending, its end says more, so it is awaited for a moment.
         """
         Deadline(2.0).poll(self._alive, every=0.05)
-        return MachineDied(f"the guest agent's line is closed: {reason}")
+        return MachineDied(f"the connection to the guest agent is closed: {reason}")
 
     def _line(self, deadline: Deadline, check: Callable[[], None] | None = None) -> bytes | None:
         """Return the next line, or None at the deadline.
@@ -210,7 +210,7 @@ class GuestAgent(Channel):
             searched = len(self._buffer)
             # A guest that never ends a line would fill the host's memory.
             if searched > _MAX_REPLY:
-                raise MachineDied(f"the guest agent sent more than {_MAX_REPLY} bytes without an end")
+                raise MachineDied(f"the guest agent sent more than {_MAX_REPLY} bytes without an end of line")
             if not self._receive(deadline, check or self._alive):
                 return None
         line = bytes(self._buffer[:end])
@@ -265,7 +265,7 @@ class GuestAgent(Channel):
             for (name, _), line in zip(logging_in, logged_in, strict=True):
                 _answer(name, line, lambda answer: answer)
         except AgentRefused as error:
-            log.info("what a command starts can only be told by its environment: %s", error)
+            log.info("processes that a command starts can be recognised only by their environment: %s", error)
             self.login = None
         return _answer("guest-exec", started, _pid)
 
@@ -288,7 +288,7 @@ class GuestAgent(Channel):
             self._status(_answer("guest-exec", started, _pid), deadline)
             login = self._open("/proc/self/loginuid", "w", deadline)
         except AgentRefused as error:
-            log.info("what a command starts can only be told by its environment: %s", error)
+            log.info("processes that a command starts can be recognised only by their environment: %s", error)
         self._settled, self.login = found, login
 
     def _as_login(self, tag: str) -> list[_Request]:
@@ -326,7 +326,7 @@ class GuestAgent(Channel):
         except (AgentRefused, AgentEnded) as error:  # what has started a process knows it
             raise AgentEnded(
                 "the guest agent ended while a command ran: it was stopped or restarted, or the guest reboots; "
-                "the command may run on there, but how it ends cannot be known"
+                "the command may still run there, but its status is lost"
             ) from error
 
     def close(self) -> None:
@@ -375,7 +375,7 @@ def _answer(name: str, line: bytes, read: Callable[[Any], _T]) -> _T:
             raise AgentRefused(f"the guest agent refused {name}: {answer['error'].get('desc', answer['error'])}")
         return read(answer["return"])
     except _NONSENSE as error:
-        raise MachineDied(f"the guest agent's answer to {name} makes no sense: {bytes(line[:80])!r}") from error
+        raise MachineDied(f"the guest agent's answer to {name} is invalid: {bytes(line[:80])!r}") from error
 
 
 def _within(number: object, least: int, most: int) -> int:

@@ -121,11 +121,11 @@ class Channel(ABC):
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Run a command with a host file of any size as its input."""
-        raise Unsupported("this channel passes on no files")
+        raise Unsupported("this channel cannot transfer files")
 
     def get(self, command: Command, sink: BinaryIO, *, deadline: Deadline) -> Finished:
         """Run a command and write its standard output, of any size, to a host file."""
-        raise Unsupported("this channel passes on no files")
+        raise Unsupported("this channel cannot transfer files")
 
     def start(
         self,
@@ -155,7 +155,7 @@ class Channel(ABC):
         Raises:
             MachineError: The guest cannot be reached any more.
         """
-        raise Unsupported("this channel offers no terminals")
+        raise Unsupported("this channel does not offer terminals")
 
     def close(self) -> None:
         """Close the connection; the guest runs on."""

@@ -125,7 +125,7 @@ class SshChannel(Channel):
 
         channel = deadline.poll(attempt, every=0.5, first=0.05)
         if channel is None:
-            raise MachineTimeout(f"SSH on {address[0]}:{address[1]} did not let us in within {deadline.seconds:g} s; last: {reasons[-1]}")
+            raise MachineTimeout(f"SSH login on {address[0]}:{address[1]} timed out after {deadline.seconds:g} s; last: {reasons[-1]}")
         return channel
 
     @classmethod
@@ -158,7 +158,7 @@ class SshChannel(Channel):
         try:
             return cls(_login(address, keys, user, Deadline(min(_PATIENCE, max(1.0, deadline.remaining)))), alive=alive)
         except paramiko.AuthenticationException:
-            reason = f"{user} is refused: cloud-init has to put our key there, and sshd_config must not say `PermitRootLogin no`"
+            reason = f"the login of {user} was refused: cloud-init must install our key, and sshd_config must not say `PermitRootLogin no`"
         # Refused by QEMU or by the guest: while it boots, both are expected, and only the last reason is told.
         except (paramiko.SSHException, OSError, EOFError) as error:
             reason = str(error) or type(error).__name__
@@ -245,7 +245,7 @@ class SshChannel(Channel):
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._alive()
             if deadline.expired and not self.lost:  # a guest that is busy is not a lost one
-                raise MachineTimeout(f"SSH did not begin a command within {deadline.seconds:g} s") from error
+                raise MachineTimeout(f"timed out after {deadline.seconds:g} s waiting for SSH to start a command") from error
             raise MachineDied(f"the SSH connection is lost: {error}") from error
         return SshProcess(session, stdout, stderr, alive=self._alive)
 
@@ -357,13 +357,13 @@ class SshProcess(Running):
         with self._writing:
             while left:
                 if not self._sendable(deadline):
-                    raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s: {len(left)} bytes are left")
+                    raise MachineTimeout(f"the command did not read its input within {deadline.seconds:g} s: bytes left: {len(left)}")
                 try:
                     sent = 0 if self._session.status_event.is_set() else self._session.send(bytes(left[:_CHUNK]))
                 except OSError:
                     sent = 0
                 if not sent:
-                    raise BrokenPipeError("the command has ended, or its input was closed, and takes no more")
+                    raise BrokenPipeError("the command reads no more input, because it has ended or its input was closed")
                 left = left[sent:]
 
     def _sendable(self, deadline: Deadline) -> bool:

@@ -67,7 +67,7 @@ def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
     Everything is tried: an accelerator has to run a guest, and a machine's RAM has to be restored. Results are remembered until the next
     boot or another QEMU.
 
-    Each line has a state (ok, degraded, missing or unknown), a topic and a sentence; a command that mends it follows. The exit status is 0
+    Each line has a state (ok, degraded, missing or unknown), a topic and a sentence; a command that fixes it follows. The exit status is 0
     if machines can be run, else 3.
     """
     import attrs
@@ -90,14 +90,14 @@ def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
 
 
 @main.command(epilog=examples("vmbottle gc --dry-run", "vmbottle gc", "vmbottle gc --json | jq '.[].processes[]'"))
-@click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @json_option
 def gc(*, dry_run: bool, as_json: bool) -> None:
     """End and remove the machines, folders and unfinished builds of dead processes.
 
     This also happens by itself: when the process ends, or at the latest when the next test run begins. Nothing of a living process is
-    touched, and a process is only killed if it is proven to be such a machine's. Without that proof it is kept and reported; then the exit
-    status is 1.
+    touched, and a process is killed only if it is proven to belong to such a machine. Without that proof it is kept and reported; then the
+    exit status is 1.
 
     One line for each machine goes to stdout: the id of the process that had it, and its name.
     """
@@ -115,10 +115,10 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
         say(sentence)
     strays = catalog.strays()
     for process in strays:
-        say(f"process {process.pid} is a machine's of which no record is left: end it if nobody needs it: kill {process.pid}")
+        say(f"process {process.pid} belongs to a machine without a record: if nobody needs it, run: kill {process.pid}")
     # A dry run leaves the exit status alone: it only tells.
     if not dry_run and (kept or strays):
-        raise Failure("not all could be ended and removed")
+        raise Failure("some processes or files could not be removed")
 
 
 main.add_command(images.image)

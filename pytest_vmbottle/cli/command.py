@@ -207,4 +207,4 @@ def check_each(checks: Mapping[str, tuple[str, Callable[[], object]]]) -> None:
         else:
             click.echo(f"ok  {key}")
     if bad:
-        raise Failure(f"{bad} of {len(checks)} {'is' if bad == 1 else 'are'} not what was stored")
+        raise Failure(f"{bad} of {len(checks)} {'differs' if bad == 1 else 'differ'} from what was stored")

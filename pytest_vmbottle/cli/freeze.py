@@ -32,17 +32,22 @@ _SUFFIX = ".smolmachine"
         "vmbottle pack build --image ./rootfs/ -o own.smolmachine",
     )
 )
-@click.option("--from-machine", "machine", metavar="NAME", help="Pack a machine of smolvm's, or of `vmbottle machine start`.")
+@click.option("--from-machine", "machine", metavar="NAME", help="Pack a machine of smolvm, or one of `vmbottle machine start`.")
 @click.option(
     "--image", metavar="REF", help="Pack an image: a reference, an archive of `docker save`, or a folder with a root file system."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The file; by default NAME.smolmachine, here.")
-@click.option("--yes", is_flag=True, help="Stop a machine that runs, without a question.")
-@click.option("--no-stop", is_flag=True, help="Leave a machine that runs alone: it is not packed then.")
 @click.option(
-    "--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where smolvm keeps the machine; by default its own folder."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write; by default NAME.smolmachine in the current folder.",
 )
-@click.option("--backend", type=click.Choice(["smolvm"]), default="smolvm", help="Whose pack it is.")
+@click.option("--yes", is_flag=True, help="Stop a running machine without asking.")
+@click.option("--no-stop", is_flag=True, help="Do not stop a running machine: then it is not packed.")
+@click.option(
+    "--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder in which smolvm keeps the machine; by default its own."
+)
+@click.option("--backend", type=click.Choice(["smolvm"]), default="smolvm", help="Backend of the pack.")
 def build(  # noqa: PLR0913 - one for each option
     *, machine: str | None, image: str | None, output: Path | None, yes: bool, no_stop: bool, state_dir: Path | None, backend: str
 ) -> None:
@@ -50,12 +55,12 @@ def build(  # noqa: PLR0913 - one for each option
 
     A test names the file: `@pytest.mark.vm("./dev.smolmachine", backend="smolvm")`.
 
-    The machine must be stopped for that. If it runs, a terminal is asked for permission; `--yes` and `--no-stop` answer ahead. The file's
-    path is written to stdout.
+    Only a stopped machine can be packed. If it runs, you are asked whether to stop it; `--yes` and `--no-stop` answer in advance. The
+    file's path is written to stdout.
     """
     del backend  # there is one
     if (machine is None) == (image is None) or (yes and no_stop):
-        raise click.UsageError("say one of --from-machine and --image, and at most one of --yes and --no-stop")
+        raise click.UsageError("use exactly one of --from-machine and --image, and at most one of --yes and --no-stop")
     if machine is not None and state_dir is None:
         _refuse_others(machine)
     from pytest_vmbottle.backends.smolvm import Engine, find_program
@@ -88,7 +93,7 @@ def _refuse_others(name: str) -> None:
         place = find(catalog_root() / "machines", name)
         backend = place.record().backend
         if place.is_held and backend not in ("", "smolvm"):
-            raise Failure(f"the machine {name!r} runs on {backend}, and only smolvm's can be packed: for the others write a layer")
+            raise Failure(f"the machine {name!r} runs on {backend}, and only machines of smolvm can be packed: write a layer instead")
 
 
 def _final(output: Path | None, name: str) -> Path:
@@ -105,7 +110,7 @@ def _frozen(engine: Engine, name: str, scratch: Path, may_stop: Callable[[], Non
     found = there.get(name)
     if found is None:
         names = ", ".join(sorted(there)) or "none"
-        raise Failure(f"smolvm has no machine {name!r} (there: {names}); --state-dir says where another smolvm keeps its machines")
+        raise Failure(f"smolvm has no machine {name!r} (there: {names}); --state-dir names the folder of another smolvm")
     if found.state not in ("stopped", "created"):
         may_stop()
         engine.stop(name)
@@ -131,18 +136,18 @@ def _kept_pack(name: str, scratch: Path, may_stop: Callable[[], None]) -> Path |
     folder = Path(str(place.ask({"verb": "freeze"})))
     packed = folder / f"machine{_SUFFIX}"
     if not packed.exists():
-        raise Failure(f"the machine {name!r} is none of smolvm's: what QEMU's machines begin with is a layer")
+        raise Failure(f"the machine {name!r} is not a machine of smolvm: for QEMU write a layer")
     return Path(shutil.copy(packed, scratch / f"pack{_SUFFIX}"))
 
 
 def _ask_to_stop(name: str, *, yes: bool, no_stop: bool) -> None:
     """Return if a running machine may be stopped, else raise."""
     if no_stop:
-        raise Failure(f"the machine {name!r} runs, and was not packed: a pack is made of a stopped one")
+        raise Failure(f"the machine {name!r} runs, so it was not packed: only a stopped machine can be packed")
     if yes:
         return
     # Nobody is there to answer, as in CI.
     if not sys.stdin.isatty():
-        raise Failure(f"the machine {name!r} runs, and nobody is here to be asked whether to stop it: say --yes or --no-stop")
-    if not click.confirm(f"The machine {name!r} runs. Stop it, and what runs in it, to pack it?", err=True):
+        raise Failure(f"the machine {name!r} runs, and there is no terminal to ask whether to stop it: use --yes or --no-stop")
+    if not click.confirm(f"The machine {name!r} runs. Stop it, with everything that runs in it, to pack it?", err=True):
         raise Failure(f"the machine {name!r} was left running, and was not packed")

@@ -39,9 +39,9 @@ def image() -> None:
 def _traits(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options for a disk's properties; the command gets them as `arch` and `traits`."""
 
-    @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="What it runs on; by default what this computer is.")
-    @click.option("--firmware", type=click.Choice(["bios", "uefi"]), help="What boots it; by default uefi for aarch64, else bios.")
-    @click.option("--user", default="", metavar="NAME", help="The user that its cloud-init gives our SSH key.")
+    @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Architecture of the image; by default this computer's.")
+    @click.option("--firmware", type=click.Choice(["bios", "uefi"]), help="Firmware that boots it; by default uefi for aarch64, else bios.")
+    @click.option("--user", default="", metavar="NAME", help="User to whom its cloud-init gives our SSH key.")
     @click.option(
         "--ready-when",
         "readiness",
@@ -83,8 +83,8 @@ def sweep(catalog: Catalog) -> None:
     )
 )
 @click.argument("recipe")
-@click.option("--include", metavar="PKG,PKG", multiple=True, callback=as_packages, help="More packages to have in it.")
-@click.option("--name", help="What to call it, if not like the recipe.")
+@click.option("--include", metavar="PKG,PKG", multiple=True, callback=as_packages, help="More packages to install in it.")
+@click.option("--name", help="Name of the image; by default the recipe's.")
 def build(*, recipe: str, include: list[str], name: str | None) -> None:
     """Build a base image from a RECIPE, such as debian-12, and replace an image of that name.
 
@@ -99,7 +99,7 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
     declared = _declared().get(recipe)
     if declared is not None:
         if include or name:
-            raise click.UsageError(f"{recipe} is declared in {declared.origin}: its name and packages stand there")
+            raise click.UsageError(f"{recipe} is declared in {declared.origin}: change its name and packages there")
         _make_declared(declared)
         return
     catalog = open_catalog()
@@ -171,10 +171,10 @@ def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
     )
 )
 @click.argument("source", metavar="NAME|URL")
-@click.option("--name", help="What to call it, if not like the official image; needed with a URL.")
+@click.option("--name", help="Name of the image; by default the official one's; needed with a URL.")
 @click.option("--sha256", help="With a URL: the digest that the file must have.")
-@click.option("--update", is_flag=True, help="Replace an image of this name that has another content.")
-@click.option("--offline", is_flag=True, help="Download nothing: fail if it is not there.")
+@click.option("--update", is_flag=True, help="Replace an image of this name if its content differs.")
+@click.option("--offline", is_flag=True, help="Download nothing: fail if the image is not in the catalog.")
 @_traits
 def pull(  # noqa: PLR0913 - one for each option
     *, source: str, name: str | None, sha256: str | None, update: bool, offline: bool, arch: str, traits: Traits
@@ -211,7 +211,7 @@ def pull(  # noqa: PLR0913 - one for each option
 
 def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
     if by_url and not (name and sha256):
-        raise click.UsageError("a URL needs --name, and --sha256 with the digest that whoever made the image publishes")
+        raise click.UsageError("a URL needs --name, and --sha256 with the digest that the maker of the image publishes")
     if not by_url:
         context = click.get_current_context()
         given = [
@@ -221,7 +221,7 @@ def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
             if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
         ]
         if given:
-            raise click.UsageError(f"{', '.join(given)} goes with a URL: of an official image this is known")
+            raise click.UsageError(f"only with a URL: {', '.join(given)}; for an official image this is known")
 
 
 @contextmanager
@@ -330,7 +330,7 @@ def _image_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     if record["damaged"]:
         return (record["name"], "damaged", "-", "-", "-", "-")
     if "declared" in record:
-        where = {"path": f"{record['source']}, where it lies"}.get(record["kind"], record["stored"] or "made when it is needed")
+        where = {"path": f"{record['source']}, in place"}.get(record["kind"], record["stored"] or "made when it is needed")
         return (record["name"], "declared", "-", "-", "-", f"{where} ({record['declared']})")
     sizes = (format_size(record["size"]), format_size(record["virtual_size"]))
     return (record["name"], record["sha256"][:SHORT], *sizes, record["created"], record["description"])
@@ -345,7 +345,7 @@ def _image_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="What to call it.")
+@click.option("--name", required=True, help="Name of the image.")
 @click.option("--sha256", help="The digest that the file must have.")
 @click.option("--kernel", type=click.Path(path_type=Path), help="A kernel to boot directly, instead of by firmware; copied too.")
 @click.option("--initrd", type=click.Path(path_type=Path), help="Its initial RAM disk.")
@@ -376,7 +376,7 @@ def add(  # noqa: PLR0913 - an image has many parts
 @image.command("rm", epilog=examples("vmbottle image rm debian-web"))
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def remove_images(*, names: tuple[str, ...]) -> None:
-    """Remove images. Packs that were made of them stay until they are pruned, but are of no use.
+    """Remove images. Packs that were built from them can no longer be used; they stay until they are pruned.
 
     An image that a test run or a machine uses is not removed.
     """

@@ -85,28 +85,30 @@ _env_option = click.option("-e", "--env", metavar="NAME=VALUE", multiple=True, c
     )
 )
 @click.argument("source")
-@click.option("--name", help="What to call it; by default like its source.")
+@click.option("--name", help="Name of the machine; by default that of its source.")
 @click.option("--cpus", type=int, help="Virtual processors; 1 by default.")
-@click.option("--cpu", metavar="MODEL", help="Their model, with features, as QEMU names them; by default what is best here.")
+@click.option("--cpu", metavar="MODEL", help="Model of the processors, with features, as QEMU names them; by default the best one here.")
 @click.option("--nested", is_flag=True, help="Let it run virtual machines itself, by KVM.")
 @click.option("--memory", metavar="SIZE", help="RAM, such as 512M or 2G; 1G by default.")
 @click.option("--disk", metavar="SIZE", help="Size of its disk; by default the image's own.")
-@click.option("--network", is_flag=True, help="Let it reach the network; without, it reaches nothing.")
-@click.option("-p", "--port", "ports", type=int, multiple=True, metavar="PORT", help="A TCP port of it to be reached from this computer.")
-@click.option("--package", "packages", multiple=True, metavar="PKG", help="A package to have in it; bottled, so that it is installed once.")
-@click.option("--user", help="Who runs commands in it; root by default.")
+@click.option("--network", is_flag=True, help="Let it reach the network; by default it reaches nothing.")
+@click.option("-p", "--port", "ports", type=int, multiple=True, metavar="PORT", help="TCP port of it to forward from this computer.")
+@click.option(
+    "--package", "packages", multiple=True, metavar="PKG", help="Package to install in it; saved in a pack, so it is installed once."
+)
+@click.option("--user", help="User that runs commands in it; root by default.")
 @_env_option
 @click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Its architecture; by default this computer's.")
-@click.option("--boot", is_flag=True, help="Boot it, rather than pour it from a pack.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="When it has to be ready; 120 by default, more if emulated.")
+@click.option("--boot", is_flag=True, help="Boot it instead of restoring it from a pack.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Seconds in which it must become ready; 120 by default, more if emulated.")
 @setting_options()
 @json_option
 def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str, str], boot: bool, **given: Any) -> None:
     """Start a machine from SOURCE: the name of an image, or the path of a disk image.
 
     Images are made as tests make them: a missing one is built if there is a recipe for it. Images that the project around the current
-    folder declares can be named too. When the command returns, the machine is ready for the other commands. Ctrl-C before that leaves
-    nothing.
+    folder declares can be named too. When the command returns, the machine is ready for the other commands. Ctrl-C before that removes
+    it.
 
     The machine's name is written to stdout.
     """
@@ -178,7 +180,7 @@ def _find(name: str) -> Kept:
 
 @machine.command(epilog=examples("vmbottle machine stop web", "vmbottle machine stop --now web db"))
 @_names
-@click.option("--now", is_flag=True, help="End it at once, as if its plug was pulled.")
+@click.option("--now", is_flag=True, help="End it at once, without a shutdown.")
 def stop(*, names: tuple[str, ...], now: bool) -> None:
     """Shut machines down, and wait until they are off.
 
@@ -205,7 +207,7 @@ def _end(place: Kept, *, now: bool) -> None:
 
 @machine.command("rm", epilog=examples("vmbottle machine rm web", "vmbottle machine rm --force web db"))
 @_names
-@click.option("-f", "--force", is_flag=True, help="End one that runs, without a shutdown.")
+@click.option("-f", "--force", is_flag=True, help="Also end and remove running machines, without a shutdown.")
 def remove(*, names: tuple[str, ...], force: bool) -> None:
     """Remove stopped machines: their records and console output."""
     places = [_find(name) for name in dict.fromkeys(names)]
@@ -277,7 +279,7 @@ def argv(*, name: str, as_json: bool) -> None:
     """Show the command line of the hypervisor that runs a machine."""
     record = _find(name).record()
     if not record.argv:
-        raise Failure(f"nothing is known of the hypervisor of {name!r}, which is {record.state}: {record.reason or 'it has not begun'}")
+        raise Failure(f"the hypervisor of {name!r} is unknown; the machine is {record.state}: {record.reason or 'it has not begun'}")
     if as_json:
         emit(list(record.argv))
     else:
@@ -286,15 +288,15 @@ def argv(*, name: str, as_json: bool) -> None:
 
 @machine.command(epilog=examples("vmbottle machine console web", "vmbottle machine console web -f", "vmbottle machine console web -n 20"))
 @_name
-@click.option("-f", "--follow", is_flag=True, help="Go on with what it says, until it ends or Ctrl-C.")
-@click.option("-n", "--lines", type=click.IntRange(0), help="Only the last lines.")
+@click.option("-f", "--follow", is_flag=True, help="Show new output as it comes, until the machine ends or Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(0), help="Show only this many of the last lines.")
 def console(*, name: str, follow: bool, lines: int | None) -> None:
     """Show a machine's serial console, even if the machine has ended. Control characters are made visible."""
     from pytest_vmbottle.backends.console import Console
 
     place = _find(name)
     if place.record().state == "starting":
-        raise Failure(f"the machine {name!r} is still starting, and its console cannot be seen yet")
+        raise Failure(f"the machine {name!r} is still starting, so it has no console yet")
     if not place.console.exists():
         raise Failure(f"the console of {name!r} is gone: {place.record().reason or 'it was never recorded'}")
     seen = Console(place.console, ended=lambda: not place.is_held)
@@ -320,10 +322,12 @@ def console(*, name: str, follow: bool, lines: int | None) -> None:
 )
 @_name
 @click.argument("words", metavar="-- COMMAND...", nargs=-1, required=True)
-@click.option("-u", "--user", help="Who runs it; by default whom the machine was started with.")
-@click.option("-w", "--workdir", "cwd", metavar="DIR", help="Where it runs; / by default.")
+@click.option("-u", "--user", help="User that runs it; by default the one of `machine start`.")
+@click.option("-w", "--workdir", "cwd", metavar="DIR", help="Folder in which it runs; / by default.")
 @_env_option
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Kill it then, and end with status 124.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Kill it after this time, and end with status 124."
+)
 def execute(*, name: str, words: tuple[str, ...], **how: Any) -> None:
     """Run a command in a machine.
 
@@ -373,18 +377,18 @@ def cp(*, src: str, dst: str) -> None:
     there, here = _GUEST_SIDE.fullmatch(src), _GUEST_SIDE.fullmatch(dst)
     guest = there or here
     if "" in (src, dst):
-        raise click.UsageError("an empty path names nothing to copy: a variable that was not set, perhaps")
+        raise click.UsageError("a path is empty: perhaps a variable was not set")
     if guest is None or (there and here):
-        raise click.UsageError("one side, and only one, is in a machine: write it as NAME:/PATH")
+        raise click.UsageError("exactly one side must be in a machine: write it as NAME:/PATH")
     if not guest[2].startswith("/"):
-        raise click.UsageError(f"{guest[0]!r}: the path in the machine begins with a slash, such as {guest[1]}:/tmp")
+        raise click.UsageError(f"{guest[0]!r}: the path in the machine must begin with a slash, such as {guest[1]}:/tmp")
     paths = {"src": guest[2], "dst": os.path.abspath(dst)} if there else {"src": os.path.abspath(src), "dst": guest[2]}  # noqa: PTH100 - resolve() follows links
     _find(guest[1]).ask({"verb": "cp", "to_guest": not there, **paths})
 
 
 @machine.command(epilog=examples("vmbottle machine shell web", "vmbottle machine shell web -u nobody"))
 @_name
-@click.option("-u", "--user", help="Whose login shell; by default who the machine was started with.")
+@click.option("-u", "--user", help="User to log in as; by default the one of `machine start`.")
 def shell(*, name: str, user: str | None) -> None:
     """Open a shell in a machine, on this terminal.
 
@@ -437,7 +441,13 @@ def ssh_config(*, name: str, as_json: bool) -> None:
 
 @machine.command(epilog=examples("vmbottle machine metrics web", "vmbottle machine metrics web --json | jq .guest_load"))
 @_name
-@click.option("--seconds", type=click.FloatRange(0.05, 3600), default=0.5, show_default=True, help="How long to look at the processors.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.05, 3600),
+    default=0.5,
+    show_default=True,
+    help="Seconds over which the use of processors is measured.",
+)
 @json_option
 def metrics(*, name: str, seconds: float, as_json: bool) -> None:
     """Show what a machine uses of this computer and, as `guest_`, its guest's own figures.

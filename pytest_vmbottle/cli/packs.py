@@ -75,7 +75,7 @@ def _mention_quarantine(catalog: Catalog) -> None:
         aside = catalog.quarantined()
         if aside:
             size = format_size(sum(size_on_disk(each) for each in aside))
-            say(f"Damaged packs that were put aside take {size}; remove them with: vmbottle pack prune")
+            say(f"Quarantined packs take {size}; remove them with: vmbottle pack prune")
 
 
 def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _described(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "in use", "yes" if record["in_use"] else "no"
     yield from ((name, record[name]) for name in ("backend", "image", "path"))
     for parent in record["parents"]:
-        yield "on", f"{parent['key'][:SHORT]} {parent['name'] or 'which is gone or damaged'}"
+        yield "on", f"{parent['key'][:SHORT]} {parent['name'] or '(missing or damaged)'}"
     for name, file in record["files"].items():
         yield "file", f"{name} ({'missing' if file['size'] is None else format_size(file['size'])}, {file['digest']})"
 
@@ -194,7 +194,7 @@ def _verify(path: Path) -> None:
 @pack.command("rm", epilog=examples("vmbottle pack rm 140eda", "vmbottle pack rm 140eda 573fc2"))
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 def remove_packs(*, keys: tuple[str, ...]) -> None:
-    """Remove packs. One that a test run uses, or that another pack stands on, is not removed."""
+    """Remove packs. One that a test run uses, or that another pack depends on, is not removed."""
     from pytest_vmbottle.catalog import packs
     from pytest_vmbottle.host.generations import name_of
 
@@ -219,7 +219,7 @@ def _check_removable(catalog: Catalog, paths: Iterable[Path], found: Sequence[Pa
     if above:
         those = ", ".join(f"{each.key[:SHORT]} ({each.manifest.name})" for each in above)
         command = " ".join(("vmbottle pack rm", *(each.key[:SHORT] for each in above), *(name[:SHORT] for name in sorted(names))))
-        raise Failure(f"{those} would stand on nothing: remove all of them with `{command}`")
+        raise Failure(f"{those} would lose the pack below: remove all of them with `{command}`")
     for path in paths:
         if catalog.in_use(path):
             raise Failure(f"the pack {path.name[:SHORT]} is in use: try again when the test run that uses it has ended")
@@ -245,8 +245,9 @@ def _discard(catalog: Catalog, path: Path) -> bool:
 def prune(*, older_than: float | None, unused_for: float | None, keep_size: int | None, dry_run: bool) -> None:
     """Remove unused packs, the least recently used first, and quarantined files.
 
-    A pack is unused if no test run uses it. Without options all unused packs are removed: pytest makes them again when it needs them. A
-    pack below one that is kept is kept too. Each of several options removes its part. The keys of the removed packs are written to stdout.
+    A pack is unused if no test run uses it. Without options all unused packs are removed: pytest builds them again when it needs them. A
+    pack below one that is kept is kept too. With several options, a pack is removed if one of them applies. The keys of the removed packs
+    are written to stdout.
     """
     from pytest_vmbottle.catalog import packs
 
@@ -266,5 +267,5 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
         shutil.rmtree(aside, ignore_errors=True)
     for key in gone:
         click.echo(key)
-    freed = format_size(sum(taken.get(key, 0) for key in gone))
-    say(f"{'would remove' if dry_run else 'removed'} {len(gone)} of {len(found) + len(damaged)} packs, {freed}")
+    of, freed = len(found) + len(damaged), format_size(sum(taken.get(key, 0) for key in gone))
+    say(f"{'would remove' if dry_run else 'removed'} {len(gone)} of {of} {'pack' if of == 1 else 'packs'}, {freed}")

@@ -128,7 +128,7 @@ def _failures(source: Path | GuestPath, target: Path | GuestPath) -> Iterator[No
         raise
     except (OSError, ValueError, IndexError, archive.Refused) as error:
         number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
-        raise TransferError(reason or str(error) or "it broke off", src=str(source), dst=str(target), number=number) from error
+        raise TransferError(reason or str(error) or "it was interrupted", src=str(source), dst=str(target), number=number) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -162,5 +162,5 @@ def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
         archive.unpack(stream, scratch)
         arrived = scratch / source.name
         if not os.path.lexists(arrived):
-            raise archive.Refused("what was asked for is not in it")
+            raise archive.Refused("the archive does not contain what was requested")
         yield arrived

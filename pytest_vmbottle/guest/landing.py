@@ -33,7 +33,7 @@ def destination(target: Path, name: str | None) -> Iterator[tuple[Path, int, str
         NotADirectoryError: The target is a symbolic link to a folder.
     """
     if target.is_symlink() and target.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "Is a symbolic link, which no copy follows: name what it leads to", str(target))
+        raise NotADirectoryError(errno.ENOTDIR, "Is a symbolic link, and copies do not follow it: name its target", str(target))
     within = name is not None and target.is_dir()
     target = target if within or target.name not in ("", "..") else target.resolve()
     folder = target if within else target.parent

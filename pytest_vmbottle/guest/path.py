@@ -185,7 +185,7 @@ class GuestPath:
             ValueError: The path is not absolute, has a NUL byte in it, or a character that no file name can have.
         """
         if path == "":
-            raise ValueError("an empty path names nothing in the guest: write an absolute one, such as '/srv'")
+            raise ValueError("an empty path is invalid: it must be an absolute path in the guest, such as '/srv'")
         self._pure = PurePosixPath(path)
         self._shell = shell
         if not self._pure.is_absolute():
@@ -444,7 +444,7 @@ class GuestPath:
             5
         """
         if isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"data must be text, not {type(data).__name__}: bytes are written by write_bytes()")
+            raise TypeError(f"data must be text, not {type(data).__name__}: write bytes with write_bytes()")
         self.write_bytes(data.encode(encoding, errors), mode=mode, owner=owner)
         return len(data)
 
@@ -465,7 +465,7 @@ class GuestPath:
             '900150983cd24fb0d6963f7d28e17f72'
         """
         if algorithm not in _HASHES:
-            raise ValueError(f"{algorithm!r} is not an algorithm for this: use one of {', '.join(_HASHES)}")
+            raise ValueError(f"{algorithm!r} is not a supported algorithm: use one of {', '.join(_HASHES)}")
         result = self._check(self._shell.script(f'exec {_HASHES[algorithm]} "$1"', str(self)))
         return result.stdout.removeprefix("\\").split()[0]  # the backslash says that the name is escaped
 
@@ -601,7 +601,7 @@ class GuestPath:
             [('sources.list.d', 'dir')]
         """
         if depth is not None and depth < 1:
-            raise ValueError(f"depth={depth}: 1 is the folder alone, None is without a limit")
+            raise ValueError(f"depth={depth} is invalid: it must be at least 1 (only the folder itself), or None (no limit)")
         return self._scan(depth)
 
     def _scan(self, depth: int | None, *, follow: bool = False) -> list[Entry]:
@@ -610,7 +610,7 @@ class GuestPath:
         rows = [(line[:1].decode("latin-1"), line[skip:].decode("utf-8", "surrogateescape")) for line in output.split(b"\0")[:-1]]
         # Names come from a guest: one with a slash or `..` would lead out of the folder.
         if any(kind not in _TYPES or not name or {"", "..", "."} & set(name.split("/")) for kind, name in rows):
-            raise OSError(errno.EIO, "the guest's listing makes no sense", str(self))
+            raise OSError(errno.EIO, "the guest's listing is invalid", str(self))
         return sorted((Entry(path=self / name, type=_TYPES[kind]) for kind, name in rows), key=lambda entry: entry.path)
 
     @_verb
@@ -790,7 +790,7 @@ class GuestPath:
             False
         """
         if not self._pure.name or ".." in self.parts:
-            raise ValueError(f"{self} is not removed with all that is in it: name the folder plainly")
+            raise ValueError(f"{self} cannot be removed with its content: name a folder, without '..'")
         self._remove(_RMTREE, missing_ok=missing_ok)
 
     def _remove(self, script: str, *, missing_ok: bool = False) -> None:
@@ -997,7 +997,7 @@ def _check_text(path: str) -> None:
     try:
         path.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise ValueError(f"{path!r} has a character in it that no name can have") from None
+        raise ValueError(f"{path!r} has a character that a file name cannot have") from None
 
 
 def mode_word(mode: int) -> str:

@@ -52,9 +52,9 @@ class Query:
 
     def __attrs_post_init__(self) -> None:
         if "\n" in self.pattern:
-            raise ValueError(f"{self.pattern!r} has a newline in it, and no line has: search for its lines one by one")
+            raise ValueError(f"{self.pattern!r} has a newline, and a search finds text within one line: search for each line")
         if self.max_results < 1:
-            raise ValueError(f"max_results={self.max_results} makes no sense: ask for at least one")
+            raise ValueError(f"max_results={self.max_results} is invalid: it must be at least 1")
 
     @property
     def env(self) -> dict[str, str]:
@@ -100,9 +100,9 @@ class Query:
 
     def _check(self, result: Result) -> None:
         if result.returncode == _BAD_PATTERN:
-            raise ValueError(f"{self.pattern!r} is no extended regular expression: {printable(result.stderr.strip()[-_TEXT:])}")
+            raise ValueError(f"{self.pattern!r} is not an extended regular expression: {printable(result.stderr.strip()[-_TEXT:])}")
         if result.returncode == _BAD_GREP:
-            raise OSError("the grep of this guest is not GNU grep, whose option --null is needed: install it, for example `apk add grep`")
+            raise OSError("the guest's grep is not GNU grep, and its option --null is needed: install it, for example `apk add grep`")
         if result.returncode not in {0, 1, 2, 141, *_ENDED_LATE}:  # 2: something could not be read; 141: enough was found (SIGPIPE)
             raise_for(result, self.root)
 

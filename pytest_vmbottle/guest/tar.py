@@ -153,7 +153,7 @@ def write_zip(tree: Path, sink: IO[bytes]) -> None:
             try:
                 _zip_one(packed, entry, path, status.st_mode)
             except UnicodeEncodeError as error:
-                raise Refused(f"{name!r} is not text, which a zip archive cannot hold: use 'tar.gz'") from error
+                raise Refused(f"{name!r} is not valid UTF-8, as names in a zip archive must be: use 'tar.gz'") from error
 
 
 def _tree(top: Path) -> Iterator[Path]:
@@ -198,15 +198,15 @@ def unpack(source: BinaryIO, folder: Path) -> None:
             count = 0
             for count, member in enumerate(tar, start=1):
                 if count > MAX_ENTRIES:
-                    raise Refused(f"it has more than {MAX_ENTRIES} entries")
+                    raise Refused(f"the archive has more than {MAX_ENTRIES} entries")
                 reader.take(source, member)
                 bounded.left = _MAX_HEADERS
                 tar.members.clear()  # kept for look-ups by name that nobody makes
             if not count:  # of a damaged first header, newer versions of the library make an empty archive
-                raise Refused("there is nothing in it")
+                raise Refused("the archive is empty")
             _check_end(source, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # the library lets more through than its own error
-        raise Refused(f"it is not a whole tar archive: {error}") from error
+        raise Refused(f"the tar archive is damaged: {error}") from error
     reader.finish()
 
 
@@ -232,7 +232,7 @@ def _check_end(source: BinaryIO, offset: int) -> None:
     """Raise if an archive is truncated, which the library takes for its end."""
     source.seek(offset)
     if source.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-        raise Refused("it is not a whole tar archive: it breaks off")
+        raise Refused("the tar archive is damaged: it ends early")
 
 
 class _Reader:
@@ -247,7 +247,7 @@ class _Reader:
         parts = _parts(member.name)
         path = self._root.joinpath(*parts)
         if member.size < 0:  # the library would read on at an earlier place, for ever (CVE-2025-8194)
-            raise Refused(f"{member.name!r} has no size")
+            raise Refused(f"{member.name!r} has a negative size")
         self._check_place(member.name, parts, path)
         if member.isdir():
             # The final mode is set in `finish`: it may forbid to write the folder's files.
@@ -268,15 +268,15 @@ class _Reader:
     def _check_place(self, name: str, parts: tuple[str, ...], path: Path) -> None:
         # The folder must be one that this archive made: a symbolic link in its place would lead elsewhere.
         if parts[:-1] not in self._modes:
-            raise Refused(f"{name!r} comes without the folder it is in")
+            raise Refused(f"{name!r} is in the archive without its folder")
         if os.path.lexists(path):
-            raise Refused(f"{name!r} is there twice")
+            raise Refused(f"{name!r} is in the archive twice")
 
     def _link(self, member: tarfile.TarInfo, path: Path) -> None:
         target = _parts(member.linkname)
         # Only to a file of this archive: a hard link to anything else would open a file of the host.
         if target not in self._files:
-            raise Refused(f"{member.name!r} is a hard link to something that is not in it")
+            raise Refused(f"{member.name!r} is a hard link to something that is not in the archive")
         os.link(self._root.joinpath(*target), path, follow_symlinks=False)
 
     def _write(self, source: BinaryIO, member: tarfile.TarInfo, path: Path) -> None:
@@ -303,11 +303,11 @@ class _Reader:
             return [(0, member.size)]
         self._room -= member.size
         if self._room < 0:
-            raise Refused(f"{member.name!r} has {member.size} bytes with its holes, for which there is no room")
+            raise Refused(f"{member.name!r} has {member.size} bytes with its holes, more than the disk has free")
         pieces, end = [piece for piece in sparse if piece[1]], 0  # empty ones tell of a hole at the end, or nothing
         for start, length in pieces:
             if start < end or length < 0 or start + length > member.size:
-                raise Refused(f"{member.name!r} has pieces that make no file")
+                raise Refused(f"{member.name!r} has an invalid list of its parts")
             end = start + length
         return pieces
 
@@ -325,7 +325,7 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int, name: str) -> None:
     while length:
         block = source.read(min(length, 1 << 20))
         if not block:
-            raise Refused(f"it is not a whole tar archive: it breaks off in {name!r}")
+            raise Refused(f"the tar archive is damaged: it ends early, in {name!r}")
         target.write(block)
         length -= len(block)
 
@@ -334,5 +334,5 @@ def _parts(name: str) -> tuple[str, ...]:
     path = PurePosixPath(name)
     parts = path.parts
     if path.is_absolute() or ".." in parts or not parts:
-        raise Refused(f"the name {name!r} leads out of it")
+        raise Refused(f"the name {name!r} leads out of the archive")
     return parts

@@ -60,7 +60,7 @@ def _check_paths(files: Iterable[GuestPath]) -> None:
             raise ValueError(f"{path} cannot be written as a file: name it plainly, without '..'")
         inside = next((folder for folder in path.parents if folder in known), None)
         if inside is not None:
-            raise ValueError(f"{inside} cannot be a file and the folder of {path}")
+            raise ValueError(f"{inside} cannot be both a file and the folder of {path}")
 
 
 def _tops(folders: set[GuestPath]) -> list[GuestPath]:

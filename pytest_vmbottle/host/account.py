@@ -80,5 +80,5 @@ def _group(text: str) -> int:
 def _number(text: str) -> int:
     number = int(text)
     if number > _LAST:
-        raise SpecError(f"{text} is more than an id can be")
+        raise SpecError(f"{text} is not a valid id: the largest one is {_LAST}")
     return number

@@ -41,7 +41,7 @@ def _system() -> Answer:
     name, release, machine = platform.system(), platform.release(), platform.machine()
     if name == "Linux":
         return ok(f"Linux {release} on {machine}", release=release, machine=machine)
-    return missing(f"machines are run on Linux, whose kernel ends and feeds them, and this is {name or 'unknown'}", system=name)
+    return missing(f"machines need a Linux host, and this is {name or 'an unknown system'}", system=name)
 
 
 def _memory(budget: int | None) -> Answer:
@@ -50,12 +50,12 @@ def _memory(budget: int | None) -> Answer:
     details: dict[str, object] = {"available": available, "total": total, "control_groups": [attrs.asdict(group) for group in groups]}
     text = f"{format_size(available)} of {format_size(total)} are available for machines"
     if total in (group.limit for group in groups):
-        text += ", which is the limit of this control group"
+        text += " (the limit of this control group)"
     if budget is not None:
         text += f", and their budget is {format_size(budget)}"
         details["budget"] = budget
     if min(available, budget or available) < _LITTLE_MEMORY:
-        return degraded(f"{text}: run few at once, with a small memory=", "", **details)
+        return degraded(f"{text}: run few machines at once, with a small memory=", "", **details)
     return ok(text, **details)
 
 
@@ -67,7 +67,7 @@ def _setpriv() -> Answer:
     # Run, not only found: BusyBox has a setpriv without this option.
     ended = run_tool([found, "--pdeathsig", "KILL", "--", "true"], timeout=TOOL_SECONDS)
     if not ended.ok:
-        return degraded(f"{found} does not know --pdeathsig: {consequence}", remedy, path=found, output=ended.output[:500])
+        return degraded(f"{found} has no option --pdeathsig: {consequence}", remedy, path=found, output=ended.output[:500])
     return ok(f"{found} ends machines with the pytest that started them", path=found)
 
 
@@ -87,9 +87,9 @@ def kvm_remedy(device: Path = Path("/dev/kvm"), registered: Path = Path("/proc/m
     except FileNotFoundError:
         # The kernel knows the device but this mount namespace does not have it: a container.
         if "kvm" in read_or_empty(registered).split():
-            return "docker run --device /dev/kvm ...  # the kernel has it, and this container was not given it"
+            return "docker run --device /dev/kvm ...  # the kernel has KVM, but this container has no access to it"
         vendor = "amd" if "AuthenticAMD" in read_or_empty(Path("/proc/cpuinfo")) else "intel"
-        return f"sudo modprobe kvm_{vendor}  # if that fails, turn on virtualization in the firmware, or in what this host runs on"
+        return f"sudo modprobe kvm_{vendor}  # if that fails, turn on virtualization in the firmware, or in the hypervisor of this host"
     except KeyError:  # a group without a name
         status, group = device.stat(), ""
     join = "sudo usermod -aG kvm $USER  # then log in again"

@@ -42,7 +42,7 @@ def remembered_digest(file: IO[bytes], path: Path, memory: Path, read: Callable[
         return records.read_as(note, known)
     found = read()
     if _looks(file) != looks:
-        raise CatalogError(f"{path} was changed while it was read: use it when nothing writes to it any more")
+        raise CatalogError(f"{path} was changed while it was read: use it after the last write to it")
     with suppress(OSError):
         # A folder that cannot be written costs time only.
         records.write(private_dir(memory) / note.name, {"path": str(path), "looks": looks, "sha256": found})

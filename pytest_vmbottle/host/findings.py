@@ -112,7 +112,7 @@ class Check:
             answer = self.ask()
         # Any error: a check that fails in an unforeseen way must not hide the others.
         except Exception as error:
-            answer = unknown(f"this could not be found out: {type(error).__name__}: {error}")
+            answer = unknown(f"the check failed: {type(error).__name__}: {error}")
         return Finding(
             topic=self.topic, state=answer.state, text=answer.text, remedy=answer.remedy, details=answer.details, needed=self.needed
         )

@@ -33,6 +33,6 @@ class Owner:
         """
         if not self.is_us:
             raise MachineError(
-                f"{machine} belongs to process {self.pid} and must be used there; this is process {os.getpid()}, forked from it, which "
-                f"may look at its state and pid, and start machines of its own"
+                f"{machine} belongs to process {self.pid}: use it there. This process, {os.getpid()}, was forked from it, and may only "
+                f"read the machine's state and pid, or start machines of its own"
             )

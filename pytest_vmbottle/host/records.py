@@ -86,14 +86,14 @@ def read_as(path: Path, make: Callable[[dict[str, Any]], _T], *, version: int = 
 
 def _facts(whole: object, version: int) -> dict[str, Any]:
     if not isinstance(whole, dict):
-        raise TypeError("it is no record")
+        raise TypeError("it is not a record")
     if whole.keys() != {"version", "sha256", "record"}:
         return whole
     found, facts = whole["version"], whole["record"]
     if not isinstance(facts, dict) or whole["sha256"] != _digest(found, facts):
         raise ValueError("its checksum is wrong")
     if not isinstance(found, int) or not 0 < found <= version:
-        raise ValueError(f"it is of version {found!r}, and only {version} is known here: a newer pytest-vmbottle has written it")
+        raise ValueError(f"it has version {found!r}, and only {version} is supported: a newer pytest-vmbottle has written it")
     return facts
 
 
@@ -114,12 +114,12 @@ def describe_holder(path: Path) -> str:
 
     def words(found: Mapping[str, Any]) -> str:
         step = f" ({str(found['step'])[:200].strip()})" if found.get("step") else ""
-        return f"process {int(found['pid'])} has been at it for {time.time() - float(found['since']):.0f} s{step}"
+        return f"process {int(found['pid'])} has held the lock for {time.time() - float(found['since']):.0f} s{step}"
 
     try:
         return read_as(path, words)
     except (OSError, Damaged):
-        return "another process is at it"
+        return "another process holds the lock"
 
 
 def _text(path: Path) -> bytes:
@@ -132,7 +132,7 @@ def _text(path: Path) -> bytes:
     with open(fd, "rb") as file:  # noqa: PTH123 - opened already
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise Damaged("it is no file")
+            raise Damaged("it is not a regular file")
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
         raise Damaged(f"it is longer than {_LARGEST >> 20} MiB")
@@ -143,12 +143,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     # JSON allows a name twice, and readers differ in which one counts.
     if len(found) != len(pairs):
-        raise ValueError("it says something twice")
+        raise ValueError("it has a key twice")
     return found
 
 
 def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 def _digest(version: object, facts: Mapping[str, Any]) -> str:

@@ -131,11 +131,11 @@ class Record(NamedTuple):
             if whole["sha256"] != _digest(body):
                 raise ValueError("its checksum is wrong")
             if body["version"] != _VERSION:
-                raise ValueError(f"it is of version {body['version']}, and this is version {_VERSION}")
+                raise ValueError(f"it has version {body['version']}, and only version {_VERSION} is supported")
             process = Identity(*body["process"]) if body["process"] else None
             return cls(owner=Identity(*body["owner"]), process=process, ending=tuple(body["ending"]))
         except (TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"it makes no sense: {error!r}") from error
+            raise ValueError(f"it is invalid: {error!r}") from error
 
 
 def _digest(body: Any) -> str:
@@ -223,7 +223,7 @@ def _proven(folder: Path, records: dict[str, Record]) -> tuple[dict[Identity, st
         if process.names(folder / name):
             found[process] = name
         elif process.is_running and not record.ending:  # else it is left to that
-            doubts[name] = f"process {process.pid} was its hypervisor, and does not name its folder any more"
+            doubts[name] = f"process {process.pid} was its hypervisor, but its command line does not name the folder any more"
     return found, doubts
 
 
@@ -251,7 +251,7 @@ def reap(folder: Path, *, aside: Path, dry_run: bool = False) -> Reaped:
         dry_run: Whether to report only what would be done.
     """
     if folder.is_symlink():
-        return Reaped(owner=folder.name, kept=(f"{folder}: it is a symbolic link, which nobody here makes",))
+        return Reaped(owner=folder.name, kept=(f"{folder}: it is a symbolic link, and pytest-vmbottle makes none here",))
     records, damaged = _read(folder)
     found, kept = _proven(folder, records)
     machines = sorted({path.name.removesuffix(".json") for path in _listed(folder) if not path.name.startswith(".")})

@@ -106,7 +106,7 @@ def build(  # noqa: PLR0913 - a build has many parts
         CatalogError: The recipe is unknown, or a step failed; then the message has the end of its output. Nothing was added.
     """
     if recipe not in RECIPES:
-        raise CatalogError(f"there is no recipe for {recipe!r}: there {'is' if len(RECIPES) == 1 else 'are'} {', '.join(sorted(RECIPES))}")
+        raise CatalogError(f"there is no recipe for {recipe!r}: the recipes are {', '.join(sorted(RECIPES))}")
     chosen, name = RECIPES[recipe], name or recipe
     # The recipe's name is checked before any work, and so are the packages: a build takes minutes.
     check_name(name)
@@ -193,11 +193,12 @@ class _Workshop:
         tools = _TOOLS | (_USER_TOOLS if self._rootless else _ROOT_TOOLS)
         missing = {tool: package for tool, package in tools.items() if not shutil.which(tool, path=self._path)}
         if missing:
-            raise BackendUnavailable(f"{', '.join(missing)} is missing", f"sudo apt-get install {' '.join(sorted(set(missing.values())))}")
+            reason = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+            raise BackendUnavailable(reason, f"sudo apt-get install {' '.join(sorted(set(missing.values())))}")
         place = self.folder.parent.parent
         free = shutil.disk_usage(place).free
         if free < _NEEDED_SPACE:
-            reason = f"building needs {format_size(_NEEDED_SPACE)} in {place}, which has {format_size(free)} left"
+            reason = f"building needs {format_size(_NEEDED_SPACE)} in {place}, and only {format_size(free)} are free"
             raise BackendUnavailable(reason, "Set TMPDIR to a folder with more space")
         if self._rootless:
             self._check_namespaces()
@@ -334,9 +335,9 @@ def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Pa
     """Return the error for a host where an ordinary user cannot act as root."""
     remedy = without_ids(files)
     if remedy:
-        return BackendUnavailable("this user has no subordinate user and group ids, which building without root needs", remedy)
+        return BackendUnavailable("this user has no subordinate user and group ids, and building without root needs them", remedy)
     return BackendUnavailable(
-        f"this host gives an ordinary user no user namespace, which building without root needs ({output})",
+        f"this host allows ordinary users no user namespace, and building without root needs one ({output})",
         "Build as root, or allow it: sudo sysctl -w kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 "
         "(a host has one or the other)",
     )
@@ -383,7 +384,7 @@ def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
     for pattern, target in (("vmlinuz-*", KERNEL), ("initrd.img-*", INITRD)):
         found = sorted(root.glob(f"boot/{pattern}"))
         if not found:
-            raise CatalogError(f"the packages brought no boot/{pattern}")
+            raise CatalogError(f"the installed packages contain no boot/{pattern}")
         # The last of several kernels, by name, is taken for the newest.
         with found[-1].open("rb") as source:
             copy_in(source, folder / target)
@@ -432,6 +433,6 @@ def _default_keyring(recipe: Recipe) -> str:
     path, package = recipe.keyring
     if not path.exists():
         raise BackendUnavailable(
-            f"this host has no package sources for {recipe.suite}, and not its archive's keys", f"sudo apt-get install {package}"
+            f"this host has neither package sources for {recipe.suite} nor the keys of its archive", f"sudo apt-get install {package}"
         )
     return f"--keyring={path}"

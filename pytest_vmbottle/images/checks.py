@@ -54,13 +54,13 @@ def _namespaces() -> Answer:
     if remedy:
         return degraded(f"this user has no subordinate user and group ids: without root, {_CANNOT_BUILD}", remedy, needed=True)
     if mmdebstrap is None:
-        return unknown("whether this user gets one is tried with mmdebstrap, which is missing", needed=True)
+        return unknown("not tested, because mmdebstrap, which tests it, is missing", needed=True)
     ended = run_tool([mmdebstrap, "--unshare-helper", "true"], timeout=TOOL_SECONDS)
     if not ended.ok:
         said = ended.output.strip()[-200:]
-        text = f"this user gets none, which was said with {said!r}: without root, {_CANNOT_BUILD}"
+        text = f"this user cannot create one ({said!r}): without root, {_CANNOT_BUILD}"
         return degraded(text, _allow_namespaces(), needed=True)
-    return ok("this user gets one, and builds images in it", needed=True)
+    return ok("this user can create one, and builds images in it", needed=True)
 
 
 def _allow_namespaces() -> str:

@@ -39,7 +39,7 @@ class Checksum:
     @digest.validator
     def _check(self, _: object, value: str) -> None:
         if not re.fullmatch(f"[0-9a-f]{{{_DIGITS[self.algorithm]}}}", value):
-            raise ValueError(f"{value!r} is no {self.algorithm}")
+            raise ValueError(f"{value!r} is not a {self.algorithm}")
 
     def __str__(self) -> str:
         return f"{self.algorithm} {self.digest}"

@@ -126,7 +126,7 @@ class DeclaredImage:
     def _in_place(self, store: ImageStore, progress: Callable[[str], None] | None) -> Image:
         image = store.import_path(Path(self.source), arch=self.arch, traits=self.traits, progress=progress)
         if self.sha256 not in ("", image.sha256):
-            raise CatalogError(f"{self.source} has the sha256 {image.sha256}, and {self.sha256} is declared")
+            raise CatalogError(f"{self.source} has the sha256 {image.sha256}, but {self.sha256} is declared")
         if self.kernel is None:
             return image
         # The kernel is not in the store, so its content has to be part of the key.
@@ -265,7 +265,7 @@ class _Table:
         for key in self._table:
             if key not in known:
                 raise self._unknown(key, [*_KEYS, *known])
-        raise SpecError(f"{self._origin}: says nothing of where the image comes from: it takes one of the keys {', '.join(_KEYS)}")
+        raise SpecError(f"{self._origin}: does not say where the image comes from: add one of the keys {', '.join(_KEYS)}")
 
     def _unknown(self, key: str, known: Iterable[str]) -> SpecError:
         known = list(known)
@@ -311,7 +311,7 @@ class _Table:
         except CatalogError as error:
             raise self._wrong("url", str(error)) from None
         if "sha256" not in self._table:
-            raise self._wrong("sha256", "is missing: what is downloaded must have a known digest")
+            raise self._wrong("sha256", "is missing: a download needs one")
         return url
 
     def _recipe(self) -> str:
@@ -341,16 +341,16 @@ class _Table:
         if file is None:
             return str(self._table.get("run", ""))
         if "run" in self._table:
-            raise self._wrong("run", "stands beside script: give the commands in a file or here, not both")
+            raise self._wrong("run", "cannot be used with script: give the commands in a file or here, not both")
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not a text in UTF-8"
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise self._wrong("script", f"{file} cannot be read: {reason}") from None
 
     def _cmdline(self) -> str:
         if "kernel" not in self._table and ("initrd" in self._table or "cmdline" in self._table):
-            raise self._wrong("kernel", "is missing: an initrd or a cmdline is of no use without one")
+            raise self._wrong("kernel", "is missing: an initrd or a cmdline needs one")
         if "kernel" in self._table and "cmdline" not in self._table:
             raise self._wrong("cmdline", "is missing: it tells the kernel where its root is, for example 'root=/dev/vda1 rw console=ttyS0'")
         return str(self._table.get("cmdline", ""))

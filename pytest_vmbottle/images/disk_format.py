@@ -88,12 +88,10 @@ def disk_format(head: bytes, size: int) -> tuple[DiskFormat, int]:
             raise CatalogError(f"is not a disk image but {what}")
     if size >= _MIN_DISK and size % _SECTOR:
         raise CatalogError(
-            f"is not a disk image: its {size} bytes are no whole sectors of {_SECTOR}; it was cut off, or has something behind its end"
+            f"is not a disk image: its size, {size} bytes, is not a multiple of {_SECTOR}; it was cut off, or something follows its end"
         )
     if size < _MIN_DISK or not any(head.startswith(magic, at) for at, magic in _SIGNATURES):
-        raise CatalogError(
-            "is not a disk image: it is no qcow2, and has neither a partition table nor a file system that a raw disk begins with"
-        )
+        raise CatalogError("is not a disk image: it is not qcow2, and as a raw disk it would begin with a partition table or a file system")
     if size > _MAX_DISK:
         raise CatalogError(f"is not a disk image: {format_size(size)} is more than a disk can have")
     return "raw", size
@@ -104,9 +102,9 @@ def _qcow2_size(head: bytes, file_size: int) -> int:
         raise CatalogError("is not a disk image: its qcow2 header is cut off")
     _, version, backing_at, backing_len, cluster_bits, size, crypt, *tables = _QCOW2.unpack_from(head)
     if version not in (2, 3):
-        raise CatalogError(f"is a qcow of version {version}: only 2 and 3 are known; make a new one with `qemu-img convert -O qcow2`")
+        raise CatalogError(f"is a qcow of version {version}: only 2 and 3 are supported; make a new one with `qemu-img convert -O qcow2`")
     if backing_at or backing_len:
-        raise CatalogError("refers to a backing file: if you trust its origin, make it whole with `qemu-img convert -O qcow2`")
+        raise CatalogError("refers to a backing file: if you trust its origin, make a self-contained copy with `qemu-img convert -O qcow2`")
     if crypt:
         raise CatalogError("is encrypted: decrypt it with `qemu-img convert -O qcow2`")
     # Internal snapshots have disk sizes and VM states of their own, which nothing here has checked.
@@ -114,7 +112,7 @@ def _qcow2_size(head: bytes, file_size: int) -> int:
         raise CatalogError("has internal snapshots: make a plain copy with `qemu-img convert -O qcow2`")
     if not 0 < size <= _MAX_DISK:
         raise CatalogError(f"is not a disk image: its qcow2 header claims a disk of {size} bytes")
-    _need(size % _SECTOR == 0, f"a disk of {size} bytes, which are no whole sectors")
+    _need(size % _SECTOR == 0, f"a disk of {size} bytes, which is not a multiple of {_SECTOR}")
     _need(9 <= cluster_bits <= 21, f"clusters of 2^{cluster_bits} bytes")  # noqa: PLR2004 - QEMU's own limits
     extended, length = _check_features(head, cluster_bits) if version == 3 else (False, _QCOW2.size)  # noqa: PLR2004 - it has feature bits
     _check_extensions(head, length, 1 << cluster_bits)
@@ -144,7 +142,7 @@ def _check_extensions(head: bytes, at: int, cluster: int) -> None:
             return
         # Unknown extensions may name other files, as the one for an external data file does.
         if kind not in (_BACKING_FORMAT, _FEATURE_NAMES):
-            what = _REFUSED_EXTENSIONS.get(kind, f"an extension that is not known here ({kind:#x})")
+            what = _REFUSED_EXTENSIONS.get(kind, f"an unknown extension ({kind:#x})")
             raise CatalogError(f"has {what} in its qcow2 header: make a plain copy with `qemu-img convert -O qcow2`")
 
 
@@ -158,13 +156,13 @@ def _check_features(head: bytes, cluster_bits: int) -> tuple[bool, int]:
         raise CatalogError("is not a disk image: its qcow2 header is cut off")
     features, _, extras, refcount_order, length = _QCOW2_V3.unpack_from(head, _QCOW2.size)
     if features & _DATA_FILE:
-        raise CatalogError("keeps its data in another file: if you trust its origin, make it whole with `qemu-img convert -O qcow2`")
+        raise CatalogError(
+            "keeps its data in another file: if you trust its origin, make a self-contained copy with `qemu-img convert -O qcow2`"
+        )
     if features & (_DIRTY | _CORRUPT):
         raise CatalogError("was not closed properly or is marked corrupt: repair it with `qemu-img check -r all`")
     if features & ~_KNOWN_FEATURES:
-        raise CatalogError(
-            f"needs qcow2 features that are not known here ({features:#x}): make a plain copy with `qemu-img convert -O qcow2`"
-        )
+        raise CatalogError(f"needs unknown qcow2 features ({features:#x}): make a plain copy with `qemu-img convert -O qcow2`")
     if extras:
         raise CatalogError("has bitmaps or other extras: make a plain copy with `qemu-img convert -O qcow2`")
     _need(_COMPRESSION_AT <= length <= 1 << cluster_bits and length % 8 == 0, f"a header of {length} bytes")
@@ -239,7 +237,9 @@ def check_whole(file: BufferedReader, path: Path) -> None:
         for entry in _entries(file, table & _OFFSET, (1 << cluster_bits) // 8)[::step] if table & _OFFSET else ():
             at = entry & compressed if entry & _COMPRESSED else entry & _OFFSET
             if at >= size:
-                raise CatalogError(f"{path} is not a whole disk image: it ends after {format_size(size)}, before its data do; get it again")
+                raise CatalogError(
+                    f"{path} is not a whole disk image: it ends after {format_size(size)}, before the end of its data; get it again"
+                )
 
 
 def _entries(file: BufferedReader, at: int, count: int) -> tuple[int, ...]:
@@ -261,6 +261,6 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise CatalogError(f"{path} is not a disk image: it is not even a file")
+        raise CatalogError(f"{path} is not a disk image: it is not a regular file")
     with os.fdopen(fd, "rb") as file:
         yield file

@@ -105,11 +105,11 @@ def fetch_text(url: str, *, what: str) -> str:
             while chunk := response.read1(_CHUNK, decode_content=False):
                 content += chunk
                 if len(content) > _MAX_TEXT:
-                    raise CatalogError(f"{what} at {url} has more than {format_size(_MAX_TEXT)}: that is something else")
+                    raise CatalogError(f"{what} at {url} is larger than {format_size(_MAX_TEXT)}: the server must have sent something else")
                 if deadline.expired:
                     raise CatalogError(f"{what} at {url} had not arrived after {deadline.seconds:.0f} s: try again later")
     except (_BrokenOffError, faults.HTTPError, OSError) as error:
-        raise CatalogError(f"{what} at {url} broke off ({error}): try again") from error
+        raise CatalogError(f"{what} at {url} is incomplete: the connection broke ({error}). Try again") from error
     return content.decode(errors="replace")
 
 
@@ -233,9 +233,9 @@ class Transfer:
                     raise
                 there = format_size(self.partial.size)
                 if attempt == _ATTEMPTS or self.deadline.remaining <= _PAUSE:
-                    hint = f"Run it again: it goes on from the {there} that came"
+                    hint = f"Run it again: the download resumes after {there}"
                     raise CatalogError(f"{self.what} from {self.url} is incomplete: {error}. {hint}") from None
-                self.progress(f"{error}; going on from {there}")
+                self.progress(f"{error}; resuming after {there}")
                 time.sleep(_PAUSE)
         return None
 
@@ -248,7 +248,7 @@ class Transfer:
                 if response.headers.get("Content-Range") == f"bytes */{size}":  # it is all there
                     return
                 self.partial.restart("")
-                raise _BrokenOffError("the server has another file by now")
+                raise _BrokenOffError("the file on the server has changed")
             _check_answer(response, self.url, self.what)
             self._receive(response, *_extent(response, size))
 
@@ -269,13 +269,15 @@ class Transfer:
                 # The announced length may be missing or wrong, so what comes is counted.
                 if done > self.max_size:
                     file.truncate(0)
-                    raise CatalogError(f"{self.what} at {self.url} has no end: more than {format_size(self.max_size)} came. It is no image")
+                    raise CatalogError(
+                        f"{self.what} at {self.url} is not an image: more than {format_size(self.max_size)} came, and no end"
+                    )
                 file.write(chunk)
                 file.flush()  # kept even if we are killed
                 meter.tell(done, total)
                 if self.deadline.expired:
                     seconds = f"{self.deadline.seconds:.0f} s"
-                    raise CatalogError(f"only {_of(done, total)} of {self.url} came in {seconds}. Run it again: it goes on from there")
+                    raise CatalogError(f"{self.url} timed out after {seconds}, with {_of(done, total)}. Run it again: the download resumes")
 
 
 def _chunks(response: urllib3.BaseHTTPResponse, start: int, total: int | None) -> Iterator[bytes]:
@@ -302,7 +304,7 @@ def _extent(response: urllib3.BaseHTTPResponse, size: int) -> tuple[int, int | N
     if response.status == _PARTIAL:
         match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None or int(match["start"]) != size:
-            raise CatalogError("the server answers with another part of the file than was asked for: try again later")
+            raise CatalogError("the server sent another part of the file than requested: try again later")
         return size, int(match["total"])
     # Some servers ignore the range and send the whole file: then it begins at 0 again.
     length = response.headers.get("Content-Length", "")
@@ -324,7 +326,7 @@ def _check_space(path: Path, missing: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < missing:
         has, needs = format_size(free), format_size(missing)
-        raise CatalogError(f"{path.parent} has {has} left, and {needs} are to come: make room, then run it again")
+        raise CatalogError(f"{path.parent} has {has} free, and the download needs {needs}: make room, then run it again")
 
 
 @attrs.define
@@ -386,7 +388,7 @@ class _Watch:
         finally:
             timer.cancel()
         if late.is_set():
-            raise TimeoutError(f"the server was not done after {seconds:.0f} s")
+            raise TimeoutError(f"the server had not finished after {seconds:.0f} s")
 
     def pool_class(self) -> type[urllib3.HTTPSConnectionPool]:
         """Return a class of connections that this limit can cut."""
@@ -432,7 +434,7 @@ def _get(url: str, headers: dict[str, str], what: str, deadline: Deadline) -> It
         try:
             check_url(url)
         except CatalogError as error:
-            raise CatalogError(f"{asked} redirects to what is not fetched: {error}") from None
+            raise CatalogError(f"{asked} redirects to a URL that is refused: {error}") from None
     raise CatalogError(f"{asked} redirects more than {_REDIRECTS} times: try again later, or give another URL")
 
 
@@ -476,7 +478,7 @@ def _trusted() -> ssl.SSLContext:
             return ssl.create_default_context(capath=named)
         return ssl.create_default_context(cafile=named or None)  # without a name also SSL_CERT_FILE and SSL_CERT_DIR
     except OSError as error:
-        remedy = "mend or unset REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
+        remedy = "fix or unset REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
         raise CatalogError(f"the certificates in {named} cannot be read ({error}): {remedy}") from None
 
 
@@ -487,10 +489,10 @@ def _explained(url: str, what: str) -> Iterator[None]:
     try:
         yield
     except faults.ProxyError as error:
-        reason = f"the proxy does not let us through to {host} ({_cause(error)})"
+        reason = f"the proxy refuses the connection to {host} ({_cause(error)})"
         raise _UnreachableError(f"{what} cannot be fetched: {reason}. {_PROXY}") from error
     except faults.SSLError as error:
-        raise CatalogError(f"{what} is not fetched: {host} does not prove who it is ({_cause(error)}). {_CERTIFICATES}") from error
+        raise CatalogError(f"{what} is not fetched: the certificate of {host} is not trusted ({_cause(error)}). {_CERTIFICATES}") from error
     except faults.NameResolutionError as error:
         raise _UnreachableError(f"{what} cannot be fetched: there is no address for {host} (DNS). {_NETWORK}") from error
     except faults.HTTPError as error:
@@ -503,9 +505,7 @@ def _explained(url: str, what: str) -> Iterator[None]:
 
 _NETWORK = "Check the network and HTTPS_PROXY. Where there is no network, copy the file here: `vmbottle image add FILE --name NAME`"
 _PROXY = "Check HTTPS_PROXY, or list the host in NO_PROXY"
-_CERTIFICATES = (
-    "Where a proxy looks into TLS, name its certificate in SSL_CERT_FILE; where the computer's own are missing, install ca-certificates"
-)
+_CERTIFICATES = "If a proxy inspects TLS, set SSL_CERT_FILE to its certificate; if this computer has none, install ca-certificates"
 
 
 def _cause(error: BaseException) -> str:
@@ -525,4 +525,4 @@ def _check_answer(response: urllib3.BaseHTTPResponse, url: str, what: str) -> No
         raise CatalogError(f"{what} is not at {url}: the server answers {response.status}. It may have been moved or withdrawn")
     # A captive portal answers any request with its login page and status 200.
     if response.headers.get("Content-Type", "").partition(";")[0].strip().lower() in ("text/html", "application/xhtml+xml"):
-        raise CatalogError(f"{url} is a web page, not {what}: does this network ask you to log in, or is the URL that of a page about it?")
+        raise CatalogError(f"{url} is a web page, not {what}: perhaps this network requires a login, or the URL is that of a page about it")

@@ -77,7 +77,7 @@ def pull(store: ImageStore, recipe: str, *, name: str | None = None, arch: str |
     options = options or PullOptions()
     chosen, arch, name = _recipe(recipe), arch or host_arch(), name or pulled_name(recipe, arch)
     if arch not in chosen.arches:
-        raise CatalogError(f"{recipe} is not published for {arch}: there is {', '.join(sorted(chosen.arches))}")
+        raise CatalogError(f"{recipe} is not published for {arch}, only for {', '.join(sorted(chosen.arches))}")
     check_name(name)
     there = _stored(store, name)
     if options.offline:
@@ -170,7 +170,9 @@ def _recipe(name: str) -> CloudImage:
     if name not in CLOUD_IMAGES:
         close = difflib.get_close_matches(name, CLOUD_IMAGES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise CatalogError(f"there is no image {name!r} to pull.{hint} There are: {', '.join(CLOUD_IMAGES)}. Others: by URL, with --sha256")
+        raise CatalogError(
+            f"there is no image {name!r} to pull.{hint} The names are: {', '.join(CLOUD_IMAGES)}. Pull others by URL, with --sha256"
+        )
     return CLOUD_IMAGES[name]
 
 
@@ -184,10 +186,10 @@ def _stored(store: ImageStore, name: str) -> Image | None:
 def _offline(there: Image | None, name: str, options: PullOptions) -> Image:
     if there is None:
         raise CatalogError(
-            f"{name} is not in the catalog, and --offline lets nothing be downloaded: pull it without that, or copy its disk here and "
+            f"{name} is not in the catalog, and --offline downloads nothing: pull it without --offline, or copy its disk here and run "
             f"`vmbottle image add FILE --name {name}`"
         )
-    options.progress(f"{name} is there; whether there is a newer one was not asked")
+    options.progress(f"{name} is in the catalog; not checked for a newer one (--offline)")
     return there
 
 
@@ -198,7 +200,7 @@ def _published(recipe: CloudImage, arch: str) -> Checksum:
     try:
         found = checksum_in(text, file, recipe.algorithm)
     except ValueError as error:
-        raise CatalogError(f"{url} cannot be relied on: {error}. Try again later") from None
+        raise CatalogError(f"{url} cannot be used: {error}. Try again later") from None
     if found is None:
         raise CatalogError(
             f"{url} has no {recipe.algorithm} of {file}: the image may have been renamed. Find it, and pull it by `--sha256` and its URL"
@@ -209,7 +211,7 @@ def _published(recipe: CloudImage, arch: str) -> Checksum:
 def _check_packed(url: str) -> None:
     suffix = next((suffix for suffix in _ARCHIVES if urlsplit(url).path.lower().endswith(suffix)), None)
     if suffix:
-        raise CatalogError(f"{url} is packed ({suffix}): download and unpack it, then `vmbottle image add FILE --name NAME`")
+        raise CatalogError(f"{url} is packed ({suffix}): download and unpack it, then run `vmbottle image add FILE --name NAME`")
 
 
 def _ensure(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image:
@@ -229,9 +231,9 @@ def _ensure(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image:
 def _pinned(there: Image, wanted: _Wanted) -> CatalogError:
     what = "built here" if there.prepared else there.description or "added by hand"
     return CatalogError(
-        f"the image {wanted.name!r} in the catalog ({what}, sha256 {there.sha256[:12]}, of {there.created}) is another one than "
-        f"{wanted.url} is now ({wanted.checksum.algorithm} {wanted.checksum.digest[:12]}). Replace it with `--update`: packs are made anew "
-        f"then. Or keep both: give this one another name with `--name`"
+        f"the image {wanted.name!r} in the catalog ({what}, sha256 {there.sha256[:12]}, of {there.created}) differs from what "
+        f"{wanted.url} has now ({wanted.checksum.algorithm} {wanted.checksum.digest[:12]}). Replace it with `--update`: its packs are then "
+        f"built again. Or keep both: give the new one another name with `--name`"
     )
 
 
@@ -253,7 +255,7 @@ def _download(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image
         options.progress(f"downloading {wanted.url}" + (f" from {format_size(resumed)} on" if resumed else ""))
         transfer.run()
         if resumed and _digest(partial, wanted) != wanted.checksum.digest:  # the server did not tell that its file is another one now
-            options.progress("what came before does not fit: downloading all of it again")
+            options.progress("the partial download does not match: downloading the whole file again")
             partial.restart("")
             transfer.run()
         try:
@@ -275,15 +277,15 @@ def _check(partial: Partial, wanted: _Wanted) -> None:
     actual = _digest(partial, wanted)
     if actual != wanted.checksum.digest:
         raise CatalogError(
-            f"{wanted.url} was downloaded and thrown away: its {wanted.checksum.algorithm} is {actual}, and {wanted.checksum.digest} was "
-            f"demanded. Its server may be in the middle of an update, or somebody has changed the file: try again in an hour"
+            f"{wanted.url} has the wrong checksum: its {wanted.checksum.algorithm} is {actual}, not {wanted.checksum.digest}. The download "
+            f"was deleted. The server may be in the middle of an update, or somebody has changed the file: try again in an hour"
         )
     try:
         with opened(partial.path) as file:
             inspect(file, partial.path)
     except CatalogError as error:
         reason = str(error).replace(str(partial.path), wanted.url)
-        raise CatalogError(f"{reason}. It has the right checksum, and was thrown away") from None
+        raise CatalogError(f"{reason}. Its checksum is right; the download was deleted") from None
 
 
 def _add(store: ImageStore, disk: Path, wanted: _Wanted) -> Image:

@@ -351,7 +351,7 @@ class ImageStore:
             name: The image's name.
             aside: Function that moves a path away.
         """
-        with explained(f"put the image {name!r} aside"), self._exclusive():
+        with explained(f"quarantine the image {name!r}"), self._exclusive():
             try:
                 # Judged again under the lock: another process may have mended it meanwhile.
                 self.get(name)
@@ -483,7 +483,7 @@ class ImageStore:
         traits = traits or Traits(firmware=default_firmware(arch))
         manifest = _describe(folder, arch, traits, cmdline=cmdline, description=description, progress=progress)
         if sha256 not in (None, manifest.sha256):
-            raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, and {sha256} was demanded")
+            raise CatalogError(f"{name!r} was not added: the sha256 of its disk is {manifest.sha256}, not {sha256}")
         records.write(folder / _RECORD, attrs.asdict(manifest))
         # Read-only like the files: an image is never changed.
         (folder / _RECORD).chmod(0o444)
@@ -519,7 +519,7 @@ class ImageStore:
         names = [other for other in self.names() if _address_or_none(self._names / f"{other}.json") in folders]
         if names and not (replace and names == [name]):
             raise CatalogError(
-                f"this disk is stored already as {' and '.join(names)}, with another kernel, command line, architecture, firmware or user, "
+                f"this disk is already stored as {' and '.join(names)}, with another kernel, command line, architecture, firmware or user, "
                 f"or damaged: remove that first with `vmbottle image rm {' '.join(names)}`"
             )
 
@@ -575,7 +575,7 @@ def check_name(name: str) -> None:
 
 def _check_boot(kernel: Path | None, initrd: Path | None, cmdline: str) -> None:
     if kernel is None and (initrd is not None or cmdline):
-        raise CatalogError("an initrd or a command line is of no use without a kernel: give the kernel too")
+        raise CatalogError("an initrd or a command line needs a kernel: give the kernel too")
     if kernel is not None and not cmdline:
         raise CatalogError("a kernel needs a command line that says where its root is, for example 'root=/dev/vda1 rw console=ttyS0'")
 

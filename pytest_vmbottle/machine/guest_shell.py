@@ -33,9 +33,7 @@ _KILL_TIME = 10.0
 _NOT_FOUND = 127
 _KILLED = (-9, 128 + 9)
 """Statuses of a killed command, and of a shell whose last command was killed."""
-_HELD = (
-    "the command itself had ended, but something that it left in the background held its output; give that >/dev/null 2>&1, or use spawn"
-)
+_HELD = "the command itself had ended, but a background process of it held its output; redirect that with >/dev/null 2>&1, or use spawn"
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = read_script(__package__, "as_user.sh")
 
@@ -168,7 +166,7 @@ class GuestShell(Shell):
         if finished.outlived:
             return _HELD
         if finished.returncode == _NOT_FOUND and len(program.split()) > 1:
-            return f"{printable(program)!r} is one word of a list, and so the name of a program; a whole command is written as a string"
+            return f"{printable(program)!r} is one word of a list, so it is the name of a program; write a whole command as a string"
         # The guest's kernel log is read only if a signal killed the command: it takes another round trip.
         if finished.returncode not in _KILLED or finished.timed_out:
             return ""
@@ -210,10 +208,10 @@ def _check_words(words: Sequence[str]) -> None:
         if not isinstance(word, str):
             raise TypeError(f"{word!r} is not a string: a command is a list of strings, or one string for the shell")
         if "\0" in word:
-            raise ValueError(f"{word[:80]!r} has a NUL byte in it, which no command can be given")
+            raise ValueError(f"{word[:80]!r} has a NUL byte in it, and a command cannot have one")
         try:
             total += len(word.encode()) + 1
         except UnicodeEncodeError:
-            raise ValueError(f"{word[:80]!r} is not text: a command takes what UTF-8 can write") from None
+            raise ValueError(f"{word[:80]!r} is not text: a command takes only what UTF-8 can encode") from None
     if total > _MAX_COMMAND:
         raise ValueError(f"the command has {total} bytes, more than {_MAX_COMMAND}: write it to a file with vm.path(), or use input=")

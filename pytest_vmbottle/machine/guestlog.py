@@ -60,7 +60,10 @@ class Unit:
         """Return name and state, with control characters neutralised."""
         restarts = self.properties.get("NRestarts", "")
         state = f"{self.properties.get('ActiveState')} ({self.properties.get('SubState')}, result {self.properties.get('Result')})"
-        return printable(f"{self.name} is {state}" + (f", restarted {restarts} times" if restarts not in ("", "0") else ""))
+        return printable(
+            f"{self.name} is {state}"
+            + (f", restarted {restarts} {'time' if restarts == '1' else 'times'}" if restarts not in ("", "0") else "")
+        )
 
 
 def troubled(said: str, seconds: float) -> list[Unit]:

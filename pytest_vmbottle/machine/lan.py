@@ -127,7 +127,7 @@ class LanMember:
 def _reason(finished: Finished) -> str:
     said = " ".join(finished.stderr.decode(errors="replace").split())[-500:]
     if finished.returncode == _NO_IP:
-        return "its guest has no program `ip`: add it, as with packages=['iproute2']"
+        return "its guest has no program `ip`: add it, for example with packages=['iproute2']"
     if finished.timed_out:
         return "its guest did not find the new network card in time; its kernel must know PCI hot-plug and virtio_net"
     what = "the guest could not give its card an address" if finished.returncode == _NO_ADDRESS else "the guest could not be set up"
@@ -191,7 +191,7 @@ class Lan:
             raise SpecError(f"the LAN {self.name!r} has a machine named {name!r} already: give this one another name=")
         address = next(self._free, None)
         if address is None:
-            raise SpecError(f"the LAN {self.name!r} has given out all of its addresses")
+            raise SpecError(f"the LAN {self.name!r} has no free address left")
         return LanMember(self, name, ipaddress.IPv4Interface(f"{address}/{self._prefix}"), body=body)
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ def _tell(place: LanMember) -> None:
     try:
         place.tell()
     except MachineError as error:  # switched off or paused, perhaps: that is its test's affair, and does not concern who joins
-        log.warning("the machine %r was not told who joined its LAN: %s", place.name, error)
+        log.warning("the machine %r could not update the host names of its LAN: %s", place.name, error)
 
 
 class Lans:

@@ -124,7 +124,7 @@ class Lifecycle:
     @property
     def _on(self) -> Instance:
         if self._instance is None:
-            raise self._error("is off: vm.start() boots it, and vm.restore() takes it back to where it began")
+            raise self._error("is off: vm.start() boots it, and vm.restore() resets it to its first state")
         return self._instance
 
     @property
@@ -136,7 +136,7 @@ class Lifecycle:
         """
         self.check_owner()
         if self._instance is not None and self._paused:
-            raise self._error("is paused and answers nothing: vm.resume() lets it go on")
+            raise self._error("is paused: vm.resume() continues it")
         _ = self.instance
         return self._channel
 
@@ -205,7 +205,7 @@ class Lifecycle:
             self._retire()
         _ = self.instance
         if state is State.DIED and not dead:
-            raise self._died("has died: vm.start() boots it again, and vm.restore() takes it back to where it began")
+            raise self._died("has died: vm.start() boots it again, and vm.restore() resets it to its first state")
         return instance
 
     def _died(self, message: str) -> MachineDied:
@@ -215,11 +215,11 @@ class Lifecycle:
     def _relaunchable(self) -> Relauncher:
         self.check_owner()
         if self._relauncher is None:
-            raise self._error("cannot be started again by who holds it")
+            raise self._error("cannot be started again: it was made without a way to do that")
         return self._relauncher
 
     def _late(self, what: str, deadline: Deadline) -> MachineTimeout:
-        message = f"the machine {self._spec.name} did not {what} within {deadline.seconds:g} s; vm.power_cut() ends it whatever it does"
+        message = f"the machine {self._spec.name} did not {what} within {deadline.seconds:g} s; vm.power_cut() ends it in any case"
         return MachineTimeout(message, machine=self._spec.name, console_tail=self.instance.console.tail(20))
 
     # -- one and the same instance ---------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ class Lifecycle:
             return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            # The file system's own sentence is of no use without the remedy; a machine's error has one already.
+            # The file system's own sentence has no remedy; a machine's error has one already.
             if isinstance(error, OSError) and not isinstance(error, MachineError):
                 raise self._unwritten(name, str(error.strerror), relauncher.folder) from error
             raise
@@ -365,7 +365,7 @@ class Lifecycle:
         free = format_size(shutil.disk_usage(folder).free)
         hint = "make room (vmbottle pack prune), or choose another folder with --vm-catalog"
         return CatalogError(
-            f"the snapshot {name!r} of the machine {self._spec.name} could not be written, and the machine goes on: {reason}; "
+            f"the snapshot {name!r} of the machine {self._spec.name} could not be written, and the machine runs on: {reason}; "
             f"{free} are free in {folder}: {hint}"
         )
 
@@ -391,7 +391,7 @@ class Lifecycle:
         relauncher = self._relaunchable()
         # The pack would get the state of another moment, without what the layer has done so far.
         if relauncher.start.building:
-            raise self._error("is being built: a layer cannot go back")
+            raise self._error("is being built: a layer cannot restore it")
         if snapshot is None:
             start = relauncher.start
         elif isinstance(snapshot, Snapshot):
@@ -399,5 +399,5 @@ class Lifecycle:
             snapshot.check_fits(self._spec)
             start = snapshot.start
         else:
-            raise TypeError(f"a machine goes back to what its snapshot() returned, not to {snapshot!r}")
+            raise TypeError(f"restore() takes what snapshot() returned, not {snapshot!r}")
         self._relaunch(start, None)

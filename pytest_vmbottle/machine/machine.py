@@ -561,7 +561,7 @@ class Machine:
             self._meter = self._new_meter()
         sample = self._meter.sample()
         if sample is None:
-            raise MachineDied(f"process {self._meter.pid} has ended, and with it what could be measured", machine=self.name)
+            raise MachineDied(f"process {self._meter.pid} has ended and cannot be measured any more", machine=self.name)
         return sample
 
     def record(self, every: float = 0.5, *, guest_every: float | None = None) -> Recording:
@@ -886,7 +886,7 @@ class Machine:
         self.lifecycle.check_owner()
         place = self.lifecycle.place
         if place is None:
-            raise MachineError('it is on no private LAN: put network="lan" into its mark', machine=self.name)
+            raise MachineError('it is not on a private LAN: write network="lan" in its mark', machine=self.name)
         place.impair(delay=delay, loss=loss)
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
@@ -993,7 +993,7 @@ class Machine:
         try:
             from pytest_vmbottle.machine.testinfra import connect  # noqa: PLC0415 - an extra, and it loads much
         except ImportError as error:
-            reason = f"vm.host takes pytest-testinfra, which cannot be imported: {error}"
+            reason = f"vm.host needs pytest-testinfra, and importing it failed: {error}"
             raise BackendUnavailable(reason, "Install it: pip install 'pytest-vmbottle[testinfra]'") from error
         return connect(self.name, self.exec)
 
@@ -1005,7 +1005,7 @@ def _told(argv: Sequence[str], env: Mapping[str, str] | None, cwd: object, user:
 
 def _host_path(path: str | Path) -> Path:
     if path == "":
-        raise ValueError("an empty path names no file of this computer: write one, such as 'result.txt'")
+        raise ValueError("the path on this computer is empty: write one, such as 'result.txt'")
     return Path(path)
 
 

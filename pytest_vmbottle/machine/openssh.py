@@ -67,5 +67,5 @@ def _quoted(path: Path) -> str:
     """
     text = str(path)
     if any(part in text for part in ('"', "\\", "\n", "${")):
-        raise MachineError(f"OpenSSH cannot be told of files in {str(path.parent)!r}: choose another folder with --vm-catalog")
+        raise MachineError(f"OpenSSH cannot use files in {str(path.parent)!r}: choose another folder with --vm-catalog")
     return '"' + text.replace("%", "%%") + '"'

@@ -80,7 +80,7 @@ class Recording:
         """
         for name, seconds in (("every", every), ("guest_every", guest_every)):
             if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"{name}={seconds!r} makes no sense: give seconds above 0")
+                raise ValueError(f"{name}={seconds!r} is invalid: it must be a number of seconds above 0")
         self.samples: list[Sample] = []
         self.lost = False
         self._meter, self._every, self._guest_every = meter, every, guest_every
@@ -105,7 +105,7 @@ class Recording:
             RuntimeError: The recording has been started before.
         """
         if self._threads:
-            raise RuntimeError("a recording can be made once: ask vm.record() for another one")
+            raise RuntimeError("a recording can be started only once: call vm.record() for another one")
         # Two threads: a guest that answers late must not delay the host's samples.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch_guest, self._watch_host)]
         for thread in self._threads:
@@ -214,7 +214,7 @@ class Recording:
         if path is not None:
             suffix = Path(path).suffix.lower()
             if suffix not in _SUFFIXES:
-                raise ValueError(f"{os.fspath(path)!r} cannot be plotted to: the name has to end with {' or '.join(_SUFFIXES)}")
+                raise ValueError(f"{os.fspath(path)!r} cannot be plotted to: the name must end with {' or '.join(_SUFFIXES)}")
             _write(path, _draw(self.series(), suffix[1:]))
         return "\n".join(_line(name, values, self._length) for name, values in self.series().items() if name not in _COUNTERS)
 
@@ -223,8 +223,8 @@ class Recording:
         return self.samples[-1].time - self.samples[0].time if self.samples else 0.0
 
     def __repr__(self) -> str:
-        lost = ", ended with the machine's process" if self.lost else ""
-        return f"<Recording: {len(self.samples)} samples in {self._length:.1f} s{lost}\n{self.plot()}>"
+        lost, count = ", ended with the machine's process" if self.lost else "", len(self.samples)
+        return f"<Recording: {count} {'sample' if count == 1 else 'samples'} in {self._length:.1f} s{lost}\n{self.plot()}>"
 
 
 def _rates(known: Series) -> Series:
@@ -267,7 +267,7 @@ def _draw(series: dict[str, Series], kind: str) -> bytes:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ImportError("to plot to a file takes matplotlib: run `pip install 'pytest-vmbottle[plot]'`") from error
+        raise ImportError("plotting to a file needs matplotlib: run `pip install 'pytest-vmbottle[plot]'`") from error
     figure = Figure(figsize=(10, 2.2 * len(_CHARTS)), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(_CHARTS), sharex=True), _CHARTS.items(), strict=True):
         axes.set_ylabel(title)

@@ -50,7 +50,7 @@ class Snapshot(Pack):
         """
         if spec.boot_digest() != self.spec.boot_digest():
             differs = ", ".join(sorted(key for key in BOOT if getattr(spec, key) != getattr(self.spec, key)))
-            raise SpecError(f"the snapshot {self.manifest.name!r} is of a machine with another {differs} than {spec.name}")
+            raise SpecError(f"the snapshot {self.manifest.name!r} was made of a machine with another {differs} than {spec.name}")
 
     def check(self) -> None:
         """Check that the snapshot and everything below it still exist.
@@ -59,4 +59,4 @@ class Snapshot(Pack):
             CatalogError: A file is gone.
         """
         if not all(path.exists() for path in (self.path, self.start.seed, *(disk.path for disk in self.start.disks))):
-            raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it lives as long as the machine that it was made of")
+            raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it is removed with the machine that it was made of")

@@ -69,7 +69,9 @@ def _descriptor(stream: TextIO) -> int:
     with suppress(OSError, ValueError, AttributeError):
         if os.isatty(stream.fileno()):
             return stream.fileno()
-    raise MachineError("a shell takes a terminal, and there is none here: run it in one, and a test with `pytest -s` and without `-n`")
+    raise MachineError(
+        "a shell needs a terminal, and there is none here: run it in a terminal; run a test with `pytest -s` and without `-n`"
+    )
 
 
 def _size(sink: int) -> tuple[int, int]:

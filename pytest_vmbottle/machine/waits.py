@@ -168,7 +168,7 @@ class Wait:
             answers[:] = [answer]
             return answer
 
-        return self.until(asked, f"{name} to come true", every=every, last=lambda: printable(repr(answers[-1]))[:1000] if answers else "")
+        return self.until(asked, f"{name} to become true", every=every, last=lambda: printable(repr(answers[-1]))[:1000] if answers else "")
 
     def unit(self, unit: str) -> None:
         """Wait until a systemd unit is active."""
@@ -177,10 +177,10 @@ class Wait:
         def active() -> bool:
             shown = self._ask(["systemctl", "show", "-p", _PROPERTIES, "--", unit])
             if shown.returncode == _NO_PROGRAM:
-                raise MachineError(f"there is no systemd in the guest, whose unit {unit} could become active", machine=self.machine)
+                raise MachineError(f"the unit {unit} cannot become active: the guest has no systemd", machine=self.machine)
             state.clear()
             state.update({key: printable(value) for key, _, value in (line.partition("=") for line in shown.stdout.splitlines())})
-            # A unit that is inactive without a job will not start by itself, so waiting on is of no use.
+            # A unit that is inactive without a job will not start by itself, so waiting longer cannot help.
             hopeless = state.get("ActiveState") == "failed" or (state.get("ActiveState") == "inactive" and not state.get("Job"))
             if hopeless or state.get("LoadState") == "not-found":
                 raise self._hopeless(unit, state)
@@ -267,7 +267,7 @@ class _Row:
 
 
 def _ports(listening: set[int]) -> str:
-    return "ports that are listened on: " + (", ".join(map(str, sorted(listening))) or "none")
+    return "ports with a listener: " + (", ".join(map(str, sorted(listening))) or "none")
 
 
 def _listed(state: Mapping[str, str]) -> str:

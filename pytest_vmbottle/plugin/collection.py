@@ -81,12 +81,12 @@ def _check_shared(item: pytest.Item, name: str, plan: Plan) -> None:
     Tests of unittest have no parameters.
     """
     if given_plan(item) is not None:
-        raise SpecError(f"a list of sources makes a matrix of one shared machine, and {name} would be a second: ask for one of them")
+        raise SpecError(f"a list of sources works with one shared machine, and {name} is a second one: request only one of them")
     if name != "class_vm":
-        raise SpecError(f"{name} cannot know the marks of a unittest.TestCase: use class_vm there, with the mark on the class")
+        raise SpecError(f"{name} does not work in a unittest.TestCase: use class_vm there, with the mark on the class")
     shared_by = item.getparent(pytest.Class) or item
     if plan not in plans_of(shared_by):
-        raise SpecError("class_vm in a unittest.TestCase is what the marks of its class say: put this mark on the class")
+        raise SpecError("in a unittest.TestCase, only the marks on the class describe class_vm: put this mark on the class")
 
 
 def _refuse(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -215,6 +215,6 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     if not session.has_machines:
         return []
     session.told.update(session.describe_hosts())
-    becomes = "are skipped" if session.options.skips_missing else "fail"
-    unable = [f"vmbottle: {count} tests {becomes}: {why}" for why, count in session.unable.items()]
+    outcome = "skipped" if session.options.skips_missing else "failed"
+    unable = [f"vmbottle: {count} {'test' if count == 1 else 'tests'} {outcome}: {why}" for why, count in session.unable.items()]
     return [*session.told, *unable]

@@ -136,8 +136,8 @@ def _plan_of_class(request: pytest.FixtureRequest) -> Plan:
     test, name = request.config.stash[SESSION].test, request.fixturename
     if test is None or name not in getattr(test, "fixturenames", ()):
         raise SpecError(
-            f"{name} is asked for while the test runs, when it can no longer be told which machine the marks of this test mean: name it "
-            f"among the arguments of the test or of its fixture, or write @pytest.mark.usefixtures({name!r})"
+            f"{name} is requested while the test runs, when the marks of this test are no longer known: make it an argument of the test or "
+            f"of its fixture, or write @pytest.mark.usefixtures({name!r})"
         )
     return plans_of(request.node)[0]
 
@@ -152,7 +152,7 @@ def _vm_reset(request: pytest.FixtureRequest) -> None:
 
 def _check_kept(request: pytest.FixtureRequest, plan: object, name: str) -> None:
     if isinstance(plan, Plan) and plan != plan_of(request.node):
-        raise SpecError(f"a vm mark was added to the test when its {name} was there already: have the hook add it at collection")
+        raise SpecError(f"a vm mark was added to the test after its {name} was made: add it during collection")
 
 
 def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:

@@ -71,7 +71,7 @@ class Infra:
         # What kept a pack from being made may be told in other words by another worker.
         first = self._first.setdefault(getattr(report, _ORIGIN, cause), report.nodeid)
         if first != report.nodeid and not in_full:
-            report.longrepr = f"INFRA: {cause} (told in full for {first})"
+            report.longrepr = f"INFRA: {cause} (reported in full for {first})"
             report.sections.clear()
 
     def summary(self, retried: int) -> str:

@@ -70,16 +70,16 @@ def plan_of(test: pytest.Item) -> Plan:
     plans, given = plans_of(test), given_plan(test)
     if given is None and len(plans) > 1:
         raise SpecError(
-            f"a list of sources makes no matrix here ({', '.join(plan.label for plan in plans)}): have the test name its fixture among its "
-            'arguments or in @pytest.mark.usefixtures("vm"); in a unittest.TestCase write one source, and a class for each'
+            f"a list of sources cannot be a matrix here ({', '.join(plan.label for plan in plans)}): make the fixture an argument of the "
+            'test, or write @pytest.mark.usefixtures("vm"); in a unittest.TestCase write one source, and a class for each'
         )
     if given is None or (given.alone and plans[0].alone):
         return plans[0]
     same = [plan for plan in plans if plan.sources == given.sources]
     if given.alone or not same:
         raise SpecError(
-            "a parameter set, or a hook, changes what sources the mark lists, when the tests are made already: list them in the mark on "
-            "the function, the class or the module, and one at most in a parameter set or a hook"
+            "a parameter set or a hook changes the list of sources when the tests already exist: write the list in the mark on "
+            "the function, the class or the module, and at most one source in a parameter set or a hook"
         )
     return same[0]
 
@@ -174,7 +174,7 @@ def _mistakes(mark: pytest.Mark) -> list[str]:
     if len(mark.args) > 1:
         wrong.append(f"the vm mark takes one source, not {len(mark.args)}")
     elif len(sources) > 1:
-        wrong.append("the source is given twice: by place and by name")
+        wrong.append("the source is given twice: by position and by name")
     else:
         listed = [each for source in sources for each in (source if isinstance(source, list | tuple) else [source])]
         if sources and not listed:

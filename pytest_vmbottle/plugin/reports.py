@@ -90,13 +90,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for line in ours.told:
                 terminalreporter.write_line(printable(line))
         terminalreporter.write_line(
-            f"vmbottle: {total['poured']:.0f} machines poured, {total['booted']:.0f} booted; {total['built']:.0f} packs built, "
-            f"{total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
+            f"vmbottle: {_counted(total['restored'], 'machine')} restored, {total['booted']:.0f} booted; "
+            f"{_counted(total['built'], 'pack')} built, {total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
             + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
         )
     infra = ours.infra.summary(int(total.get("retried", 0)))
     if infra:
         terminalreporter.write_line(f"vmbottle: {infra}", red=True)
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:.0f} {what}{'' if number == 1 else 's'}"
 
 
 class LastWords:
@@ -168,7 +172,7 @@ def _fail_for_panics(report: pytest.TestReport, session: Session) -> None:
             report.outcome = "failed"
             report.longrepr = (
                 f"The test passed, but the kernel of its machine {machine.name!r} was in trouble: {panic}\n"
-                'If that is what the test wants, say panic="expected" in the mark.'
+                'If the test expects that, write panic="expected" in the mark.'
             )
             report.sections.append((f"console of {machine.name}", machine.console.tail(40)))
 

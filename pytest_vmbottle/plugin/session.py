@@ -145,7 +145,7 @@ class Session:
         if name not in self._backends:
             backend: Backend | None = self.config.hook.pytest_vmbottle_make_backend(config=self.config, name=name)
             if backend is None:
-                raise SpecError(f"there is no backend {name!r}: choose qemu or smolvm, or install the plugin that brings it")
+                raise SpecError(f"there is no backend {name!r}: choose qemu or smolvm, or install the plugin that provides it")
             self._backends[name] = backend
         return self._backends[name]
 

@@ -66,7 +66,7 @@ class Tally:
     `waited` is the time until machines were ready, `queued` the part of it spent waiting for memory.
     """
 
-    poured: int = 0
+    restored: int = 0
     booted: int = 0
     built: int = 0
     reused: int = 0

@@ -58,8 +58,8 @@ class ImageResolver:
             found = self._taken.get((source, spec.arch)) or self._take_up(source, spec.arch)
         if found.arch != spec.arch:
             raise SpecError(
-                f"the image {found.name!r} is for {found.arch}, and the machine {spec.name!r} was to be {spec.arch}: "
-                f"say arch={found.arch!r} in the mark, or get the image for {spec.arch} as {source}-{spec.arch}"
+                f"the image {found.name!r} is for {found.arch}, but the machine {spec.name!r} needs one for {spec.arch}: "
+                f"write arch={found.arch!r} in the mark, or get the image for {spec.arch} as {source}-{spec.arch}"
             )
         return found
 

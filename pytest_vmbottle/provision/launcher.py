@@ -143,7 +143,7 @@ class Launcher:
             if start.saved is None:
                 await_boot(instance, channel, deadline)
             elif not start.building:
-                context.tally.poured += 1
+                context.tally.restored += 1
         # Ctrl-C too: nobody else knows of this instance yet.
         except BaseException:
             instance.stop()
@@ -162,7 +162,7 @@ def _await_system(instance: Instance, channel: Channel, spec: MachineSpec, deadl
     # Each question is work for a guest that is busy booting.
     if not deadline.poll(booted, every=0.75, first=0.5):
         raise MachineTimeout(
-            f"after {deadline.seconds:.0f} s the guest was still starting: cloud-init had not ended, or not all services had been started",
+            f"timed out after {deadline.seconds:.0f} s waiting for the guest to start: cloud-init or some services had not finished",
             machine=spec.name,
             console_tail=instance.console.tail(30),
             argv=getattr(instance, "argv", ()),

@@ -59,13 +59,13 @@ class PackBuilder:
         """Warn once that something which a layer depends on is ignored."""
         if path not in self._skipped:
             self._skipped.add(path)
-            self._context.settings.warn(f"{path} is a socket, a FIFO or a device: no layer that depends on it is built again because of it")
+            self._context.settings.warn(f"{path} is a socket, a FIFO or a device: it is ignored in the `depends` of layers")
 
     def start(self, spec: MachineSpec, pack: Pack, origin: Origin, *, building: bool = False) -> Start:
         """Return how a machine starts from a pack."""
         # The disk may be a file in its own place, which anybody may change between two runs.
         if origin.sha256 != pack.manifest.image:
-            raise CatalogError(f"the disk {origin.name} was changed since the pack of {pack.manifest.name} was made of it: try again")
+            raise CatalogError(f"the disk {origin.name} was changed after the pack of {pack.manifest.name} was built from it: try again")
         return origin.from_pack(spec, pack, self._cache.checked, building=building)
 
     def quarantine(self, pack: Pack) -> None:
@@ -158,7 +158,7 @@ class PackBuilder:
                 trouble = steps.equip(machine.lifecycle.instance.channel(deadline=deadline), patience)
                 if trouble:
                     self._context.settings.warn(
-                        f"the guest agent or Python could not be installed in {plan.name}, which goes on with SSH: {trouble}"
+                        f"installing the guest agent or Python in {plan.name} failed, so commands go over SSH: {trouble}"
                     )
             return self._save(machine.lifecycle.instance, plan, staged, deadline)
 
@@ -166,7 +166,7 @@ class PackBuilder:
         try:
             instance.save(staged, kind=plan.kind, deadline=deadline)
         except CannotSave as error:
-            self._context.settings.warn(f"every machine of {plan.name} has to boot, from a disk pack: {error}")
+            self._context.settings.warn(f"{plan.name} cannot be saved with its RAM, so each machine boots from a disk pack: {error}")
             # The machine runs on after a refusal, so the work of the layer is not lost.
             instance.save(staged, kind=PackKind.DISK, deadline=deadline)
             return PackKind.DISK

@@ -55,7 +55,7 @@ class PackCache:
         except PackCorrupt as error:
             with suppress(OSError):
                 aside = self._quarantine(self._context.catalog.pack(key), "a damaged pack")
-                where = f"it was moved to {aside} and" if aside else "it stays for those who use it, and"
+                where = f"it was moved to {aside} and" if aside else "it stays until others have stopped using it, and"
                 self._context.settings.warn(f"{error}; {where} is built again")
             return None
 
@@ -117,7 +117,7 @@ class PackCache:
         """Quarantine a pack that could not be restored."""
         self._usable.pop(pack.key, None)
         with suppress(OSError):
-            self._quarantine(pack.path, "a pack that could not be poured")
+            self._quarantine(pack.path, "a pack that could not be restored")
 
     def _check_parent(self, pack: Pack, parent: str) -> None:
         # A disk is only right on top of the very one it was written on. One made again by the same recipe has the same key, other content.
@@ -126,4 +126,4 @@ class PackCache:
         except (FileNotFoundError, PackCorrupt):
             same = False
         if not same:
-            raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) stands on a pack that is gone or was made again")
+            raise PackCorrupt(f"the pack {pack.key[:12]} ({pack.manifest.name}) depends on a pack that is gone or was built again")

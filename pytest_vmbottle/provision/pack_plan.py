@@ -91,7 +91,7 @@ def build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
     if step.keywords.get("packages"):
         launch["network"] = True  # where packages come from
     keywords = {**launch, **own, **boots}
-    keywords["network"] = keywords["network"] is True  # a LAN is what a machine joins when it is poured
+    keywords["network"] = keywords["network"] is True  # a LAN is what a machine joins when it is cloned
     return MachineSpec(source=step.source, **keywords)
 
 

@@ -148,7 +148,7 @@ class Provisioner:
         if start:
             return self._launcher.machine(spec.name, spec, start, origin)
         cold = spec.fresh == "boot" or (not spec.steps and origin.is_quick)
-        return self._cold(spec, origin) if cold else self._poured(spec, origin)
+        return self._cold(spec, origin) if cold else self._cloned(spec, origin)
 
     @contextmanager
     def _cold(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
@@ -161,11 +161,11 @@ class Provisioner:
             yield stack.enter_context(self._launcher.machine(spec.name, spec, start, origin))
 
     @contextmanager
-    def _poured(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
+    def _cloned(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
         with ExitStack() as stack:
-            yield self._pour(spec, origin, stack)
+            yield self._clone(spec, origin, stack)
 
-    def _pour(self, spec: MachineSpec, origin: Origin, stack: ExitStack) -> Machine:
+    def _clone(self, spec: MachineSpec, origin: Origin, stack: ExitStack) -> Machine:
         while True:
             pack = self._builder.pack(spec, self._kind, origin)
             try:
@@ -184,7 +184,7 @@ class Provisioner:
         self._fallback = PackKind(pack.manifest.kind).next
         self._builder.quarantine(pack)
         self._settings.warn(
-            f"the {pack.manifest.kind} pack of {pack.manifest.name} could not be poured and was put aside; "
+            f"the {pack.manifest.kind} pack of {pack.manifest.name} could not be restored and was quarantined; "
             f"{self._fallback} packs are used from now on: {error}"
         )
 
@@ -193,7 +193,7 @@ class Provisioner:
             self._settings.stopping(machine)
         # A hook's error must not hide the test's own, which may be on its way.
         except Exception as error:
-            self._settings.warn(f"a hook failed while the machine {machine.name!r} was being ended: {error!r}")
+            self._settings.warn(f"a hook failed while the machine {machine.name!r} was ending: {error!r}")
 
 
 @contextmanager
@@ -213,5 +213,7 @@ def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:
     if spec.lan is None:
         return None
     if lans is None:
-        raise SpecError(f"network={spec.lan!r}: a private LAN is of one test; use the fixtures vm, vms or vm_factory for {spec.name!r}")
+        raise SpecError(
+            f"network={spec.lan!r}: a private LAN belongs to one test; use the fixtures vm, vms or vm_factory for {spec.name!r}"
+        )
     return lans[spec.lan]

@@ -78,7 +78,7 @@ SIGNATURE = (
     "network=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', reset='none', "
     "timeout=120, panic='fail')"
 )
-# Keywords whose effect is bottled on top of the source, so that a machine poured from it has them already.
+# Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
 PREPARATION = frozenset({"packages", "files", "run"})
 # Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
 BOOT = frozenset({"arch", "backend", "cpus", "cpu", "nested", "memory", "disk", "display", "user_data"})
@@ -95,8 +95,7 @@ _USER_DATA = re.compile(
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 POWER_IN_FIRST_BOOT = (
-    "would end the first boot before the guest is ready, which is waited for: leave it out, and have a layer or the test do it, by "
-    "vm.reboot() or vm.shutdown()"
+    "would end the first boot before the guest is ready: leave it out, and call vm.reboot() or vm.shutdown() in a layer or in the test"
 )
 _ENDS_GUEST = re.compile(
     r"""(?:^|[;&|({`])[\s\-\["']*"""  # where a command begins, also as an entry of a list in YAML
@@ -148,15 +147,15 @@ def _cpus(value: object) -> int:
 def _cpu(value: object) -> str | None:
     if value is None:
         return None
-    takes = "takes a CPU model of QEMU's, and features that it has or not: 'EPYC-v1,+svm,-avx2' or 'max,la57=off'"
+    takes = "takes a CPU model of QEMU, then features to switch on or off: 'EPYC-v1,+svm,-avx2' or 'max,la57=off'"
     if not isinstance(value, str):
         raise _fail("cpu", value, f"{takes}; did you mean 'cpus'?")
     model, *features = value.split(",")
     if not _CPU_MODEL.fullmatch(model):
-        raise _fail("cpu", value, f"{takes}; {model!r} is no name of a model")
+        raise _fail("cpu", value, f"{takes}; {model!r} is not the name of a model")
     for feature in features:
         if not _CPU_FEATURE.fullmatch(feature):
-            raise _fail("cpu", value, f"{takes}; {feature!r} is no feature")
+            raise _fail("cpu", value, f"{takes}; {feature!r} is not a feature")
     return value
 
 
@@ -170,7 +169,7 @@ def _size(keyword: str, value: object) -> int:
     if isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(SpecError):
             return parse_size(value)
-    raise _fail(keyword, value, "takes bytes above 0, or a string such as '512M' or '2G'")
+    raise _fail(keyword, value, "takes a number of bytes above 0, or a string such as '512M' or '2G'")
 
 
 def _arch(value: object) -> str:
@@ -191,7 +190,7 @@ def _network(value: object) -> bool | str | tuple[str, ...]:
         return tuple(_cidr(each) for each in value)
     takes = (
         "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _; "
-        "or a list of the networks that alone may be reached, such as ['10.0.0.0/8']"
+        "or a list of the only networks that the guest may reach, such as ['10.0.0.0/8']"
     )
     raise _fail("network", value, takes)
 
@@ -200,7 +199,7 @@ def _cidr(value: object) -> str:
     with suppress(ValueError):
         if isinstance(value, str):
             return str(ipaddress.ip_network(value))
-    raise _fail("network", value, "is no network: write its first address and the length of its prefix, such as '10.0.0.0/8'")
+    raise _fail("network", value, "is not a network: write its first address and the length of its prefix, such as '10.0.0.0/8'")
 
 
 def _matching(keyword: str, value: object, pattern: re.Pattern[str], takes: str) -> str:
@@ -224,7 +223,7 @@ def _user(value: object) -> str:
 def _memory(value: object) -> int:
     size = _size("memory", value)
     if size < _MIN_MEMORY:
-        raise _fail("memory", value, "is less than 16 MiB: bytes are meant, or write a string such as '512M'")
+        raise _fail("memory", value, "is less than 16 MiB: a number means bytes; write a string such as '512M'")
     return -(-size // _MIB) * _MIB
 
 
@@ -251,7 +250,7 @@ def _fresh(value: object) -> Literal["restore", "boot"]:
         return "restore"
     if value == "boot":
         return "boot"
-    raise _fail("fresh", value, "takes 'restore' (pour a pack) or 'boot' (boot cold)")
+    raise _fail("fresh", value, "takes 'restore' (clone a pack) or 'boot' (cold boot)")
 
 
 def _reset(value: object) -> Literal["none", "test"]:
@@ -267,7 +266,7 @@ def _panic(value: object) -> Literal["fail", "expected"]:
         return "fail"
     if value == "expected":
         return "expected"
-    raise _fail("panic", value, "takes 'fail' (a kernel in trouble fails the test) or 'expected' (it is what the test wants)")
+    raise _fail("panic", value, "takes 'fail' (a kernel in trouble fails the test) or 'expected' (it does not)")
 
 
 def _timeout(value: object) -> float:
@@ -295,7 +294,7 @@ def _files(value: object) -> tuple[tuple[str, File], ...]:
             raise _fail("files", path, "is not an absolute path in the guest")
         plain, mode = content if isinstance(content, tuple) and len(content) == 2 else (content, 0)  # noqa: PLR2004 - a pair
         if not isinstance(plain, str | bytes | Path):
-            raise _fail("files", {path: content}, "takes text, bytes or a local Path as content, or a pair of that and permission bits")
+            raise _fail("files", {path: content}, "takes text, bytes or a local Path, or a pair of one of these and permission bits")
         if not is_mode(mode):
             raise _fail("files", {path: content}, "takes permission bits as 0o755")
     return tuple(sorted(value.items(), key=lambda item: item[0]))
@@ -310,7 +309,9 @@ def _user_data(value: object) -> str | None:
             raise _fail("user_data", ends, POWER_IN_FIRST_BOOT)
         return "#cloud-config\n" + json.dumps(_plain(value), indent=1, sort_keys=True)
     if not isinstance(value, str) or not _USER_DATA.match(value):
-        raise _fail("user_data", value, "takes a mapping, or text that begins as cloud-init has it: '#cloud-config', '#!/bin/sh', ...")
+        raise _fail(
+            "user_data", value, "takes a mapping, or text that begins with a header of cloud-init: '#cloud-config', '#!/bin/sh', ..."
+        )
     _plain(value)
     return value
 
@@ -331,7 +332,9 @@ def _plain(value: object, *place: object) -> object:
     elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {str(_plain(key, *place)): _plain(each, *place, key) for key, each in value.items()}
     at = f"at {'.'.join(map(str, place))}: " if place else ""
-    raise _fail("user_data", value, f"{at}takes text, finite numbers, True, False, None, and lists, and mappings from text, of these")
+    raise _fail(
+        "user_data", value, f"{at}takes text, finite numbers, True, False, None, and lists and mappings of these, with text as keys"
+    )
 
 
 def ends_first_boot(config: Mapping[Any, Any]) -> str:
@@ -575,10 +578,10 @@ class MachineSpec:
         """Check rules that concern several keywords."""
         wrong = []
         if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
-            takes = f"is no host name, as a machine on the LAN {self.lan!r} needs: take letters, digits and dashes"
+            takes = f"is not a host name, and a machine on the LAN {self.lan!r} needs one: use letters, digits and dashes"
             wrong.append(_fail("name", self.name, takes))
         if self.nested and self.arch != "x86_64":
-            takes = f"works in guests for x86_64, and this one is for {self.arch}: say arch='x86_64'"
+            takes = f"works only in x86_64 guests, and this guest is {self.arch}: write arch='x86_64'"
             wrong.append(_fail("nested", self.nested, takes))
         if wrong:
             raise SpecError("\n  ".join(map(str, wrong)))

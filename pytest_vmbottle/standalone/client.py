@@ -1,6 +1,6 @@
 """Client side of machines that run without pytest: their records, and requests to their daemons.
 
-Each machine has a folder `machines/NAME` in the catalog, with a record, a socket, the console and the log of its daemon (its keeper). The
+Each machine has a folder `machines/NAME` in the catalog, with a record, a socket, the console and the log of its daemon. The
 daemon holds a lock on that folder as long as it lives, so that nobody takes a dead one for running.
 """
 
@@ -142,12 +142,12 @@ class Line:
             self._buffer += data
             # A peer that never ends its message would fill the memory.
             if len(self._buffer) > _MAX_MESSAGE:
-                raise ValueError("the message has no end")
+                raise ValueError("the message is incomplete")
         text, _, rest = self._buffer.partition(b"\n")
         self._buffer = bytearray(rest)
         message = json.loads(text)
         if not isinstance(message, dict):
-            raise ValueError("the message is no object")  # noqa: TRY004 - it is a value that came from outside
+            raise ValueError("the message is not an object")  # noqa: TRY004 - it is a value that came from outside
         return message
 
     @property
@@ -220,7 +220,7 @@ class Kept:
         Raises:
             FileNotFoundError: There is no such machine.
         """
-        held = self.is_held  # asked first: a keeper writes its record before it goes
+        held = self.is_held  # asked first: a daemon writes its record before it ends
         try:
             record = Record.read(self.folder / _RECORD)
         except FileNotFoundError:
@@ -239,7 +239,7 @@ class Kept:
         The time of the death is unknown. So the time when it was found is written down, and all later readers see the same.
         """
         found = attrs.evolve(
-            record, state=_STOPPED, reason="its keeper died, and the machine with it", since=time.time(), ports={}, pid=None
+            record, state=_STOPPED, reason="its daemon died, and the machine with it", since=time.time(), ports={}, pid=None
         )
         # It may be claimed anew or removed this moment, or cannot be written: then it is told all the same. A shared lock lets others look.
         with suppress(OSError, records.Damaged), tried(self.folder, shared=True) as is_ours:
@@ -359,7 +359,7 @@ class Kept:
             else:
                 _checked(message)
                 return self.record()
-        raise MachineError(f"the keeper of the machine {self.name!r} ended: {self._last_words() or 'it said nothing'}", machine=self.name)
+        raise MachineError(f"the daemon of the machine {self.name!r} ended: {self._last_words() or 'without output'}", machine=self.name)
 
     def _last_words(self) -> str:
         with suppress(OSError):

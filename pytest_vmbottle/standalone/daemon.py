@@ -54,7 +54,7 @@ _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
 def _backend(name: str, told: Told, catalog: Catalog, say: Callable[[str], None]) -> Backend:
     made = make(name, told, folder=catalog.root, warn=say)
     if made is None:
-        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or say qemu or smolvm")
+        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or use qemu or smolvm")
     return made
 
 
@@ -165,7 +165,7 @@ class Daemon:
                 if request is not None:
                     line.send(self._answer(line, request))
         except (OSError, ValueError) as error:  # whoever asked is gone, or is none of ours
-            print(printable(f"a request came to nothing: {error}"), file=sys.stderr, flush=True)  # noqa: T201 - this is the keeper's log
+            print(printable(f"a request failed: {error}"), file=sys.stderr, flush=True)  # noqa: T201 - this is the daemon's log
         finally:
             line.close()
             self._busy.discard(threading.current_thread())
@@ -240,7 +240,7 @@ def _told(error: Exception) -> dict[str, Any]:
         return message | {"message": ": ".join(str(part) for part in parts if part)}
     if not isinstance(error, ValueError):
         traceback.print_exception(error)
-        message["message"] = f"{type(error).__name__}: {error} (see the keeper's log)"
+        message["message"] = f"{type(error).__name__}: {error} (see keeper.log, the log of the machine's daemon)"
     return message
 
 
@@ -300,7 +300,7 @@ def _watched(keeper: Daemon, place: Kept, record: Record) -> tuple[str, str]:
         return keeper.watch(lambda state, reason: place.note(attrs.evolve(record, state=state, reason=reason, since=time.time())))
     except SystemExit as error:
         number = int(error.code or 0) - 128
-        return "stopped", f"its keeper was ended by {signal.Signals(number).name}, and the machine with it"
+        return "stopped", f"its daemon was ended by {signal.Signals(number).name}, and the machine with it"
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def test_it(vm_spec):
         passed=1,
     )
 
-    assert "machines poured" not in said(result)
+    assert "machines restored" not in said(result)
 
 
 def test_specs_and_machines_can_be_parametrised_indirectly(run: Run) -> None:

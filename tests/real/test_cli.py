@@ -40,7 +40,7 @@ def test_the_doctor_finds_that_this_host_runs_machines_and_how(tmp_path: Path) -
     if chosen == "tcg":
         assert accelerator["state"] == "degraded"
         assert "using TCG" in accelerator["text"]
-        assert accelerator["remedy"] or "KVM present, runs no guest: using TCG" in accelerator["text"]
+        assert accelerator["remedy"] or "KVM is present but runs no guest: using TCG" in accelerator["text"]
     else:
         assert accelerator["state"] == "ok"
     assert found["packs"]["details"]["kind"] == "template", found["packs"]["text"]
@@ -72,7 +72,7 @@ def test_emulation_as_asked_for_is_no_defect(tmp_path: Path) -> None:
     found = findings(tmp_path, "--accel", "tcg")["accelerator"]
 
     assert found["state"] == "ok"
-    assert found["text"].startswith("using TCG as asked for: a guest ran ")
+    assert found["text"].startswith("using TCG as requested: a guest ran ")
 
 
 def test_a_catalog_that_cannot_be_used_does_not_keep_the_rest_from_being_found_out(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_pack_of_a_running_machine_is_listed_shown_kept_and_its_copy_verifie
     assert 0 < record["size"] < record["memory"]  # in blocks: RAM is mostly holes
     refused = run(vm_catalog.root, "pack", "rm", record["key"])
     assert refused.exit_code == 1
-    assert re.search(r"is in use|would stand on nothing", refused.stderr)
+    assert re.search(r"is in use|would lose the pack below", refused.stderr)
     assert Path(record["path"]).is_dir()
 
     copy = Catalog(tmp_path / "copy")

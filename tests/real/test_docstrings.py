@@ -15,13 +15,7 @@ import pytest
 
 from pytest_vmbottle import GuestPath, Machine
 
-WITHOUT = {
-    "Machine.shell": "takes a terminal: it is tested with one",
-    **dict.fromkeys(
-        (f"Machine.{name}" for name in ("bulk", "close", "command", "feed", "fetch", "kill", "on", "script")),
-        "is there for the modules of this package",
-    ),
-}
+WITHOUT = {"Machine.shell": "takes a terminal: it is tested with one"}
 """Members without an example, and why."""
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""

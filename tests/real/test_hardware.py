@@ -162,7 +162,7 @@ def test_a_machine_is_bottled_and_poured_on_kvm(provisioner: Provisioner, record
         words = json.loads(record.read_text().splitlines()[-1])
 
     assert ("-incoming" in words, words[words.index("-accel") + 1], words[words.index("-cpu") + 1]) == (True, "kvm", "host")
-    assert provisioner.tally.poured == 1
+    assert provisioner.tally.restored == 1
     assert provisioner.pack(spec).manifest.backend.endswith(" kvm")
 
 

@@ -45,7 +45,7 @@ def test_machines_are_poured_from_packs_of_this_very_qemu(provisioner: Provision
     with provisioner.machine(spec) as machine:
         assert machine.exec(["echo", "poured"]).stdout == "poured\n"
     assert provisioner.tally.booted in (0, 1)  # 1 if the pack was not there yet
-    assert provisioner.tally.poured == 1
+    assert provisioner.tally.restored == 1
 
     others = [pack for pack in scan(vm_catalog.packs)[0] if pack.manifest.backend != f"qemu {able.version} {able.accelerator}"]
     assert chosen.manifest.backend == f"qemu {able.version} {able.accelerator}"
@@ -77,7 +77,7 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
         assert machine.path("/root/much").exists()
         machine.restore()
         assert not machine.path("/root/much").exists()
-    assert provisioner.tally.poured >= 2
+    assert provisioner.tally.restored >= 2
     provisioner.close()
     assert not [path for path in vm_catalog.root.rglob("*") if path.lstat().st_uid != 0], "something in the catalog has changed hands"
 
@@ -209,7 +209,7 @@ def test_in_a_container_machines_run_and_the_doctor_says_what_is_degraded(contai
     run = container.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-missing=fail", "-v", path)
     assert run.stdout.count(" PASSED ") == 3, run.stdout + run.stderr
     assert f"catalog /var/tmp/pytest-vmbottle-{os.geteuid()} ({container.home}/.cache" in run.stdout
-    assert "2 machines poured, 1 booted; 1 packs built" in run.stdout
+    assert "2 machines restored, 1 booted; 1 pack built" in run.stdout
     if not limited:
         pytest.skip("all but the limit of memory was seen to work: no control group can be made here")
     assert "900 MiB" in found["memory"]["text"]

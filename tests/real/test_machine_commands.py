@@ -263,7 +263,7 @@ def test_a_shell_is_a_real_terminal_with_ctrl_c_ctrl_d_and_the_size_of_the_windo
 
 
 def test_a_shell_without_a_terminal_says_so(commands: Commands, web: str) -> None:
-    assert b"takes a terminal" in commands.run("shell", web, status=1).stderr
+    assert b"needs a terminal" in commands.run("shell", web, status=1).stderr
 
 
 # -- how machines end ------------------------------------------------------------------------------------------------------------------
@@ -320,8 +320,8 @@ def test_a_killed_keeper_takes_its_machine_along_and_is_never_taken_for_running(
     assert Deadline(20).poll(lambda: is_gone(started["pid"]), every=0.05)
     listed = commands.about(name)
     assert listed is not None
-    assert (listed["state"], listed["reason"]) == ("stopped", "its keeper died, and the machine with it")
-    assert b"its keeper died" in running.communicate(timeout=60)[1]
+    assert (listed["state"], listed["reason"]) == ("stopped", "its daemon died, and the machine with it")
+    assert b"its daemon died" in running.communicate(timeout=60)[1]
     assert running.returncode == 1
     commands.run("rm", name)
     assert not list(vm_catalog.root.glob(f"run/{started['keeper']}-*"))

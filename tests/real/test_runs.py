@@ -146,7 +146,7 @@ def test_two_workers_make_a_pack_once_and_each_uses_it(inner: pytest.Pytester) -
     )
     result = inner.runpytest_subprocess("-p", "xdist", "-n2", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=4)
-    result.stdout.fnmatch_lines(["*vmbottle: 4 machines poured, 0 booted; 1 packs built, *"])
+    result.stdout.fnmatch_lines(["*vmbottle: 4 machines restored, 0 booted; 1 pack built, *"])
     assert result.stderr.str().count("vmbottle: building the template pack of counted") == 1
 
 

@@ -92,7 +92,7 @@ def test_a_machine_is_poured_into_the_same_machine_as_often_as_one_likes(vm_cata
             machine.exec("touch /root/dirty; sync")
             machine.restore()
             assert not machine.path("/root/dirty").exists()
-        assert provisioner.tally.poured == 4
+        assert provisioner.tally.restored == 4
     provisioner.close()
 
 

@@ -88,7 +88,7 @@ class Qemu:
                 accelerator="kvm",
                 reason="",
                 pack_kind=self.kind,
-                pack_reason="as it was asked for",
+                pack_reason="as requested",
                 emulated=False,
             ),
             broken=lambda: {} if self.broken is None else {self.broken: "its RAM was lost"},
@@ -296,9 +296,9 @@ def test_whose_rights_qemu_has_is_told(  # noqa: PLR0917
 
 
 def test_a_user_who_may_not_use_kvm_keeps_qemu_from_running_machines() -> None:
-    found = Qemu(refusal="QEMU is to run as 'joe', who may not open /dev/kvm").find("accelerator")
+    found = Qemu(refusal="QEMU cannot run as 'joe': this user may not open /dev/kvm").find("accelerator")
 
-    assert (found.state, found.text, found.stops) == (State.MISSING, "QEMU is to run as 'joe', who may not open /dev/kvm", True)
+    assert (found.state, found.text, found.stops) == (State.MISSING, "QEMU cannot run as 'joe': this user may not open /dev/kvm", True)
     assert found.remedy.startswith("export VMBOTTLE_ACCEL=tcg")
 
 
@@ -310,7 +310,7 @@ def test_qemu_is_checked_as_the_user_that_it_is_to_run_as(tmp_path: Path, monkey
     monkeypatch.setattr(backend._Prover, "emulator", attrs.make_class("Emulated", ["accelerator"])(KVM))
 
     found = asked(QemuBackend(account=account, proofs=tmp_path).checks(chosen=True), "accelerator")
-    assert found.text == "QEMU is to run as 'joe', who may not open /dev/kvm"
+    assert found.text == "QEMU cannot run as 'joe': this user may not open /dev/kvm"
     assert asked(QemuBackend(proofs=tmp_path).checks(chosen=True), "accelerator").text == "using KVM: a guest did its work"
 
 
@@ -318,7 +318,7 @@ def test_a_kind_of_pack_that_was_asked_for_and_does_not_work_is_told() -> None:
     found = Qemu(kind=PackKind.STREAM, broken=PackKind.STREAM).find("packs")
 
     assert (found.state, found.remedy) == (State.DEGRADED, "export VMBOTTLE_PACK=auto")
-    assert found.text == "stream packs, as it was asked for, do not work here: its RAM was lost"
+    assert found.text == "stream packs, as requested, do not work here: its RAM was lost"
     assert Qemu(broken=PackKind.STREAM).find("packs").state is State.OK
 
 
@@ -358,7 +358,7 @@ def test_what_a_memory_budget_leaves_is_told() -> None:
     found = asked(computer.checks(512 << 20), "memory")
 
     assert found.state is State.DEGRADED
-    assert ", and their budget is 512 MiB: run few at once" in found.text
+    assert ", and their budget is 512 MiB: run few machines at once" in found.text
     assert found.details["budget"] == 512 << 20
 
 

@@ -29,7 +29,7 @@ EXAMPLES: list[VMBottleError] = [
     errors.GuestPanic("in trouble", machine="vm", console_tail="BUG: of its own"),
     pytest_vmbottle.CommandFailed(RESULT),
     pytest_vmbottle.CommandTimeout(RESULT, 2.5),
-    errors.TransferError("it broke off", src=Path("/here"), dst="/there"),
+    errors.TransferError("it was interrupted", src=Path("/here"), dst="/there"),
     errors.CatalogError("not writable"),
     errors.ImageMissing("there is none", name="debain-12"),
     errors.PackCorrupt("flipped"),

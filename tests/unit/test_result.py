@@ -29,6 +29,14 @@ def test_check_returns_the_result_or_raises_with_it() -> None:
     assert caught.value.result is bad
 
 
+def test_the_message_of_a_failed_command_begins_with_the_command_in_one_short_line() -> None:
+    short, long = (Result(argv=("sh", "-c", script), returncode=3, stdout="", stderr="") for script in ("a\nb", "x" * 200))
+
+    assert str(CommandFailed(short)).startswith("`sh -c 'a b'` ended with status 3\n")
+    assert str(CommandFailed(long)).startswith("`sh -c xxx")
+    assert len(str(CommandFailed(long)).splitlines()[0]) < 120
+
+
 def test_the_representation_shows_the_command_as_it_can_be_pasted_and_cuts_long_streams() -> None:
     text = repr(Result(argv=("echo", "a b", "$HOME"), returncode=0, stdout="x\n" * 1000, stderr=""))
 

@@ -161,6 +161,6 @@ def test_of_a_long_text_its_beginning_and_its_end_are_shown() -> None:
 
 def test_a_tail_says_how_much_is_above_it() -> None:
     assert tail("a\nb\n", 2) == "a\nb\n"
-    assert tail("a\nb\nc\n", 2) == "[1 lines above]\nb\nc"
+    assert tail("a\nb\nc\n", 2) == "[1 line above]\nb\nc"
     assert tail("\n" * 100, 3) == "[97 lines above]\n\n\n"
     assert tail("", 3) == ""

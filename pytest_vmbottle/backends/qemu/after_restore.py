@@ -1,4 +1,4 @@
-"""Waking of a restored guest: set its clock, reseed its random numbers, and prove that it was restored and not rebooted.
+"""Steps after a restore: set the guest's clock, reseed its random numbers, and prove that it was restored and not rebooted.
 
 A small process in the guest is frozen with it, blocked on a serial port of its own. It is the first thing that runs again. Nothing needs
 to be started for it, so all of this costs one round trip: starting any program is dearer in a guest whose translation cache is empty.
@@ -26,7 +26,7 @@ _SCRIPT = read_script(__package__, "after_restore.py")
 
 
 class AfterRestore:
-    """Host end of the conversation with the waking process."""
+    """Host end of the connection to the after-restore process in a guest."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Take the connected socket of its port."""
@@ -43,10 +43,10 @@ class AfterRestore:
         done = channel.run(script, deadline=deadline)
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip()[-500:]
-            raise CannotSave(f"the guest cannot run the Python that wakes it after a restore: {reason}")
+            raise CannotSave(f"python3 does not run in the guest, and a restored guest needs it to set its clock: {reason}")
         nonce = secrets.token_hex(16)
         if self._ask(f"keep {nonce}", deadline) != "kept":
-            raise CannotSave("the process that wakes a restored guest does not answer on its port")
+            raise CannotSave("the guest's after-restore process does not answer on its port")
         return nonce
 
     def wake(self, nonce: str, *, deadline: Deadline) -> None:
@@ -58,7 +58,7 @@ class AfterRestore:
         answer = self._ask(f"wake {time.time_ns()} {secrets.token_hex(64)}", deadline)
         # A guest that booted instead of being restored has no nonce, and another guest has another one.
         if answer != nonce:
-            raise MachineError("the restored guest stays silent" if answer is None else "the restored guest is not the one that was saved")
+            raise MachineError("the restored guest does not answer" if answer is None else "the restored guest is not the saved one")
 
     def _ask(self, line: str, deadline: Deadline) -> str | None:
         received = b""

@@ -192,8 +192,8 @@ class QemuBackend(Backend):
             BackendUnavailable: A program is missing, or runs no guest.
         """
         if arch != host_arch() and self._wanted not in ("auto", "tcg"):
-            reason = f"guests of {arch} are emulated on this {host_arch()} host, and {self._wanted} was asked for"
-            raise BackendUnavailable(reason, "Allow it: --vm-accel auto")
+            reason = f"{self._wanted} cannot run {arch} guests on this {host_arch()} host: they need emulation"
+            raise BackendUnavailable(reason, "Allow emulation: --vm-accel auto")
         return Programs(emulator=self._emulator(arch), img=find_program(*_IMG))
 
     def _emulator(self, arch: str) -> Emulator:
@@ -205,8 +205,8 @@ class QemuBackend(Backend):
         known = self.proof
         find_program(*_IMG)
         works = {
-            PackKind.TEMPLATE: "a machine was restored from its RAM file and went on",
-            PackKind.STREAM: "a machine was restored and went on",
+            PackKind.TEMPLATE: "a machine was restored from its RAM file and continued",
+            PackKind.STREAM: "a machine was restored and continued",
         }
         why = "; ".join([*(f"no {kind} packs: {reason}" for kind, reason in known.broken.items()), works.get(known.best, "")]).strip("; ")
         forced = self._pack_kind is not None
@@ -216,7 +216,7 @@ class QemuBackend(Backend):
             accelerator=known.accelerator.name,
             reason=known.reason,
             pack_kind=self._pack_kind or known.best,
-            pack_reason="as it was asked for" if forced else why,
+            pack_reason="as requested" if forced else why,
             emulated=known.accelerator.name == "tcg",
         )
 
@@ -250,7 +250,7 @@ class QemuBackend(Backend):
     def unsupported_reason(self, spec: MachineSpec) -> str | None:
         """Return what in a spec QEMU does not support (see `Backend.unsupported_reason`)."""
         if isinstance(spec.network, tuple):
-            return f"network={list(spec.network)}: the user network of QEMU lets a guest reach all or nothing: say True or False"
+            return f"network={list(spec.network)}: QEMU's user network lets a guest reach everything or nothing: use True or False"
         return None
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
@@ -261,7 +261,7 @@ class QemuBackend(Backend):
 def _run_as(account: Account, emulator: Emulator) -> Emulator:
     kvm = Path("/dev/kvm")
     if emulator.accelerator.name == "kvm" and not account.may_open(kvm):
-        reason = f"QEMU is to run as {account.name!r}, who may not open {kvm}"
+        reason = f"QEMU cannot run as {account.name!r}: this user may not open {kvm}"
         raise BackendUnavailable(reason, f"Make that user a member of the group of {kvm}, or allow emulation: --vm-accel tcg")
     # Who cannot open a state by its name gets its descriptor.
     return attrs.evolve(emulator, account=account, dialect=attrs.evolve(emulator.dialect, state_files=False, mapped_ram=False))

@@ -80,7 +80,7 @@ class QemuChecks:
         if chosen == "tcg" != self.wanted:
             text, remedy = _why_emulated(verdicts)
             return degraded(text, remedy, **details)
-        return ok(f"using {chosen.upper()}{' as asked for' if self.wanted == chosen else ''}: a guest {works.evidence}", **details)
+        return ok(f"using {chosen.upper()}{' as requested' if self.wanted == chosen else ''}: a guest {works.evidence}", **details)
 
     def _remedy(self) -> str:
         if not shutil.which(f"qemu-system-{host_arch()}") or not shutil.which("qemu-img") or self.wanted == "auto":
@@ -91,7 +91,7 @@ class QemuChecks:
 
     def _packs(self) -> Answer:
         if self._failure is not None:
-            return unknown("which kind of pack works cannot be proved while no guest runs")
+            return unknown("not checked: the kinds of packs can be tried only when an accelerator runs a guest")
         able = self.probe()
         details = {"kind": str(able.pack_kind), "reason": able.pack_reason}
         broken = self.broken().get(able.pack_kind)
@@ -101,8 +101,8 @@ class QemuChecks:
         if able.pack_kind == "template":
             return ok(f"template packs, with disk and RAM: {able.pack_reason}", **details)
         if able.pack_kind == "stream":
-            return degraded(f"stream packs, whose RAM each machine reads, because they cannot share it: {able.pack_reason}", **details)
-        return degraded(f"disk packs, from which machines boot, because RAM cannot be restored: {able.pack_reason}", **details)
+            return degraded(f"stream packs: each machine reads the RAM, because it cannot be shared here: {able.pack_reason}", **details)
+        return degraded(f"disk packs: machines boot, because RAM cannot be restored here: {able.pack_reason}", **details)
 
     def _rights(self) -> Answer:
         """Check as whom QEMU runs: a guest that escapes has those rights."""
@@ -110,9 +110,9 @@ class QemuChecks:
             return ok("QEMU runs as this user, who is not root", root=False)
         remedy = "useradd --system vmbottle && export VMBOTTLE_RUN_AS=vmbottle  # or in pytest's ini file: vm_run_as = vmbottle"
         if self.account is None:
-            return degraded("QEMU runs as root, whose rights a guest would have that broke out of it", remedy, root=True)
+            return degraded("QEMU runs as root: a guest escape would run as root", remedy, root=True)
         if self.account.uid == _NOBODY:
-            text = "QEMU runs as nobody, as other programs do, whose processes could reach into it"
+            text = "QEMU runs as nobody: other programs that run as nobody could access its processes"
             return degraded(text, remedy, root=False, run_as=self.account.name)
         return ok(f"QEMU runs as {self.account.name}, who is not root", root=False, run_as=self.account.name)
 
@@ -141,7 +141,7 @@ def _qemu() -> Answer:
     others = sorted({path.name for folder in os.get_exec_path() for path in Path(folder).glob("qemu-system-*")} - {name})
     found = shutil.which(name)
     if found is None:
-        there = f"; {', '.join(others)} cannot run machines of this host's kind" if others else ""
+        there = f"; {', '.join(others)} cannot run machines of this host's architecture" if others else ""
         return missing(f"{name} is not in the search path{there}", _install_qemu(), others=others)
     try:
         version = proof.version(Path(found))
@@ -152,7 +152,7 @@ def _qemu() -> Answer:
     lacking = [name for name, there in has.items() if not there]
     details = {"path": found, "version": version, "accelerators": sorted(accelerators), "has": has, "others": others}
     if lacking:
-        return missing(f"{found} was built without what every machine has: {', '.join(lacking)}", _install_qemu(), **details)
+        return missing(f"{found} lacks what every machine needs: {', '.join(lacking)}", _install_qemu(), **details)
     return ok(f"{version}, {found}", **details)
 
 
@@ -186,4 +186,4 @@ def _why_emulated(verdicts: Sequence[proof.ProbeResult]) -> tuple[str, str]:
         return f"{refusal.partition(';')[0]}: using TCG, which is many times slower", kvm_remedy(_DEVICE)
     # No command on this host mends that: whatever it runs on would have to offer nested virtualization, and a good one.
     evidence = "; ".join(f"with -cpu {verdict.accelerator.cpu}: {verdict.evidence}" for verdict in tried)
-    return f"{name} present, runs no guest: using TCG, which is many times slower ({evidence})", ""
+    return f"{name} is present but runs no guest: using TCG, which is many times slower ({evidence})", ""

@@ -133,7 +133,7 @@ def board_of(arch: str) -> Board:
         return BOARDS[arch]
     except KeyError:
         known = " and ".join(BOARDS)
-        raise BackendUnavailable(f"no machine is known for {arch}: there are {known}", f"Use a host of {known}") from None
+        raise BackendUnavailable(f"{arch} is not supported: machines are defined for {known}", f"Use a host of {known}") from None
 
 
 @attrs.frozen(kw_only=True)

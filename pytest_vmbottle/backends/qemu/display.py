@@ -33,7 +33,7 @@ def screenshot(qmp: Qmp, folder: Path) -> bytes:
         qmp.execute("remove-fd", fdset_id=lent, deadline=Deadline(_GRACE))
         return file.read_bytes()
     except QmpFailed as error:
-        raise QmpFailed(f"{error} (it takes QEMU 7.1 or later, built with libpng)") from error
+        raise QmpFailed(f"{error} (screenshots need QEMU 7.1 or later, built with libpng)") from error
     finally:
         file.unlink(missing_ok=True)
 
@@ -47,7 +47,7 @@ def press(qmp: Qmp, chords: Iterable[Chord]) -> None:
     """
     # QEMU accepts keys for a paused machine and drops them without an error.
     if not qmp.execute("query-status", deadline=Deadline(_GRACE))["running"]:
-        raise MachineError("the machine is paused, and keys that are pressed now are lost: resume it first")
+        raise MachineError("cannot press keys while the machine is paused, because they would be lost: resume it first")
     for chord in chords:
         keys = [{"type": "qcode", "data": key} for key in chord]
         qmp.execute("send-key", keys=keys, hold_time=round(_HOLD * 1000), deadline=Deadline(_GRACE))

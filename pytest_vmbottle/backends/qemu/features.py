@@ -78,8 +78,8 @@ def probe_features(binary: Path, *, workdir: Path) -> Features:
             with closing(Qmp(ours, deadline=Deadline(_ANSWER_SECONDS))) as qmp:
                 return _interview(qmp)
         except QmpFailed as error:
-            reason = f"{binary} does not say what it offers: {error}. It printed: {process.output.strip()[:500] or 'nothing'}"
-            raise BackendUnavailable(reason, f"See why it does not run: {binary} -machine none -display none") from error
+            reason = f"{binary} did not list its features: {error}. It printed: {process.output.strip()[:500] or 'nothing'}"
+            raise BackendUnavailable(reason, f"Run it by hand to see the reason: {binary} -machine none -display none") from error
         finally:
             process.kill()
 

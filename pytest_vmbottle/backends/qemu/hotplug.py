@@ -43,11 +43,11 @@ class DiskPort:
             NotPlugged: The guest has not released the last disk.
         """
         if not self._lock.acquire(timeout=deadline.remaining):
-            raise NotPlugged("another copy holds the machine's port for a disk")
+            raise NotPlugged("timed out waiting for the machine's disk port: another copy uses it")
         try:
             # The guest may have kept the last disk beyond the end of its block.
             if not self.empty():
-                raise NotPlugged("the guest has not let go of the disk that was plugged in before")
+                raise NotPlugged("the guest has not released the disk that was plugged in before")
             yield
         finally:
             self._lock.release()
@@ -74,7 +74,7 @@ class DiskPort:
             self._qmp.execute("device_add", **device, werror="report", rerror="report", deadline=Deadline(_GRACE))
         except QmpFailed as error:
             self._alive()
-            raise NotPlugged(f"QEMU does not plug a disk in: {error}") from error
+            raise NotPlugged(f"QEMU could not plug in a disk: {error}") from error
 
     def _moved(self) -> int:
         for used in self._qmp.execute("query-blockstats", deadline=Deadline(_GRACE)):

@@ -200,7 +200,7 @@ class QemuInstance(Instance):
             raise MachineTimeout(str(error), machine=self._spec.name, console_tail=self.console.tail(30), argv=self.argv) from error
 
     def _agent_is_there(self) -> bool:
-        with self._asked("whether there is a guest agent"):
+        with self._asked("tell whether there is a guest agent"):
             return self._qmp.agent_is_there(deadline=Deadline(_GRACE))
 
     def forward(self, port: int) -> tuple[str, int]:
@@ -220,7 +220,7 @@ class QemuInstance(Instance):
         self._forwards.keep(self._source.forwards)
 
     def _monitor(self, line: str) -> str:
-        with self._asked(f"to {line}"):
+        with self._asked(f"run {line}"):
             return str(self._qmp.execute("human-monitor-command", command_line=line, deadline=Deadline(_GRACE)))
 
     def ssh_access(self) -> SshAccess:
@@ -229,17 +229,17 @@ class QemuInstance(Instance):
 
     def screenshot(self) -> bytes:
         """Return a screenshot as PNG."""
-        with self._asked("for a screenshot"):
+        with self._asked("take a screenshot"):
             return display.screenshot(self._qmp, self._rundir)
 
     def press(self, chords: Iterable[Chord]) -> None:
         """Press keys (see `Instance.press`)."""
-        with self._asked("to press keys"):
+        with self._asked("press keys"):
             display.press(self._qmp, chords)
 
     def link(self, *, up: bool) -> None:
         """Plug in a cable or pull it: of the LAN card if there is one, else of the host's card."""
-        with self._asked("to plug or pull the network cable"):
+        with self._asked("plug or unplug the network cable"):
             display.set_link(self._qmp, self._cable, up=up)
 
     @contextmanager
@@ -252,31 +252,31 @@ class QemuInstance(Instance):
             if isinstance(error, QmpLost):
                 self._process.wait(Deadline(_MOMENT))
             self.alive()
-            raise MachineError(f"QEMU was asked {what}: {error}", machine=self._spec.name) from error
+            raise MachineError(f"QEMU could not {what}: {error}", machine=self._spec.name) from error
 
     def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> AbstractContextManager[Callable[[], int]]:
         """Plug in a disk for the length of a block (see `Instance.disk`)."""
         # Without ACPI hot-plug a guest waits 5 s before it releases a device.
         if not self._programs.emulator.board.quick_hotplug:
-            raise NotPlugged(f"guests for {self._spec.arch} take too long to let go of a disk")
+            raise NotPlugged(f"guests for {self._spec.arch} take too long to release a disk")
         return self._disk_port.disk(file, serial=serial, writable=writable, deadline=deadline)
 
     def plug_card(self, wire: socket.socket, *, mac: str) -> None:
         """Plug a card for a private LAN into its free port (see `Instance.plug_card`)."""
-        with self._asked("to plug in a network card"):
+        with self._asked("plug in a network card"):
             plug_card(self._qmp, wire, mac=mac)
         self._cable = LAN_CARD
 
     def unplug_card(self, *, deadline: Deadline) -> None:
         """Remove the LAN card (see `Instance.unplug_card`)."""
-        with self._asked("to take a network card out"):
+        with self._asked("remove a network card"):
             # Removal needs the guest, and one that is booting may ignore a request: it is asked again.
             if not deadline.poll(lambda: unplugged(self._qmp), every=0.2, first=0.05):
-                raise MachineError("the guest does not let go of its second network card", machine=self._spec.name)
+                raise MachineError("the guest did not release its second network card", machine=self._spec.name)
         self._cable = NIC
 
     def restore(self, folder: Path, *, deadline: Deadline) -> None:
-        """Load a saved state, let it run, and wake the guest."""
+        """Load a saved state, let it run, and set the guest's clock."""
         saved = _Saved.read(folder)
         self._migrate("migrate-incoming", folder / _STATE, saved.kind, deadline)
         self._qmp.execute("cont", deadline=deadline)
@@ -337,7 +337,7 @@ class QemuInstance(Instance):
             try:
                 stack.enter_context(self._disk_port.reserved(deadline))
             except NotPlugged as error:
-                raise CannotSave(f"{error}, which no restored machine has", machine=self._spec.name) from error
+                raise CannotSave(f"{error}; a machine cannot be saved with a disk plugged in", machine=self._spec.name) from error
             yield
 
     def _write_down_paused(self, dest: Path, deadline: Deadline) -> None:
@@ -446,7 +446,7 @@ def signal_hint(status: int) -> str:
     if status == -signal.SIGSYS:
         return " (a system call that its sandbox forbids)"
     if status == -signal.SIGKILL:
-        return " (killed by SIGKILL, as the kernel does where memory runs out)"
+        return " (killed by SIGKILL: did the host run out of memory?)"
     return f" (killed by {signal.Signals(-status).name})" if status < 0 else ""
 
 

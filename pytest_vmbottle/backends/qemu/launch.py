@@ -40,7 +40,7 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
     Raises:
         SpecError: QEMU does not know the processor.
         LaunchError: QEMU did not start.
-        MachineError: The saved state could not be restored, or the guest did not wake up.
+        MachineError: The saved state could not be restored, or the guest did not answer.
     """
     _lay_disk(source, rundir, programs.img)
     # Made before QEMU starts, so that its cursor begins at the end of an earlier run's console.
@@ -139,13 +139,13 @@ def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | No
 
 def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError | SpecError:
     status = process.wait(Deadline(1))
-    ending = "does not answer" if status is None else f"ended with status {status}{signal_hint(status)}"
+    ending = "did not answer" if status is None else f"ended with status {status}{signal_hint(status)}"
     output = process.output
     program = Path(process.argv[0]).name
     last = output.strip().rpartition("\n")[2].rpartition(f"{program}: ")[2][:_LAST_WORDS]
     # Told apart from a broken QEMU: the mark is wrong, and no retry would help.
     if spec.cpu and _UNKNOWN_PROCESSOR.search(last):
-        return SpecError(f"cpu={spec.cpu!r}: {last}; `{program} -cpu help` lists what there is")
+        return SpecError(f"cpu={spec.cpu!r}: {last}; `{program} -cpu help` lists the models")
     return LaunchError(
         f"QEMU {ending} before the machine {spec.name!r} could run{last and f': {last}'}",
         argv=process.argv,

@@ -70,15 +70,15 @@ def _has_safe_threads(version: str) -> bool:
 def _hardware_features(accelerator: Accelerator, modules: Path) -> str:
     """Return the host's virtualisation features for a model, if the kernel passes them on."""
     if accelerator.name != "kvm":
-        raise BackendUnavailable(f"guests that run virtual machines are not known to work by {accelerator.name}", "Use: --vm-accel tcg")
+        raise BackendUnavailable(f"nested=True is not supported with the accelerator {accelerator.name}", "Use: --vm-accel tcg")
     module = next((name for name in _FEATURES if (modules / name).is_dir()), None)
     if module is None:
-        raise BackendUnavailable("KVM is here without kvm_intel or kvm_amd, so that no guest gets virtualisation", "Use: --vm-accel tcg")
+        raise BackendUnavailable("nested=True needs kvm_intel or kvm_amd, and this host's KVM has neither", "Use: --vm-accel tcg")
     switch = modules / module / "parameters" / "nested"
     if not switch.is_file() or switch.read_text().strip() not in ("1", "Y"):
         remedy = (
             f"Turn it on: echo 'options {module} nested=1' | sudo tee /etc/modprobe.d/nested.conf && "
             f"sudo modprobe -r {module} && sudo modprobe {module}; or use emulation: --vm-accel tcg"
         )
-        raise BackendUnavailable(f"this host's KVM does not let guests run virtual machines: {switch} is not 1", remedy)
+        raise BackendUnavailable(f"this host's KVM does not let guests run virtual machines (nested=True): {switch} is not 1", remedy)
     return _FEATURES[module]

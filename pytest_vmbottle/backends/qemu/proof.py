@@ -204,7 +204,7 @@ def _hardware(
 
 def _tried(emulator: Emulator, offered: frozenset[str], *, workdir: Path, seconds: float) -> ProbeResult:
     if emulator.accelerator.name not in offered:
-        evidence = f"{emulator.binary} was built without it: it has {', '.join(sorted(offered))}"
+        evidence = f"{emulator.binary} was built without {emulator.accelerator.name}: it has {', '.join(sorted(offered))}"
         return ProbeResult(accelerator=emulator.accelerator, works=False, evidence=evidence)
     return run_guest(emulator, workdir=workdir, seconds=seconds)
 
@@ -374,14 +374,14 @@ def _failure(guests: Guests, guest: _Guest, taken: float) -> str:
     report, output, status = guest.report, guest.process.output, guest.process.exitcode
     where = _progress(guests.stages, report)
     if _GAVE_UP.search(output):
-        return f"the guest could not go on {where}: {_said(output)}"
+        return f"the guest could not continue {where}: {_said(output)}"
     if status == guests.done and b"=" in report:
-        return f"the guest came to its end with wrong results: {report.hex(' ')}"
+        return f"the guest ended with wrong results: {report.hex(' ')}"
     if status is not None:
         return f"QEMU {_status(status)} {where} and printed {_said(output)}"
     if guest.surprised:
-        return f"the guest was interrupted by something that had no cause, {where}"
-    waited = f"{taken:.2f} s after its first sign of life" if report else f"{_START_SECONDS + taken:.2f} s after QEMU was started"
+        return f"the guest got an unexpected interrupt or exception {where}"
+    waited = f"{taken:.2f} s after its first output" if report else f"{_START_SECONDS + taken:.2f} s after QEMU was started"
     return f"the guest had not finished {waited}: it was stopped {where}"
 
 
@@ -425,7 +425,7 @@ def _save(bench: _Bench, kind: PackKind) -> int:
         bench.migrate(qmp, "migrate", kind)
         counted = len(guest.report) - len(hello)
         if guest.report != hello + counts(1, counted + 1):
-            raise _Unproven(f"a guest with its RAM in a shared file did not count right: {guest.report.hex(' ')}")
+            raise _Unproven(f"a guest with its RAM in a shared file counted wrong: {guest.report.hex(' ')}")
         return counted
 
 
@@ -442,7 +442,7 @@ def _count_on(bench: _Bench, kind: PackKind, counted: int) -> None:
         _await_laps(guest, _LAPS, "a guest restored from its saved state")
         report = guest.report
     if report != counts(counted + 1, counted + 1 + len(report)):
-        raise _Unproven(f"a guest that was saved after it had counted to {counted} did not count on from there: {report.hex(' ')}")
+        raise _Unproven(f"a guest that was saved at {counted} did not continue to count from there after the restore: {report.hex(' ')}")
 
 
 def _await_laps(guest: _Guest, size: int, what: str) -> None:
@@ -450,5 +450,5 @@ def _await_laps(guest: _Guest, size: int, what: str) -> None:
     if len(guest.report) >= size:
         return
     if guest.over:
-        raise _Unproven(f"{what} could not go on: QEMU printed {_said(guest.process.output)}")
-    raise _Unproven(f"{what} did not count on within {_ANSWER_SECONDS:g} s: it reported {guest.report.hex(' ') or 'nothing'}")
+        raise _Unproven(f"{what} could not continue: QEMU printed {_said(guest.process.output)}")
+    raise _Unproven(f"{what} did not continue to count within {_ANSWER_SECONDS:g} s: it reported {guest.report.hex(' ') or 'nothing'}")

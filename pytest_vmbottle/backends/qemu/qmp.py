@@ -133,15 +133,15 @@ class Qmp:
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
         if not self._owner.is_us:
             coroutine.close()
-            raise QmpFailed(f"only process {self._owner.pid}, which started QEMU, may ask it: {what}")
+            raise QmpFailed(f"{what}: only process {self._owner.pid} may use this QEMU, because it started it")
         try:
             return _await(coroutine, deadline)
         except TimeoutError as error:
-            raise QmpFailed(f"QEMU did not answer {what} in time") from error
+            raise QmpFailed(f"timed out waiting for QEMU: {what}") from error
         except ExecuteError as error:
             raise QmpFailed(f"QEMU refused {what}: {error}") from error
         except (QMPError, OSError, EOFError) as error:
-            raise QmpLost(f"QEMU is gone, or its monitor is: {what}: {error}") from error
+            raise QmpLost(f"the connection to QEMU's monitor is lost: {what}: {error}") from error
 
     def execute(self, command: str, *, deadline: Deadline, **arguments: Any) -> Any:
         """Run a command and return its answer.
@@ -185,11 +185,11 @@ class Qmp:
             with file.open("rb" if verb == "migrate-incoming" else "r+b") as opened:
                 self.lend(opened.fileno(), _STATE, deadline=deadline)
             self.execute(verb, uri=f"fd:{_STATE}", deadline=deadline)
-        if self._guard(self._migrated(), deadline, f"with the end of {verb}") == "failed":
+        if self._guard(self._migrated(), deadline, verb) == "failed":
             raise QmpFailed(f"QEMU could not complete {verb}")
         # "completed" is said a moment before a machine that was written down can go on ("Migration is not finalized yet").
         if verb == "migrate" and not deadline.poll(lambda: not self._is_finishing(deadline), every=0.01):
-            raise QmpFailed("QEMU did not finish migrate in time")
+            raise QmpFailed("timed out waiting for QEMU to finish migrate")
 
     def _is_finishing(self, deadline: Deadline) -> bool:
         return bool(self.execute("query-status", deadline=deadline)["status"] == "finish-migrate")

@@ -64,9 +64,9 @@ def _file(path: Path, spec: MachineSpec) -> int:
     If a disk had no room for a page that is touched, the kernel would kill QEMU (SIGBUS).
     """
     size, free = format_size(spec.memory), shutil.disk_usage(path.parent).free
-    hint = "ask for less with memory=, make room (vmbottle pack prune), or choose another folder with --vm-catalog"
+    hint = "reduce memory=, free disk space (vmbottle pack prune), or choose another folder with --vm-catalog"
     if free < spec.memory:
-        reason = f"memory has no room for {size} of RAM now, and {path.parent} has only {format_size(free)} for a file"
+        reason = f"this host does not have {size} of free memory, and {path.parent} has only {format_size(free)} for a RAM file"
         raise MachineError(f"{reason}: {hint}", machine=spec.name)
     path.unlink(missing_ok=True)  # from when the same machine ran before
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -74,5 +74,5 @@ def _file(path: Path, spec: MachineSpec) -> int:
         os.posix_fallocate(fd, 0, spec.memory)
     except OSError as error:
         os.close(fd)
-        raise MachineError(f"{size} of RAM cannot be had in {path.parent}: {error.strerror}; {hint}", machine=spec.name) from error
+        raise MachineError(f"cannot allocate {size} of RAM in {path.parent}: {error.strerror}; {hint}", machine=spec.name) from error
     return fd

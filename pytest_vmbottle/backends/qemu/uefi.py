@@ -50,14 +50,14 @@ def find_uefi(arch: str, binary: Path) -> Path:
     named = os.environ.get(variable)
     if named:
         if not Path(named).is_file():
-            raise BackendUnavailable(f"{variable} names {named}, which is no file", f"Set it to a UEFI firmware for {arch}, or unset it")
+            raise BackendUnavailable(f"{variable}={named}: this is not a file", f"Set it to a UEFI firmware for {arch}, or unset it")
         return Path(named).absolute()
     # Beside this QEMU first: one that was built by hand comes with the firmware that fits it.
     for candidate in _candidates(arch, (binary.parent.parent / "share", Path("/usr/local/share"), Path("/usr/share"))):
         if candidate.is_file():
             return candidate
     raise BackendUnavailable(
-        f"no UEFI firmware for {arch} was found, which boots this image",
+        f"no UEFI firmware for {arch} was found, and this image needs it to boot",
         f"sudo apt-get install {_PACKAGES[arch]}, or name the file: export {variable}=/path/to/firmware.fd",
     )
 

@@ -48,10 +48,10 @@ _NEEDS = {
     PackKind.DISK: frozenset({"create"}),
 }
 _REASONS = {
-    None: "it is the quickest whose machines never begin with the same random numbers",
-    PackKind.DISK: "as it was asked for",
-    PackKind.STREAM: "as it was asked for; its machines may begin with the same random numbers",
-    PackKind.TEMPLATE: "as it was asked for; its machines may begin with the same random numbers",
+    None: "the quickest kind that never gives two machines the same random numbers",
+    PackKind.DISK: "as requested",
+    PackKind.STREAM: "as requested; its machines may begin with the same random numbers",
+    PackKind.TEMPLATE: "as requested; its machines may begin with the same random numbers",
 }
 _OWN = ("", "smolvm")
 _SOCKET = len("/.cache/smolvm/vms/0123456789abcdef/port-forward.sock")
@@ -124,7 +124,7 @@ class SmolvmBackend(Backend):
             raise BackendUnavailable(f"smolvm {self.program.version} runs no machine here: {verdict.evidence}", _remedy())
         if not self.program.verbs >= _NEEDS[self._kind]:
             lacks = " and ".join(sorted(_NEEDS[self._kind] - self.program.verbs))
-            raise BackendUnavailable(f"smolvm {self.program.version} knows no {lacks}, as {self._kind} packs need", "Say --vm-pack=disk")
+            raise BackendUnavailable(f"smolvm {self.program.version} cannot {lacks}, as {self._kind} packs need", "Use --vm-pack=disk")
         return Capabilities(
             backend="smolvm",
             version=f"smolvm {self.program.version}",
@@ -187,7 +187,7 @@ class SmolvmBackend(Backend):
             self.engine.create(name, made_of, deadline=deadline)
             vmm = Vmm(self._maker(self.engine).start_twice(name, made_of, deadline=deadline), leash=True)
             try:
-                return "" if _echoes(self.engine, name, deadline) else "the guest started and answered no command"
+                return "" if _echoes(self.engine, name, deadline) else "the guest started but answered no command"
             finally:
                 vmm.kill()
                 vmm.let_go()
@@ -205,13 +205,13 @@ class SmolvmBackend(Backend):
     def unsupported_reason(self, spec: MachineSpec) -> str | None:
         """Return what in a spec smolvm does not support (see `Backend.unsupported_reason`)."""
         cannot = {
-            f"network={spec.lan!r}: smolvm's machines join no private LAN": spec.lan is not None,
+            f"network={spec.lan!r}: smolvm's machines cannot join a private LAN": spec.lan is not None,
             "display=True: smolvm's machines have no screen": spec.display,
             f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
-            "nested=True: smolvm's machines run no machines themselves": spec.nested,
+            "nested=True: smolvm's machines cannot run virtual machines": spec.nested,
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
             "disk=: the disk of a smolvm machine cannot be given a size": spec.disk is not None,
-            f"arch={spec.arch!r}: smolvm runs guests of this host's architecture alone, which is {host_arch()}": spec.arch != host_arch(),
+            f"arch={spec.arch!r}: smolvm runs only guests of this host's architecture, {host_arch()}": spec.arch != host_arch(),
         }
         return next((why for why, applies in cannot.items() if applies), None)
 
@@ -311,7 +311,7 @@ def _place(state: Path) -> Path:
     status = top.lstat()
     # In a folder that all can write to, somebody may have made it first.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o066:
-        raise BackendUnavailable(f"smolvm needs a folder of ours for its machines, and {top} is not ours alone", f"Move {top} away")
+        raise BackendUnavailable(f"{top} is not private to this user, and smolvm keeps its machines there", f"Move {top} away")
     return private_dir(top / digest(str(state))[:12])
 
 
@@ -339,7 +339,7 @@ def _device() -> list[object]:
 def _no_device() -> str:
     if not _DEVICE.exists():
         return "there is no /dev/kvm"
-    return "" if os.access(_DEVICE, os.R_OK | os.W_OK) else "/dev/kvm may not be opened by this user"
+    return "" if os.access(_DEVICE, os.R_OK | os.W_OK) else "this user may not open /dev/kvm"
 
 
 def _remedy() -> str:

@@ -209,14 +209,14 @@ class SmolvmProcess(Running):
                 with self._writing:
                     self._write(data)
             except (OSError, ValueError) as error:
-                failures.append(BrokenPipeError(f"the command has ended, or its input was closed, and takes no more: {error}"))
+                failures.append(BrokenPipeError(f"the command reads no more input, because it has ended or its input was closed: {error}"))
 
         # A thread, because a pipe that nobody reads blocks without a limit.
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
         sender.join(min(deadline.remaining, threading.TIMEOUT_MAX))  # no end at all is more than threads understand
         if sender.is_alive():
-            raise MachineTimeout(f"the command did not take its input within {deadline.seconds:g} s")
+            raise MachineTimeout(f"the command did not read its input within {deadline.seconds:g} s")
         if failures:
             raise failures[0]
 

@@ -60,7 +60,7 @@ class SmolvmChecks:
         try:
             verdict = self.prove()
         except BackendUnavailable:
-            return ok("not tried, because there is no smolvm")
+            return ok("not checked, because there is no smolvm")
         details = {"evidence": verdict.evidence, "seconds": round(verdict.seconds, 1)}
         if verdict.works:
             return ok(f"smolvm runs machines: {verdict.evidence}, after {verdict.seconds:.1f} s", **details)

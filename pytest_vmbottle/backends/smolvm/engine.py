@@ -137,7 +137,7 @@ class Engine:
         found = _PID.search(said)
         pid = int(found[1]) if found else self._listed(name).pid
         if pid is None:
-            raise MachineTimeout(f"smolvm started the machine {name} and does not say which process runs it", machine=name)
+            raise MachineTimeout(f"smolvm started the machine {name} but did not report its process id", machine=name)
         return pid
 
     def stop(self, name: str, *, deadline: Deadline | None = None) -> None:
@@ -219,7 +219,7 @@ class Engine:
             self._do("machine", "branch", *words, seconds=_SLOW, deadline=deadline)
         pid = self._listed(name).pid
         if pid is None:
-            raise MachineTimeout(f"smolvm branched the machine {name} and does not say which process runs it", machine=name)
+            raise MachineTimeout(f"smolvm branched the machine {name} but did not report its process id", machine=name)
         return pid
 
     def checkpoint(self, name: str, dest: Path, *, deadline: Deadline | None = None) -> None:
@@ -278,7 +278,7 @@ def alone(path: Path, deadline: Deadline) -> Iterator[None]:
     lock = FileLock(path)
     try:
         if not lock.acquire(deadline):
-            raise MachineTimeout(f"other processes use smolvm ({path}) and were not done within {deadline.seconds:.0f} s")
+            raise MachineTimeout(f"timed out after {deadline.seconds:.0f} s waiting for other processes that use smolvm ({path})")
         yield
     finally:
         lock.release()

@@ -103,7 +103,7 @@ class Maker:
         except SmolvmError as error:
             if _FLAKE not in error.stderr:
                 raise
-            self.warn(f"smolvm could not start the machine {name} at the first attempt and is asked once more: {_FLAKE}")
+            self.warn(f"smolvm could not start the machine {name} at the first attempt, so it is started once more: {_FLAKE}")
         if anew:
             self.engine.delete(name, deadline=deadline)
             self.engine.create(name, made_of, deadline=deadline)
@@ -249,7 +249,7 @@ class SmolvmInstance(Instance):
         """Return the channel, once it has answered (see `Instance.channel`)."""
         said = ["it did not answer"]
         if not deadline.poll(lambda: self._answers(deadline, said), every=0.5, first=0.05):
-            message = f"smolvm's agent did not answer within {deadline.seconds:.0f} s; it last said: {said[-1]}"
+            message = f"smolvm's agent did not answer within {deadline.seconds:.0f} s; last failure: {said[-1]}"
             raise MachineTimeout(message, machine=self._spec.name, console_tail=self.console.tail(20), argv=self.argv)
         return self._channel
 
@@ -266,7 +266,7 @@ class SmolvmInstance(Instance):
         """Return the address on 127.0.0.1 that leads to a TCP port of the guest; the spec has to name the port."""
         if port not in self._ports:
             listed = [*self._ports, port]
-            raise MachineError(f"smolvm forwards what the mark names: write ports={listed} in it", machine=self._spec.name)
+            raise MachineError(f"smolvm forwards only the ports in the mark: write ports={listed} in it", machine=self._spec.name)
         return "127.0.0.1", self._ports[port]
 
     @property
@@ -286,7 +286,7 @@ class SmolvmInstance(Instance):
 
     def _save_running(self, dest: Path, deadline: Deadline) -> None:
         if not self._branchable:
-            raise CannotSave("smolvm did not start it so that its RAM can be saved", machine=self._spec.name)
+            raise CannotSave("smolvm could not start the machine so that its RAM can be saved", machine=self._spec.name)
         self._channel.run(_SYNC, deadline=deadline)
         try:
             self._engine.checkpoint(self._name, dest, deadline=deadline)

@@ -100,9 +100,9 @@ def judge(path: Path) -> Program | str:
     version = _VERSION.search(asked.output)
     # By what it can do: the other product of this name has a version too.
     if not told.ok or not verbs >= _VERBS:
-        return "it is another product of that name, which knows no `smolvm machine create`"
+        return "it is another product of that name: it has no `smolvm machine create`"
     if version is None:
-        return f"asked for its version, it said {asked.output.strip()[:80]!r}"
+        return f"asked for its version, it printed {asked.output.strip()[:80]!r}"
     if tuple(map(int, version[1].split(".")[:2])) < _OLDEST:
-        return f"it is smolvm {version[1]}, and 1.0 is the oldest whose commands are known"
+        return f"it is smolvm {version[1]}, and 1.0 or later is needed"
     return Program(path=path, version=version[1], verbs=verbs)

@@ -68,7 +68,7 @@ def test_tests_get_aarch64_machines_from_packs_of_each_kind(kind: PackKind, arm:
 
     result.assert_outcomes(passed=2)
     # A machine that could change its pack would have it made again, by another boot.
-    machines = "0 machines poured, *" if kind is PackKind.DISK else "2 machines poured, 1 booted; 2 packs built, *"
+    machines = "0 machines restored, *" if kind is PackKind.DISK else "2 machines restored, 1 booted; 2 packs built, *"
     result.stdout.fnmatch_lines([f"*vmbottle: {machines}"])
 
 
@@ -96,6 +96,6 @@ def test_a_pack_that_cannot_be_restored_gives_way_to_one_of_the_next_kind(kind: 
         assert machine.path("/run/in-memory").exists() == (kind.next is not PackKind.DISK)
 
     (warning,) = warned
-    assert f"was put aside; {kind.next} packs are used from now on" in warning
+    assert f"was quarantined; {kind.next} packs are used from now on" in warning
     assert not pack.path.exists()
     second.close()

@@ -42,7 +42,7 @@ def test_a_declared_image_of_debian_13_is_built_booted_packed_and_poured(vm_cata
     assert len(random) == 2
     assert kind == provisioner.capabilities.pack_kind
     expected = (1, 2) if kind == PackKind.TEMPLATE else (3, 0)
-    assert (provisioner.tally.booted, provisioner.tally.poured) == expected
+    assert (provisioner.tally.booted, provisioner.tally.restored) == expected
 
 
 def _looked_over(provisioner: Provisioner, spec: MachineSpec) -> str:

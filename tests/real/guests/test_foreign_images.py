@@ -204,5 +204,5 @@ def test_a_guest_without_python_gets_a_disk_pack_and_that_is_told(vm_catalog: Ca
     provisioner = Provisioner(vm_catalog, QemuBackend(proofs=vm_catalog.proofs), name="qemu", settings=Settings(warn=said.append))
     with provisioner.machine(MachineSpec.resolve(without_python, {})) as vm:
         assert vm.path("/root/kept").read_text() == "kept\n"
-    assert provisioner.tally.poured == 0
-    assert [sentence.startswith("every machine of without_python has to boot, from a disk pack:") for sentence in said] == [True]
+    assert provisioner.tally.restored == 0
+    assert [sentence.startswith("without_python cannot be saved with its RAM") for sentence in said] == [True]

@@ -37,4 +37,4 @@ def test_each_kind_can_be_forced_and_gives_the_same_machines(kind: PackKind, inn
 
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines([f"*, {kind} packs, *"])
-    result.stdout.fnmatch_lines(["*vmbottle: 2 machines poured, *"])
+    result.stdout.fnmatch_lines(["*vmbottle: 2 machines restored, *"])

@@ -22,7 +22,7 @@ def test_everything_is_counted_and_one_of_a_kind_is_not_called_many() -> None:
     ledger.reclaim(process=2, machine=1, run=0)
 
     assert ledger.lines() == [
-        "made 1 machine, 1 pack, 2 locks, 2 folders; kept 1 pack for later runs; 2 locks, whose files are never removed",
+        "made 1 machine, 1 pack, 2 locks, 2 folders; kept 1 pack for later runs; 2 locks (lock files are never removed)",
         "reclaimed from dead runs: 1 machine, 2 processes; left behind: nothing",
     ]
 

@@ -133,7 +133,7 @@ class TestWhatADiskIs:
             ({"features": 8, "compression": 1, "length": 104}, "compression"),
             ({"compression": 1}, "compression"),
             ({"snapshots_at": 1}, "snapshot table"),
-            ({"size": (8 << 30) + 1}, "sectors"),
+            ({"size": (8 << 30) + 1}, "multiple"),
             ({"features": 16, "cluster_bits": 12, "l1_len": 1 << 16}, "extended L2"),
             ({"autoclear": 1}, "bitmaps"),
             ({"autoclear": 2}, "bitmaps"),
@@ -444,7 +444,7 @@ class TestStore:
             (b"conectix" + raw()[8:], "VHD"),
             (raw() + b"conectix".ljust(512, b"\0"), "VHD"),
             (b"LUKS\xba\xbe" + raw()[6:], "LUKS"),
-            (raw() + b"x", "sectors"),
+            (raw() + b"x", "multiple"),
         ],
         ids=["dynamic VHD", "fixed VHD", "LUKS", "odd size"],
     )

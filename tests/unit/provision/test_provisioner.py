@@ -258,7 +258,7 @@ def test_a_pack_is_built_by_one_boot_and_every_machine_is_poured_from_it(make: M
     pour(provisioner)
     pour(provisioner)
 
-    assert (provisioner.tally.booted, provisioner.tally.built, provisioner.tally.poured, provisioner.tally.reused) == (1, 1, 2, 0)
+    assert (provisioner.tally.booted, provisioner.tally.built, provisioner.tally.restored, provisioner.tally.reused) == (1, 1, 2, 0)
     assert [start.saved is not None for start in backend.launched] == [False, True, True]
     assert backend.stopped == 3
 
@@ -269,7 +269,7 @@ def test_another_process_uses_the_pack_that_is_there(make: Make, backend: FakeBa
     pour(later)
     pour(later)
 
-    assert (later.tally.booted, later.tally.built, later.tally.poured, later.tally.reused) == (0, 0, 2, 1)
+    assert (later.tally.booted, later.tally.built, later.tally.restored, later.tally.reused) == (0, 0, 2, 1)
     assert len(backend.launched) == 4
 
 
@@ -347,7 +347,7 @@ def test_a_cold_machine_boots_from_the_image_and_builds_nothing(make: Make, back
     provisioner = make()
     pour(provisioner, fresh="boot")
 
-    assert (provisioner.tally.booted, provisioner.tally.built, provisioner.tally.poured) == (1, 0, 0)
+    assert (provisioner.tally.booted, provisioner.tally.built, provisioner.tally.restored) == (1, 0, 0)
     assert len(backend.launched[0].disks) == 1
     assert not catalog.packs.exists()
     assert list(catalog.root.rglob("staging-*")) == []
@@ -380,7 +380,7 @@ def test_packs_made_before_a_moment_are_made_again_with_all_that_stands_on_them_
     pour(rebuilding, web)
 
     assert ran == ["web", "web"]
-    assert (rebuilding.tally.built, rebuilding.tally.reused, rebuilding.tally.poured) == (2, 0, 2)
+    assert (rebuilding.tally.built, rebuilding.tally.reused, rebuilding.tally.restored) == (2, 0, 2)
     later = make()
     pour(later, web)
     assert later.tally.built == 0
@@ -638,7 +638,7 @@ def test_where_a_pack_cannot_be_poured_the_next_kind_is_tried_down_to_disks_and_
     assert re.search("stream pack of debian-12.* disk packs .*the state cannot be loaded", second)
     assert [packs.read(path).manifest.kind for path in catalog.packs.iterdir()] == ["disk"]
     assert all(start.saved is None for start in backend.launched)
-    assert provisioner.tally.poured == 0
+    assert provisioner.tally.restored == 0
     assert len(list((catalog.root / "quarantine").iterdir())) == 2
 
 
