@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle.plugin import collection, fixtures, hookspec, options, reports, session
 from pytest_vmbottle.plugin.collection import Sorting
 from pytest_vmbottle.plugin.options import Options
-from pytest_vmbottle.plugin.reports import LastWords, Outcomes
+from pytest_vmbottle.plugin.reports import InterruptedTest, LastWords, Outcomes
 from pytest_vmbottle.plugin.session import SESSION, Interrupted, Session
 from pytest_vmbottle.spec import SIGNATURE
 
@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     ours = config.stash[SESSION] = Session(config, Options.of(config))
     config.pluginmanager.register(Sorting(), "vmbottle-sorting")
     config.pluginmanager.register(Interrupted(ours), "vmbottle-interrupted")
+    config.pluginmanager.register(InterruptedTest(ours), "vmbottle-interrupted-test")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")
         config.pluginmanager.register(LastWords(), "vmbottle-ledger")

@@ -30,7 +30,6 @@ _TEXT = 256 << 10
 
 def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
     """Add to a report what explains a failure, and keep the test's artifacts if the options say so."""
-    session.note_phase(report.when or "", report.outcome)
     if report.failed:
         session.failed.update(machine.id for machine in session.machines)
     wanted = session.options.artifacts
@@ -46,10 +45,9 @@ def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> N
 
 def keep_interrupted(session: Session) -> None:
     """Keep the artifacts of the test that is interrupted, without asking its guests: there may be little time."""
-    if session.test is not None and session.machines and session.options.artifacts != "never":
-        found = _gather(session, ask=False)
+    if session.test is not None:
         outcome = _outcome(session, nodeid=session.test.nodeid, outcome="failed", phase="call", error="interrupted")
-        _write(session, outcome, found)
+        _write(session, outcome, _gather(session, ask=False))
 
 
 def _gather(session: Session, *, ask: bool) -> list[Evidence]:

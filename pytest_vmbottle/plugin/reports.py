@@ -10,7 +10,6 @@ import pytest
 
 from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.plugin.collection import uses_machine
-from pytest_vmbottle.plugin.failures import explain
 from pytest_vmbottle.plugin.infra import PROPERTY, cause_of, cause_told, note
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.plugin.tracebacks import hide_our_frames
@@ -19,7 +18,7 @@ from pytest_vmbottle.shown import coloured, printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LastWords", "Outcomes"]
+__all__ = ["InterruptedTest", "LastWords", "Outcomes"]
 
 _WORTH_TELLING = 1.0
 """Seconds of waiting for memory below which the summary does not mention it."""
@@ -134,9 +133,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     if uses_machine(item):
-        explain(item, report, item.config.stash[SESSION])
+        _explain(item, report, item.config.stash[SESSION])
         _make_safe(report)
     return report  # type: ignore[return-value]
+
+
+def _explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
+    session.note_phase(report.when or "", report.outcome)
+    if report.failed or session.options.artifacts == "always":
+        # Imported here and not above: a run whose tests pass pays nothing for it.
+        from pytest_vmbottle.plugin.failures import explain
+
+        explain(item, report, session)
 
 
 def _make_safe(report: pytest.TestReport) -> None:
@@ -175,6 +183,21 @@ def _fail_for_panics(report: pytest.TestReport, session: Session) -> None:
                 'If the test expects that, write panic="expected" in the mark.'
             )
             report.sections.append((f"console of {machine.name}", machine.console.tail(40)))
+
+
+class InterruptedTest:
+    """Hook that keeps the artifacts of the test that an interruption ended, after its machines were ended."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        """Keep the artifacts."""
+        if self._session.machines and self._session.options.artifacts != "never":
+            from pytest_vmbottle.plugin.failures import keep_interrupted
+
+            keep_interrupted(self._session)
 
 
 class Outcomes:

@@ -18,7 +18,6 @@ import pytest
 from pytest_vmbottle.catalog.ledger import Ledger
 from pytest_vmbottle.errors import SpecError, VMBottleError
 from pytest_vmbottle.host.signals import Interruption
-from pytest_vmbottle.plugin.artifacts import Artifacts
 from pytest_vmbottle.plugin.infra import Infra
 from pytest_vmbottle.shown import printable
 from pytest_vmbottle.timeline import now
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.machine.machine import Machine
+    from pytest_vmbottle.plugin.artifacts import Artifacts
     from pytest_vmbottle.plugin.options import Options
     from pytest_vmbottle.provision import Provisioner
     from pytest_vmbottle.spec import MachineSpec
@@ -108,6 +108,8 @@ class Session:
     @cached_property
     def artifacts(self) -> Artifacts:
         """The folder for artifacts of this run."""
+        from pytest_vmbottle.plugin.artifacts import Artifacts
+
         given = self.options.output
         folder = Path(given).expanduser().absolute() if given else self.config.rootpath / "vmbottle-artifacts"
         return Artifacts(folder, self.run)

@@ -31,6 +31,8 @@ GIVEN = {
     "timeout-factor": ("2.5", "timeout_factor", 2.5),
     "memory-budget": ("2G", "memory_budget", 2 << 30),
     "infra-retries": ("4", "infra_retries", 4),
+    "artifacts": ("always", "artifacts", "always"),
+    "output": ("/x", "output", "/x"),
     "fail-on-leak": ("1", "fail_on_leak", True),
     "smolvm-images": ("debian-12 =, web = ./web.tar\n", "images", {"debian-12": "", "web": "./web.tar"}),
 }
