@@ -1,0 +1,289 @@
+"""What a failed test says of its machines, and the artifacts that it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_vmbottle.report.run import MARK, ArtifactsError, TestArtifacts, read_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Run = Callable[..., pytest.RunResult]
+
+FAILS = """
+@pytest.mark.vm("debian-12")
+def test_it(vm):
+    vm.exec(["echo", "before"])
+    vm.path("/srv/x").write_bytes(b"123")
+    vm.note("now it breaks")
+    assert 1 + 1 == 3
+"""
+JOURNAL = """
+from pytest_vmbottle.channels.port import Finished
+
+def answer(command):
+    said = ""
+    if "journalctl" in " ".join(command.argv):
+        import datetime as dt
+        now = dt.datetime.now(dt.UTC).strftime("%a %Y-%m-%d %H:%M:%S UTC")
+        said = f"{now} d web.service[5]: no module named nothing\\n{now} d init.scope[1]: web.service: Failed with result 'exit-code'.\\n"
+    return Finished(returncode=7 if "exit 7" in " ".join(command.argv) else 0, stdout=said.encode())
+
+def pytest_vmbottle_make_backend(config, name):
+    return FakeBackend(answer)
+"""
+
+
+def said(result: pytest.RunResult) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout.str() + "\n" + result.stderr.str())
+
+
+def artifacts(pytester: pytest.Pytester, folder: str = "vmbottle-artifacts") -> list[TestArtifacts]:
+    return read_run(pytester.path / folder)
+
+
+def test_a_failed_test_shows_its_last_commands_and_where_its_artifacts_are(run: Run, pytester: pytest.Pytester) -> None:
+    text = said(run(FAILS, status=1, failed=1))
+    (test,) = artifacts(pytester)
+
+    commands = text[text.index("vm: last commands") :]
+    assert re.search(r"echo before .*exit 0.*\n.*write_bytes /srv/x.*\n.*now it breaks", commands)
+    assert f"vmbottle-artifacts/{test.folder.name}" in text
+    assert "silence" not in text
+
+
+def test_a_passed_test_shows_and_leaves_nothing(run: Run, pytester: pytest.Pytester) -> None:
+    text = said(run('@pytest.mark.vm("debian-12")\ndef test_it(vm): vm.exec("true")\n', "-rA", passed=1))
+
+    assert "last commands" not in text
+    assert not (pytester.path / "vmbottle-artifacts").exists()
+
+
+def test_units_that_failed_during_the_test_are_told(run: Run, pytester: pytest.Pytester) -> None:
+    text = said(run(FAILS, conftest=JOURNAL, status=1, failed=1))
+    (test,) = artifacts(pytester)
+
+    assert re.search(r"vm: units .*\n.*web.service:\n *no module named nothing\n", text)
+    assert "no module named nothing" in (test.folder / "vm" / "journal.txt").read_text()
+
+
+def test_the_end_of_a_failed_commands_output_is_told_unless_the_error_has_it(run: Run) -> None:
+    command = '@pytest.mark.vm("debian-12")\ndef test_it(vm):\n    vm.exec("exit 7", check=False)\n    assert False\n'
+    text = said(run(command, conftest=JOURNAL, status=1, failed=1))
+
+    assert re.search(r"exit 7' -> exit 7 in", text)
+
+
+def test_artifacts_have_the_test_and_each_machine(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.mark.vm("debian-12", name="one", env={"TOKEN": "s3cret"})
+@pytest.mark.vm("debian-12", name="two")
+def test_it(vms):
+    vms["two"].exec(["true"])
+    raise RuntimeError("it broke")
+"""
+    run(text, status=1, failed=1)
+    (test,) = artifacts(pytester)
+
+    assert (test.nodeid, test.outcome, test.phase, test.error) == ("test_it.py::test_it", "failed", "call", "RuntimeError: it broke")
+    assert test.machines == {"one": "one", "two": "two"}
+    assert "RuntimeError" in test.traceback
+    assert test.began < test.ended
+    events = list(test.events())
+    assert [event["time"] for event in events] == sorted(event["time"] for event in events)
+    assert {"launch", "true"} <= {event.get("verb", event.get("argv", [""])[0]) for event in events if event["machine"] == "two"}
+    assert [event["phase"] for event in events if event["kind"] == "phase" and event["machine"] == "one"] == ["setup", "call", "call"]
+    facts = json.loads((test.folder / "one" / "machine.json").read_text())
+    assert (facts["name"], facts["backend"], facts["spec"]["env"]) == ("one", "fake", ["TOKEN"])
+    assert (test.folder / "two" / "console.txt").is_file()
+    assert [path.name for path in test.files() if b"s3cret" in path.read_bytes()] == ["test.json"]  # the test's own source
+
+
+@pytest.mark.parametrize(("when", "kept"), [("never", []), ("failed", ["failed"]), ("always", ["failed", "passed"])])
+def test_artifacts_are_kept_of_the_tests_that_the_option_says(run: Run, pytester: pytest.Pytester, when: str, kept: list[str]) -> None:
+    text = FAILS + "\n@pytest.mark.vm('debian-12')\ndef test_passes(vm): pass\n\ndef test_without(): assert False\n"
+    output = said(run(text, f"--vm-artifacts={when}", "--vm-output=out", status=1, failed=2, passed=1))
+
+    if not kept:
+        assert not (pytester.path / "out").exists()
+        assert "last commands" in output
+    else:
+        assert [test.outcome for test in artifacts(pytester, "out")] == kept
+
+
+def test_a_folder_with_other_files_is_left_alone_and_the_failure_is_still_told(run: Run, pytester: pytest.Pytester) -> None:
+    (pytester.path / "out").mkdir()
+    (pytester.path / "out" / "thesis.txt").write_text("mine")
+    text = said(run(FAILS, "--vm-output=out", status=1, failed=1))
+
+    assert [path.name for path in (pytester.path / "out").iterdir()] == ["thesis.txt"]
+    assert "assert (1 + 1) == 3" in text
+    assert re.search("vmbottle: .*out .*choose another folder", text)
+
+
+def test_a_run_that_leaves_artifacts_removes_those_of_the_run_before(run: Run, pytester: pytest.Pytester) -> None:
+    run(FAILS, status=1, failed=1)
+    run(FAILS.replace("test_it", "test_other"), status=1, failed=1)
+    run("def test_it(): pass\n", passed=1)
+
+    assert [test.nodeid for test in artifacts(pytester)] == ["test_it.py::test_other"]
+
+
+def test_names_of_folders_are_safe_and_differ_where_tests_do(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.mark.parametrize("word", ["a/b", "a:b", "A/b", "x" * 300, "..", "\\N{SNOWMAN}", "con", "a b\\n"])
+@pytest.mark.vm("debian-12")
+def test_it(vm, word):
+    assert False
+"""
+    run(text, status=1, failed=8)
+    names = [test.folder.name for test in artifacts(pytester)]
+
+    assert len({name.lower() for name in names}) == 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) and not name.startswith(".") for name in names)
+
+
+def test_reruns_of_a_test_have_folders_of_their_own(run: Run, pytester: pytest.Pytester) -> None:
+    pytest.importorskip("pytest_rerunfailures")
+    run(FAILS, "-p", "pytest_rerunfailures", "--reruns=2", status=1, failed=1, process=True)
+
+    assert len(artifacts(pytester)) == 3
+
+
+def test_workers_write_one_folder_of_artifacts(run: Run, pytester: pytest.Pytester) -> None:
+    text = "@pytest.mark.vm('debian-12')\n@pytest.mark.parametrize('n', range(6))\ndef test_it(vm, n): assert n < 0\n"
+    run(text, "-n2", status=1, failed=6)
+    tests = artifacts(pytester)
+
+    assert len({test.nodeid for test in tests}) == 6
+    assert {test.worker for test in tests} == {"gw0", "gw1"}
+
+
+def test_a_machine_that_could_not_be_provided_leaves_artifacts_too(run: Run, pytester: pytest.Pytester) -> None:
+    run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', status=1, errors=1)
+    (test,) = artifacts(pytester)
+
+    assert (test.outcome, test.phase, test.machines) == ("failed", "setup", {})
+    assert test.error.startswith("ImageMissing: ")
+
+
+def test_only_events_of_the_test_are_in_its_timeline(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+pytestmark = pytest.mark.vm("debian-12")
+
+def test_one(module_vm):
+    module_vm.exec(["echo", "first"])
+
+def test_two(module_vm):
+    module_vm.exec(["echo", "second"])
+    assert False
+"""
+    run(text, "-p", "no:randomly", status=1, failed=1, passed=1)
+    (test,) = artifacts(pytester)
+
+    assert [event["argv"][1] for event in test.events() if event["kind"] == "command"] == ["second"]
+
+
+def test_junit_names_the_folder_of_the_artifacts(run: Run, pytester: pytest.Pytester) -> None:
+    run(FAILS, "--junitxml=out.xml", status=1, failed=1)
+    (test,) = artifacts(pytester)
+
+    assert f'<property name="vmbottle_artifacts" value="vmbottle-artifacts/{test.folder.name}"' in (pytester.path / "out.xml").read_text()
+
+
+def test_hooks_add_files_and_know_whether_the_test_failed(run: Run, pytester: pytest.Pytester) -> None:
+    hooks = """
+def pytest_vmbottle_artifacts(machine, folder, report):
+    (folder / "mine.txt").write_text(f"{machine.name} {report.when}")
+
+def pytest_vmbottle_machine_stopping(machine, failed):
+    with open("stopped", "a") as file:
+        file.write(f"{failed}\\n")
+"""
+    text = FAILS + "\n@pytest.mark.vm('debian-12')\ndef test_passes(vm): pass\n"
+    run(text, "-p", "no:randomly", conftest=hooks, status=1, failed=1, passed=1)
+    (test,) = artifacts(pytester)
+
+    assert (test.folder / "vm" / "mine.txt").read_text() == "vm call"
+    assert (pytester.path / "stopped").read_text() == "True\nFalse\n"
+
+
+def test_a_hook_that_fails_hides_nothing(run: Run, pytester: pytest.Pytester) -> None:
+    text = said(run(FAILS, conftest="\ndef pytest_vmbottle_artifacts(machine): raise OSError('full')\n", status=1, failed=1))
+
+    assert "assert (1 + 1) == 3" in text
+    assert re.search("vmbottle: a hook failed .*full", text)
+    assert len(artifacts(pytester)) == 1
+
+
+def test_an_interrupted_test_leaves_artifacts(run: Run, pytester: pytest.Pytester) -> None:
+    text = FAILS.replace("assert 1 + 1 == 3", "raise KeyboardInterrupt")
+    run(text, status=2, process=True)
+    (test,) = artifacts(pytester)
+
+    assert (test.nodeid, test.error) == ("test_it.py::test_it", "interrupted")
+    assert [event["text"] for event in test.events() if event["kind"] == "note"] == ["now it breaks"]
+
+
+def test_a_secret_is_in_no_report_and_no_artifact(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.mark.vm("debian-12")
+def test_it(vm):
+    secret = "-".join(["correct", "horse"])
+    vm.redact(secret)
+    vm.exec(["login", secret])
+    print(secret)
+    assert secret == "wrong"
+"""
+    output = said(run(text, "--junitxml=out.xml", "-l", status=1, failed=1, process=True))
+    (test,) = artifacts(pytester)
+
+    assert "correct-horse" not in output
+    assert "[redacted]" in output
+    assert "correct-horse" not in (pytester.path / "out.xml").read_text()
+    assert not [path for path in test.files() if b"correct-horse" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_tracebacks_show_the_test_and_no_frame_of_ours_unless_they_are_full(run: Run, full: bool) -> None:  # noqa: FBT001 - a parameter
+    text = """
+@pytest.mark.vm("debian-12")
+def test_it(vm):
+    def check():
+        raise ValueError("mine")
+    vm.wait_until(check)
+
+@pytest.mark.vm("debian-12")
+def test_other(vm):
+    vm.link(False)
+"""
+    output = said(run(text, *(["--full-trace"] if full else []), status=1, failed=2))
+
+    assert ("waits.py" in output) is full
+    assert ("machine.py" in output) is full
+    assert "raise ValueError" in output
+    assert "vm.link(False)" in output
+
+
+def test_a_folder_without_artifacts_is_told_apart_from_one_with_them(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactsError, match="artifacts"):
+        read_run(tmp_path)
+    (tmp_path / MARK).write_text("run")
+    assert read_run(tmp_path) == []
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test.json").write_text('{"nodeid": 1, "sections": 5}')
+    with pytest.raises(ArtifactsError, match=r"test\.json"):
+        read_run(tmp_path)
+
+
+def test_damaged_lines_of_a_timeline_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "timeline.jsonl").write_bytes(b'{"time": 1, "kind": "note"}\n[]\n{"time": "x"}\n\xff\n{"time": 2, "ki')
+    found: list[dict[str, Any]] = list(TestArtifacts(folder=tmp_path, nodeid="x").events())
+
+    assert found == [{"time": 1, "kind": "note"}]
