@@ -7,8 +7,9 @@ job succeed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
-__all__ = ["MOST", "coloured", "hidden", "printable", "redact", "tail", "visible"]
+__all__ = ["MOST", "coloured", "hidden", "printable", "redact", "redact_variables", "tail", "visible"]
 
 MOST = 1 << 18
 """Characters of a text that are shown at most."""
@@ -28,6 +29,7 @@ _BUILDKITE = ("---", "+++", "~~~", "^^^")
 _SHORTEST = 4
 """Characters of a secret at least: a shorter one would be found in ordinary words."""
 _SECRETS: dict[str, None] = {}
+_NAMES: set[str] = set()
 """Values that no text may show. They are the process's own, because every text that is shown goes through this module."""
 
 
@@ -40,6 +42,19 @@ def redact(value: str) -> None:
     if len(value) < _SHORTEST:
         raise ValueError(f"a secret has at least {_SHORTEST} characters, since a shorter one is part of ordinary words")
     _SECRETS.update(dict.fromkeys(line for line in (value, *value.splitlines()) if len(line) >= _SHORTEST))
+
+
+def redact_variables(variables: Mapping[str, str], *, names: Iterable[str] = ()) -> None:
+    """Hide the values of the environment variables whose names were given, now or earlier, and that are long enough.
+
+    Args:
+        variables: An environment.
+        names: More names to hide the values of.
+    """
+    _NAMES.update(names)
+    for name in _NAMES & variables.keys() if _NAMES else ():
+        if len(variables[name]) >= _SHORTEST:
+            redact(variables[name])
 
 
 def hidden(text: str) -> str:

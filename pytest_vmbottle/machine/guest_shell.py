@@ -17,6 +17,7 @@ from pytest_vmbottle.machine import guestlog
 from pytest_vmbottle.machine.lifecycle import Lifecycle
 from pytest_vmbottle.machine.process import Process
 from pytest_vmbottle.result import CommandTimeout, Result, printable
+from pytest_vmbottle.shown import redact_variables
 from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["GuestShell", "words_of"]
@@ -99,6 +100,7 @@ class GuestShell(Shell):
         if not argv:
             raise ValueError("there is no command to run")
         environment, folder = {**_environment(), **dict(self._spec.env), **(env or {})}, "" if cwd is None else str(cwd)
+        redact_variables(environment)
         _check_words([*argv, *environment, *environment.values(), folder, user or ""])
         words = argv if cwd is None else ("/bin/sh", "-c", _CD, "sh", folder, *argv)
         who = user or self._spec.user

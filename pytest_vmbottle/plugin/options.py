@@ -12,6 +12,7 @@ import pytest
 
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.settings import SETTINGS, Setting, Settings
+from pytest_vmbottle.shown import redact_variables
 from pytest_vmbottle.spec import check_keywords
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         kind: Literal["linelist", "string"] = "linelist" if setting.pairs else "string"
         parser.addini(setting.ini, setting.sentence, type=kind, default=None)
     parser.addini("vm_defaults", "Defaults for the keywords of the vm mark, one `keyword = value` per line", type="linelist", default=[])
+    parser.addini(
+        "vm_redact", "Names of environment variables whose values are hidden in all that is shown or recorded", type="linelist", default=[]
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -63,6 +67,7 @@ class Options(Settings):
             )
         except SpecError as error:
             raise pytest.UsageError(str(error)) from None
+        redact_variables(os.environ, names=map(str.strip, config.getini("vm_redact")))
         return attrs.evolve(told, defaults=_defaults(config.getini("vm_defaults")))
 
 

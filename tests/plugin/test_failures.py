@@ -250,6 +250,29 @@ def test_it(vm):
     assert not [path for path in test.files() if b"correct-horse" in path.read_bytes()]
 
 
+def test_values_of_variables_that_the_ini_file_names_are_hidden(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOST_TOKEN", "from-the-host")
+    pytester.makeini("[pytest]\nvm_redact =\n    HOST_TOKEN\n    GUEST_TOKEN\n")
+    text = """
+import os
+
+@pytest.mark.vm("debian-12", env={"GUEST_TOKEN": "of-the-" + "mark"})
+def test_it(vm):
+    vm.exec(["login", os.environ["HOST_TOKEN"]])
+    vm.exec(["use", "in-the-" + "call"], env={"GUEST_TOKEN": "in-the-" + "call", "OTHER": "shown-value"})
+    raise RuntimeError("of-the-" + "mark")
+"""
+    output = said(run(text, status=1, failed=1, process=True))
+    (test,) = artifacts(pytester)
+
+    for value in ("from-the-host", "in-the-call", "of-the-mark"):
+        assert value not in output
+        assert not [path for path in test.files() if value.encode() in path.read_bytes()]
+    assert "use '[redacted]'" in output
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_tracebacks_show_the_test_and_no_frame_of_ours_unless_they_are_full(run: Run, full: bool) -> None:  # noqa: FBT001 - a parameter
     text = """
