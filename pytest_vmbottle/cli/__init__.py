@@ -89,6 +89,29 @@ def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
         click.get_current_context().exit(CANNOT)
 
 
+@main.command(epilog=examples("vmbottle report vmbottle-artifacts", "vmbottle report vmbottle-artifacts --json | jq '.[].error'"))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--events", metavar="NUMBER", type=click.IntRange(0, 10_000), default=10, show_default=True, help="Events before each failure."
+)
+@json_option
+def report(*, folder: Path, events: int, as_json: bool) -> None:
+    """Tell what failed in a run, and what its machines did just before.
+
+    DIR is the folder that pytest wrote (`--vm-output`), or a copy of it, such as a CI artifact. Each failed test is listed with its error,
+    the last events of its machines and the files about them. `DIR/index.html` shows the same and all other events, in a browser.
+    """
+    from pytest_vmbottle.report.run import read_run
+    from pytest_vmbottle.report.words import as_json as values
+    from pytest_vmbottle.report.words import describe
+
+    tests = read_run(folder)
+    if as_json:
+        emit(values(tests, before=events))
+    else:
+        click.echo(describe(tests, before=events))
+
+
 @main.command(epilog=examples("vmbottle gc --dry-run", "vmbottle gc", "vmbottle gc --json | jq '.[].processes[]'"))
 @click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @json_option

@@ -12,7 +12,6 @@ from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.plugin.collection import uses_machine
 from pytest_vmbottle.plugin.infra import PROPERTY, cause_of, cause_told, note
 from pytest_vmbottle.plugin.session import SESSION, Session
-from pytest_vmbottle.plugin.tracebacks import hide_our_frames
 from pytest_vmbottle.shown import coloured, printable
 
 if TYPE_CHECKING:
@@ -93,6 +92,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{_counted(total['built'], 'pack')} built, {total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
             + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
         )
+    if ours.options.artifacts != "never" and (ours.has_machines or ours.is_flagged):
+        for line in _write_report(ours):
+            terminalreporter.write_line(printable(f"vmbottle: {line}"))
     infra = ours.infra.summary(int(total.get("retried", 0)))
     if infra:
         terminalreporter.write_line(f"vmbottle: {infra}", red=True)
@@ -100,6 +102,26 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _counted(number: float, what: str) -> str:
     return f"{number:.0f} {what}{'' if number == 1 else 's'}"
+
+
+def _write_report(session: Session) -> Iterator[str]:
+    """Write the report of the run, if it left artifacts, and yield lines that say where it is."""
+    from pytest_vmbottle.report.page import write_page
+    from pytest_vmbottle.report.run import read_run
+    from pytest_vmbottle.report.trace_event import write_trace
+
+    folder = session.artifacts_folder
+    if not session.artifacts.are_ours:
+        return
+    try:
+        tests = read_run(folder)
+        write_page(tests, folder / "index.html", title=f"Tests with machines of {session.config.rootpath.name}")
+        write_trace(tests, folder / "trace.json")
+    # The tests have ended, and their outcomes count more than a report about them.
+    except (OSError, VMBottleError) as error:
+        yield f"the report could not be written to {folder}: {error}"
+        return
+    yield f"artifacts of {_counted(len(tests), 'test')}: {session.shown_path(folder / 'index.html')}"
 
 
 class LastWords:
@@ -118,6 +140,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Report a machine that could not be started by its cause, without our own stack."""
     cause = cause_of(call.excinfo.value if call.excinfo else None)
     if call.excinfo is not None and not item.config.option.fulltrace:
+        from pytest_vmbottle.plugin.tracebacks import hide_our_frames
+
         hide_our_frames(call.excinfo.value)
     if cause and (PROPERTY, cause) not in item.user_properties:
         item.user_properties.append((PROPERTY, cause))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from contextlib import nullcontext, suppress
@@ -20,7 +19,6 @@ from pytest_vmbottle.errors import SpecError, VMBottleError
 from pytest_vmbottle.host.signals import Interruption
 from pytest_vmbottle.plugin.infra import Infra
 from pytest_vmbottle.shown import printable
-from pytest_vmbottle.timeline import now
 
 if TYPE_CHECKING:
     from pytest_vmbottle.backends.port import Backend
@@ -60,9 +58,9 @@ class Session:
         self.unable: dict[str, int] = {}
         self.wanted: set[str] = set()
         self.test: pytest.Item | None = None
-        self.began = 0.0
+        self.began_at = 0.0
         self.failed: set[str] = set()
-        self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or secrets.token_hex(16)
+        self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or os.urandom(16).hex()
         self._used: WeakSet[Machine] = WeakSet()
 
     @property
@@ -105,14 +103,25 @@ class Session:
         for machine in self.machines:
             machine.lifecycle.timeline.note("phase", phase=phase, state=state, nodeid=self.test.nodeid if self.test else "")
 
+    @property
+    def began(self) -> float:
+        """Start of the test, in seconds since 1970, on the clock of timelines."""
+        from pytest_vmbottle.timeline import since_epoch
+
+        return since_epoch(self.began_at)
+
+    @property
+    def artifacts_folder(self) -> Path:
+        """The folder for artifacts."""
+        given = self.options.output
+        return self.config.invocation_params.dir / Path(given).expanduser() if given else self.config.rootpath / "vmbottle-artifacts"
+
     @cached_property
     def artifacts(self) -> Artifacts:
-        """The folder for artifacts of this run."""
+        """The writer of this run's artifacts."""
         from pytest_vmbottle.plugin.artifacts import Artifacts
 
-        given = self.options.output
-        folder = Path(given).expanduser().absolute() if given else self.config.rootpath / "vmbottle-artifacts"
-        return Artifacts(folder, self.run)
+        return Artifacts(self.artifacts_folder, self.run)
 
     def shown_path(self, path: Path) -> str:
         """Return a path as reports show it: below pytest's root folder if it is there."""
@@ -258,7 +267,7 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note the test that asks for shared fixtures: they know only their class, module or session."""
     session = item.config.stash[SESSION]
-    session.test, session.began = item, now()
+    session.test, session.began_at = item, time.monotonic()
     session.note_phase("setup", "began")
 
 

@@ -16,7 +16,7 @@ from pytest_vmbottle.result import Result
 from pytest_vmbottle.shown import hidden
 from pytest_vmbottle.timeline.ring import Ring
 
-__all__ = ["FORMAT", "Span", "Timeline", "now", "recorded"]
+__all__ = ["FORMAT", "Span", "Timeline", "now", "recorded", "since_epoch"]
 
 FORMAT = 1
 """Version of the events, which `docs/timeline.md` describes."""
@@ -34,8 +34,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def now() -> float:
-    """Return seconds since 1970, on a clock that never runs backwards within a process and is the same in all processes of a host."""
-    return _EPOCH + time.monotonic()
+    """Return seconds since 1970, on a clock that never runs backwards within a process."""
+    return since_epoch(time.monotonic())
+
+
+def since_epoch(monotonic: float) -> float:
+    """Return a time of `time.monotonic` as seconds since 1970."""
+    return _EPOCH + monotonic
 
 
 class Timeline:

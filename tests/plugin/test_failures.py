@@ -190,6 +190,16 @@ def test_two(module_vm):
     assert [event["argv"][1] for event in test.events() if event["kind"] == "command"] == ["second"]
 
 
+def test_the_run_ends_with_where_its_report_is(run: Run, pytester: pytest.Pytester) -> None:
+    text = said(run(FAILS, status=1, failed=1))
+
+    assert "vmbottle: artifacts of 1 test: vmbottle-artifacts/index.html" in text
+    assert "now it breaks" in (pytester.path / "vmbottle-artifacts" / "index.html").read_text()
+    trace = json.loads((pytester.path / "vmbottle-artifacts" / "trace.json").read_text())
+    assert any("now it breaks" in event["name"] for event in trace["traceEvents"])
+    assert "artifacts of" not in said(run("def test_it(): pass\n", passed=1))
+
+
 def test_junit_names_the_folder_of_the_artifacts(run: Run, pytester: pytest.Pytester) -> None:
     run(FAILS, "--junitxml=out.xml", status=1, failed=1)
     (test,) = artifacts(pytester)

@@ -1,0 +1,127 @@
+"""What tests that fail on real guests show and leave: causes that are found without the guest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_vmbottle import Machine
+from pytest_vmbottle.report.run import TestArtifacts, read_run
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.catalog.catalog import Catalog
+
+Failed = tuple[str, dict[str, TestArtifacts]]
+
+TESTS = """
+import subprocess, time
+import pytest
+
+UNIT = "[Service]\\nExecStart=/usr/bin/python3 -c 'import flask'\\n"
+
+@pytest.mark.vm("debian-12")
+def test_daemon(vm):
+    vm.path("/etc/systemd/system/web.service").write_text(UNIT)
+    vm.exec("systemctl start web")
+    vm.exec("seq 20000; echo said on the console > /dev/ttyS0; exit 3", check=False)
+    vm.note("now it is asked")
+    time.sleep(1.5)  # so that its resources are seen once
+    assert vm.exec("systemctl is-active web", check=False).stdout == "active\\n"
+
+@pytest.mark.vm("debian-12")
+def test_silent(vm):
+    vm.exec("echo last words > /dev/ttyS0")
+    vm.pause()
+    raise RuntimeError("it is paused")
+
+@pytest.mark.vm("debian-12")
+def test_panic(vm):
+    vm.exec("echo c > /proc/sysrq-trigger")
+"""
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory, vm_catalog: Catalog) -> Failed:
+    """Output and artifacts of a run whose tests fail."""
+    folder = tmp_path_factory.mktemp("failures")
+    (folder / "test_it.py").write_text(TESTS)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    env = {**os.environ, "VMBOTTLE_CATALOG": str(vm_catalog.root)}
+    env.pop("PYTEST_ADDOPTS", None)
+    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
+    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    return done.stdout, {test.nodeid.partition("::")[2]: test for test in read_run(folder / "vmbottle-artifacts")}
+
+
+def test_a_daemon_that_cannot_start_is_told_with_its_own_words(failed: Failed) -> None:
+    text, tests = failed
+    test = tests["test_daemon"]
+    folder = test.folder / "vm"
+
+    units = text[text.index("vm: units that failed") :]
+    assert "No module named 'flask'" in units[: units.index("vm: console")]
+    assert "No module named 'flask'" in (folder / "journal.txt").read_text()
+    assert "said on the console" in (folder / "console.txt").read_text()
+
+
+def test_the_whole_output_of_a_failed_command_is_in_a_file(failed: Failed) -> None:
+    test = failed[1]["test_daemon"]
+    (event,) = [event for event in test.events() if event.get("status") == 3 and "seq 20000" in str(event["argv"])]
+
+    assert event["stdout"].endswith("20000\n")
+    assert (test.folder / "vm" / "outputs" / event["stdout_file"]).read_text().startswith("1\n2\n3\n")
+
+
+def test_a_machine_is_described_and_its_resources_are_sampled(failed: Failed) -> None:
+    folder = failed[1]["test_daemon"].folder / "vm"
+    facts = json.loads((folder / "machine.json").read_text())
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+
+    assert "qemu-system" in facts["argv"][0]
+    assert re.fullmatch("[0-9a-f]{64}", facts["image_sha256"])
+    assert all(int(row["rss_bytes"]) > 1 << 20 for row in rows)
+    assert rows
+
+
+def test_events_of_guest_and_test_are_in_one_order(failed: Failed) -> None:
+    events = list(failed[1]["test_daemon"].events())
+    kinds = [event["kind"] for event in events if event["kind"] not in ("metrics", "answer")]
+    line = next(event for event in events if event["kind"] == "console" and "said on the console" in event["text"])
+    note = next(event for event in events if event["kind"] == "note")
+
+    assert kinds[0] == "power"
+    assert line["time"] <= note["time"]
+
+
+def test_a_guest_that_cannot_answer_is_told_with_what_it_said_before(failed: Failed) -> None:
+    text, tests = failed
+
+    assert "RuntimeError: it is paused" in text
+    assert "the machine is paused" in text
+    assert "last words" in (tests["test_silent"].folder / "vm" / "console.txt").read_text()
+    assert not (tests["test_silent"].folder / "vm" / "journal.txt").exists()
+
+
+def test_a_panic_is_told_as_what_it_is(failed: Failed) -> None:
+    test = failed[1]["test_panic"]
+
+    assert "GuestPanic" in test.error
+    assert "sysrq" in (test.folder / "vm" / "console.txt").read_text().lower()
+
+
+@pytest.mark.vm("debian-12")
+def test_the_journal_has_the_units_own_words(vm: Machine) -> None:
+    vm.exec("systemd-run --unit=greeter --wait echo hello from a unit")
+
+    assert "hello from a unit" in vm.journal("greeter.service")
+    assert "hello from a unit" not in vm.journal("ssh.service", lines=3)
+    assert "hello from a unit" in vm.journal(since=float(vm.exec(["date", "+%s"]).stdout) - 60)
+    assert vm.journal("nothing.service") == ""
