@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import attrs
 
 from pytest_vmbottle.errors import SpecError
-from pytest_vmbottle.host.sizes import parse_size
+from pytest_vmbottle.host.sizes import parse_duration, parse_size
 from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
@@ -134,6 +134,14 @@ SETTINGS = (
         metavar="DIR",
         tests_only=True,
     ),
+    Setting(
+        "keep",
+        "never",
+        "Whose machines live on after the run, for `vmbottle machine shell`: of failed tests, or of all",
+        choices=("never", "failed", "always"),
+        tests_only=True,
+    ),
+    Setting("keep-for", "2h", "How long such a machine lives", metavar="DURATION", tests_only=True),
     Setting("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", meaning="off", flag=True, tests_only=True),
     Setting(
         "smolvm-images",
@@ -163,6 +171,8 @@ class Settings:
         infra_retries: Number of retries for a machine that could not be started.
         artifacts: Which tests leave artifacts: `never`, `failed` or `always`.
         output: The folder of artifacts; empty for the default.
+        keep: Whose machines live on after the run: `never`, `failed` or `always`.
+        keep_seconds: Seconds that they live.
         fail_on_leak: Whether a run that leaves something behind fails.
         images: References by image name, for a backend with images of its own.
     """
@@ -179,6 +189,8 @@ class Settings:
     infra_retries: int
     artifacts: str
     output: str
+    keep: str
+    keep_seconds: float
     fail_on_leak: bool
     images: Mapping[str, str]
 
@@ -291,6 +303,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "infra_retries": ("infra-retries", _infra_retries),
     "artifacts": ("artifacts", str),
     "output": ("output", str),
+    "keep": ("keep", str),
+    "keep_seconds": ("keep-for", parse_duration),
     "fail_on_leak": ("fail-on-leak", _is_yes),
     "images": ("smolvm-images", parse_pairs),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -15,7 +14,7 @@ import click
 
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, SpecError, VMBottleError
 from pytest_vmbottle.host.signals import Interruption, left
-from pytest_vmbottle.host.sizes import parse_size
+from pytest_vmbottle.host.sizes import parse_duration, parse_size
 from pytest_vmbottle.result import printable
 
 if TYPE_CHECKING:
@@ -72,13 +71,10 @@ def as_size(_: click.Context, __: click.Parameter, value: str | None) -> int | N
 
 def as_duration(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     """Parse the duration of an option, such as 12h or 7d, into seconds."""
-    if value is None:
-        return None
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value.strip().lower())
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a duration: write a number and s, m, h, d or w, such as '12h' or '7d'")
-    return float(match[1]) * units[match[2]]
+    try:
+        return None if value is None else parse_duration(value)
+    except SpecError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def as_packages(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[str]:

@@ -1,17 +1,15 @@
-"""Parsing and formatting of sizes in bytes."""
+"""Parsing and formatting of sizes in bytes, and of durations."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from pytest_vmbottle.errors import SpecError
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["format_size", "parse_duration", "parse_size"]
 
-__all__ = ["format_size", "parse_size"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def parse_size(value: int | str) -> int:
@@ -32,6 +30,18 @@ def parse_size(value: int | str) -> int:
     if size <= 0:
         raise SpecError(f"{value!r} is not a size: it must be larger than 0")
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Parse a duration such as ``"90s"``, ``"12h"`` or ``"7d"`` into seconds.
+
+    >>> parse_duration("1.5h")
+    5400.0
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text.strip().lower())
+    if match is None:
+        raise SpecError(f"{text!r} is not a duration: write a number and s, m, h, d or w, such as '12h' or '7d'")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_size(size: int) -> str:

@@ -32,15 +32,22 @@ def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> N
     """Add to a report what explains a failure, and keep the test's artifacts if the options say so."""
     if report.failed:
         session.failed.update(machine.id for machine in session.machines)
-    wanted = session.options.artifacts
-    is_kept = report.failed if wanted == "failed" else wanted == "always" and (report.failed or report.when == "call")
-    if not report.failed and not is_kept:
-        return
-    found = _gather(session, ask=True)
+    leaves, lives = (_is_wanted(wish, report) for wish in (session.options.artifacts, session.options.keep))
+    found = _gather(session, ask=True) if report.failed or leaves else []
     if report.failed:
         report.sections += sections(found, since=session.began, told=report.longreprtext)
-    if is_kept:
+    if leaves:
         _keep(item, report, session, found)
+    if lives:
+        from pytest_vmbottle.plugin.keeping import keep
+
+        lines = [keep(session, machine, item.name) for machine in session.machines]
+        report.sections += [("kept machines", "\n".join(lines))] if lines else []
+
+
+def _is_wanted(wish: str, report: pytest.TestReport) -> bool:
+    """Tell whether an option with the values `never`, `failed` and `always` takes this report: one of each test."""
+    return wish != "never" and (report.failed or (wish == "always" and report.when == "call"))
 
 
 def keep_interrupted(session: Session) -> None:

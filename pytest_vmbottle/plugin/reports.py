@@ -57,6 +57,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "told": list(ours.told),
             "problems": list(ours.problems),
             "ledger": ours.ledger.sent(),
+            "kept": ours.kept,
         }
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ours.usage_error()
@@ -76,6 +77,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     ours.told.update(dict.fromkeys(output.get("told", ())))
     ours.problems.update(dict.fromkeys(output.get("problems", ())))
     ours.ledger.add(output.get("ledger", {}))
+    ours.kept += output.get("kept", ())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -95,6 +97,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if ours.options.artifacts != "never" and (ours.has_machines or ours.is_flagged):
         for line in _write_report(ours):
             terminalreporter.write_line(printable(f"vmbottle: {line}"))
+    for command in ours.kept:
+        terminalreporter.write_line(printable(f"vmbottle: kept for {ours.options.keep_seconds / 3600:.3g} h: {command}"))
     infra = ours.infra.summary(int(total.get("retried", 0)))
     if infra:
         terminalreporter.write_line(f"vmbottle: {infra}", red=True)
@@ -164,7 +168,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
     session.note_phase(report.when or "", report.outcome)
-    if report.failed or session.options.artifacts == "always":
+    if report.failed or "always" in (session.options.artifacts, session.options.keep):
         # Imported here and not above: a run whose tests pass pays nothing for it.
         from pytest_vmbottle.plugin.failures import explain
 

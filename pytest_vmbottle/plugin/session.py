@@ -60,6 +60,7 @@ class Session:
         self.test: pytest.Item | None = None
         self.began_at = 0.0
         self.failed: set[str] = set()
+        self.kept: list[str] = []
         self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or os.urandom(16).hex()
         self._used: WeakSet[Machine] = WeakSet()
 

@@ -45,6 +45,7 @@ class Settings:
         stopping: Function that is called with a machine before it is ended.
         declared: The images that the project declares, by name; they take precedence over those of the catalog.
         memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a part of this host's available memory.
+        memory_seconds: Seconds to wait for memory at most.
         retries: Number of retries, with a fresh machine, if a machine could not be started.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     stopping: Callable[[Machine], None] = lambda _: None
     declared: Mapping[str, DeclaredImage] = attrs.field(factory=dict)
     memory_budget: int | None = None
+    memory_seconds: float = BUILD_SECONDS
     retries: int = 0
 
 

@@ -114,7 +114,7 @@ class Provisioner:
     @contextmanager
     def _share(self, spec: MachineSpec) -> Iterator[None]:
         """Reserve memory for a block, and count the time of waiting for it."""
-        began, deadline = time.monotonic(), self._context.deadline()
+        began, deadline = time.monotonic(), self._context.deadline(self._settings.memory_seconds)
         with ExitStack() as stack:
             with self._context.explained():
                 stack.enter_context(self._budget.reserve(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report))

@@ -6,9 +6,11 @@ daemon holds a lock on that folder as long as it lives, so that nobody takes a d
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
+import pickle
 import secrets
 import shutil
 import socket
@@ -19,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -31,7 +33,11 @@ from pytest_vmbottle.host.locks import is_locked, tried, try_lock
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.result import CommandTimeout, Result, printable
 
-__all__ = ["Kept", "Line", "Record", "all_kept", "find", "listen", "peer_is_us"]
+if TYPE_CHECKING:
+    from pytest_vmbottle.machine.snapshot import Snapshot
+    from pytest_vmbottle.spec import MachineSpec
+
+__all__ = ["Kept", "Line", "Record", "all_kept", "find", "listen", "packed", "peer_is_us"]
 
 _STARTING, _RUNNING, _STOPPED, _OFF, _ERROR = "starting", "running", "stopped", "off", "error"
 _RECORD, _SOCKET, _LOG, _CONSOLE = "record.json", "socket", "keeper.log", "console.log"
@@ -61,6 +67,7 @@ class Record:
         pid: The hypervisor's process id.
         ports: Forwarded ports of the guest, with the host's ports on 127.0.0.1.
         argv: The hypervisor's command line.
+        until: The time when it is ended, in seconds since 1970; None if it runs until it is stopped.
     """
 
     name: str
@@ -75,6 +82,7 @@ class Record:
     pid: int | None = None
     ports: Mapping[str, int] = attrs.field(factory=dict)
     argv: tuple[str, ...] = ()
+    until: float | None = None
 
     @property
     def is_on(self) -> bool:
@@ -305,7 +313,8 @@ class Kept:
         The daemon goes on when this process ends.
 
         Args:
-            order: The daemon's instructions, as `daemon.keep` takes them.
+            order: The daemon's instructions: `catalog`, `folder`, `settings` and `keywords`, and perhaps `snapshot` (see `packed`),
+                `seconds`, after which the machine is ended, and `memory_seconds`, which it waits for memory at most.
             say: Function that gets a line about long work.
 
         Raises:
@@ -431,6 +440,17 @@ def _checked(message: Mapping[str, Any]) -> Any:
     if kind == CommandTimeout.__name__:
         raise CommandTimeout(Result(argv=tuple(message["argv"]), returncode=-9, stdout="", stderr=""), float(message["seconds"]))
     raise _KINDS.get(kind, VMBottleError)(text)
+
+
+def packed(snapshot: Snapshot) -> str:
+    """Return a snapshot for an order. Its layers are left out, because a daemon cannot import their functions."""
+    plain = attrs.evolve(snapshot, spec=attrs.evolve(snapshot.spec, source=snapshot.spec.image, **_mutable(snapshot.spec)))
+    return base64.b64encode(pickle.dumps(plain)).decode()
+
+
+def _mutable(spec: MachineSpec) -> dict[str, Any]:
+    """Return the fields of a spec that it takes in another form than it has."""
+    return {"env": dict(spec.env), "files": dict(spec.files)}
 
 
 def all_kept(machines: Path) -> tuple[Kept, ...]:

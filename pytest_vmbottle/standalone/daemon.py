@@ -6,7 +6,9 @@ terminal, and serves requests of other processes by its socket, to which only th
 
 from __future__ import annotations
 
+import base64
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -22,13 +24,14 @@ import attrs
 
 from pytest_vmbottle import images
 from pytest_vmbottle.backends.make import make
-from pytest_vmbottle.backends.port import Backend
+from pytest_vmbottle.backends.port import Backend, Start
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.errors import BackendUnavailable, MachineDied, MachineError, Unsupported, VMBottleError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.signals import Interruption, left
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.machine.machine import Machine
+from pytest_vmbottle.machine.snapshot import Snapshot
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.result import CommandTimeout
 from pytest_vmbottle.settings import Settings as Told
@@ -79,14 +82,19 @@ class Daemon:
 
     # -- its end ---------------------------------------------------------------------------------------------------------------------
 
-    def watch(self, note: Callable[[str, str], object]) -> tuple[str, str]:
+    def watch(self, note: Callable[[str, str], object], seconds: float | None = None) -> tuple[str, str]:
         """Wait until the machine ends or is to be stopped; return its last state and the reason.
 
         Args:
             note: Function that is called at once with an end that nobody asked for, and once with the trouble of a machine that still runs.
+            seconds: Seconds after which it is ended, if nobody asked for that before.
         """
         told = False
+        # Wall-clock time, which goes on while this computer sleeps.
+        until = None if seconds is None else time.time() + seconds
         while not self._woken.wait(_PACE):
+            if until is not None and time.time() >= until:
+                return "stopped", f"it was ended after {seconds:.0f} s, as its test asked"
             trouble = self._trouble()
             if trouble is None:
                 continue
@@ -288,16 +296,16 @@ def keep(place: Kept, hold: int, line: Line) -> int:
             with suppress(OSError):
                 line.send(_told(error))
             return 1
-        state, reason = _watched(keeper, place, record)
+        state, reason = _watched(keeper, place, record, order.get("seconds"))
         keeper.finish()
         _save_console(place)
     place.note(attrs.evolve(record, state=state, reason=reason, since=time.time(), ports={}, pid=None))
     return 0
 
 
-def _watched(keeper: Daemon, place: Kept, record: Record) -> tuple[str, str]:
+def _watched(keeper: Daemon, place: Kept, record: Record, seconds: float | None) -> tuple[str, str]:
     try:
-        return keeper.watch(lambda state, reason: place.note(attrs.evolve(record, state=state, reason=reason, since=time.time())))
+        return keeper.watch(lambda state, reason: place.note(attrs.evolve(record, state=state, reason=reason, since=time.time())), seconds)
     except SystemExit as error:
         number = int(error.code or 0) - 128
         return "stopped", f"its daemon was ended by {signal.Signals(number).name}, and the machine with it"
@@ -326,8 +334,7 @@ def _wanted(line: Line) -> Iterator[threading.Event]:
 @contextmanager
 def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Machine, Record]]:
     """Yield the running machine and its record."""
-    keywords = dict(order["keywords"])
-    spec = MachineSpec.resolve(_source(keywords.pop("source")), keywords)
+    spec, start = _described(order)
     catalog = Catalog(Path(order["catalog"]))
     told = Told.read(lambda setting: order["settings"].get(setting.name))
     name = told.backend_for(spec.backend)
@@ -339,14 +346,26 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
         declared=images.find_declared_images(Path(order["folder"])),
         memory_budget=told.memory_budget,
         retries=told.infra_retries,
+        **({"memory_seconds": order["memory_seconds"]} if "memory_seconds" in order else {}),
     )
     provisioner = Provisioner(catalog, _backend(name, told, catalog, say), name=name, settings=settings)
     try:
-        with provisioner.machine(spec) as machine, _shown_console(place, machine):
-            yield machine, _record(place, machine)
+        with provisioner.machine(spec, start=start) as machine, _shown_console(place, machine):
+            yield machine, attrs.evolve(_record(place, machine), until=time.time() + order["seconds"] if "seconds" in order else None)
     finally:
         provisioner.close()
         catalog.close()
+
+
+def _described(order: Mapping[str, Any]) -> tuple[MachineSpec, Start | None]:
+    """Return what machine to start, and from what if it is not from its source."""
+    keywords = dict(order["keywords"])
+    if "snapshot" not in order:
+        return MachineSpec.resolve(_source(keywords.pop("source")), keywords), None
+    # Trusted, because it comes by the line from the process that started this one.
+    snapshot: Snapshot = pickle.loads(base64.b64decode(order["snapshot"]))  # noqa: S301
+    del keywords["source"]  # for people
+    return snapshot.of(**keywords), snapshot.start
 
 
 def _source(text: str) -> str | Path:

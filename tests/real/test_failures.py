@@ -8,14 +8,19 @@ import os
 import re
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmbottle import Machine
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.report.run import TestArtifacts, read_run
+from pytest_vmbottle.standalone.client import Kept
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pytest_vmbottle.catalog.catalog import Catalog
 
 Failed = tuple[str, dict[str, TestArtifacts]]
@@ -47,16 +52,35 @@ def test_panic(vm):
 """
 
 
+KEPT = """
+import pytest
+
+@pytest.mark.vm("debian-12")
+def test_kept(vm):
+    vm.exec("echo in RAM > /dev/shm/state; echo on disk > /root/state")
+    assert False
+
+@pytest.mark.vm("debian-12")
+def test_fine(vm):
+    pass
+"""
+
+
+def command(words: list[str], folder: Path, catalog: Catalog) -> subprocess.CompletedProcess[str]:
+    """Run a module of Python in a folder, with a catalog."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS" and not name.startswith("PYTEST_XDIST")}
+    argv = [sys.executable, "-m", *words]
+    env["VMBOTTLE_CATALOG"] = str(catalog.root)
+    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory, vm_catalog: Catalog) -> Failed:
     """Output and artifacts of a run whose tests fail."""
     folder = tmp_path_factory.mktemp("failures")
     (folder / "test_it.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    env = {**os.environ, "VMBOTTLE_CATALOG": str(vm_catalog.root)}
-    env.pop("PYTEST_ADDOPTS", None)
-    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
-    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = command(["pytest", "-p", "no:cacheprovider", "--color=no"], folder, vm_catalog)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     return done.stdout, {test.nodeid.partition("::")[2]: test for test in read_run(folder / "vmbottle-artifacts")}
 
@@ -115,6 +139,40 @@ def test_a_panic_is_told_as_what_it_is(failed: Failed) -> None:
 
     assert "GuestPanic" in test.error
     assert "sysrq" in (test.folder / "vm" / "console.txt").read_text().lower()
+
+
+def test_the_machine_of_a_failed_test_lives_on_for_a_while(tmp_path: Path, vm_catalog: Catalog) -> None:
+    (tmp_path / "test_it.py").write_text(KEPT)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    ran = command(["pytest", "-p", "no:cacheprovider", "--vm-keep=failed", "--vm-keep-for=10m", "--color=no"], tmp_path, vm_catalog)
+    assert ran.returncode == pytest.ExitCode.TESTS_FAILED, ran.stdout + ran.stderr
+    try:
+        assert "machine shell test_kept\n" in ran.stdout
+        told = command(
+            ["pytest_vmbottle", "machine", "exec", "test_kept", "--", "cat", "/dev/shm/state", "/root/state"], tmp_path, vm_catalog
+        )
+        assert (told.stdout, told.returncode) == ("in RAM\non disk\n", 0), told.stderr
+        listed = json.loads(command(["pytest_vmbottle", "machine", "ls", "--json"], tmp_path, vm_catalog).stdout)
+        (record,) = [record for record in listed if record["name"] == "test_kept"]
+        assert record["state"] == "running"
+        assert 0 < record["until"] - time.time() <= 600
+        assert "test_fine" not in str(listed)
+    finally:
+        stopped = command(["pytest_vmbottle", "machine", "rm", "--force", "test_kept"], tmp_path, vm_catalog)
+    assert stopped.returncode == 0, stopped.stderr
+
+
+def test_a_kept_machine_ends_when_its_time_is_over(tmp_path: Path, vm_catalog: Catalog) -> None:
+    (tmp_path / "test_it.py").write_text(KEPT.replace("test_kept", "test_brief"))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    ran = command(["pytest", "-p", "no:cacheprovider", "--vm-keep=failed", "--vm-keep-for=1s"], tmp_path, vm_catalog)
+    assert "machine shell test_brief" in ran.stdout
+    place = Kept(vm_catalog.machines / "test_brief")
+    try:
+        assert place.wait(Deadline(120))
+        assert place.record().state == "stopped"
+    finally:
+        place.discard()
 
 
 @pytest.mark.vm("debian-12")

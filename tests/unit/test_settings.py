@@ -33,6 +33,8 @@ GIVEN = {
     "infra-retries": ("4", "infra_retries", 4),
     "artifacts": ("always", "artifacts", "always"),
     "output": ("/x", "output", "/x"),
+    "keep": ("failed", "keep", "failed"),
+    "keep-for": ("90m", "keep_seconds", 5400.0),
     "fail-on-leak": ("1", "fail_on_leak", True),
     "smolvm-images": ("debian-12 =, web = ./web.tar\n", "images", {"debian-12": "", "web": "./web.tar"}),
 }
