@@ -314,6 +314,14 @@ class Instance(ABC):
         """
         raise self.unsupported("has no private LANs")
 
+    def capture(self, file: Path) -> None:
+        """Record the traffic of the network card in a new file, in the format of pcap, until `end_capture`."""
+        raise self.unsupported("cannot record network traffic")
+
+    def end_capture(self) -> None:
+        """Stop recording."""
+        raise self.unsupported("cannot record network traffic")
+
     # -- devices ---------------------------------------------------------------------------------------------------------------------
 
     def disk(

@@ -22,6 +22,7 @@ from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.generations import SNAPSHOTS
 from pytest_vmbottle.host.ownership import Owner
 from pytest_vmbottle.host.sizes import format_size
+from pytest_vmbottle.machine import pcap
 from pytest_vmbottle.machine.bulk import Bulk
 from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
 from pytest_vmbottle.spec import MachineSpec
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from pytest_vmbottle.catalog.packs import Manifest
     from pytest_vmbottle.machine.snapshot import Snapshot
 
-__all__ = ["Lifecycle", "Relauncher"]
+__all__ = ["CAPTURES", "Lifecycle", "Relauncher"]
+
+CAPTURES = "captures"
+"""Folder in a machine's folder for recorded traffic."""
 
 _BOOT_ID = Command(argv=("cat", "/proc/sys/kernel/random/boot_id"), env=(("PATH", GUEST_PATH),))
 
@@ -90,6 +94,7 @@ class Lifecycle:
         """
         self.timeline = timeline or Timeline(None)
         self._instance: Instance | None = None
+        self._uncaptured: Instance | None = None
         self._last_panic: str | None = None
         self._adopt(instance, channel)
         self._spec = spec
@@ -99,6 +104,19 @@ class Lifecycle:
         self._forwards: dict[int, int] = {}
         self._factor = factor
         self.place: LanMember | None = None
+
+    @property
+    def captures(self) -> list[Path]:
+        """Files with the traffic of its network cards, if it is recorded."""
+        return sorted(self._relauncher.folder.glob(f"{CAPTURES}/*.pcap")) if self._relauncher else []
+
+    def bound_capture(self) -> None:
+        """Stop recording network traffic if that has filled its file."""
+        if self._spec.capture and self._instance is not None and self._instance is not self._uncaptured:
+            newest = max(self.captures, key=lambda path: path.stat().st_mtime, default=None)
+            if newest is not None and newest.stat().st_size >= pcap.LIMIT:
+                self._uncaptured = self._instance
+                self._instance.end_capture()
 
     def _adopt(self, instance: Instance, channel: Channel) -> None:
         self._instance = instance
@@ -311,6 +329,8 @@ class Lifecycle:
 
         The fixtures do so if the spec says `network="name"`.
         """
+        if self._spec.capture and self._relauncher is not None:
+            lan.switch.capture(private_dir(self._relauncher.folder / CAPTURES) / f"lan-{lan.name}.pcap")
         body = LanGuest(instance=lambda: self.instance, channel=lambda: self.channel, factor=self._factor)
         with lan.joined(self._spec.name, body) as place:
             self.place = place

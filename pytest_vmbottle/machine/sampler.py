@@ -56,7 +56,8 @@ class Sampler:
     def _sample(self, machine: Machine) -> None:
         timeline = machine.lifecycle.timeline
         timeline.look()
-        with suppress(MachineError):  # it is off
+        with suppress(MachineError, OSError):  # it is off
+            machine.lifecycle.bound_capture()
             pid, meter = machine.lifecycle.pid, self._machines[machine]
             # Another process starts from zero.
             if meter is None or meter.pid != pid:

@@ -14,9 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from random import SystemRandom
 
 import attrs
+
+from pytest_vmbottle.machine.pcap import PcapFile
 
 __all__ = ["Impairment", "Port", "Switch"]
 
@@ -113,6 +116,7 @@ class Switch:
         self._woken.settimeout(0)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._running = True
+        self._record: PcapFile | None = None
         self._thread = threading.Thread(target=self._run, name=f"vmbottle-lan-{name}", daemon=True)
         self._thread.start()
 
@@ -124,6 +128,15 @@ class Switch:
         port = Port(ours)
         self._ask(lambda: self._add(port))
         return port, theirs
+
+    def capture(self, path: Path) -> None:
+        """Record all frames that arrive at the switch in a new file, until it is closed; the first file counts.
+
+        Raises:
+            OSError: The file cannot be created.
+        """
+        if self._record is None:
+            self._record = PcapFile(path)
 
     def disconnect(self, port: Port) -> None:
         """Remove a port, with the frames that wait for it."""
@@ -172,6 +185,8 @@ class Switch:
                 self._give(port)
         self._selector.close()
         self._woken.close()
+        if self._record is not None:
+            self._record.close()
 
     def _patience(self) -> float | None:
         dues = [due for port in self._ports if (due := port.due()) is not None]
@@ -190,7 +205,12 @@ class Switch:
                 frame = port.wire.recv(_MAX_FRAME)
             except OSError:  # no more for now; a machine that is gone sends nothing either, until it is disconnected
                 return
-            if len(frame) >= _HEADER and not port.lossy():
+            if len(frame) < _HEADER:
+                continue
+            if self._record is not None:
+                with suppress(OSError):  # a full disk must not stop the LAN
+                    self._record.write(frame)
+            if not port.lossy():
                 self._forward(port, frame)
 
     def _forward(self, port: Port, frame: bytes) -> None:

@@ -142,6 +142,8 @@ def _write_machine(above: Path, evidence: Evidence) -> Path:
     for path in map(machine.lifecycle.timeline.output, names):
         with suppress(FileNotFoundError):  # only the newest are kept
             shutil.copyfile(path, folder / "outputs" / path.name)
+    for path in machine.lifecycle.captures:
+        shutil.copyfile(path, folder / path.name)
     if machine.spec.display:
         with suppress(VMBottleError):
             (folder / _SCREEN).write_bytes(machine.lifecycle.instance.screenshot())

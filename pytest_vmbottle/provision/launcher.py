@@ -18,7 +18,7 @@ from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.images import check_again
-from pytest_vmbottle.machine.lifecycle import Relauncher
+from pytest_vmbottle.machine.lifecycle import CAPTURES, Relauncher
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.machine.sampler import Sampler
 from pytest_vmbottle.timeline import Timeline
@@ -139,6 +139,8 @@ class Launcher:
         try:
             # As soon as the process is known, so that a crash from here on leaves it named in the record.
             context.catalog.note_process(rundir, instance.pid)
+            if spec.capture:
+                instance.capture(_new_capture(private_dir(rundir / CAPTURES)))
             channel = instance.channel(deadline=deadline)
             if start.saved is None:
                 await_boot(instance, channel, deadline)
@@ -149,6 +151,12 @@ class Launcher:
             instance.stop()
             raise
         return instance, channel
+
+
+def _new_capture(folder: Path) -> Path:
+    """Return the path for the traffic of one more instance of a machine: each start and restore has a file of its own."""
+    number = len(list(folder.glob("network*.pcap"))) + 1
+    return folder / ("network.pcap" if number == 1 else f"network-{number}.pcap")
 
 
 def _await_system(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:

@@ -60,6 +60,7 @@ class MachineKeywords(TypedDict, total=False):
     disk: int | str | None
     display: bool
     network: bool | str | Sequence[str]
+    capture: bool
     ports: Iterable[int]
     packages: Iterable[str]
     files: Mapping[str, File]
@@ -75,8 +76,8 @@ class MachineKeywords(TypedDict, total=False):
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, display=False, "
-    "network=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', reset='none', "
-    "timeout=120, panic='fail')"
+    "network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', "
+    "reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
 PREPARATION = frozenset({"packages", "files", "run"})
@@ -234,6 +235,12 @@ def _disk(value: object) -> int | None:
 def _display(value: object) -> bool:
     if not isinstance(value, bool):
         raise _fail("display", value, "takes True (a screen and a keyboard) or False")
+    return value
+
+
+def _capture(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _fail("capture", value, "takes True (record the traffic of its network cards) or False")
     return value
 
 
@@ -539,6 +546,7 @@ class MachineSpec:
         display: Whether the machine has a screen and a keyboard.
         network: True for NAT, False for forwarded ports only, the only networks (CIDR) that it may reach, or the name of a private LAN that
             the machines of one test share.
+        capture: Whether the traffic of its network cards is recorded, for the artifacts of its test.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand.
         files: Files written beforehand: guest path and content, or a pair of content and permission bits.
@@ -562,6 +570,7 @@ class MachineSpec:
     disk: int | None = attrs.field(default=None, converter=_disk)
     display: bool = attrs.field(default=False, converter=_display)
     network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
+    capture: bool = attrs.field(default=False, converter=_capture)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
     packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, File], ...] = attrs.field(factory=dict, converter=_files)

@@ -45,6 +45,8 @@ SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 
 NIC = "nic"
 """Id of the network card by which the host reaches a guest."""
+NETDEV = "net0"
+"""Id of the network behind it."""
 
 # What QEMU never does for a machine: old system calls, more rights, other programs, and priorities.
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -284,8 +286,8 @@ def _network(spec: MachineSpec) -> list[str]:
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in (22, *(port for port in spec.ports if port != 22)))  # noqa: PLR2004
     restrict = "off" if spec.nat else "on"
     return [
-        *("-netdev", f"user,id=net0,restrict={restrict},{forwards}"),
-        *("-device", f"virtio-net-pci,netdev=net0,id={NIC},mac={GUEST_MAC},romfile="),
+        *("-netdev", f"user,id={NETDEV},restrict={restrict},{forwards}"),
+        *("-device", f"virtio-net-pci,netdev={NETDEV},id={NIC},mac={GUEST_MAC},romfile="),
     ]
 
 

@@ -17,7 +17,7 @@ import attrs
 from pytest_vmbottle.backends.console import Console, Recorder
 from pytest_vmbottle.backends.kernel_watch import KernelWatch
 from pytest_vmbottle.backends.port import CannotSave, Chord, Instance, NotPlugged, SshAccess, Start, State
-from pytest_vmbottle.backends.qemu import display
+from pytest_vmbottle.backends.qemu import capture, display
 from pytest_vmbottle.backends.qemu.after_restore import AfterRestore
 from pytest_vmbottle.backends.qemu.command_line import NIC, Emulator
 from pytest_vmbottle.backends.qemu.forwards import Forwards
@@ -260,6 +260,16 @@ class QemuInstance(Instance):
         if not self._programs.emulator.board.quick_hotplug:
             raise NotPlugged(f"guests for {self._spec.arch} take too long to release a disk")
         return self._disk_port.disk(file, serial=serial, writable=writable, deadline=deadline)
+
+    def capture(self, file: Path) -> None:
+        """Record the traffic of the card (see `Instance.capture`)."""
+        with self._asked("record network traffic"):
+            capture.begin(self._qmp, file, self._programs.emulator.account)
+
+    def end_capture(self) -> None:
+        """Stop recording (see `Instance.end_capture`)."""
+        with self._asked("stop recording network traffic"):
+            capture.end(self._qmp)
 
     def plug_card(self, wire: socket.socket, *, mac: str) -> None:
         """Plug a card for a private LAN into its free port (see `Instance.plug_card`)."""

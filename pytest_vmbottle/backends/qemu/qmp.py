@@ -204,12 +204,16 @@ class Qmp:
 
     def add_fd(self, file: int, *, deadline: Deadline) -> int:
         """Pass an open file to QEMU; return the N of `/dev/fdset/N`, by which QEMU opens it in the same mode."""
-        return self._guard(self._add_fd(file), deadline, "add-fd")
+        return self._guard(self._add_fd(file, "fdset-id"), deadline, "add-fd")
 
-    async def _add_fd(self, file: int) -> int:
+    def pass_file(self, file: int, *, deadline: Deadline) -> Path:
+        """Pass an open file to QEMU; return the path by which it can open it, for what knows nothing of `/dev/fdset`."""
+        return Path(f"/proc/self/fd/{self._guard(self._add_fd(file, 'fd'), deadline, 'add-fd')}")
+
+    async def _add_fd(self, file: int, answered: str) -> int:
         self._client.send_fd_scm(file)
         answer = await self._client.execute("add-fd")
-        return int(answer["fdset-id"])  # type: ignore[index]
+        return int(answer[answered])  # type: ignore[index]
 
     async def _migrated(self) -> str:
         async for message in self._events:

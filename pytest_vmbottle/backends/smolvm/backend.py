@@ -207,6 +207,7 @@ class SmolvmBackend(Backend):
         cannot = {
             f"network={spec.lan!r}: smolvm's machines cannot join a private LAN": spec.lan is not None,
             "display=True: smolvm's machines have no screen": spec.display,
+            "capture=True: smolvm does not record network traffic": spec.capture,
             f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
             "nested=True: smolvm's machines cannot run virtual machines": spec.nested,
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,

@@ -159,6 +159,7 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"user": ""},
         {"user": "root\n"},
         {"display": "vga"},
+        {"capture": "eth0"},
         {"cpu": ""},
         {"cpu": 5},
         {"cpu": "EPYC svm"},
@@ -266,6 +267,7 @@ KEYWORDS = {
     "nested": True,
     "memory": "2G",
     "display": True,
+    "capture": True,
     "ports": [80, 443],
     "env": {"A": "1", "B": "2", "C": "3"},
     "files": {"/a": "1", "/b": b"2", "/c": "3"},
@@ -289,7 +291,9 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
     assert one.boot_digest() == other.boot_digest()
 
 
-@pytest.mark.parametrize("keyword", ["cpus", "cpu", "nested", "memory", "display", "ports", "env", "files", "user_data", "run", "user"])
+@pytest.mark.parametrize(
+    "keyword", ["cpus", "cpu", "nested", "memory", "display", "capture", "ports", "env", "files", "user_data", "run", "user"]
+)
 def test_every_keyword_makes_another_spec_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
     bare = MachineSpec.resolve("debian-12", {})
     changed = MachineSpec.resolve("debian-12", {keyword: KEYWORDS[keyword]})

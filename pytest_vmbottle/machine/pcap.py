@@ -1,0 +1,45 @@
+"""Recording of Ethernet frames in the format of pcap, which tshark and Wireshark read.
+
+The format: https://www.ietf.org/archive/id/draft-ietf-opsawg-pcap-04.html
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+__all__ = ["LIMIT", "PcapFile"]
+
+LIMIT = 64 << 20
+"""Bytes of a recording at most: a guest must not fill the disk with its traffic."""
+_MAGIC, _VERSION, _FRAME, _ETHERNET = 0xA1B2C3D4, (2, 4), 1 << 16, 1
+
+
+class PcapFile:
+    """File of frames; what would make it longer than `LIMIT` is left out."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file.
+
+        Raises:
+            OSError: It cannot be created, or is there already.
+        """
+        self._file = path.open("xb", buffering=0)
+        self._file.write(struct.pack("=IHHiIII", _MAGIC, *_VERSION, 0, 0, _FRAME, _ETHERNET))
+
+    def write(self, frame: bytes) -> None:
+        """Append a frame.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self._file.tell() + len(frame) > LIMIT:
+            return
+        kept, now = frame[:_FRAME], time.time()
+        header = struct.pack("=IIII", int(now), int(now % 1 * 1_000_000), len(kept), len(frame))
+        self._file.write(header + kept)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
