@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.plugin.artifacts import TestOutcome
+from pytest_vmbottle.plugin.attachments import attach
 from pytest_vmbottle.plugin.evidence import ANSWER, Evidence, gather, sections
 from pytest_vmbottle.shown import printable
 from pytest_vmbottle.timeline import now
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.plugin.session import Session
@@ -24,7 +25,6 @@ __all__ = ["PROPERTY", "explain", "keep_interrupted"]
 
 PROPERTY = "vmbottle_artifacts"
 """Property of a test, in JUnit's XML too: the folder of its artifacts."""
-_FOLDER = pytest.StashKey["Path"]()
 _TEXT = 256 << 10
 
 
@@ -86,6 +86,7 @@ def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found:
     folder, places = written
     for evidence, place in zip(found, places, strict=True):
         _add_files(session, evidence.machine, place, report)
+    attach(session.config, folder, report)
     shown = session.shown_path(folder)
     if report.failed:
         report.sections.append(("artifacts", shown))

@@ -207,6 +207,21 @@ def test_junit_names_the_folder_of_the_artifacts(run: Run, pytester: pytest.Pyte
     assert f'<property name="vmbottle_artifacts" value="vmbottle-artifacts/{test.folder.name}"' in (pytester.path / "out.xml").read_text()
 
 
+def test_the_html_report_of_pytest_html_links_the_artifacts(run: Run, pytester: pytest.Pytester) -> None:
+    (pytester.path / "out").mkdir()
+    run(FAILS, "-p", "pytest_html.plugin", "-p", "pytest_metadata.plugin", "--html=out/report.html", status=1, failed=1, process=True)
+    (test,) = artifacts(pytester)
+
+    assert f"../vmbottle-artifacts/{test.folder.name}/vm/console.txt" in (pytester.path / "out" / "report.html").read_text()
+
+
+def test_allure_gets_the_artifacts_as_attachments(run: Run, pytester: pytest.Pytester) -> None:
+    run(FAILS, "-p", "allure_pytest.plugin", "--alluredir=out", status=1, failed=1, process=True)
+    (result,) = [json.loads(path.read_text()) for path in (pytester.path / "out").glob("*-result.json")]
+
+    assert {"timeline.jsonl", "vm/console.txt"} <= {each["name"] for each in result["attachments"]}
+
+
 def test_hooks_add_files_and_know_whether_the_test_failed(run: Run, pytester: pytest.Pytester) -> None:
     hooks = """
 def pytest_vmbottle_artifacts(machine, folder, report):
