@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=300, metavar="PAIRS")
     given = parser.parse_args()
     catalog = Catalog(given.catalog)
-    provisioner = Provisioner(catalog, QemuBackend(folder=catalog.root), name="qemu", settings=Settings(report=print))
+    provisioner = Provisioner(catalog, QemuBackend(proofs=catalog.root / "proofs"), name="qemu", settings=Settings(report=print))
     try:
         tracemalloc.start()
         with provisioner.machine(MachineSpec(source="debian-12")) as machine:
