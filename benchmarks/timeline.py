@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=300, metavar="PAIRS")
     given = parser.parse_args()
     catalog = Catalog(given.catalog)
-    provisioner = Provisioner(catalog, QemuBackend(proofs=catalog.root / "proofs"), name="qemu", settings=Settings(report=print))
+    provisioner = Provisioner(catalog, QemuBackend(proofs=catalog.proofs), name="qemu", settings=Settings(report=print))
     try:
         tracemalloc.start()
         with provisioner.machine(MachineSpec(source="debian-12")) as machine:
@@ -65,9 +65,7 @@ def main() -> None:
         provisioner.close()
         catalog.close()
     percent = 100 * (recorded / without - 1)
-    print(
-        f"exec true: {1000 * without:.2f} ms without, {1000 * recorded:.2f} ms with a timeline: {percent:+.1f} % (at most {MOST_PERCENT:.0f} %)"
-    )
+    print(f"exec true: {1000 * without:.2f} ms without, {1000 * recorded:.2f} ms with: {percent:+.1f} % (at most {MOST_PERCENT:.0f} %)")
     print(f"memory of 200 events of 4 KiB: {size / 1024:.0f} KiB (at most {MOST_BYTES >> 10} KiB)")
 
 
