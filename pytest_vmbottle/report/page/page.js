@@ -573,8 +573,8 @@
       // Not by colour alone: the second curve is dashed.
       series: [
         { label: `${machine.name} at`, value: (_, value) => (value == null ? "–" : `${value.toFixed(1)} s`) },
-        { label: "CPU (—)", scale: "cpu", stroke: () => colourOf("commands"), width: 1.5, value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} %`) },
-        { label: "memory (- -)", scale: "memory", stroke: () => colourOf("waits"), width: 2, dash: [6, 4], value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} MiB`) },
+        { label: "CPU (—)", scale: "cpu", stroke: () => colourOf("commands"), width: 1.5, points: { show: false }, value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} %`) },
+        { label: "memory (- -)", scale: "memory", stroke: () => colourOf("waits"), width: 2, dash: [6, 4], points: { show: false }, value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} MiB`) },
       ],
     };
   }
@@ -820,6 +820,7 @@
     });
     $("theme").addEventListener("click", toggleTheme);
     $("help-button").addEventListener("click", () => $("help").showModal());
+    $("help-close").addEventListener("click", () => $("help").close());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(null));
     document.addEventListener("keydown", onKey);
     window.addEventListener("resize", onResize);
