@@ -122,6 +122,10 @@ def _json(value: object) -> str:
     return text
 
 
+def _size(value: object) -> int:
+    return len(_json(value).encode())
+
+
 def _text(text: str, most: int) -> str:
     """Return a guest's text with its control characters visible and without its middle if it is long."""
     left_out = len(text) - most
@@ -133,7 +137,7 @@ def _text(text: str, most: int) -> str:
 def _text_within(text: str, size: int) -> str:
     """Return a guest's text in a number of bytes of JSON, in which a character may take six of them."""
     most = size
-    while len(_json(shown := _text(text, most))) > size and most > _SHORT:
+    while _size(shown := _text(text, most)) > size and most > _SHORT:
         most //= 2
     return shown
 
@@ -163,7 +167,7 @@ class _Writer:
             "count": sum(event.get("kind") != "metrics" for event in events),
         }
         known = _json({**self._reports(test), **self._shown_events(test, events, start)})
-        self._bytes += len(known)
+        self._bytes += len(known.encode())
         return entry, known
 
     def _reports(self, test: TestArtifacts) -> dict[str, Any]:
@@ -173,7 +177,7 @@ class _Writer:
         for place, text in enumerate(texts):
             # What a short text leaves over is for those below it.
             texts[place] = _text_within(text, min(_LONGEST, room // (len(texts) - place)))
-            room -= len(_json(texts[place]))
+            room -= _size(texts[place])
         error, traceback, *sections = texts
         return {
             "error": error,
@@ -244,13 +248,13 @@ class _EventRows:
         """Return events in a number of bytes: those that stand out and the latest with all their texts, the others with the room left."""
         heads = [self._head(event) for event in events]
         details = [self._detail(event, _TEXT) for event in events]
-        sizes = [len(_json(detail)) for detail in details]
-        budget -= len(_json(heads)) + sum(size for size in sizes if size <= _SMALL)
+        sizes = [_size(detail) for detail in details]
+        budget -= _size(heads) + sum(size for size in sizes if size <= _SMALL)
         large = [place for place, size in enumerate(sizes) if size > _SMALL]
         for place in sorted(large, key=lambda place: (stands_out(events[place]), place), reverse=True):
             if sizes[place] > budget:
                 details[place] = self._detail(events[place], _SHORT)
-            if (size := len(_json(details[place]))) > budget:
+            if (size := _size(details[place])) > budget:
                 details[place], size = _LEFT_OUT, 0
             budget -= size
         return [[*head, *([detail] if detail else [])] for head, detail in zip(heads, details, strict=True)]

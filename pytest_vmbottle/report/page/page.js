@@ -229,7 +229,7 @@
       filter();
     }, { "aria-pressed": String(shown.standing), class: "only" });
     return make("div", {}, make("h3", {}, "Timeline"), make("div", { class: "bar", role: "toolbar", "aria-label": "Timeline" },
-      ...toggles, standing, make("span", { class: "gap" }),
+      ...toggles, standing, make("span", { class: "gap" }), make("output", { id: "span" }),
       button("+", () => zoom(0.5), { "aria-label": "Zoom in", id: "zoom-in" }), button("−", () => zoom(2), { "aria-label": "Zoom out", id: "zoom-out" }),
       button("←", () => move(-0.4), { "aria-label": "Earlier" }), button("→", () => move(0.4), { "aria-label": "Later" }),
       button("Whole", () => setView(...shown.whole), { id: "zoom-whole" })));
@@ -304,8 +304,14 @@
     const length = Math.min(Math.max(to - from, SHORTEST_SPAN), last - first);
     shown.from = Math.min(Math.max(from, first), last - length);
     shown.to = shown.from + length;
-    charts.forEach((chart) => chart.setScale("x", { min: shown.from / 1000, max: shown.to / 1000 }));
+    showSpan();
     redraw();
+  }
+
+  /* In words too, for those who do not see the ruler. */
+  function showSpan() {
+    charts.forEach((chart) => chart.setScale("x", { min: shown.from / 1000, max: shown.to / 1000 }));
+    $("span").textContent = `${secondsText(shown.from)} to ${secondsText(shown.to)}`;
   }
 
   /* Zoom, and keep one time where it is: that under the pointer, else that of the chosen event if it can be seen, else the middle. */
@@ -547,7 +553,7 @@
       $("timeline").append(place);
       charts.push(new uPlot(chartOptions(machine, $("timeline").clientWidth), chartData(machine), place));
     });
-    charts.forEach((chart) => chart.setScale("x", { min: shown.from / 1000, max: shown.to / 1000 }));
+    showSpan();
   }
 
   const MIB = 1 << 20;
