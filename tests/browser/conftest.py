@@ -16,7 +16,7 @@ from pytest_vmbottle.report.run import read_run
 from tests.conftest import leave_out
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Dialog, Page
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 SHOWN = "performance.getEntriesByName('test-shown').length > 0"
@@ -44,6 +44,11 @@ class Opened:
     requests: list[str]
 
 
+def _refuse(dialog: Dialog, opened: Opened) -> None:
+    opened.misdeeds.append(f"dialog: {dialog.message}")
+    dialog.dismiss()
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """The browser, without its sandbox for root, whom it would refuse."""
@@ -66,7 +71,7 @@ def open_run(browser: Browser) -> Iterator[Callable[..., Opened]]:
         opened = Opened(context.new_page(), [], [])
         page = opened.page
         page.add_init_script(WATCH)
-        page.on("dialog", lambda dialog: opened.misdeeds.append(f"dialog: {dialog.message}"))  # and is left open: the test would hang
+        page.on("dialog", lambda dialog: _refuse(dialog, opened))
         page.on("pageerror", lambda error: opened.misdeeds.append(f"error: {error}"))
         page.on("console", lambda message: opened.misdeeds.append(f"console: {message.text}"))
         context.on("page", lambda other: opened.misdeeds.append(f"window: {other.url}"))

@@ -82,6 +82,18 @@ def test_the_events_just_before_the_failure_are_told_and_those_after_it_are_not(
     assert "no events of machines" in describe(tests, before=0)
 
 
+def test_what_a_kernel_says_long_before_the_failure_is_told_too(tmp_path: Path) -> None:
+    alarm = {"kind": "console", "text": "Out of memory: Killed process 733 (importer)"}
+    write_test(tmp_path / "test", [alarm, *({"kind": "note", "text": f"note {number}"} for number in range(30))])
+    tests = read_run(tmp_path)
+
+    before, _, after = describe(tests).partition("the last 10 events")
+    assert before.endswith("  what stands out before them:\n         0.000  web  console  Out of memory: Killed process 733 (importer)\n  ")
+    assert "Out of memory" not in after
+    assert describe(tests, before=100).count("Out of memory") == 1
+    assert [event["what"] for event in as_json(tests)[0]["earlier"]] == ["Out of memory: Killed process 733 (importer)"]
+
+
 def test_a_program_gets_the_same_facts(tmp_path: Path) -> None:
     tests = read_run(write_planted(tmp_path / "run"))
 
@@ -121,5 +133,5 @@ def test_many_files_are_counted(tmp_path: Path) -> None:
 
 def test_a_long_test_is_described_as_briefly_as_a_short_one(tmp_path: Path) -> None:
     words = describe(read_run(write_many(tmp_path / "run", 1000)))
-    assert len(words.splitlines()) < 25
+    assert len(words.splitlines()) < 30
     assert "No space left on device" in words
