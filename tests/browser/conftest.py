@@ -64,7 +64,7 @@ def open_run(browser: Browser) -> Iterator[Callable[..., Opened]]:
     """Writes the page of a run, and opens it as a file."""
     contexts = []
 
-    def open_page(run: Path, **options: Any) -> Opened:
+    def open_page(run: Path, shown: str = SHOWN, **options: Any) -> Opened:
         write_page(read_run(run), run / "index.html")
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **options})
         contexts.append(context)
@@ -77,7 +77,7 @@ def open_run(browser: Browser) -> Iterator[Callable[..., Opened]]:
         context.on("page", lambda other: opened.misdeeds.append(f"window: {other.url}"))
         page.on("request", lambda request: opened.requests.append(request.url))
         page.goto((run / "index.html").as_uri())
-        until(page, SHOWN)
+        until(page, shown)
         return opened
 
     yield open_page

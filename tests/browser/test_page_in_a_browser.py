@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_vmbottle.report.run import MARK
 from pytest_vmbottle.shown import visible
 from tests.browser.conftest import Opened, until
-from tests.unit.report.artificial import HOSTILE, PLANTED, png, write_hostile, write_many, write_planted
+from tests.unit.report.artificial import HOSTILE, PLANTED, png, write_hostile, write_many, write_planted, write_test
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -282,3 +283,35 @@ def test_small_pictures_are_there_and_long_texts_a_button_away(tmp_path: Path, o
     assert page.get_by_role("listbox", name="Events").count() == 1
     assert page.get_by_role("link", name="journal.txt").first.get_attribute("href") == "./test_restore/web/journal.txt"
     assert opened.misdeeds == []
+
+
+@pytest.mark.browser
+def test_absurd_times_stop_nothing(tmp_path: Path, open_run: Open) -> None:
+    opened = open_run(write_hostile(tmp_path))
+    page = opened.page
+    page.locator("#tests button").filter(has_text="test_odd").click()
+    assert "after 1970" in page.inner_text("main .facts >> nth=0")
+    for _ in range(70):
+        page.keyboard.press("+")
+    page.keyboard.press("k")
+    assert _chosen(page) == "sleep (900000000000000.00 s)"
+    assert opened.misdeeds == []
+
+
+@pytest.mark.browser
+def test_hundreds_of_tests_are_listed_in_parts_and_no_tests_at_all_are_told(tmp_path: Path, open_run: Open) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / MARK).touch()
+    page = open_run(tmp_path / "none", shown="document.getElementById('main').textContent").page
+    assert page.inner_text("main") == "This run has no tests with artifacts."
+
+    for number in range(450):
+        write_test(tmp_path / "many" / f"test_{number:03}", [{"kind": "note", "text": f"note {number}"}], outcome="passed")
+    page = open_run(tmp_path / "many").page
+    tests = page.locator("#tests button[data-test]")
+    assert tests.count() == 200
+    page.get_by_role("button", name="Show more (250 left)").click()
+    page.get_by_role("button", name="Show more (50 left)").click()
+    assert tests.count() == 450
+    tests.last.click()
+    assert _chosen(page) == "note 449"

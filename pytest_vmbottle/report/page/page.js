@@ -204,6 +204,7 @@
   }
 
   function openTest(test, chosen = -1) {
+    if (!run.tests.length) $("main").textContent = "This run has no tests with artifacts.";
     if (!run.tests[test]) return;
     Object.assign(shown, { test, data: dataOf(test), chosen: -1 });
     shown.whole = extentOf(shown.data, run.tests[test]);
@@ -267,7 +268,7 @@
     const facts = [
       entry.phase && entry.outcome !== "passed" ? `in ${entry.phase}` : "",
       `${entry.seconds.toFixed(2)} s`,
-      entry.began ? `began ${new Date(entry.began * 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : "",
+      entry.began && `began ${dateText(entry.began)}`,
       entry.worker && `worker ${entry.worker}`,
       data.machines.length ? `machines: ${data.machines.map((each) => each.name).join(", ")}` : "no machines",
     ];
@@ -277,6 +278,12 @@
       make("h2", {}, outcomeBadge(entry), entry.nodeid),
       make("p", { class: "facts" }, facts.filter(Boolean).join(" · ")),
     );
+  }
+
+  function dateText(seconds) {
+    const date = new Date(seconds * 1000);
+    // An artifact may have any number, and dates end some time.
+    return Number.isNaN(date.getTime()) ? `${seconds} s after 1970` : `${date.toISOString().replace("T", " ").slice(0, 19)} UTC`;
   }
 
   function errorParts(data) {

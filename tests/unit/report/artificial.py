@@ -258,7 +258,7 @@ def write_many(run: Path, count: int) -> Path:
 
 
 def write_hostile(run: Path) -> Path:
-    """Writes a test in which all texts are hostile."""
+    """Writes a test in which all texts are hostile, and one whose times are absurd."""
     both = "\n".join(HOSTILE)
     events: list[dict[str, Any]] = []
     for text in (*HOSTILE, both):
@@ -287,6 +287,9 @@ def write_hostile(run: Path) -> Path:
         sections=[[text, text] for text in HOSTILE],
         machines=("web",),
     )
+    far = 9e14
+    odd = [{"kind": "command", "argv": ["sleep"], "time": -far, "seconds": far}, {"kind": "note", "text": "later", "time": far}]
+    write_test(run / "test_odd", odd, began=far, ended=-1.0)
     return run
 
 
