@@ -235,7 +235,7 @@ class _Writer:
 
 @attrs.define
 class _EventRows:
-    """Events of a test as lists, which are half the size of objects: see `EVENT` in page.js."""
+    """Events of a test as lists, which are half the size of objects; page.js begins with the meaning of their elements."""
 
     _root: Path
     _test: TestArtifacts
@@ -315,9 +315,11 @@ def _value(value: Any, most: int) -> Any:
 def _machine_folder(test: TestArtifacts, name: str) -> Path | None:
     """Return the folder of a machine, if it is one within the test's own: the file that names it may come from anywhere."""
     relative = test.machines.get(name)
-    if not relative or Path(relative).is_absolute() or ".." in Path(relative).parts or "\0" in relative:
+    if not relative or "\0" in relative:
         return None
-    return test.folder / relative
+    folder = test.folder / relative
+    # Resolved, because a link in the folder may lead out of it as well as its name.
+    return folder if folder.resolve().is_relative_to(test.folder.resolve()) else None
 
 
 def _is_plain(path: Path) -> bool:

@@ -169,11 +169,12 @@ def test_files_are_linked_relative_to_the_page_whatever_their_names_are(tmp_path
     assert "stderr_file_href" not in event[-1]
 
 
-@pytest.mark.parametrize("place", ["../other", "/etc", "web/../../other"])
+@pytest.mark.parametrize("place", ["../other", "/etc", "web/../../other", "link", "nul\0"])
 def test_folders_of_machines_outside_of_the_test_are_left_alone(tmp_path: Path, place: str) -> None:
     write_test(tmp_path / "other", [], machines=())
     (tmp_path / "other" / "console.txt").touch()
     folder = write_test(tmp_path / "test", [{"kind": "note"}])
+    (folder / "link").symlink_to(tmp_path / "other")
     known = json.loads((folder / "test.json").read_text())
     (folder / "test.json").write_text(json.dumps({**known, "machines": {"web": place}, "began": 1.0}))
 
