@@ -273,7 +273,7 @@ def test_the_page_is_light_or_dark_as_the_system_is_until_the_reader_says_otherw
 
 
 @pytest.mark.browser
-def test_small_pictures_are_there_and_long_texts_a_button_away(tmp_path: Path, open_run: Open) -> None:
+def test_small_pictures_lists_and_links_are_there_for_all_readers(tmp_path: Path, open_run: Open) -> None:
     run = write_many(tmp_path, 1000)
     (run / "test_restore" / "web" / "screenshot.png").write_bytes(png())
     opened = open_run(run)
@@ -315,3 +315,16 @@ def test_hundreds_of_tests_are_listed_in_parts_and_no_tests_at_all_are_told(tmp_
     assert tests.count() == 450
     tests.last.click()
     assert _chosen(page) == "note 449"
+
+
+@pytest.mark.browser
+def test_what_is_cut_of_a_long_line_is_a_button_away(tmp_path: Path, open_run: Open) -> None:
+    write_test(tmp_path / "test_long", [], traceback=f"begin\n{'x' * 3000}y\nend\n")
+    opened = open_run(tmp_path)
+    page = opened.page
+    traceback = page.locator("details").first
+    assert "[2501 more]" in traceback.inner_text()
+    assert "xy" not in traceback.inner_text()
+    page.get_by_role("button", name="Show all 3,012 characters").click()
+    assert "xy\nend" in traceback.inner_text()
+    assert opened.misdeeds == []
