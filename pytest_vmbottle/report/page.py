@@ -34,16 +34,19 @@ _SCRIPTS, _STYLES = ("uPlot.iife.min.js", "page.js"), ("uPlot.min.css", "page.cs
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_EVENTS = 50_000
 """Events of a test at most; the latest are kept."""
-_EVENT, _TEST = 768, 1 << 19
+_EVENT, _TEST = 768, 3 << 17
 """Bytes that a test's events may take: so many for each of them, and so many for all tests together."""
 _MOST_TEST, _MOST_PAGE = 4 << 20, 48 << 20
 """Bytes of one test's events, and of a page from which on tests are listed without events."""
 _TEXT, _SHORT, _WORDS = 1 << 14, 80, 160
 """Characters of a text in an event, of one that there is no room for, and of an event in words."""
+_SMALL = 256
+"""Bytes of an event's fields that are always kept."""
+_LEFT_OUT = {"left out": "The fields of this event are in timeline.jsonl only."}
 _FIELDS, _ELEMENTS = 32, 16
 """Fields of an event at most, and characters of an element of a list at least."""
-_REPORTS = 3 << 19, 1 << 16, 1 << 11
-"""Characters of all tracebacks and sections, and at most and at least of each."""
+_REPORT, _REPORTS, _LONGEST = 8 << 10, 1 << 19, 1 << 16
+"""Bytes of a test's error, traceback and sections: so many for each test, so many for all of them, and in one text at most."""
 _SCREENSHOT, _SCREENSHOTS = 1 << 18, 1 << 19
 """Bytes of a screenshot that is embedded, and of all that are."""
 _ROWS = 4
@@ -51,7 +54,7 @@ _ROWS = 4
 _LINKED = ("console.txt", "journal.txt", "metrics.csv", "machine.json", "screenshot.png")
 _MEANING = ("machine", "kind", "time", "seconds")
 """Fields that each row of the page has anyway."""
-_MARKUP = re.compile("[<>&\u2028\u2029]")
+_MARKUP = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 _FLAG_FAILED, _FLAG_STANDS_OUT = 1, 2  # page.js has the same
 
 
@@ -114,7 +117,13 @@ def _json(value: object) -> str:
     """Return JSON in which nothing is markup, so that no text in it can end the element that it is in."""
     # Not as ASCII, which takes twice the room for most scripts but Latin.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _MARKUP.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    for character, escape in _MARKUP.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _size(value: object) -> int:
+    return len(_json(value).encode())
 
 
 def _text(text: str, most: int) -> str:
@@ -123,6 +132,14 @@ def _text(text: str, most: int) -> str:
     if left_out > 0:  # before anything else looks at it: it may have megabytes
         text = f"{text[: most // 3]}\n[{left_out} characters left out]\n{text[-(most * 2 // 3) :]}"
     return visible(hidden(text))
+
+
+def _text_within(text: str, size: int) -> str:
+    """Return a guest's text in a number of bytes of JSON, in which a character may take six of them."""
+    most = size
+    while _size(shown := _text(text, most)) > size and most > _SHORT:
+        most //= 2
+    return shown
 
 
 @attrs.define
@@ -150,17 +167,22 @@ class _Writer:
             "count": sum(event.get("kind") != "metrics" for event in events),
         }
         known = _json({**self._reports(test), **self._shown_events(test, events, start)})
-        self._bytes += len(known)
+        self._bytes += len(known.encode())
         return entry, known
 
     def _reports(self, test: TestArtifacts) -> dict[str, Any]:
         """Return the texts of a test's report, and its files."""
-        run, most, least = _REPORTS
-        most = max(least, min(most, run // self._tests // (1 + len(test.sections))))
+        texts = [test.error, test.traceback, *(text for _, text in test.sections)]
+        room = _REPORT + _REPORTS // self._tests
+        for place, text in enumerate(texts):
+            # What a short text leaves over is for those below it.
+            texts[place] = _text_within(text, min(_LONGEST, room // (len(texts) - place)))
+            room -= _size(texts[place])
+        error, traceback, *sections = texts
         return {
-            "error": _text(test.error, most),
-            "traceback": _text(test.traceback, most),
-            "sections": [[_text(title, 500), _text(text, most)] for title, text in test.sections],
+            "error": error,
+            "traceback": traceback,
+            "sections": [[_text(title, _SHORT), text] for (title, _), text in zip(test.sections, sections, strict=True)],
             "files": [self._link(path) for path in (test.folder / "test.json", test.folder / "timeline.jsonl") if _is_plain(path)],
         }
 
@@ -213,7 +235,7 @@ class _Writer:
 
 @attrs.define
 class _EventRows:
-    """Events of a test as lists, which are half the size of objects: see `EVENT` in page.js."""
+    """Events of a test as lists, which are half the size of objects; page.js begins with the meaning of their elements."""
 
     _root: Path
     _test: TestArtifacts
@@ -225,13 +247,16 @@ class _EventRows:
     def fitting(self, events: Sequence[Event], budget: int) -> list[list[Any]]:
         """Return events in a number of bytes: those that stand out and the latest with all their texts, the others with the room left."""
         heads = [self._head(event) for event in events]
-        details = [self._detail(event, _SHORT) for event in events]
-        budget -= len(_json(heads)) + sum(len(_json(each)) for each in details)
-        for place in sorted(range(len(events)), key=lambda place: (stands_out(events[place]), place), reverse=True):
-            whole = self._detail(events[place], _TEXT)
-            if (more := len(_json(whole)) - len(_json(details[place]))) <= budget:
-                budget -= more
-                details[place] = whole
+        details = [self._detail(event, _TEXT) for event in events]
+        sizes = [_size(detail) for detail in details]
+        budget -= _size(heads) + sum(size for size in sizes if size <= _SMALL)
+        large = [place for place, size in enumerate(sizes) if size > _SMALL]
+        for place in sorted(large, key=lambda place: (stands_out(events[place]), place), reverse=True):
+            if sizes[place] > budget:
+                details[place] = self._detail(events[place], _SHORT)
+            if (size := _size(details[place])) > budget:
+                details[place], size = _LEFT_OUT, 0
+            budget -= size
         return [[*head, *([detail] if detail else [])] for head, detail in zip(heads, details, strict=True)]
 
     def _head(self, event: Event) -> list[Any]:
@@ -259,10 +284,10 @@ class _EventRows:
         if self._is_said(detail, event):
             return {}
         for stream in ("stdout_file", "stderr_file"):
-            folder = _machine_folder(self._test, as_text(event.get("machine")))
-            path = folder / "outputs" / Path(as_text(event.get(stream))).name if folder and event.get(stream) else None
-            if path and _is_plain(path):
-                detail[f"{stream}_href"] = _href(path, self._root)
+            if name := Path(as_text(event.get(stream))).name:
+                folder = _machine_folder(self._test, as_text(event.get("machine")))
+                if folder and _is_plain(path := folder / "outputs" / name):
+                    detail[f"{stream}_href"] = _href(path, self._root)
         return detail
 
     def _is_said(self, detail: Mapping[str, Any], event: Event) -> bool:
@@ -290,9 +315,11 @@ def _value(value: Any, most: int) -> Any:
 def _machine_folder(test: TestArtifacts, name: str) -> Path | None:
     """Return the folder of a machine, if it is one within the test's own: the file that names it may come from anywhere."""
     relative = test.machines.get(name)
-    if not relative or Path(relative).is_absolute() or ".." in Path(relative).parts or "\0" in relative:
+    if not relative or "\0" in relative:
         return None
-    return test.folder / relative
+    folder = test.folder / relative
+    # Resolved, because a link in the folder may lead out of it as well as its name.
+    return folder if folder.resolve().is_relative_to(test.folder.resolve()) else None
 
 
 def _is_plain(path: Path) -> bool:

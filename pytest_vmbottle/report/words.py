@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from pytest_vmbottle.host.sizes import format_size
-from pytest_vmbottle.report.events import Event, as_text, events_of, has_failed, number, start_of
+from pytest_vmbottle.report.events import Event, as_text, events_of, has_failed, number, stands_out, start_of
 from pytest_vmbottle.report.run import TestArtifacts
 from pytest_vmbottle.shown import printable
 
@@ -17,6 +17,8 @@ __all__ = ["as_json", "describe", "describe_event", "one_line"]
 
 _MOST = 240
 """Characters of a guest's text in a line."""
+_EARLIER = 5
+"""Events at most that stand out before the last ones: what a kernel says about a cause may be many lines above a failure."""
 _FILES = 40
 """Files of a test that are listed; more are counted."""
 
@@ -142,6 +144,7 @@ class _Failure:
     phase: str
     error: str
     machines: list[str]
+    earlier: list[_Line]  # that stand out
     events: list[_Line]
     folder: str
     files: list[str]
@@ -151,12 +154,15 @@ def _failure(test: TestArtifacts, before: int) -> _Failure:
     events = events_of(test)
     start = start_of(test, events)
     shown = [event for event in _before_failure(test, events) if event.get("kind") != "metrics"]
+    first = max(0, len(shown) - before)
+    earlier = [event for event in shown[:first] if stands_out(event)]
     return _Failure(
         nodeid=one_line(test.nodeid, 1000),
         phase=one_line(test.phase),
         error=one_line(test.error, 1000),
         machines=[one_line(name) for name in test.machines],
-        events=[_line(event, start) for event in shown[max(0, len(shown) - before) :]],
+        earlier=[_line(event, start) for event in earlier[-_EARLIER:]],
+        events=[_line(event, start) for event in shown[first:]],
         folder=one_line(str(test.folder), 4096),
         files=[one_line(path.relative_to(test.folder).as_posix(), 4096) for path in test.files()],
     )
@@ -183,20 +189,23 @@ def _line(event: Event, start: float) -> _Line:
 def _paragraph(failure: _Failure) -> str:
     machines = ", ".join(failure.machines) or "none"
     head = [f"{failure.nodeid} failed in {failure.phase}", f"  {failure.error}" if failure.error else "", f"  machines: {machines}"]
-    return "\n".join(filter(None, [*head, *_event_lines(failure.events), f"  files: {failure.folder}", *_file_lines(failure.files)]))
+    return "\n".join(filter(None, [*head, *_event_lines(failure), f"  files: {failure.folder}", *_file_lines(failure.files)]))
 
 
-def _event_lines(lines: Sequence[_Line]) -> list[str]:
+def _event_lines(failure: _Failure) -> list[str]:
+    lines, count = [*failure.earlier, *failure.events], len(failure.events)
     if not lines:
         return ["  no events of machines"]
     machine, kind = (max(len(getattr(line, name)) for line in lines) for name in ("machine", "kind"))
-    heading = f"  the last {len(lines)} events before the failure, in seconds since the test's start:"
     shown = [
         # The mark is for eyes that run down the column; the words tell the same.
         f"  {'!' if line.failed else ' '} {line.seconds:10.3f}  {line.machine:{machine}}  {line.kind:{kind}}  {line.what}".rstrip()
         for line in lines
     ]
-    return [heading.replace("1 events", "1 event") if len(lines) == 1 else heading, *shown]
+    last = f"  the last {count} events before the failure, in seconds since the test's start:"
+    heading = last.replace("1 events", "1 event") if count == 1 else last
+    earlier = ["  what stands out before them:", *shown[: len(failure.earlier)]] if failure.earlier else []
+    return [*earlier, heading, *shown[len(failure.earlier) :]]
 
 
 def _file_lines(names: Sequence[str]) -> list[str]:

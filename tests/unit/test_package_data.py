@@ -1,4 +1,4 @@
-"""Scripts for guests: what is read of them, and that all of them are in the wheel and of use."""
+"""Files of the package: what is read of scripts for guests, that all of them are of use, and that the wheel has all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pytest_vmbottle.machine import bulk, lan
 
 CHECKOUT = Path(__file__).parents[2]
 PACKAGE = CHECKOUT / "pytest_vmbottle"
+PAGE = {path for path in (PACKAGE / "report" / "page").iterdir() if path.is_file()}
 SCRIPTS = {path for path in PACKAGE.rglob("scripts/*") if path.is_file()}
 
 
@@ -52,12 +53,13 @@ def test_every_script_is_read_by_a_module_or_included_and_every_one_that_is_want
     assert set().union(*wanted) == SCRIPTS
 
 
-def test_the_wheel_has_every_script(tmp_path: Path) -> None:
+def test_the_wheel_has_every_script_and_the_page_of_reports(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=CHECKOUT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
 
     assert SCRIPTS
-    assert {str(path.relative_to(CHECKOUT)) for path in SCRIPTS} - set(zipfile.ZipFile(wheel).namelist()) == set()
+    assert {path.suffix for path in PAGE} == {".html", ".css", ".js", ".txt"}
+    assert {str(path.relative_to(CHECKOUT)) for path in SCRIPTS | PAGE} - set(zipfile.ZipFile(wheel).namelist()) == set()
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,77 @@
 /* The report of a run. Its data is JSON in script elements that browsers do not run; `page.py` writes them.
 
    Most texts come from guests, which may be hostile. So elements are made by `make`, which knows text and attributes but no markup, and no
-   URL but those that `page.py` made. Timeline libraries were considered: vis-timeline takes over 500 kB and builds its items from strings of
+   URL but those that `page.py` made. Timeline libraries were considered: vis-timeline takes over 500 kB and builds its items of strings of
    HTML. The lanes are a canvas instead, in which text cannot be markup at all. uPlot draws the curves: it takes 50 kB, and text as text. */
 (() => {
   // Places in the list that an event is.
-  const TIME = 0, LASTS = 1, MACHINE = 2, LANE = 3, ROW = 4, KIND = 5, FLAGS = 6, WORDS = 7, DETAIL = 8;
-  const FAILED = 1, STANDS_OUT = 2; // flags; page.py has the same
+  const [TIME, LASTS, MACHINE, LANE, ROW, KIND, FLAGS, WORDS, DETAIL] = [0, 1, 2, 3, 4, 5, 6, 7, 8];
+  const [FAILED, STANDS_OUT] = [1, 2]; // flags; page.py has the same
   const LETTERS = { phases: "P", commands: "C", files: "F", waits: "W", machine: "M", notes: "N", console: "L" };
+  const DARK_LANES = ["commands", "console"]; // whose letters are light
   const NAMES = {
-    phases: "Phases", commands: "Commands", files: "Files", waits: "Waits", machine: "Machine: power, snapshots, network, screen",
-    notes: "Notes", console: "Lines of the console",
+    phases: "Phases",
+    commands: "Commands",
+    files: "Files",
+    waits: "Waits",
+    machine: "Machine: power, snapshots, network, screen",
+    notes: "Notes",
+    console: "Lines of the console",
   };
-  const FIELDS = ["argv", "cwd", "user", "env", "verb", "path", "args", "phase", "state", "nodeid", "status", "error", "text", "note", "stderr", "stdout"];
-  const LEFT = 124, RIGHT = 64, RULER = 22, HEAD = 20, LANE_HEIGHT = 19; // of the canvas, in pixels; the charts have the same margins
-  const CHART_HEIGHT = 90, LIST_ROW = 22, SPARE_ROWS = 12;
+  const FIELDS = [
+    "argv",
+    "cwd",
+    "user",
+    "env",
+    "verb",
+    "path",
+    "args",
+    "phase",
+    "state",
+    "nodeid",
+    "status",
+    "error",
+    "text",
+    "note",
+    "stderr",
+    "stdout",
+  ];
+  const LEFT = 124,
+    RIGHT = 64,
+    RULER = 22,
+    HEAD = 20,
+    LANE_HEIGHT = 19; // of the canvas, in pixels; the charts have the same margins
+  const CHART_HEIGHT = 90,
+    LIST_ROW = 22,
+    SPARE_ROWS = 12;
   const TESTS_SHOWN = 200;
-  const LONGEST_LINE = 500, LONGEST_TEXT = 12000; // shown at once; the rest is a button away
+  const LONGEST_LINE = 500,
+    LONGEST_TEXT = 12000; // shown at once; the rest is a button away
   const SHORTEST_SPAN = 0.2; // milliseconds of the closest zoom
 
   const run = parsed("run");
   const $ = (id) => document.getElementById(id);
   /* The test that is shown: its number and data, what of it can be seen, the chosen event, and the events that the filters let through. */
-  const shown = { test: -1, data: null, from: 0, to: 1, whole: [0, 1], chosen: -1, found: [], hidden: new Set(), standing: false, query: "" };
-  let charts = [], canvas = null, rowsOf = null, redrawAsked = false, searchRound = 0, colours = null, dragged = null;
+  const shown = {
+    test: -1,
+    data: null,
+    from: 0,
+    to: 1,
+    whole: [0, 1],
+    chosen: -1,
+    found: [],
+    hidden: new Set(),
+    standing: false,
+    query: "",
+  };
+  let charts = [],
+    canvas = null,
+    rowsOf = null,
+    redrawAsked = false,
+    searchRound = 0,
+    colours = null,
+    dragged = null,
+    canvasWidth = 0;
 
   // ---- data ----
 
@@ -46,7 +94,11 @@
 
   function textsOf(value) {
     if (Array.isArray(value)) return value.map(textsOf).join(" ");
-    if (value && typeof value === "object") return Object.keys(value).filter((key) => !key.endsWith("_href")).map((key) => textsOf(value[key])).join(" ");
+    if (value && typeof value === "object")
+      return Object.keys(value)
+        .filter((key) => !key.endsWith("_href"))
+        .map((key) => textsOf(value[key]))
+        .join(" ");
     return String(value ?? "");
   }
 
@@ -82,8 +134,14 @@
 
   function shortened(text) {
     const most = LONGEST_TEXT;
-    const kept = text.length <= most ? text : `${text.slice(0, most / 3)}\n[${text.length - most} characters are hidden]\n${text.slice((-most * 2) / 3)}`;
-    return kept.split("\n").map((line) => (line.length <= LONGEST_LINE ? line : `${line.slice(0, LONGEST_LINE)} [${line.length - LONGEST_LINE} more]`)).join("\n");
+    const kept =
+      text.length <= most
+        ? text
+        : `${text.slice(0, most / 3)}\n[${text.length - most} characters are hidden]\n${text.slice((-most * 2) / 3)}`;
+    return kept
+      .split("\n")
+      .map((line) => (line.length <= LONGEST_LINE ? line : `${line.slice(0, LONGEST_LINE)} [${line.length - LONGEST_LINE} more]`))
+      .join("\n");
   }
 
   /* A text of a program, with a button for what is hidden of it. */
@@ -112,12 +170,20 @@
 
   function testButton(entry, test) {
     const took = `${entry.seconds.toFixed(1)} s, ${entry.count.toLocaleString("en")} events`;
-    const label = make("span", {}, outcomeBadge(entry), entry.nodeid.slice(0, 300), make("small", {}, entry.error), make("small", {}, took));
+    const label = make(
+      "span",
+      {},
+      outcomeBadge(entry),
+      entry.nodeid.slice(0, 300),
+      make("small", {}, entry.error),
+      make("small", {}, took),
+    );
     return button(label, () => openTest(test), { "data-test": test });
   }
 
   // Never by colour alone: each outcome has a sign and its word.
-  const outcomeBadge = ({ outcome }) => make("span", { class: `badge ${outcome === "failed" ? "failed" : "passed"}` }, outcomeText(outcome));
+  const outcomeBadge = ({ outcome }) =>
+    make("span", { class: `badge ${outcome === "failed" ? "failed" : "passed"}` }, outcomeText(outcome));
   const outcomeText = (outcome) => ({ failed: "✕ failed", passed: "✓ passed", skipped: "– skipped" })[outcome] ?? outcome;
 
   /* A run of thousands of tests is listed in parts, so that the page stays small. */
@@ -126,14 +192,19 @@
     run.tests.slice(from, from + TESTS_SHOWN).forEach((entry, at) => list.append(make("li", {}, testButton(entry, from + at))));
     const left = run.tests.length - from - TESTS_SHOWN;
     if (left <= 0) return;
-    const more = make("li", {}, button(`Show more (${left} left)`, () => {
-      more.remove();
-      listTests(from + TESTS_SHOWN);
-    }));
+    const more = make(
+      "li",
+      {},
+      button(`Show more (${left} left)`, () => {
+        more.remove();
+        listTests(from + TESTS_SHOWN);
+      }),
+    );
     list.append(more);
   }
 
   function openTest(test, chosen = -1) {
+    if (!run.tests.length) $("main").textContent = "This run has no tests with artifacts.";
     if (!run.tests[test]) return;
     Object.assign(shown, { test, data: dataOf(test), chosen: -1 });
     shown.whole = extentOf(shown.data, run.tests[test]);
@@ -153,7 +224,8 @@
 
   /* From the first to the last instant, with a little room at both ends. */
   function extentOf(data, entry) {
-    let from = 0, to = entry.seconds * 1000;
+    let from = 0,
+      to = entry.seconds * 1000;
     for (const event of data.events) {
       from = Math.min(from, event[TIME]);
       to = Math.max(to, endOf(event));
@@ -178,7 +250,14 @@
     charts.forEach((chart) => chart.destroy());
     charts = [];
     $("main").replaceChildren(
-      heading(entry, data), ...errorParts(data), standingOut(data), toolbar(data), timelineParts(data), listAndDetail(), ...sectionParts(data), ...fileParts(data),
+      heading(entry, data),
+      ...errorParts(data),
+      standingOut(data),
+      toolbar(data),
+      timelineParts(data),
+      listAndDetail(),
+      ...sectionParts(data),
+      ...fileParts(data),
     );
     layOut(data);
     makeCharts(data);
@@ -187,11 +266,24 @@
 
   function heading(entry, data) {
     const facts = [
-      entry.phase && entry.outcome !== "passed" ? `in ${entry.phase}` : "", `${entry.seconds.toFixed(2)} s`,
-      entry.began ? `began ${new Date(entry.began * 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : "",
-      entry.worker && `worker ${entry.worker}`, data.machines.length ? `machines: ${data.machines.map((each) => each.name).join(", ")}` : "no machines",
+      entry.phase && entry.outcome !== "passed" ? `in ${entry.phase}` : "",
+      `${entry.seconds.toFixed(2)} s`,
+      entry.began && `began ${dateText(entry.began)}`,
+      entry.worker && `worker ${entry.worker}`,
+      data.machines.length ? `machines: ${data.machines.map((each) => each.name).join(", ")}` : "no machines",
     ];
-    return make("div", {}, make("h2", {}, outcomeBadge(entry), entry.nodeid), make("p", { class: "facts" }, facts.filter(Boolean).join(" · ")));
+    return make(
+      "div",
+      {},
+      make("h2", {}, outcomeBadge(entry), entry.nodeid),
+      make("p", { class: "facts" }, facts.filter(Boolean).join(" · ")),
+    );
+  }
+
+  function dateText(seconds) {
+    const date = new Date(seconds * 1000);
+    // An artifact may have any number, and dates end some time.
+    return Number.isNaN(date.getTime()) ? `${seconds} s after 1970` : `${date.toISOString().replace("T", " ").slice(0, 19)} UTC`;
   }
 
   function errorParts(data) {
@@ -205,9 +297,24 @@
     if (!all.length) return "";
     // What began it and what came last; a crash loop may have a thousand between.
     const some = all.length <= 12 ? all : [...all.slice(0, 4), ...all.slice(-8)];
-    const items = some.map((at) => make("li", {}, button(eventLine(data, data.events[at]), () => chooseAndReveal(at))));
-    const more = all.length > some.length ? make("p", { class: "hint" }, `${all.length - some.length} more between them: press e for the next one.`) : null;
-    return make("section", { "aria-label": "What stands out" }, make("h3", {}, "What stands out"), make("ul", { class: "standing" }, ...items), more);
+    const items = some.map((at) =>
+      make(
+        "li",
+        {},
+        button(eventLine(data, data.events[at]), () => chooseAndReveal(at)),
+      ),
+    );
+    const more =
+      all.length > some.length
+        ? make("p", { class: "hint" }, `${all.length - some.length} more between them: press e for the next one.`)
+        : null;
+    return make(
+      "section",
+      { "aria-label": "What stands out" },
+      make("h3", {}, "What stands out"),
+      make("ul", { class: "standing" }, ...items),
+      more,
+    );
   }
 
   function eventLine(data, event) {
@@ -219,20 +326,33 @@
   function toolbar(data) {
     const lanes = [...new Set(data.events.map(laneOf))].sort((one, two) => run.lanes.indexOf(one) - run.lanes.indexOf(two));
     const toggles = lanes.map((lane) => {
-      const toggle = button("", () => toggleLane(lane, toggle), { class: "lane", "aria-pressed": String(!shown.hidden.has(lane)), title: NAMES[lane] });
+      const toggle = button("", () => toggleLane(lane, toggle), {
+        class: "lane",
+        "aria-pressed": String(!shown.hidden.has(lane)),
+        title: NAMES[lane],
+      });
       toggle.append(letterOf(lane), ` ${lane}`);
       return toggle;
     });
-    const standing = button("only what stands out", () => {
-      shown.standing = !shown.standing;
-      standing.setAttribute("aria-pressed", String(shown.standing));
-      filter();
-    }, { "aria-pressed": String(shown.standing), class: "only" });
-    return make("div", {}, make("h3", {}, "Timeline"), make("div", { class: "bar", role: "toolbar", "aria-label": "Timeline" },
-      ...toggles, standing, make("span", { class: "gap" }),
-      button("+", () => zoom(0.5), { "aria-label": "Zoom in", id: "zoom-in" }), button("−", () => zoom(2), { "aria-label": "Zoom out", id: "zoom-out" }),
-      button("←", () => move(-0.4), { "aria-label": "Earlier" }), button("→", () => move(0.4), { "aria-label": "Later" }),
-      button("Whole", () => setView(...shown.whole), { id: "zoom-whole" })));
+    const standing = button(
+      "only what stands out",
+      () => {
+        shown.standing = !shown.standing;
+        standing.setAttribute("aria-pressed", String(shown.standing));
+        filter();
+      },
+      { "aria-pressed": String(shown.standing), class: "only" },
+    );
+    const zooms = [
+      make("output", { id: "span" }),
+      button("+", () => zoom(0.5), { "aria-label": "Zoom in", id: "zoom-in" }),
+      button("−", () => zoom(2), { "aria-label": "Zoom out", id: "zoom-out" }),
+      button("←", () => move(-0.4), { "aria-label": "Earlier" }),
+      button("→", () => move(0.4), { "aria-label": "Later" }),
+      button("Whole", () => setView(...shown.whole), { "aria-label": "Whole test", id: "zoom-whole" }),
+    ];
+    const head = make("div", { class: "bar" }, make("h3", {}, "Timeline"), make("span", { class: "gap" }), ...zooms);
+    return make("div", {}, head, make("div", { class: "bar", role: "group", "aria-label": "Lanes and events" }, ...toggles, standing));
   }
 
   function toggleLane(lane, toggle) {
@@ -242,20 +362,34 @@
   }
 
   function timelineParts(data) {
-    canvas = make("canvas", { class: "lanes", role: "img", "aria-label": "Timeline of the machines. The list of events below has the same in words." });
+    canvas = make("canvas", {
+      class: "lanes",
+      role: "img",
+      "aria-label": "Timeline of the machines. The list of events below has the same in words.",
+    });
     canvas.addEventListener("wheel", onWheel, { passive: false });
     canvas.addEventListener("pointerdown", onPointerDown);
     canvas.addEventListener("pointermove", onPointerMove);
     canvas.addEventListener("pointerup", onPointerUp);
     canvas.addEventListener("pointerleave", () => point(null));
     const left = data.left_out ? make("p", { class: "hint" }, `${data.left_out} earlier events are only in timeline.jsonl.`) : null;
-    return make("div", {}, make("div", { class: "timeline", id: "timeline" }, canvas), make("div", { class: "pointed", id: "pointed" }), left);
+    return make(
+      "div",
+      {},
+      make("div", { class: "timeline", id: "timeline" }, canvas),
+      make("div", { class: "pointed", id: "pointed" }),
+      left,
+    );
   }
 
   function listAndDetail() {
     const all = make("div", { class: "all", role: "presentation" });
-    const list = make("div", { class: "list", id: "list", role: "listbox", tabindex: "0", "aria-label": "Events", onscroll: askRows, onclick: onListClick }, all);
-    return make("div", { class: "pair" }, list, make("section", { class: "detail", id: "detail", "aria-label": "Event", "aria-live": "polite", tabindex: "0" }));
+    const list = make(
+      "div",
+      { class: "list", id: "list", role: "listbox", tabindex: "0", "aria-label": "Events", onscroll: askRows, onclick: onListClick },
+      all,
+    );
+    return make("div", { class: "pair" }, list, make("section", { class: "detail", id: "detail", "aria-label": "Event", tabindex: "0" }));
   }
 
   function sectionParts(data) {
@@ -263,10 +397,22 @@
   }
 
   function fileParts(data) {
-    const groups = [["Test", data.files], ...data.machines.map((machine) => [machine.name, machine.files])].filter(([, files]) => files.length);
-    const lines = groups.map(([name, files]) => make("li", {}, `${name}: `, ...files.flatMap(([text, href], at) => [at ? ", " : "", link(text, href)])));
-    const images = data.machines.filter((machine) => machine.screenshot.startsWith("data:image/png;base64,"))
-      .map((machine) => make("figure", {}, make("img", { src: machine.screenshot, alt: `Screen of ${machine.name}` }), make("figcaption", {}, `Screen of ${machine.name}`)));
+    const groups = [["Test", data.files], ...data.machines.map((machine) => [machine.name, machine.files])].filter(
+      ([, files]) => files.length,
+    );
+    const lines = groups.map(([name, files]) =>
+      make("li", {}, `${name}: `, ...files.flatMap(([text, href], at) => [at ? ", " : "", link(text, href)])),
+    );
+    const images = data.machines
+      .filter((machine) => machine.screenshot.startsWith("data:image/png;base64,"))
+      .map((machine) =>
+        make(
+          "figure",
+          {},
+          make("img", { src: machine.screenshot, alt: `Screen of ${machine.name}` }),
+          make("figcaption", {}, `Screen of ${machine.name}`),
+        ),
+      );
     return lines.length ? [make("h3", {}, "Files"), make("ul", {}, ...lines), ...images] : images;
   }
 
@@ -279,7 +425,9 @@
       const key = `${event[MACHINE]} ${event[LANE]}`;
       needed.set(key, Math.max(needed.get(key) ?? 0, event[ROW] + 1));
     }
-    const rows = [], heads = [], places = new Map();
+    const rows = [],
+      heads = [],
+      places = new Map();
     let y = RULER;
     data.machines.forEach((machine, number) => {
       heads.push({ y, name: machine.name });
@@ -294,8 +442,8 @@
     rowsOf = { rows, heads, height: y + 4, of: (event) => rows[places.get(`${event[MACHINE]} ${event[LANE]}`) + event[ROW]] };
   }
 
-  const width = () => canvas.clientWidth;
-  const span = () => Math.max(1, width() - LEFT - RIGHT);
+  // The width is read once for each drawing: the browser may lay the page out anew for each time that it is asked.
+  const span = () => Math.max(1, canvasWidth - LEFT - RIGHT);
   const xOf = (time) => LEFT + ((time - shown.from) / (shown.to - shown.from)) * span();
   const timeAt = (x) => shown.from + ((x - LEFT) / span()) * (shown.to - shown.from);
 
@@ -304,8 +452,14 @@
     const length = Math.min(Math.max(to - from, SHORTEST_SPAN), last - first);
     shown.from = Math.min(Math.max(from, first), last - length);
     shown.to = shown.from + length;
-    charts.forEach((chart) => chart.setScale("x", { min: shown.from / 1000, max: shown.to / 1000 }));
+    showSpan();
     redraw();
+  }
+
+  /* In words too, for those who do not see the ruler. */
+  function showSpan() {
+    charts.forEach((chart) => chart.setScale("x", { min: shown.from / 1000, max: shown.to / 1000 }));
+    $("span").textContent = `${secondsText(shown.from)} to ${secondsText(shown.to)}`;
   }
 
   /* Zoom, and keep one time where it is: that under the pointer, else that of the chosen event if it can be seen, else the middle. */
@@ -322,7 +476,7 @@
   }
 
   function colourOf(name) {
-    colours ??= new Map();
+    if (!colours) colours = new Map();
     if (!colours.has(name)) colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
     return colours.get(name);
   }
@@ -338,9 +492,11 @@
   }
 
   function draw() {
-    const ratio = window.devicePixelRatio || 1;
+    // Browsers have no canvas of more than 32,767 pixels; one of very many machines is less sharp instead.
+    const ratio = Math.min(window.devicePixelRatio || 1, 30000 / rowsOf.height);
+    canvasWidth = canvas.clientWidth;
     canvas.style.height = `${rowsOf.height}px`;
-    canvas.width = Math.round(width() * ratio);
+    canvas.width = Math.round(canvasWidth * ratio);
     canvas.height = Math.round(rowsOf.height * ratio);
     const paper = canvas.getContext("2d");
     paper.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -370,7 +526,9 @@
     const step = rulerStep();
     const digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step / 1000) + 1e-9)));
     paper.textAlign = "center";
-    for (let time = Math.ceil(shown.from / step) * step; time <= shown.to; time += step) {
+    const first = Math.ceil(shown.from / step) * step;
+    // Counted, because a step may be too small to change a very large time.
+    for (let mark = 0, time = first; time <= shown.to && mark < 100; mark++, time = first + mark * step) {
       paper.fillStyle = colourOf("line");
       paper.fillRect(xOf(time), RULER - 4, 1, rowsOf.height);
       paper.fillStyle = colourOf("dim");
@@ -382,7 +540,7 @@
     paper.textAlign = "left";
     for (const { y, name } of rowsOf.heads) {
       paper.fillStyle = colourOf("raised");
-      paper.fillRect(0, y, width(), HEAD);
+      paper.fillRect(0, y, canvasWidth, HEAD);
       paper.fillStyle = colourOf("text");
       paper.font = "600 12px system-ui, sans-serif";
       paper.fillText(name.slice(0, 60), 8, y + HEAD / 2);
@@ -394,7 +552,7 @@
       paper.fillRect(10, y + 3, 14, 13);
       paper.fillStyle = colourOf("text");
       paper.fillText(`${LETTERS[lane]}`, 28, y + LANE_HEIGHT / 2);
-      paper.fillText(label, 42, y + LANE_HEIGHT / 2);
+      paper.fillText(label, 44, y + LANE_HEIGHT / 2);
     }
   }
 
@@ -403,11 +561,14 @@
     const { events } = shown.data;
     const isFound = new Uint8Array(events.length);
     for (const at of shown.found) isFound[at] = 1;
-    const lastX = new Map(), standing = [];
+    const lastX = new Map(),
+      standing = [];
     events.forEach((event, at) => {
       if (endOf(event) < shown.from || event[TIME] > shown.to || shown.hidden.has(laneOf(event))) return;
       if (hasFlag(event, STANDS_OUT | FAILED)) return void standing.push(at);
-      const row = rowsOf.of(event), x = Math.round(xOf(event[TIME])), end = xOf(endOf(event));
+      const row = rowsOf.of(event),
+        x = Math.round(xOf(event[TIME])),
+        end = xOf(endOf(event));
       if (lastX.get(row) === x && end - x < 2) return;
       lastX.set(row, x);
       drawEvent(paper, event, row, isFound[at]);
@@ -417,7 +578,8 @@
   }
 
   function drawEvent(paper, event, row, isFound) {
-    const x = xOf(event[TIME]), middle = row.y + LANE_HEIGHT / 2;
+    const x = xOf(event[TIME]),
+      middle = row.y + LANE_HEIGHT / 2;
     paper.globalAlpha = isFound ? 1 : 0.15;
     paper.fillStyle = colourOf(row.lane);
     if (event[LASTS] >= 0) drawBar(paper, x, row, Math.max(3, xOf(endOf(event)) - x));
@@ -429,14 +591,26 @@
   function drawBar(paper, x, row, length) {
     paper.fillRect(x, row.y + 3, length, LANE_HEIGHT - 6);
     if (length < 16) return;
-    paper.fillStyle = row.lane === "commands" || row.lane === "console" ? colourOf("back") : "#000";
+    paper.fillStyle = colourOf(DARK_LANES.includes(row.lane) ? "on-dark-lane" : "on-lane");
     paper.textAlign = "left";
     paper.fillText(LETTERS[row.lane], Math.max(x, LEFT) + 4, row.y + LANE_HEIGHT / 2);
   }
 
   /* A triangle for phases, a diamond for all else that takes no time. */
   function drawMark(paper, x, y, lane) {
-    const corners = lane === "phases" ? [[0, -6], [7, 0], [0, 6]] : [[0, -6], [5, 0], [0, 6], [-5, 0]];
+    const corners =
+      lane === "phases"
+        ? [
+            [0, -6],
+            [7, 0],
+            [0, 6],
+          ]
+        : [
+            [0, -6],
+            [5, 0],
+            [0, 6],
+            [-5, 0],
+          ];
     paper.beginPath();
     corners.forEach(([right, down]) => paper.lineTo(x + right, y + down));
     paper.fill();
@@ -474,7 +648,8 @@
   function drawChosen(paper) {
     const event = shown.data.events[shown.chosen];
     if (!event) return;
-    const row = rowsOf.of(event), x = xOf(event[TIME]);
+    const row = rowsOf.of(event),
+      x = xOf(event[TIME]);
     paper.strokeStyle = colourOf("focus");
     paper.lineWidth = 1;
     strokeVertical(paper, x);
@@ -523,9 +698,11 @@
 
   /* The event under a point, or within five pixels of it; of several the nearest, what stands out before the rest. */
   function eventAt(x, y) {
-    let best = null, least = 6;
+    let best = null,
+      least = 6;
     for (const at of shown.found) {
-      const event = shown.data.events[at], row = rowsOf.of(event);
+      const event = shown.data.events[at],
+        row = rowsOf.of(event);
       if (y < row.y || y >= row.y + LANE_HEIGHT) continue;
       const distance = Math.max(xOf(event[TIME]) - x, x - xOf(endOf(event)), 0) - (hasFlag(event, STANDS_OUT) ? 1 : 0);
       if (distance <= least) [best, least] = [at, distance];
@@ -547,7 +724,7 @@
       $("timeline").append(place);
       charts.push(new uPlot(chartOptions(machine, $("timeline").clientWidth), chartData(machine), place));
     });
-    charts.forEach((chart) => chart.setScale("x", { min: shown.from / 1000, max: shown.to / 1000 }));
+    showSpan();
   }
 
   const MIB = 1 << 20;
@@ -559,22 +736,56 @@
   }
 
   function chartOptions(machine, wide) {
-    const axis = { stroke: () => colourOf("dim"), grid: { stroke: () => colourOf("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
+    const axis = {
+      stroke: () => colourOf("dim"),
+      grid: { stroke: () => colourOf("line"), width: 1 },
+      ticks: { show: false },
+      font: "11px system-ui, sans-serif",
+    };
     return {
-      width: wide, height: CHART_HEIGHT, padding: [8, 0, 4, 0], ms: 1,
+      width: wide,
+      height: CHART_HEIGHT,
+      padding: [8, 0, 4, 0],
+      ms: 1,
       cursor: { drag: { x: true, y: false, setScale: false } },
       hooks: { setSelect: [chartSelected] },
-      scales: { x: { time: false, auto: false }, cpu: { range: (_, __, most) => [0, Math.max(100, most)] }, memory: { range: (_, __, most) => [0, Math.max(1, most * 1.1)] } },
+      scales: {
+        x: { time: false, auto: false },
+        cpu: { range: (_, __, most) => [0, Math.max(100, most)] },
+        memory: { range: (_, __, most) => [0, Math.max(1, most * 1.1)] },
+      },
       axes: [
         { ...axis, show: false },
         { ...axis, scale: "cpu", size: LEFT, values: (_, values) => values.map((value) => `${value} %`) },
-        { ...axis, scale: "memory", side: 1, size: RIGHT, grid: { show: false }, values: (_, values) => values.map((value) => `${value} MiB`) },
+        {
+          ...axis,
+          scale: "memory",
+          side: 1,
+          size: RIGHT,
+          grid: { show: false },
+          values: (_, values) => values.map((value) => `${value} MiB`),
+        },
       ],
       // Not by colour alone: the second curve is dashed.
       series: [
         { label: `${machine.name} at`, value: (_, value) => (value == null ? "–" : `${value.toFixed(1)} s`) },
-        { label: "CPU (—)", scale: "cpu", stroke: () => colourOf("commands"), width: 1.5, value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} %`) },
-        { label: "memory (- -)", scale: "memory", stroke: () => colourOf("waits"), width: 2, dash: [6, 4], value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} MiB`) },
+        {
+          label: "CPU (—)",
+          scale: "cpu",
+          stroke: () => colourOf("curve"),
+          width: 1.5,
+          points: { show: false },
+          value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} %`),
+        },
+        {
+          label: "memory (- -)",
+          scale: "memory",
+          stroke: () => colourOf("waits"),
+          width: 2,
+          dash: [6, 4],
+          points: { show: false },
+          value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} MiB`),
+        },
       ],
     };
   }
@@ -594,7 +805,8 @@
   }
 
   function showRows() {
-    const list = $("list"), all = list.firstChild;
+    const list = $("list"),
+      all = list.firstChild;
     const first = Math.max(0, Math.floor(list.scrollTop / LIST_ROW) - SPARE_ROWS);
     const last = Math.min(shown.found.length, Math.ceil((list.scrollTop + list.clientHeight) / LIST_ROW) + SPARE_ROWS);
     all.style.height = `${shown.found.length * LIST_ROW}px`;
@@ -607,17 +819,26 @@
   }
 
   function listRow(place) {
-    const at = shown.found[place], event = shown.data.events[at];
+    const at = shown.found[place],
+      event = shown.data.events[at];
     const bad = hasFlag(event, FAILED | STANDS_OUT);
-    const row = make("div", {
-      class: bad ? "row bad" : "row", role: "option", id: `event-${at}`, "data-at": at, "aria-selected": String(at === shown.chosen),
-      "aria-posinset": place + 1, "aria-setsize": shown.found.length,
-    },
+    const row = make(
+      "div",
+      {
+        class: bad ? "row bad" : "row",
+        role: "option",
+        id: `event-${at}`,
+        "data-at": at,
+        "aria-selected": String(at === shown.chosen),
+        "aria-posinset": place + 1,
+        "aria-setsize": shown.found.length,
+      },
       make("span", { class: "time" }, (event[TIME] / 1000).toFixed(3)),
       make("span", { class: "of" }, shown.data.machines[event[MACHINE]].name),
       letterOf(laneOf(event)),
       make("span", { class: "unseen" }, shown.data.kinds[event[KIND]]),
-      make("span", { class: "words" }, `${hasFlag(event, FAILED) ? "✕ " : bad ? "! " : ""}${event[WORDS]}`));
+      make("span", { class: "words" }, `${hasFlag(event, FAILED) ? "✕ " : bad ? "! " : ""}${event[WORDS]}`),
+    );
     row.style.top = `${place * LIST_ROW}px`;
     return row;
   }
@@ -653,8 +874,10 @@
   }
 
   function scrollTo(place) {
-    const list = $("list"), top = place * LIST_ROW;
-    if (place >= 0 && (top < list.scrollTop || top + LIST_ROW > list.scrollTop + list.clientHeight)) list.scrollTop = Math.max(0, top - list.clientHeight / 2);
+    const list = $("list"),
+      top = place * LIST_ROW;
+    if (place >= 0 && (top < list.scrollTop || top + LIST_ROW > list.scrollTop + list.clientHeight))
+      list.scrollTop = Math.max(0, top - list.clientHeight / 2);
   }
 
   /* The next event that passes the filters, in one direction. */
@@ -688,7 +911,8 @@
   }
 
   function fieldOf(name, fields) {
-    const value = fields[name], href = fields[`${name}_href`];
+    const value = fields[name],
+      href = fields[`${name}_href`];
     if (href) return link(`${value}: the whole output`, href);
     if (name === "argv" && Array.isArray(value)) return textBlock(value.map(quoted).join(" "));
     if (Array.isArray(value)) return textBlock(value.join("\n"));
@@ -707,7 +931,11 @@
     const texts = query ? searchables(data) : null;
     shown.found = [...data.events.keys()].filter((at) => {
       const event = data.events[at];
-      return !shown.hidden.has(laneOf(event)) && (!shown.standing || hasFlag(event, STANDS_OUT | FAILED)) && (!texts || texts[at].includes(query));
+      return (
+        !shown.hidden.has(laneOf(event)) &&
+        (!shown.standing || hasFlag(event, STANDS_OUT | FAILED)) &&
+        (!texts || texts[at].includes(query))
+      );
     });
     $("matches").textContent = query ? `${shown.found.length.toLocaleString("en")} of ${data.events.length.toLocaleString("en")}` : "";
     scrollTo(shown.found.indexOf(shown.chosen));
@@ -745,14 +973,26 @@
 
   // ---- keys, colours, address ----
 
-  const KEYS = new Map(Object.entries({
-    j: () => step(1), k: () => step(-1), ArrowDown: () => step(1), ArrowUp: () => step(-1),
-    e: () => step(1, (event) => hasFlag(event, STANDS_OUT)),
-    ArrowLeft: () => move(-0.2), ArrowRight: () => move(0.2),
-    "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), 0: () => setView(...shown.whole),
-    "[": () => openTest(shown.test - 1), "]": () => openTest(shown.test + 1),
-    "/": () => $("search").focus(), "?": () => $("help").showModal(), Escape: () => endSearch(),
-  }));
+  const KEYS = new Map(
+    Object.entries({
+      j: () => step(1),
+      k: () => step(-1),
+      ArrowDown: () => step(1),
+      ArrowUp: () => step(-1),
+      e: () => step(1, (event) => hasFlag(event, STANDS_OUT)),
+      ArrowLeft: () => move(-0.2),
+      ArrowRight: () => move(0.2),
+      "+": () => zoom(0.5),
+      "=": () => zoom(0.5),
+      "-": () => zoom(2),
+      0: () => setView(...shown.whole),
+      "[": () => openTest(shown.test - 1),
+      "]": () => openTest(shown.test + 1),
+      "/": () => $("search").focus(),
+      "?": () => $("help").showModal(),
+      Escape: () => endSearch(),
+    }),
+  );
 
   function onKey(event) {
     const typing = event.target.closest("input, textarea, select");
@@ -820,6 +1060,7 @@
     });
     $("theme").addEventListener("click", toggleTheme);
     $("help-button").addEventListener("click", () => $("help").showModal());
+    $("help-close").addEventListener("click", () => $("help").close());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(null));
     document.addEventListener("keydown", onKey);
     window.addEventListener("resize", onResize);

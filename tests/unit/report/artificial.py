@@ -198,16 +198,31 @@ def _phase(phase: str, state: str) -> dict[str, Any]:
 def many_events(count: int, seconds: float = 120.0) -> list[dict[str, Any]]:
     """Events of a long test on two machines, of every kind, with the planted full disk at the end."""
     made = [_phase("setup", "began"), _phase("setup", "passed"), _phase("call", "began")]
-    made += [_one_of_many(number, count) for number in range(count - 5)]
+    samples = count // 8
+    made += [_one_of_many(number, count) for number in range(count - samples - 5)]
     made += [*PLANTED[2].events, _phase("call", "failed")]
-    return [{**event, "time": BEGAN + number * seconds / count} for number, event in enumerate(made)]
+    timed = [{**event, "time": BEGAN + number * seconds / len(made)} for number, event in enumerate(made)]
+    timed += [_sample(number, samples, BEGAN + number * seconds / samples) for number in range(samples)]
+    return sorted(timed, key=lambda event: float(event["time"]))
+
+
+def _sample(number: int, samples: int, time: float) -> dict[str, Any]:
+    share, name = number / samples, ("web", "db")[number % 2]
+    cpu = (45, 30)[number % 2] + 28 * math.sin(share * 30 + number % 2) + number * 13 % 11
+    return {
+        "kind": "metrics",
+        "machine": name,
+        "time": time,
+        "cpu_percent": round(cpu, 1),
+        "rss_bytes": int((280 + 600 * share**2) * 2**20),
+    }
 
 
 def _one_of_many(number: int, count: int) -> dict[str, Any]:
     # Shorter where there are more of them, so that the machines have about as much to do.
     scale = 1000 / count * (0.5 + number * 37 % 11 / 10)
     machine = "db" if number // 5 % 3 == 1 else "web"
-    return {"machine": machine, **(_rare(number, scale) or _frequent(number, scale, number / count))}
+    return {"machine": machine, **(_rare(number, scale) or _frequent(number, scale))}
 
 
 def _rare(number: int, scale: float) -> dict[str, Any] | None:
@@ -220,11 +235,9 @@ def _rare(number: int, scale: float) -> dict[str, Any] | None:
     return None
 
 
-def _frequent(number: int, scale: float, share: float) -> dict[str, Any]:
-    cpu = 45 + 35 * math.sin(share * 40) + number * 13 % 17
+def _frequent(number: int, scale: float) -> dict[str, Any]:
     events = [
         _command(["systemctl", "is-active", f"job-{number}.service"], 0, f"active\njob {number} of many\n", seconds=0.7 * scale),
-        {"kind": "metrics", "cpu_percent": round(cpu, 1), "rss_bytes": int((280 + 600 * share) * 2**20), "threads": 12},
         {"kind": "console", "text": f"[{number / 10:12.6f}] shopd[412]: request {number} took {number % 37} ms"},
         {"kind": "file", "verb": "write_text", "path": f"/srv/in/{number}.json", "args": ["<84 bytes>"], "seconds": 0.3 * scale},
         {"kind": "console", "text": f"[{number / 10:12.6f}] systemd[1]: job-{number}.service: Deactivated successfully."},
@@ -245,7 +258,7 @@ def write_many(run: Path, count: int) -> Path:
 
 
 def write_hostile(run: Path) -> Path:
-    """Writes a test in which all texts are hostile."""
+    """Writes a test in which all texts are hostile, and one whose times are absurd."""
     both = "\n".join(HOSTILE)
     events: list[dict[str, Any]] = []
     for text in (*HOSTILE, both):
@@ -274,6 +287,9 @@ def write_hostile(run: Path) -> Path:
         sections=[[text, text] for text in HOSTILE],
         machines=("web",),
     )
+    far = 9e14
+    odd = [{"kind": "command", "argv": ["sleep"], "time": -far, "seconds": far}, {"kind": "note", "text": "later", "time": far}]
+    write_test(run / "test_odd", odd, began=far, ended=-1.0)
     return run
 
 
