@@ -70,7 +70,7 @@ def write_page(tests: Sequence[TestArtifacts], path: Path, *, title: str = "Test
     heading = _text(title, 1000)
     before, after = (_filled(part, heading) for part in _asset("page.html").split("{{data}}"))
     writer, index = _Writer(path.parent, max(1, len(ordered))), []
-    with atomic_file(path) as file:
+    with atomic_file(path, mode=0o644) as file:
         file.write(before)
         for place, test in enumerate(ordered):
             # One at a time: the events of all tests together may not fit into memory.

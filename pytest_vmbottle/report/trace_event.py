@@ -37,7 +37,7 @@ _Timed: TypeAlias = tuple[float, dict[str, Any]]
 
 def write_trace(tests: Sequence[TestArtifacts], path: Path) -> None:
     """Write the events of tests into a file, which appears whole."""
-    with atomic_file(path) as file:
+    with atomic_file(path, mode=0o644) as file:
         file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
         separator = b"\n"
         for event in trace_events(tests):
