@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Provisioner"]
 
+_TEXT = 4 << 10
+"""Characters of an error in the timeline."""
+
 
 class Provisioner:
     """Source of machines, for one backend and one catalog."""
@@ -126,16 +129,21 @@ class Provisioner:
 
         Retries happen only here, before anybody has the machine.
         """
-        left = self._settings.retries
+        failures: list[VMBottleError] = []
         while True:
             try:
-                return stack.enter_context(self._started(spec, start))
+                machine = stack.enter_context(self._started(spec, start))
             except VMBottleError as error:
                 # An error that a second try cannot change, such as a wrong spec, is raised at once.
-                if error.lasting or not left:
+                if error.lasting or len(failures) == self._settings.retries:
                     raise
-                left -= 1
+                failures.append(error)
                 self._try_again(spec, error)
+            else:
+                # The machines that failed are gone, and their timelines with them.
+                for failure in failures:
+                    machine.lifecycle.timeline.note("infra", text=f"{type(failure).__name__}: {failure}"[:_TEXT])
+                return machine
 
     def _try_again(self, spec: MachineSpec, error: VMBottleError) -> None:
         self._builder.forgive(error)

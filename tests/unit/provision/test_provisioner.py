@@ -896,6 +896,13 @@ def test_a_machine_that_could_not_be_provided_is_tried_again_in_another_folder(m
     assert ["'vm'" in line and "MachineTimeout: no answer" in line for line in said] == [True]
 
 
+def test_the_timeline_of_the_second_machine_has_why_there_was_no_first(make: Make) -> None:
+    with make(Moody(MachineTimeout("no answer")), retries=1).machine(MachineSpec(source="debian-12", fresh="boot")) as machine:
+        told = [event["text"] for event in machine.lifecycle.timeline.events() if event["kind"] == "infra"]
+
+    assert told == ["MachineTimeout: no answer"]
+
+
 def test_a_pack_that_could_not_be_built_is_built_at_the_second_trial(make: Make) -> None:
     provisioner = make(Moody(LaunchError("out of memory")), retries=1)
     pour(provisioner, web)
