@@ -19,10 +19,14 @@ from typing import Any
 import attrs
 import psutil
 import pytest
+from hypothesis import settings
 
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.images import ImageStore
+
+settings.register_profile("any speed", deadline=None)  # a busy computer is no fault of an example's
+settings.load_profile("any speed")
 
 HERE = Path(__file__).parent
 SECONDS = 5.0

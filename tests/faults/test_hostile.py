@@ -264,7 +264,7 @@ WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categori
 
 
 def test_any_words_reach_a_program_as_they_are(rounds: Rounds) -> None:
-    @settings(max_examples=len(rounds("D5", 40)), deadline=None)
+    @settings(max_examples=len(rounds("D5", 40)))
     @given(WORDS)
     def arrive(words: list[str]) -> None:
         line = ssh._remote(Command(argv=("printf", "%s\\0", *words), env=(("PATH", os.environ["PATH"]),)))
@@ -284,7 +284,6 @@ def test_what_no_program_can_be_given_is_refused_before_anything_is_sent(tmp_pat
     instance = FakeInstance(FakeBackend(answer), tmp_path)
     machine = Machine(instance, SPEC, id="vm-1", backend="fake", channel=FakeChannel(answer))
 
-    @settings(deadline=None)
     @given(st.lists(st.text(max_size=9)), st.sampled_from(["\0", "a\0b", "\ud800", "x" * (121 << 10)]))
     def refuse(words: list[str], bad: str) -> None:
         with pytest.raises(ValueError, match=r"NUL|not text|more than"):

@@ -335,7 +335,6 @@ def test_whatever_happens_the_catalog_is_what_the_model_says(monkeypatch: pytest
             settings=settings(
                 max_examples=len(rounds("F1", 30)),
                 stateful_step_count=50,
-                deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )

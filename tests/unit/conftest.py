@@ -27,6 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from hypothesis import settings
 
 from pytest_vmbottle.guest.path import Shell, with_any_bytes
 from pytest_vmbottle.images import CLOUD_IMAGES
@@ -354,6 +355,9 @@ def proxy(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         yield server
         server.ended.set()
 
+
+settings.register_profile("any speed", deadline=None)  # a busy computer is no fault of an example's
+settings.load_profile("any speed")
 
 # -- scripts for guests, run here ---------------------------------------------------------------------------------------------------------
 

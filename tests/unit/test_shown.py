@@ -131,7 +131,7 @@ PIECES = st.lists(
 
 
 @given(PIECES.filter(bool), st.sampled_from([lambda text: text, lambda text: f"{text}\n", lambda text: f" {text}"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_eight_megabytes_of_any_text_are_shown_at_once_and_cut(piece: str, shape: Callable[[str], str]) -> None:
     unit = shape(piece)
     text = (unit * ((8 << 20) // len(unit) + 1))[: 8 << 20]

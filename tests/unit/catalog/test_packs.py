@@ -78,7 +78,7 @@ def test_a_pack_made_again_with_other_content_has_the_same_key_and_another_seal(
     assert packs.read(other).key == first.key
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(FILES), st.data())
 def test_one_changed_byte_anywhere_in_any_file_is_found(published: Path, name: str, data: st.DataObject) -> None:
     path = published / name
@@ -213,7 +213,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_manifest_raises_anything_but_that_its_pack_is_damaged(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzzed" / "key"

@@ -258,7 +258,7 @@ def test_an_archive_that_breaks_off_is_refused_wherever_that_is(tmp_path: Path) 
             unpack(io.BytesIO(whole[:cut]), inside)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_a_damaged_archive_is_refused_or_stays_inside(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     whole = bytearray(

@@ -50,7 +50,7 @@ def lay(path: Path, pieces: list[tuple[str, int]], *, dense: bool) -> bytes:
     return content
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PIECES)
 def test_equal_contents_have_equal_digests_wherever_the_holes_are(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[str, int]]
@@ -64,7 +64,7 @@ def test_equal_contents_have_equal_digests_wherever_the_holes_are(
     assert sparse_digest(folder / "longer") != sparse_digest(folder / "dense")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PIECES, st.data())
 def test_any_changed_byte_changes_the_digest(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[str, int]], data: st.DataObject
@@ -80,7 +80,7 @@ def test_any_changed_byte_changes_the_digest(
     assert sparse_digest(path) != before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PIECES)
 def test_a_sparse_copy_has_the_same_content_and_no_more_blocks(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[str, int]]

@@ -32,7 +32,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(), JSON))
 def test_whatever_json_can_say_is_read_back(tmp_path_factory: pytest.TempPathFactory, facts: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
@@ -142,7 +142,7 @@ def test_a_record_that_is_not_there_is_not_there(tmp_path: Path) -> None:
         records.read(tmp_path / "record.json")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_file_raises_anything_but_that_it_is_no_record(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"

@@ -271,7 +271,7 @@ def test_a_mutated_header_is_a_disk_or_a_sentence(
     assert 0 <= seen <= 16 << 40
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(which=st.integers(0, 6), edits=EDITS, extensions=EXTENSIONS)
 @example(which=0, edits=[(8, (600).to_bytes(8, "big")), (16, (11).to_bytes(4, "big")), (600, b"/etc/passwd")], extensions=[])
 @example(which=0, edits=[(72, (4).to_bytes(8, "big"))], extensions=[(0x44415441, b"/etc/passwd", 0)])
