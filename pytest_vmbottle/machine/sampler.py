@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,10 @@ class Sampler:
 
     def __init__(self) -> None:
         """Start no thread yet."""
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._machines: dict[Machine, Meter | None] = {}
         self._stop = threading.Event()
@@ -32,6 +37,9 @@ class Sampler:
     @contextmanager
     def following(self, machine: Machine) -> Iterator[None]:
         """Sample a machine for the length of a block."""
+        if self._pid != os.getpid():
+            # A forked child has no thread, the machines are its parent's, and a lock that is held stays so.
+            self._clear()
         with self._lock:
             if not self._machines:
                 self._stop = threading.Event()
@@ -40,10 +48,11 @@ class Sampler:
         try:
             yield
         finally:
-            with self._lock:
-                del self._machines[machine]
-                if not self._machines:
-                    self._stop.set()
+            if self._pid == os.getpid():
+                with self._lock:
+                    del self._machines[machine]
+                    if not self._machines:
+                        self._stop.set()
             machine.lifecycle.timeline.close()
 
     def _run(self, stop: threading.Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -58,6 +59,8 @@ class Timeline:
             machine: The machine's name, which all events have.
         """
         self._folder, self._machine = folder, machine
+        # A forked child may have got the lock from a thread that it has not, and its parent's machines are none of its own.
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._threads = threading.local()
         self._console: Callable[[], bytes] = bytes
@@ -81,9 +84,13 @@ class Timeline:
 
     def look(self) -> None:
         """Record the lines that the console has printed since the last event."""
-        if self._folder is not None:
+        if self._is_recorded:
             with self._lock:
                 self._take_lines(now())
+
+    @property
+    def _is_recorded(self) -> bool:
+        return self._folder is not None and self._pid == os.getpid()
 
     def events(self, since: float = 0.0) -> list[dict[str, Any]]:
         """Return the events that began or ended since a time, in their order."""
@@ -99,7 +106,7 @@ class Timeline:
 
     def close(self) -> None:
         """Close the files; later events open them again."""
-        if self._folder is not None:
+        if self._is_recorded:
             with self._lock:
                 self._events.close()
                 self._lines.close()
@@ -116,7 +123,7 @@ class Timeline:
     def keep_outputs(self, result: Result) -> dict[str, str]:
         """Write the outputs of a failed command that an event has no room for, and return the names of their files."""
         names: dict[str, str] = {}
-        if self._folder is None or (len(result.stdout) <= _TEXT and len(result.stderr) <= _TEXT):
+        if not self._is_recorded or (len(result.stdout) <= _TEXT and len(result.stderr) <= _TEXT):
             return names
         self._commands += 1
         with suppress(OSError):
@@ -140,7 +147,7 @@ class Timeline:
             path.unlink()
 
     def _write(self, event: Mapping[str, object]) -> None:
-        if self._folder is None:
+        if not self._is_recorded:
             return
         line = self._encoded(event)
         with self._lock, suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,6 +233,19 @@ def test_closed_files_are_opened_again_and_no_descriptor_is_left(timeline: Timel
     assert len(timeline.events()) == 3
     timeline.close()
     assert _descriptors() == before
+
+
+def test_a_forked_child_records_nothing_of_its_parents_machines_and_does_not_wait_for_it(timeline: Timeline) -> None:
+    with timeline._lock:  # as if another thread wrote at the moment of the fork
+        child = os.fork()
+        if not child:
+            timeline.note("note", text="of the child")
+            timeline.look()
+            timeline.close()
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    assert timeline.events() == []
 
 
 def test_a_ring_keeps_its_last_lines_and_leaves_out_one_that_is_too_long(tmp_path: Path) -> None:
