@@ -50,7 +50,7 @@ class Sampler:
         finally:
             if self._pid == os.getpid():
                 with self._lock:
-                    del self._machines[machine]
+                    self._machines.pop(machine, None)
                     if not self._machines:
                         self._stop.set()
             machine.lifecycle.timeline.close()
