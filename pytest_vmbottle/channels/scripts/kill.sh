@@ -4,7 +4,6 @@
 # first, so that none goes on because of another's end. The agent has the number of what it started last.
 tag=$1 signal=$2 status=3
 # shellcheck disable=SC2034 # it only counts
-# shellcheck disable=SC2034 # it only counts
 for round in 1 2 3 4 5 6 7 8; do
   found=$(grep -lsxe "$tag" /proc/[0-9]*/loginuid | sed s/loginuid/stat/ | xargs -r grep -Lse ') [ZX] ' -e '^[0-9]* (qemu-ga) ')
   # Its status, which does not count, also tells of processes that were gone meanwhile.

@@ -11,7 +11,6 @@ mkdir -m 700 "$new" || exit 1
 trap 'rm -rf "$new"' EXIT
 blocks=; [ -n "$4" ] && tar --version 2>/dev/null | grep -q GNU && blocks="-b $4"
 # shellcheck disable=SC2086 # two words or none
-# shellcheck disable=SC2086 # two words or none
 tar $blocks -xpf - -C "$new" || { head -c 1048576 /dev/zero > "$new/probe"; exit 1; }
 if [ ! -d "$new/$2" ] || [ -L "$new/$2" ]; then
   [ -d "$path" ] && exit 102

@@ -3,7 +3,6 @@
 stat -L "$1/" > /dev/null || exit 1
 [ -r "$1/" ] || exit 105
 # shellcheck disable=SC2086 # $3 may be no word at all
-# shellcheck disable=SC2086 # $3 may be no word at all
 exec find $3 "$1/" -mindepth 1 ${2:+-maxdepth "$2"} \
   -type d -exec printf 'd%s\0' {} + -o \
   -type l -exec printf 'l%s\0' {} + -o \

@@ -10,13 +10,11 @@ clean=$1 mode=$2 owner=$3 check=$4 place=$5 move=$6; shift 6
 export clean mode owner check place move top # as words of find's, they could not have {} in them
 for top do
   # shellcheck disable=SC2015 # whichever of them fails
-  # shellcheck disable=SC2015 # whichever of them fails
   [ -n "$clean" ] && [ -d "$top" ] || continue
   real=$(cd -P "$top" && pwd -P && echo .) || fail "$top"
   ! vital "${real%?.}" || { printf '%s\0' "$top"; exit 110; }
 done
 links=$(mktemp -d) || fail ''
-# shellcheck disable=SC2154 # `link` is assigned where the trap runs
 # shellcheck disable=SC2154 # `link` is assigned where the trap runs
 trap 'for link in "$links"/*; do rm -rf "$(readlink "$link")"; done; rm -rf "$links"' EXIT
 count=0
@@ -50,7 +48,6 @@ old() { find . -xdev -mindepth 1 -depth ! -path "./${stage##*/}" ! -path "./${st
 empty() {
   [ -d "$top" ] || return 0
   cd -P "$top" || fail "$top"
-  # shellcheck disable=SC2015 # whichever of them fails
   # shellcheck disable=SC2015 # whichever of them fails
   old ! -type d -exec rm -f {} + && old -type d -exec rmdir {} + || fail "$top"
 }

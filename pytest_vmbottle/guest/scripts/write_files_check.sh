@@ -4,7 +4,6 @@
 . ./follow.sh
 for new do
   # shellcheck disable=SC2154 # write_files.sh exports `top`
-  # shellcheck disable=SC2154 # write_files.sh exports `top`
   follow "$top/${new#./}"
   if [ -d "$new" ]; then
     [ -n "$clean" ] || [ -d "$path" ] || [ ! -e "$path" ] || fail "$path" "Not a directory"
@@ -13,7 +12,6 @@ for new do
     [ -f "$path" ] || fail "$path" "File exists"
     [ -n "$owner" ] || chown "$(stat -c %u:%g "$path")" "$new" || fail "$path"
     run=; [ ! -x "$new" ] || run=+x # what was executable on the host is so here too
-    # shellcheck disable=SC2015 # whichever of them fails
     # shellcheck disable=SC2015 # whichever of them fails
     [ -n "$mode" ] || chmod "$(stat -c %a "$path")" "$new" && { [ -z "$run" ] || [ -n "$mode" ] || chmod "$run" "$new"; } || fail "$path"
   fi

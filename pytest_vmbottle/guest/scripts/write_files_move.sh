@@ -6,7 +6,6 @@
 for new do
   shift
   # shellcheck disable=SC2154 # write_files_place.sh exports `folder`
-  # shellcheck disable=SC2154 # write_files_place.sh exports `folder`
   follow "$folder/${new##*/}"
   if [ "$path" = "$folder/${new##*/}" ]; then set -- "$@" "$new"; else mv -f "$new" "$path" || fail "$path"; fi
 done

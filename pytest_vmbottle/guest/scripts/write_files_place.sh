@@ -9,7 +9,6 @@ make() {
 }
 for new do
   # shellcheck disable=SC2154 # write_files.sh exports `top`
-  # shellcheck disable=SC2154 # write_files.sh exports `top`
   folder=$top; [ "$new" = . ] || folder=$top/${new#./}
   make "$folder"
   export folder
