@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest_vmbottle
+from pytest_vmbottle.errors import VMBottleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,11 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["hide_our_frames"]
 
 _OURS = str(Path(pytest_vmbottle.__file__).parent) + "/"
+_MEANT = (VMBottleError, LookupError, OSError, TypeError, ValueError)
+"""Errors that the package raises on purpose; all others, and these two kinds of LookupError, are faults of its own."""
+_FAULTS = (IndexError, KeyError)
 _LIBRARIES = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def hide_our_frames(error: BaseException) -> None:
-    """Remove this package's frames from an error and its causes, and causes that have no others than ours and those of libraries."""
+    """Remove this package's frames from an error and its causes, and causes that have no others than ours and those of libraries.
+
+    An error that the package did not mean to raise keeps them: whoever reports it needs them.
+    """
+    if _is_fault(error):
+        return
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -31,6 +40,14 @@ def hide_our_frames(error: BaseException) -> None:
             current.__cause__, current.__suppress_context__ = None, True
             return
         current = cause
+
+
+def _is_fault(error: BaseException) -> bool:
+    users = [index for index, file in enumerate(_files(error)) if _is_users(file)]
+    ours = [index for index, file in enumerate(_files(error)) if file.startswith(_OURS)]
+    is_from_us = bool(ours) and (not users or ours[-1] > users[-1])
+    # What is no Exception, such as pytest's outcomes and Ctrl-C, came to us from elsewhere.
+    return is_from_us and isinstance(error, Exception) and (not isinstance(error, _MEANT) or isinstance(error, _FAULTS))
 
 
 def _files(error: BaseException) -> Iterator[str]:

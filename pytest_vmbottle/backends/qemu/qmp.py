@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
@@ -24,7 +25,6 @@ from pytest_vmbottle.host.ownership import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
-    from pathlib import Path
 
 __all__ = ["Qmp", "QmpFailed", "QmpLost", "in_background"]
 
