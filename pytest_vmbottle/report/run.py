@@ -13,7 +13,7 @@ from pytest_vmbottle.errors import VMBottleError
 
 __all__ = ["EVENTS", "MARK", "OUTCOME", "ArtifactsError", "TestArtifacts", "read_run"]
 
-MARK = ".vmbottle-artifacts"
+MARK = "VMBOTTLE_ARTIFACTS"
 """Name of the file that tells a folder of artifacts from any other, with the id of the run that wrote it."""
 OUTCOME, EVENTS = "test.json", "timeline.jsonl"
 
