@@ -17,7 +17,7 @@ import attrs
 from pytest_vmbottle.errors import SpecError, VMBottleError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.digests import digest
-from pytest_vmbottle.host.locks import FileLock
+from pytest_vmbottle.host.locks import tried
 from pytest_vmbottle.report.run import EVENTS, MARK, OUTCOME
 from pytest_vmbottle.shown import hidden
 
@@ -97,18 +97,17 @@ class Artifacts:
         if self.are_ours:
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
-        if not lock.acquire(Deadline(_LOCK_TIME)):
-            raise SpecError(f"{self.folder} is being written by another run: choose another folder with --vm-output")
-        try:
-            if not self.are_ours:
-                self.check()
-                if self.folder.is_dir():
-                    shutil.rmtree(self.folder)
-                self.folder.mkdir()
-                (self.folder / MARK).write_text(self._run)
-        finally:
-            lock.release()
+        # The folder above is locked, because one that is just made anew cannot be, and a lock file would stay in the project.
+        with tried(self.folder.parent, deadline=Deadline(_LOCK_TIME)) as is_locked:
+            if not is_locked:
+                raise SpecError(f"{self.folder.parent} is locked by another process: choose another folder with --vm-output")
+            if self.are_ours:
+                return
+            self.check()
+            if self.folder.is_dir():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            (self.folder / MARK).write_text(self._run)
 
     def write_test(self, folder: Path, outcome: TestOutcome, found: Sequence[Evidence]) -> list[Path]:
         """Write a test's files, and return the folders of its machines.

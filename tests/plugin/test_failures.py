@@ -162,6 +162,7 @@ def test_workers_write_one_folder_of_artifacts(run: Run, pytester: pytest.Pytest
     tests = artifacts(pytester)
 
     assert len({test.nodeid for test in tests}) == 6
+    assert not [path.name for path in pytester.path.iterdir() if "lock" in path.name]
     assert {test.worker for test in tests} == {"gw0", "gw1"}
 
 
