@@ -98,7 +98,7 @@ class Artifacts:
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         # The folder above is locked, because one that is just made anew cannot be, and a lock file would stay in the project.
-        with tried(self.folder.parent, deadline=Deadline(_LOCK_TIME)) as is_locked:
+        with tried(self.folder.parent.resolve(), deadline=Deadline(_LOCK_TIME)) as is_locked:
             if not is_locked:
                 raise SpecError(f"{self.folder.parent} is locked by another process: choose another folder with --vm-output")
             if self.are_ours:
