@@ -89,6 +89,7 @@ class AgentOrSsh(Channel):
         # An agent that has been started again proves that the guest does not power off.
         if self.present():
             return True
+        # A lost login proves nothing: a guest that powers off drops it, and so does one that is only busy. The next look tells.
         with suppress(MachineDied, MachineTimeout):
             way = self.logged_in() or self.log_in(Deadline(_PATIENCE))
             if way is not None:
