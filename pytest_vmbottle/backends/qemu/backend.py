@@ -207,6 +207,7 @@ class QemuBackend(Backend):
     def probe(self) -> Capabilities:
         """Return the capabilities of QEMU on this host (see `Backend.probe`)."""
         known = self.proof
+        # Only to raise: without qemu-img no machine gets a disk.
         find_program(*_IMG)
         works = {
             PackKind.TEMPLATE: "a machine was restored from its RAM file and continued",

@@ -84,6 +84,7 @@ class QemuChecks:
         return ok(f"using {chosen.upper()}{' as requested' if self.wanted == chosen else ''}: a guest {works.evidence}", **details)
 
     def _remedy(self) -> str:
+        # With auto, TCG was tried too: where even that runs nothing, only another QEMU helps.
         if not shutil.which(f"qemu-system-{host_arch()}") or not shutil.which("qemu-img") or self.wanted == "auto":
             return _install_qemu()
         if self.wanted == "kvm" and proof.kvm_refusal(_DEVICE):

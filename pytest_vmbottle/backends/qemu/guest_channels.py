@@ -78,6 +78,7 @@ class GuestChannels:
         """Go on with the agent that a guest had when it was saved."""
         self.has_agent = has_agent
         if has_agent and self._host.agent_is_there():
+            # Proves that the agent came back with the guest, before a test's first command finds out.
             self.agent.sync(deadline=deadline)
             if login is not None:
                 self.agent.adopt(login)

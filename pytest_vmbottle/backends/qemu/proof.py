@@ -131,6 +131,7 @@ def run_guest(emulator: Emulator, *, workdir: Path, seconds: float) -> ProbeResu
         # QEMU's own start does not count: a busy host may take seconds to load it.
         Deadline(_START_SECONDS).poll(lambda: guest.report or guest.over, every=_TICK)
         started = time.monotonic()
+        # Polled, because a guest that got stuck in KVM leaves a QEMU that neither ends nor says anything more.
         Deadline(seconds).poll(lambda: guest.over, every=_TICK)
         taken = time.monotonic() - started
         if guest.process.exitcode == guests.done and guest.report == "".join(guests.stages).encode() + RESULTS:

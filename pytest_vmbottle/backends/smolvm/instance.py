@@ -260,6 +260,7 @@ class SmolvmInstance(Instance):
     def _answers(self, deadline: Deadline, said: list[str]) -> bool:
         self.alive()
         try:
+            # A limit for each attempt: a smolvm that hangs must not take all the time that there is.
             answer = self._channel.run(_READY, deadline=Deadline(max(1.0, min(_ASK, deadline.remaining))))
         except SmolvmError as error:
             said.append(str(error).splitlines()[0])
@@ -317,6 +318,7 @@ class SmolvmInstance(Instance):
         try:
             self._pack(dest, deadline)
         finally:
+            # Whatever became of the pack: the machine was running, and is to run on.
             self._boot(deadline)
 
     def _boot(self, deadline: Deadline) -> None:

@@ -388,6 +388,7 @@ def _page_tables() -> Mapping[int, bytes]:
     table, block = 0x3, 0x1
     normal, readonly = block | 0x700, 0x80  # accessed, shareable, cached
     device = block | 3 << 53 | 0x404  # accessed, never executed
+    # Addresses from the memory map in QEMU's hw/arm/virt.c.
     low = {0x00000000: normal | readonly, 0x08000000: device, 0x09000000: device}  # flash memory, interrupt controller, serial port
     ram = [address | normal for address in range(_RAM, _RAM + RAM_BYTES, _BLOCK)]
     # A table instead of a block of 2 MiB, so that the program can take away and give back a single page.
