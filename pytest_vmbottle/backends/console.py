@@ -41,12 +41,14 @@ class Recorder:
     def __init__(self, sock: socket.socket, path: Path) -> None:
         """Start to read from a connected socket."""
         self._sock, self._path = sock, path
+        # For this user alone: a console may show what a test types or a program prints, passwords too.
         path.touch(mode=0o600)
         self._thread = threading.Thread(target=self._record, name="vmbottle-console", daemon=True)
         self._thread.start()
 
     def _record(self) -> None:
         with suppress(OSError):  # the socket was closed
+            # Read whatever becomes of the data: a socket that is full would hold up the guest's kernel at its next message.
             while data := self._sock.recv(1 << 16):
                 with suppress(OSError):  # a full disk must not hold the guest up
                     self._write(data)
@@ -99,6 +101,7 @@ class Cursor:
     def _rest(self) -> bytes:
         """Return the unread part of the older file."""
         with suppress(FileNotFoundError), _older(self._path).open("rb") as file:
+            # Another inode: this is the first read, or two files were begun since the last one, and the unread rest of the oldest is gone.
             if os.fstat(file.fileno()).st_ino == self._file:
                 file.seek(self._offset)
             return file.read()
@@ -162,6 +165,7 @@ class Console:
                 yield _shown(line)
             if last:
                 return
+            # It was just yielded as a line of its own.
             rest = b"" if len(rest) > _LINE else rest
             if not new:
                 time.sleep(_PAUSE)
@@ -210,6 +214,7 @@ class _Expecter:
         match = pattern.search(self._text + _visible(self._raw.removesuffix(b"\r")), self._from)
         if match:
             self._from = match.end()
+        # A match may end in the unfinished line, which stays raw: `_from` then points into it, and the text before is done with.
         drop = min(self._from, len(self._text)) if match else max(0, len(self._text) - _STEP)
         self._text, self._from = self._text[drop:], max(0, self._from - drop)
         return match

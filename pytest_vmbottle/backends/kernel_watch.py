@@ -17,6 +17,7 @@ _TROUBLES, _WORDS = 16, 1000
 """Most troubles reported at a time, and most characters of each."""
 _LAST_WORDS = 300
 """Most characters of a guest's last message before it gave up."""
+# The last words of a kernel, from kernel/reboot.c, whose messages all begin with `reboot: `.
 _POWERED_OFF = (b"reboot: Power down", b"reboot: System halted", b"reboot: Restarting system")
 # Each takes the rest of its line, so that one which begins like this again and again is read once.
 _FATAL = re.compile(rb"You are in emergency mode[^\r\n]*|ALERT![^\r\n]*|^\(initramfs\)", re.MULTILINE)
@@ -25,10 +26,12 @@ _ALERT, _GIVES_UP = b"ALERT!", b"Dropping to a shell!"
 # a machine that was paused, is enough for the kernel to see one. Each match takes the rest of its line: what begins like one again and
 # again would else be read as often as that.
 _TROUBLE = re.compile(
+    # The second bracket is the caller, a thread or a processor, of kernels with CONFIG_PRINTK_CALLER.
     rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ((?:Kernel panic - not syncing|BUG: |Oops: |general protection fault|kernel BUG at "
     rb"|Internal error: |Unable to handle kernel |double fault: |(?P<oops>Oops\b)|(?P<hung>INFO: task ))[^\r\n]*)"
 )
 _PANIC = re.compile(rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? (Kernel panic - not syncing[^\r\n]*)")
+# The kernel counts its oopses. Without a colon the word alone proves nothing; with this number behind it, it is the kernel's.
 _OOPS = re.compile(rb" \[#\d")
 
 
@@ -65,6 +68,7 @@ class KernelWatch:
                 text = self._rest + new
                 self._judge(text)
                 # The last line may not be complete: it is looked at again.
+                # Bounded too, because a guest may never end a line.
                 self._rest = text[text.rfind(b"\n") + 1 :][-4096:]
         return self
 
@@ -85,6 +89,7 @@ class KernelWatch:
 
     def forget(self) -> None:
         """Forget what was reported so far."""
+        # What has been printed up to now is read first, or the next look would find it and take it for new.
         self.look()
         with self._lock:
             self._rest = b""

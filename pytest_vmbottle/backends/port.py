@@ -246,6 +246,7 @@ class Instance(ABC):
 
     def state(self) -> State:
         """Return the state, asked now; by default as the exit status tells."""
+        # Asked once: it may change between two questions.
         return {None: State.RUNNING, 0: State.OFF}.get(self.exitcode, State.DIED)
 
     # -- power -----------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ _RETURN = 1.0
 """Seconds to wait for an agent that is being restarted: logging in by SSH takes longer."""
 _ENDING = 60.0
 """Seconds that a guest may take to power off once its agent has gone."""
+# It prints "stopping" from the moment that a shutdown or reboot begins (systemctl(1)).
 _STATE = Command(argv=("systemctl", "is-system-running"), env=(("PATH", GUEST_PATH),))
 _PATIENCE = 20.0
 """Seconds for finding another channel, even if the command has less."""
@@ -51,6 +52,7 @@ class AgentOrSsh(Channel):
         way: Channel | None = self._known() or Deadline(_RETURN).poll(self._known)
         if way is not None:
             return way, deadline
+        # An agent that is started again meanwhile is as welcome as a login, so both are tried in turn.
         limit = Deadline(max(_PATIENCE, deadline.remaining))
         way = limit.poll(lambda: self._known() or self.log_in(limit), every=0.2)
         if way is None:
@@ -87,6 +89,7 @@ class AgentOrSsh(Channel):
         # An agent that has been started again proves that the guest does not power off.
         if self.present():
             return True
+        # A lost login proves nothing: a guest that powers off drops it, and so does one that is only busy. The next look tells.
         with suppress(MachineDied, MachineTimeout):
             way = self.logged_in() or self.log_in(Deadline(_PATIENCE))
             if way is not None:

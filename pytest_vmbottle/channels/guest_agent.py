@@ -103,6 +103,7 @@ class GuestAgent(Channel):
     def _sync(self, deadline: Deadline) -> None:
         while True:
             # An answer that came late belongs to an earlier question. A random token tells them apart.
+            # Of 48 bits, which every JSON parser keeps exactly: beyond 53 some read numbers as floats.
             token = secrets.randbits(48)
             # The leading 0xFF makes the agent forget half a request that an earlier connection may have left behind.
             self._send("guest-sync-delimited", b"\xff" + _message("guest-sync-delimited", {"id": token}), deadline)
@@ -128,6 +129,7 @@ class GuestAgent(Channel):
 
     def _synced(self, token: int, deadline: Deadline) -> bool:
         while (line := self._line(deadline)) is not None:
+            # The answer to this call alone begins with 0xFF: what stands before it in its line is the rest of an older one.
             _, _, last = line.rpartition(b"\xff")
             try:
                 if _parsed(last).get("return") == token:
@@ -160,6 +162,7 @@ class GuestAgent(Channel):
                 self._sync(deadline)
             # Whatever ends this before the answers are there, a time-out or Ctrl-C, leaves them to whoever calls next.
             self._unread = True
+            # Counted, because a new agent reads the same port: it would answer for a process that only the old one knew.
             before = self._changes() if since is None else since
 
             def unchanged() -> None:
@@ -169,6 +172,7 @@ class GuestAgent(Channel):
 
             for sent, (name, arguments) in enumerate(requests):
                 message = _message(name, arguments)
+                # A long request waits for all answers to those before it, so that it begins when the agent reads anew.
                 if len(message) > _AT_ONCE:
                     lines += [self._next(requests, deadline, unchanged) for _ in range(sent - len(lines))]
                 self._send(name, message, deadline)
@@ -184,6 +188,7 @@ class GuestAgent(Channel):
 
     def _send(self, name: str, message: bytes, deadline: Deadline) -> None:
         try:
+            # Never 0, which would make the socket non-blocking instead of giving it no time.
             self._sock.settimeout(max(0.01, deadline.remaining))
             self._sock.sendall(message)
         except TimeoutError as error:
@@ -245,6 +250,7 @@ class GuestAgent(Channel):
         status = self._status(pid, deadline)
         if status is not None:
             return status
+        # The agent has no call to end a process: another command does it, in the guest.
         self._status(self._start(command.killer(), Deadline(_GRACE)), Deadline(_GRACE))
         status = self._status(pid, Deadline(_GRACE))
         # Without a status something outlived the kill and holds the pipes, and the agent keeps to itself what they gave.
@@ -339,6 +345,7 @@ def _message(name: str, arguments: dict[str, Any]) -> bytes:
 
 
 def _exec(command: Command) -> _Request:
+    # Without the member a command's input is /dev/null, which ends at once as an empty one does.
     extra = {"input-data": base64.b64encode(command.input).decode()} if command.input else {}
     return "guest-exec", {
         "path": command.argv[0],
@@ -379,6 +386,7 @@ def _answer(name: str, line: bytes, read: Callable[[Any], _T]) -> _T:
 
 
 def _within(number: object, least: int, most: int) -> int:
+    # The type first: a float would pass the comparison, and go on as a status.
     if not isinstance(number, int) or not least <= number <= most:
         raise ValueError(f"{number!r:.40} is not a number from {least} to {most}")
     return number

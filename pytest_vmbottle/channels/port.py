@@ -71,6 +71,7 @@ class Command:
 
         Its status is 3 if there was no process to send it to.
         """
+        # A command with a tag of its own, so that it does not find itself among those to kill.
         return Command(argv=("/bin/sh", "-c", _KILL, "sh", self.tag, signal), env=(("PATH", GUEST_PATH),))
 
 

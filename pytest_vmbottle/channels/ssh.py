@@ -81,15 +81,18 @@ def _on_request(channel: paramiko.Channel, message: paramiko.Message) -> None:
     kind = message.get_text()
     message.get_boolean()
     if kind == "exit-signal":
+        # A name without SIG. One that this host does not know counts as SIGKILL: that a signal ended the command must not be lost.
         number = getattr(signal, f"SIG{message.get_text()}", signal.SIGKILL)
         channel.exit_status = -int(number)
         channel.status_event.set()
         return
+    # Rewound, because paramiko's own handler reads the message from its start.
     message.packet.seek(start)
     channel._handle_request(message)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class _Transport(paramiko.Transport):
+    # A private table, but paramiko offers no other place to hear of a signal: it has neither a hook nor an attribute for it.
     _channel_handler_table: ClassVar = {
         **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]  # noqa: SLF001
         _MSG_CHANNEL_REQUEST: _on_request,
@@ -156,6 +159,7 @@ class SshChannel(Channel):
         """
         alive()
         try:
+            # At least a second: of an attempt without any time the reason would always be that it timed out.
             return cls(_login(address, keys, user, Deadline(min(_PATIENCE, max(1.0, deadline.remaining)))), alive=alive)
         except paramiko.AuthenticationException:
             reason = f"the login of {user} was refused: cloud-init must install our key, and sshd_config must not say `PermitRootLogin no`"
@@ -183,6 +187,7 @@ class SshChannel(Channel):
 
         def ask(session: paramiko.Channel) -> None:
             session.get_pty(kind, *size)
+            # The login is always root's, whose key it is. For another user `runuser` needs no password and no key of his.
             if user == "root":
                 session.invoke_shell()
             else:
@@ -210,11 +215,13 @@ class SshChannel(Channel):
             except BaseException as error:
                 opening.set_exception(error)
 
+        # A daemon thread: paramiko may hold it until its own time-out, and the interpreter does not wait for it at its end.
         threading.Thread(target=attempt, daemon=True).start()
         try:
             while not wait([opening], _LOOK).done:
                 self._alive()
         except BaseException:
+            # Nobody waits any more for a session that opens later. It is closed then, or it would count against the server's MaxSessions.
             opening.add_done_callback(lambda late: None if late.exception() else _give_up(late.result()))
             raise
         return opening.result()
@@ -222,6 +229,7 @@ class SshChannel(Channel):
     def _opened(self, ask: Callable[[paramiko.Channel], None], deadline: Deadline) -> paramiko.Channel:
         seconds = max(0.1, deadline.remaining)
         session = self._transport.open_session(timeout=seconds, window_size=_WINDOW)
+        # Set before the request is sent: the status comes in paramiko's own thread, and must not be overwritten.
         session.exit_status = _NO_STATUS
         # The library waits for the answer to this request without a limit, unless the session is closed.
         limit = threading.Timer(seconds, _give_up, args=(session,))
@@ -257,6 +265,7 @@ class SshChannel(Channel):
         outlived = timed_out and process.has_ended
         if timed_out and not killing:  # a guest that does not even answer this is not asked again and again
             self._execute(command.killer(), BytesIO(), None, Deadline(_GRACE), killing=True)
+            # The killed command's last output is still on its way.
             process.wait_for_all(Deadline(_GRACE))
         try:
             status = -9 if timed_out else process.returncode
@@ -341,6 +350,7 @@ class SshProcess(Running):
     def wait_for_all(self, deadline: Deadline) -> bool:
         """Wait for the status and the end of both streams; return whether they came by the deadline."""
         for reader in self._readers:
+            # In steps, as everywhere here: a lost guest ends no stream, and only `alive` tells of it.
             while reader.is_alive() and not deadline.expired:
                 reader.join(min(0.5, deadline.remaining))
                 if reader.is_alive():
@@ -415,6 +425,7 @@ class SshTerminal(Terminal):
     @property
     def status(self) -> int | None:
         """The program's exit status, or None if the connection was lost before."""
+        # RFC 4254 does not say which comes first, the status or the end of the output.
         self._session.status_event.wait(_LAST_WORDS)
         return None if self._session.exit_status == _NO_STATUS else self._session.exit_status
 

@@ -53,6 +53,7 @@ class Account:
     def may_open(self, device: Path) -> bool:
         """Tell whether a device's mode bits let this account read and write it."""
         status = device.stat()
+        # As the kernel does it: the first class that fits counts alone, even where a later one allows more.
         shift = 6 if status.st_uid == self.uid else 3 if status.st_gid in (self.gid, *self.groups) else 0
         return (status.st_mode >> shift) & 6 == 6  # noqa: PLR2004 - rw
 
@@ -62,6 +63,7 @@ def _user(text: str, *, alone: bool) -> tuple[int, int, tuple[int, ...]]:
         known = pwd.getpwuid(_number(text)) if text.isdecimal() else pwd.getpwnam(text)
     except KeyError:
         if text.isdecimal() and not alone:
+            # The 0 is never used: a number that is not alone has a group behind its colon.
             return _number(text), 0, ()
         hint = "; a number without an entry takes a group too, as in 1234:1234" if text.isdecimal() else ""
         raise SpecError(f"there is no user {text!r} on this computer{hint}") from None

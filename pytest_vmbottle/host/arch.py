@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     pass
 
 __all__ = []
+# Linux names both as on the right. Debian and container registries name them as on the left, and so does macOS (arm64).
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 

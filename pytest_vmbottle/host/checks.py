@@ -20,6 +20,7 @@ from pytest_vmbottle.host.sizes import format_size
 __all__ = ["checks", "kvm_remedy"]
 
 _LITTLE_MEMORY = 1 << 30
+# Linux's own limits for a process, soft and hard (INR_OPEN_CUR and INR_OPEN_MAX): somebody has set a lower one.
 _FEW_FILES, _MANY_FILES = 1024, 4096
 
 
@@ -49,6 +50,7 @@ def _memory(budget: int | None) -> Answer:
     available, total, groups = resources.available_memory(), resources.total_memory(), resources.control_groups()
     details: dict[str, object] = {"available": available, "total": total, "control_groups": [attrs.asdict(group) for group in groups]}
     text = f"{format_size(available)} of {format_size(total)} are available for machines"
+    # The total is the smallest of all limits, so it is equal to a group's only where that group has less than the host.
     if total in (group.limit for group in groups):
         text += " (the limit of this control group)"
     if budget is not None:
@@ -75,6 +77,7 @@ def _open_files() -> Answer:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _FEW_FILES:
         return ok(f"a process may have {'any number of' if soft == resource.RLIM_INFINITY else soft} files open", soft=soft, hard=hard)
+    # A shell may raise its soft limit up to the hard one; beyond it only root may.
     allowed = hard == resource.RLIM_INFINITY or hard >= _MANY_FILES
     remedy = f"ulimit -n {_MANY_FILES}" if allowed else f"sudo prlimit --pid $$ --nofile={_MANY_FILES}"
     return degraded(f"a process may have only {soft} files open, too few for many machines at once", remedy, soft=soft, hard=hard)
@@ -101,5 +104,6 @@ def kvm_remedy(device: Path = Path("/dev/kvm"), registered: Path = Path("/proc/m
 
 
 def _udev_rule(mode: str) -> str:
+    # With static_node udev also sets the rights of a node that is there before its module is loaded (udev(7)).
     rule = f"""echo 'KERNEL=="kvm", GROUP="kvm", MODE="{mode}", OPTIONS+="static_node=kvm"' | sudo tee /etc/udev/rules.d/99-kvm.rules"""
     return f"{rule} && sudo udevadm control --reload && sudo udevadm trigger --name-match=kvm"

@@ -49,6 +49,7 @@ def run_tool(argv: Sequence[str | Path], *, timeout: float, env: dict[str, str] 
         words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        # One pipe for both, so that what a tool printed stays in its order.
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
@@ -68,6 +69,7 @@ def run_tool(argv: Sequence[str | Path], *, timeout: float, env: dict[str, str] 
 def _kill_group(process: subprocess.Popen[str]) -> str:
     """Kill a process with everything it started, and return its output."""
     with suppress(ProcessLookupError):
+        # The first process of a new session leads its process group, whose number is then the process's own.
         os.killpg(process.pid, signal.SIGKILL)
     try:
         return process.communicate(timeout=_LAST_WORDS)[0]
@@ -75,4 +77,5 @@ def _kill_group(process: subprocess.Popen[str]) -> str:
         if process.stdout is not None:
             process.stdout.close()
         process.wait()
+        # The exception carries bytes, even from a process in text mode.
         return (error.output or b"").decode(errors="replace")

@@ -28,6 +28,7 @@ class Deadline:
     at: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        # Monotonic, because the wall clock of a host may be set while something waits. `self.at = ...` would fail: the class is frozen.
         object.__setattr__(self, "at", time.monotonic() + self.seconds)
 
     @property

@@ -31,6 +31,7 @@ def remembered_digest(file: IO[bytes], path: Path, memory: Path, read: Callable[
     Raises:
         CatalogError: The file was changed while it was read.
     """
+    # A path has slashes and may be longer than a file's name can be, so the note is named by its digest.
     note, looks = memory / f"{digest(str(path))}.json", _looks(file)
 
     def known(facts: Mapping[str, Any]) -> str:
@@ -41,6 +42,7 @@ def remembered_digest(file: IO[bytes], path: Path, memory: Path, read: Callable[
     with suppress(OSError, records.Damaged):
         return records.read_as(note, known)
     found = read()
+    # Of a file that changed under the reader the digest is of no content that it ever had, and would be remembered.
     if _looks(file) != looks:
         raise CatalogError(f"{path} was changed while it was read: use it after the last write to it")
     with suppress(OSError):

@@ -27,6 +27,7 @@ def content_digest(fd: int, tell: Callable[[int, int], object] = lambda _done, _
         algorithm: Name of the algorithm in hashlib.
     """
     value, done, size = hashlib.new(algorithm), 0, os.fstat(fd).st_size
+    # The empty block at the end stands for a hole there, which `blocks` does not tell of.
     for offset, block in chain(blocks(fd, size), [(size, b"")]):
         while done < offset:
             zeros = _MANY_ZEROS[: offset - done]
@@ -57,5 +58,6 @@ def sparse_digest(path: Path) -> str:
 
 def digest(*parts: object) -> str:
     """Return the hexadecimal sha256 of values that JSON can write, whatever the order of keys."""
+    # Every option is given: packs are found by such a digest, and the same values written in another way would be another pack's.
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

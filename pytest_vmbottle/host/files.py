@@ -51,6 +51,7 @@ def private_dir(path: Path) -> Path:
         if path.parent != path:
             # Parents first, one by one: `mkdir(parents=True)` would give them the default mode, open to others.
             private_dir(path.parent)
+        # Several workers of one run come here at the same time, and the first one has made it.
         path.mkdir(mode=0o700, exist_ok=True)
     return path
 
@@ -63,6 +64,7 @@ def read_or_empty(path: Path) -> str:
         return ""
 
 
+# Part of a format: `sparse_digest` hashes blocks of this size, and packs carry its digests. Another size would make all of them damaged.
 _BLOCK = 1 << 16
 _ZEROS = bytes(_BLOCK)
 
@@ -89,6 +91,7 @@ def blocks(fd: int, length: int) -> Iterator[tuple[int, bytes]]:
             data = os.lseek(fd, start, os.SEEK_DATA)
         except OSError:  # ENXIO: nothing but a hole is left
             return
+        # Never fails: the end of a file counts as a hole (lseek(2)).
         end = os.lseek(fd, data, os.SEEK_HOLE)
         # Aligned down, so that equal content gives equal blocks whatever the file system's own block size is.
         start = data // _BLOCK * _BLOCK
@@ -103,6 +106,7 @@ def size_on_disk(path: Path) -> int:
     """Return the bytes on disk of a file or folder: holes do not count."""
     if path.is_dir() and not path.is_symlink():
         return sum(size_on_disk(child) for child in path.iterdir())
+    # The unit is 512 bytes on every file system, whatever its own block size is (stat(2)).
     return path.lstat().st_blocks * 512
 
 

@@ -91,6 +91,7 @@ def remove_all(folders: Iterable[Path]) -> bool:
 
     Oldest first, so that the generation that counts stays the same until it goes itself.
     """
+    # `all` stops at the first one that is not gone.
     return all(remove(folder) for folder in folders)
 
 
@@ -126,6 +127,7 @@ def sweep(place: Path) -> None:
     for generations in all_in(place).values():
         # Never the last one, which is what the name stands for.
         for folder in generations[:-1]:
+            # What cannot be removed costs room only, and the next sweep tries it again.
             with suppress(OSError):
                 remove(folder)
 
@@ -147,4 +149,5 @@ def all_in(place: Path) -> dict[str, list[Path]]:
 
 def _number(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
+    # The first generation bears no number and counts as 1, so its successor is 2. Other folders come first, and are left out.
     return int(match[2] or 1) if match else 0

@@ -42,6 +42,7 @@ class FileLock:
             CatalogError: The file cannot be opened or locked.
         """
         try:
+            # An attempt may have got the file and then waited in vain for the holder of a removed one: it goes on from there.
             if not self._lock.is_locked:
                 self._lock.acquire(timeout=deadline.remaining)
         except filelock.Timeout:
@@ -88,6 +89,7 @@ def try_lock(path: Path, *, shared: bool = False, create: bool = False, deadline
     Raises:
         FileNotFoundError: It is not there.
     """
+    # Polled and not waited for: flock(2) itself has no time-out.
     kind = fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     flags = os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     # In a tuple, which is true whatever is in it: where standard input is closed, the descriptor may be 0.
@@ -132,6 +134,7 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
     """Tell whether `try_lock` would fail now because of others; false if there is no such file or folder."""
     try:
         with tried(path, shared=shared) as is_ours:
+            # Not ours may also mean that it was removed just then: then nobody holds it.
             return not is_ours and os.path.lexists(path)
     except OSError:
         return False
@@ -148,6 +151,7 @@ def _take(path: Path, kind: int, flags: int = 0) -> int | None:
             return fd
     except (BlockingIOError, FileNotFoundError):
         pass
+    # Ctrl-C may end a wait for the lock, and the descriptor must not outlive it.
     except BaseException:
         os.close(fd)
         raise

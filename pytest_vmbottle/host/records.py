@@ -80,6 +80,7 @@ def read_as(path: Path, make: Callable[[dict[str, Any]], _T], *, version: int = 
         return make(_facts(json.loads(text, object_pairs_hook=_object, parse_constant=_refuse), version))
     except KeyError as error:
         raise Damaged(f"it lacks {error}") from error
+    # All that conversion of strange facts may end in: cattrs raises groups, and deep nesting in JSON exhausts the stack.
     except (ValueError, TypeError, AttributeError, RecursionError, ExceptionGroup) as error:
         raise Damaged(str(error)) from error
 
@@ -90,6 +91,7 @@ def _facts(whole: object, version: int) -> dict[str, Any]:
     if whole.keys() != {"version", "sha256", "record"}:
         return whole
     found, facts = whole["version"], whole["record"]
+    # Checked before the version, which it covers: a damaged version must not be reported as a newer program's.
     if not isinstance(facts, dict) or whole["sha256"] != _digest(found, facts):
         raise ValueError("its checksum is wrong")
     if not isinstance(found, int) or not 0 < found <= version:
@@ -133,6 +135,7 @@ def _text(path: Path) -> bytes:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise Damaged("it is not a regular file")
+        # One byte more than allowed shows that there is more, even where the file grows meanwhile.
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
         raise Damaged(f"it is longer than {_LARGEST >> 20} MiB")
@@ -148,6 +151,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(word: str) -> None:
+    # NaN and Infinity: Python reads and writes them, but they are not JSON, and NaN is equal to nothing.
     raise ValueError(f"{word} is not a number")
 
 

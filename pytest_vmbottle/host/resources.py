@@ -70,6 +70,7 @@ def control_groups(membership: Path = _MEMBERSHIP, mounted: Path = _MOUNTED) -> 
     """Return the control groups with a memory limit, of this process and above it: see cgroups(7)."""
     found = []
     for line in read_or_empty(membership).splitlines():
+        # HIERARCHY:CONTROLLERS:PATH, and no controllers in version 2. A path may have colons of its own.
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
             top = mounted / "memory" if controllers else mounted
@@ -83,10 +84,12 @@ def control_groups(membership: Path = _MEMBERSHIP, mounted: Path = _MOUNTED) -> 
 
 def _group(folder: Path, *, old: bool) -> ControlGroup | None:
     limit = read_or_empty(folder / ("memory.limit_in_bytes" if old else "memory.max")).strip()
+    # Version 2 writes "max" for no limit, and its topmost group has no such file at all.
     if not limit.isdigit() or int(limit) >= _NO_LIMIT:
         return None
     usage = read_or_empty(folder / ("memory.usage_in_bytes" if old else "memory.current")).strip()
     counts = dict(line.split(" ", 1) for line in read_or_empty(folder / "memory.stat").splitlines() if " " in line)
+    # In version 1 only the numbers with this prefix include the groups below, as the usage does.
     prefix = "total_" if old else ""
     # The page cache counts as used in a group, although the kernel gives it up when memory is short.
     cached = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
@@ -151,6 +154,7 @@ class Process:
             return None
 
     def _usage(self, process: psutil.Process) -> Usage | None:
+        # psutil says of a zombie too that it is running.
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         times, counted = process.cpu_times(), _io(process)
@@ -178,6 +182,7 @@ def age(pid: int) -> float:
     """
     try:
         # A program's name may contain blanks and brackets: the fields are counted from the last bracket (proc_pid_stat(5)).
+        # The start is field 22, and the first one behind the bracket is field 3.
         started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return math.inf

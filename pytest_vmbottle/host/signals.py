@@ -18,6 +18,7 @@ def interrupted(number: signal.Signals) -> BaseException:
 
 def left(number: signal.Signals) -> BaseException:
     """Return the exception that ends the process with a shell's status for the signal."""
+    # `sys.exit`'s exception, which no `except Exception` on the way out swallows.
     return SystemExit(128 + number)
 
 
@@ -50,6 +51,7 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread() or self._before:
             return
         for number in self._numbers:
+            # Under nohup SIGHUP is ignored, and in somebody else's process it stays so; another library's handler stays too.
             if self._owned or signal.getsignal(number) is signal.SIG_DFL:
                 self._before[number] = signal.signal(number, self._raise)
 

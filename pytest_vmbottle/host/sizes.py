@@ -18,6 +18,7 @@ def parse_size(value: int | str) -> int:
     >>> parse_size("512M")
     536870912
     """
+    # A bool is an int in Python, and memory=True would be one byte.
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise SpecError(f"{value!r} is not a size: write bytes or a string such as '512M' or '2G'")
     if isinstance(value, int):
@@ -50,6 +51,7 @@ def format_size(size: int) -> str:
     >>> format_size(1536 << 20)
     '1.5 GiB'
     """
+    # Ten bits are a factor of 1024, and the bits of a number say how often it is in there: a logarithm without rounding.
     power = min((size.bit_length() - 1) // 10, 4) if size else 0
     amount = size / (1 << 10 * power)
     digits = 1 if power and amount < 10 else 0  # noqa: PLR2004 - two figures are enough

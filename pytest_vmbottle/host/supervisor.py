@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 __all__ = ["Identity", "Reaped", "Record", "Supervisor", "bare_environment", "environment", "kill", "reap", "strays"]
 
 _MARK = "VMBOTTLE_MACHINE"
+# An allow-list, since nobody knows which of a CI system's variables are secrets.
 _HARMLESS = ("PATH", "LANG", "LC_ALL", "TZ")
 _VERSION = 1
 _LARGEST = 1 << 20
@@ -56,6 +57,8 @@ class Identity(NamedTuple):
     def of(cls, pid: int) -> Identity | None:
         """Return the identity of the process that has this id now, or None."""
         try:
+            # Fields are counted from the last bracket, because a program's name may hold blanks and brackets (proc_pid_stat(5)). The start
+            # is in the kernel's ticks since the boot, so it needs the boot's id; a time of day would move whenever the clock is set.
             words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
@@ -120,6 +123,7 @@ class Record(NamedTuple):
             ValueError: The record is damaged, or of another version.
             OSError: The file cannot be read.
         """
+        # As in `records`, which cannot be imported here: neither a link nor a pipe in its place may lead or hold up the supervisor.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:  # noqa: PTH123 - opened already
             text = file.read(_LARGEST + 1)
@@ -185,6 +189,7 @@ def _carriers(folder: Path) -> dict[Identity, str]:
 
     Each comes with the first name below the folder in its mark.
     """
+    # With the separator, so that a folder whose name only begins the same is not taken for this one.
     wanted = os.fsencode(f"{_MARK}={folder}{os.sep}")
     found = {}
     for entry in Path("/proc").iterdir():
@@ -258,6 +263,7 @@ def reap(folder: Path, *, aside: Path, dry_run: bool = False) -> Reaped:
     # Processes first, because they may still write to their folders. Records last, so that a later run can go on if this one is killed.
     if not dry_run:
         kept |= {found[process]: f"process {process.pid} does not end" for process in kill(found)}
+        # Also where a process was just killed: such a backend keeps files and entries elsewhere, which only its own command removes.
         kept |= _run_endings({name: record for name, record in records.items() if record.ending and name not in kept})
         for name in damaged:
             # Kept for inspection, and out of the folder, which could otherwise never be removed.
@@ -296,6 +302,7 @@ def _read(folder: Path) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def _move_aside(path: Path, aside: Path) -> None:
+    # With the owner's name: machines of two owners may have the same one.
     folder = aside / f"{path.parent.name}-{path.stem}"
     with suppress(OSError):
         for each in (aside, folder):
@@ -320,6 +327,7 @@ def _run_endings(records: dict[str, Record]) -> dict[str, str]:
             )
         except OSError as error:
             failed[name] = f"`{' '.join(record.ending)}` cannot be run: {error.strerror}"
+    # One limit for all, as they run beside each other.
     until = time.monotonic() + _ENDING
     for name, command in running.items():
         problem = _outcome(command, records[name].process, until)
@@ -336,6 +344,7 @@ def _outcome(command: subprocess.Popen[bytes], process: Identity | None, until: 
         command.kill()
         command.wait()
         return f"took longer than {_ENDING:.0f} s"
+    # A backend's command may return before the process that it ends is gone.
     while process is not None and process.is_running and time.monotonic() < until:
         time.sleep(0.01)
     if status:
@@ -370,6 +379,8 @@ class Supervisor:
             lock: The descriptor of the lock beside the folder, which the supervisor holds together with us.
         """
         self._starter = os.getpid()
+        # Nothing is ever written. The kernel closes our end however we die, and the supervisor sees that. Programs that we start do not
+        # inherit it (PEP 446), but a child that was only forked has a copy: for that case there is `_pidfd`.
         theirs, self._line = os.pipe()
         ours = _pidfd()
         self._process = subprocess.Popen(  # noqa: S603 - argv list, no shell
@@ -404,6 +415,7 @@ class Supervisor:
         if self._line < 0:
             return
         if self._starter == os.getpid():
+            # Killed before the pipe is closed: its end would be the sign to clean up.
             self._process.kill()
             self._process.wait()
         else:
@@ -433,6 +445,7 @@ def _supervise(folder: Path, owner: int) -> None:
         if fd >= 0:
             end.register(fd, select.POLLIN)
     end.poll()
+    # Where something is kept, the lock file stays: by it the next run finds the folder, and tries again.
     if not reap(folder, aside=folder.parent.parent / "quarantine").kept:
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 

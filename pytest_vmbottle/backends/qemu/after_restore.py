@@ -55,6 +55,7 @@ class AfterRestore:
         Raises:
             MachineError: It does not answer, or is another guest.
         """
+        # The time is read as late as possible: whatever passes before the guest sets it, its clock is behind.
         answer = self._ask(f"wake {time.time_ns()} {secrets.token_hex(64)}", deadline)
         # A guest that booted instead of being restored has no nonce, and another guest has another one.
         if answer != nonce:
@@ -63,6 +64,7 @@ class AfterRestore:
     def _ask(self, line: str, deadline: Deadline) -> str | None:
         received = b""
         try:
+            # Never 0, which would make the socket non-blocking.
             self._sock.settimeout(max(0.001, deadline.remaining))
             self._sock.sendall(line.encode() + b"\n")
             # A guest that was restored may be hostile: what it sends is bounded, and compared, never used.

@@ -49,6 +49,7 @@ def find_program(name: str, package: str) -> Path:
     found = shutil.which(name)
     if found is None:
         raise BackendUnavailable(f"{name} is not in the search path", f"Install it: sudo apt-get install {package}")
+    # Resolved, because a firmware is looked for beside the program itself, and a link says nothing about where that is.
     return Path(found).resolve()
 
 
@@ -82,6 +83,7 @@ class Proof:
     @property
     def best(self) -> PackKind:
         """The quickest kind of pack that works."""
+        # There is always one: kinds are defined quickest first, and DISK, the last, needs no restore of RAM and is never probed.
         return next(kind for kind in PackKind if kind not in self.broken)
 
 
@@ -136,6 +138,7 @@ class _Prover:
                 tried = "; ".join(f"{verdict.accelerator.name}: {verdict.evidence}" for verdict in verdicts)
                 raise BackendUnavailable(f"QEMU runs no guest here: {tried}", "See vmbottle doctor, or allow another one: --vm-accel auto")
             emulator = Emulator(binary=self.binary, board=self._board, accelerator=accelerator, dialect=dialect)
+            # Tried, not read off the features: a QEMU that knows the capability may still fail to restore.
             failures = {kind: proof.prove_restore(emulator, kind, workdir=workdir) for kind in (PackKind.TEMPLATE, PackKind.STREAM)}
             broken = {kind: failure for kind, failure in failures.items() if failure is not None}
             return Proof(version=version, dialect=dialect, accelerator=accelerator, verdicts=verdicts, broken=broken)
@@ -164,6 +167,7 @@ class QemuBackend(Backend):
     def _prover(self, arch: str) -> _Prover:
         # No hardware runs the code of another architecture.
         wanted = self._wanted if arch == host_arch() else "tcg"
+        # Making one costs nothing: it looks for its program and tries it only when it is asked.
         return self._provers.setdefault(arch, _Prover(arch, wanted, self._proofs))
 
     @property
@@ -203,6 +207,7 @@ class QemuBackend(Backend):
     def probe(self) -> Capabilities:
         """Return the capabilities of QEMU on this host (see `Backend.probe`)."""
         known = self.proof
+        # Only to raise: without qemu-img no machine gets a disk.
         find_program(*_IMG)
         works = {
             PackKind.TEMPLATE: "a machine was restored from its RAM file and continued",
@@ -245,6 +250,8 @@ class QemuBackend(Backend):
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
         processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
+        # The program's content too: a distribution's update or a build of one's own may keep the version's text, and a saved state fits
+        # only the program that wrote it.
         return digest("qemu", FORMAT, version, file_digest(emulator.binary, self._proofs), known, processor, spec.arch)
 
     def unsupported_reason(self, spec: MachineSpec) -> str | None:
@@ -273,6 +280,7 @@ def _boot_id() -> str:
 
 def _processor() -> str:
     lines = read_or_empty(Path("/proc/cpuinfo")).splitlines()
+    # Only what stays: other lines, such as the clock rate, change from one moment to the next.
     keep = ("model name", "flags", "microcode", "stepping")
     return digest(sorted({line for line in lines if line.startswith(keep)}))
 

@@ -28,6 +28,7 @@ def begin(qmp: Qmp, path: Path, account: Account | None) -> None:
     deadline = Deadline(_GRACE)
     with descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
         if account is not None:
+            # QEMU opens the file anew through /proc, which checks the rights of the file, not those of the descriptor.
             os.fchown(file, account.uid, account.gid)
         # Opened by us: a QEMU that runs as somebody else cannot reach the machine's folder.
         name = qmp.pass_file(file, deadline=deadline)

@@ -77,12 +77,14 @@ class QemuChecks:
             self.emulator()
         except BackendUnavailable as error:
             return missing(error.reason, f"export VMBOTTLE_ACCEL=tcg  # or make that user a member of the group of {_DEVICE}", **details)
+        # Emulation that somebody asked for is no finding.
         if chosen == "tcg" != self.wanted:
             text, remedy = _why_emulated(verdicts)
             return degraded(text, remedy, **details)
         return ok(f"using {chosen.upper()}{' as requested' if self.wanted == chosen else ''}: a guest {works.evidence}", **details)
 
     def _remedy(self) -> str:
+        # With auto, TCG was tried too: where even that runs nothing, only another QEMU helps.
         if not shutil.which(f"qemu-system-{host_arch()}") or not shutil.which("qemu-img") or self.wanted == "auto":
             return _install_qemu()
         if self.wanted == "kvm" and proof.kvm_refusal(_DEVICE):
@@ -123,6 +125,7 @@ def _install_qemu() -> str:
 
 def _devices(board: Board) -> list[str]:
     """Return the devices that every machine's command line asks of QEMU."""
+    # Read off a real command line, so that the two never differ. Nothing is opened: the files and descriptors in it only fill their places.
     least = Features(sandbox=False, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=False)
     emulator = Emulator(binary=Path(), board=board, accelerator=board.tcg, dialect=least)
     files = dict.fromkeys(("ram", "overlay", "seed", "console"), Path())

@@ -45,6 +45,7 @@ SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 
 NIC = "nic"
 """Id of the network card by which the host reaches a guest."""
+# The monitor's commands in `forwards` have it as plain text: both must be the same.
 NETDEV = "net0"
 """Id of the network behind it."""
 
@@ -200,18 +201,23 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: LaunchResources)
     return [
         str(emulator.binary),
         *("-name", f"guest={wiring.name}"),
+        # No default devices, and no configuration of this host's QEMU: only what is listed here is in a machine.
         *("-nodefaults", "-no-user-config", "-display", "none", *sandbox(dialect)),
         *wiring.lent,
         *(("-run-with", "exit-with-parent=on") if dialect.exit_with_parent else ()),
+        # A core dump of QEMU is for finding its fault, and without the guest's RAM it stays small.
         *("-machine", f"{board.machine},memory-backend=ram0,dump-guest-core=off"),
         *("-accel", emulator.accelerator.option, "-cpu", emulator.accelerator.cpu),
+        # In KiB, because a number without a unit is MiB, and not every size is a whole number of these.
         *("-smp", str(spec.cpus), "-m", f"{spec.memory // 1024}k"),
+        # By default QEMU ends a machine that panics (pvpanic). Here `QemuInstance.alive` decides, by the event, which comes all the same.
         *("-rtc", "base=utc,clock=host", "-action", "panic=none"),
         *_memory(spec, wiring, dialect),
         *_disks(wiring),
         *_channels(wiring, board),
         *_network(spec),
         *("-object", _json(qom_type="rng-random", id="rng0", filename="/dev/urandom")),
+        # A guest without it may wait for its first random numbers at boot.
         *("-device", "virtio-rng-pci,rng=rng0,id=rng"),
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
@@ -237,6 +243,7 @@ def _json(**members: object) -> str:
 def _memory(spec: MachineSpec, wiring: LaunchResources, dialect: Features) -> list[str]:
     # A named file, because the RAM of anything else is not left out of the saved state (since QEMU 8.1 only RAM_NAMED_FILE is).
     readonly: dict[str, object] = {"readonly": True, "rom": "off"} if dialect.readonly_ram and not wiring.share else {}
+    # JSON, since in QEMU's other syntax a comma in the file's name would end it.
     backend = _json(qom_type="memory-backend-file", id="ram0", size=spec.memory, mem_path=str(wiring.ram), share=wiring.share, **readonly)
     return ["-object", backend]
 
@@ -253,6 +260,7 @@ def _disks(wiring: LaunchResources) -> list[str]:
         "node-name": "disk0",
         "file": {"driver": "file", "filename": str(wiring.overlay)},
         "backing": backing,
+        # What a guest trims leaves the overlay, and so the pack that is made of it.
         "discard": "unmap",
         # What the guest flushes need not survive the host: an overlay lives as long as its machine, and a pack is synced when published.
         "cache": {"no-flush": True},
@@ -275,6 +283,7 @@ def _channels(wiring: LaunchResources, board: Board) -> list[str]:
         *("-chardev", f"socket,id=console,fd={wiring.console}", *board.serial),
         *("-device", "virtio-serial-pci,id=ports"),
         *("-chardev", f"socket,id=agent,fd={wiring.agent}"),
+        # Numbers are given, because a saved state names ports by them. QEMU reserves port 0 for a console.
         *("-device", "virtserialport,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0,id=agentport"),
         *("-chardev", f"socket,id=waker,fd={wiring.waker}"),
         *("-device", "virtserialport,bus=ports.0,nr=2,chardev=waker,name=org.vmbottle.waker,id=wakerport"),
@@ -287,6 +296,7 @@ def _network(spec: MachineSpec) -> list[str]:
     restrict = "off" if spec.nat else "on"
     return [
         *("-netdev", f"user,id={NETDEV},restrict={restrict},{forwards}"),
+        # No ROM for a network boot, which nobody wants and which every saved state would carry (250 KB).
         *("-device", f"virtio-net-pci,netdev={NETDEV},id={NIC},mac={GUEST_MAC},romfile="),
     ]
 

@@ -51,6 +51,7 @@ def press(qmp: Qmp, chords: Iterable[Chord]) -> None:
     for chord in chords:
         keys = [{"type": "qcode", "data": key} for key in chord]
         qmp.execute("send-key", keys=keys, hold_time=round(_HOLD * 1000), deadline=Deadline(_GRACE))
+        # QEMU answers as soon as it has queued the keys, not when they are released.
         time.sleep(_PACE)
 
 

@@ -30,6 +30,7 @@ class Forwards:
         with self._lock:
             found = next(iter(self._rules(port)), None)
             if found is None:
+                # By the human monitor, because QMP has no such command. It reports a failure only as text, so the list is looked at again.
                 self._monitor(f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}")
                 found = next(iter(self._rules(port)), None)
             if found is not None:

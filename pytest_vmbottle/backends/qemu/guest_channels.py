@@ -60,6 +60,7 @@ class GuestChannels:
         self.has_agent: bool | None = None
         self._agent_due: Deadline | None = None
         self._ssh: SshChannel | None = None
+        # Reentrant: `get` holds it while the search for an agent logs in by SSH, which takes it again.
         self._lock = threading.RLock()
 
     def get(self, deadline: Deadline, *, bulk: bool = False) -> Channel:
@@ -77,6 +78,7 @@ class GuestChannels:
         """Go on with the agent that a guest had when it was saved."""
         self.has_agent = has_agent
         if has_agent and self._host.agent_is_there():
+            # Proves that the agent came back with the guest, before a test's first command finds out.
             self.agent.sync(deadline=deadline)
             if login is not None:
                 self.agent.adopt(login)
@@ -111,6 +113,7 @@ class GuestChannels:
             return self.agent
         ssh = self._log_in(deadline, said)
         if ssh is None:
+            # None means that no agent answered; False that one did, and is of no use.
             said[-1] += " (and the agent may not run commands)" if able is False else ""
             return None
         # Counted from the first login by SSH: until then the guest is booting, and no agent is late.

@@ -87,6 +87,7 @@ class DiskPort:
         if self._files is None:
             return True
         with suppress(QmpFailed):  # refused while an earlier request is under way, and where there is no such device
+            # Only a request: the guest's kernel has to release the device, and QEMU does not wait for that.
             self._qmp.execute("device_del", id=_DEVICE, deadline=Deadline(_GRACE))
         if not Deadline(seconds).poll(self._freed, every=0.2, first=0.01):
             return False
@@ -105,5 +106,6 @@ class DiskPort:
         try:
             self._qmp.execute("blockdev-del", node_name=_NODE, deadline=Deadline(_GRACE))
         except QmpFailed as error:
+            # Every other refusal counts as one of a device that still uses the node.
             return "Failed to find node" in str(error)
         return True

@@ -98,6 +98,7 @@ class _Saved:
         )
 
     def write(self, folder: Path) -> None:
+        # Without a checksum of its own, because the pack's manifest has one of each file.
         records.write(folder / _SAVED, attrs.asdict(self), version=0)
 
 
@@ -170,6 +171,7 @@ class QemuInstance(Instance):
         """
         # In order of certainty: a panic explains the end that follows it, and the exit status would hide it.
         panic = self.panic
+        # Whatever the spec expects: after a panic nothing answers any more, while a guest may survive an oops or a hung task.
         if panic and (self._watch.is_over or self._qmp.seen("GUEST_PANICKED")):
             raise self._died(f"the guest is lost: {panic}", GuestPanic)
         if panic and self._spec.panic == "fail":
@@ -307,6 +309,7 @@ class QemuInstance(Instance):
             self._shut_down(deadline)
         else:
             self._save_running(dest, kind, deadline)
+        # After QEMU's end, which has flushed it. Moved, because the machine is over and a disk may be large.
         shutil.move(self._rundir / "disk.qcow2", dest / "disk.qcow2")
         make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
 
@@ -322,16 +325,19 @@ class QemuInstance(Instance):
             self._end()
         if kind is PackKind.TEMPLATE:
             with descriptor(dest / RAM_FILE, _NEW) as file:
+                # Through the descriptor: the RAM may be a memfd, which has no name that could be moved.
                 copy_sparse(self._ram.fd, file)
         _Saved(kind=kind, nonce=nonce, agent=bool(self._channels.has_agent), login=self._channels.agent.login).write(dest)
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
         """Write the machine with all of its RAM into a folder; it continues (see `Instance.snapshot`)."""
         with self._nothing_plugged(deadline):
+            # Before the pause: the guest has to run to start the process that will set its clock.
             nonce = self._waker.freeze(self.channel(deadline=deadline), deadline=deadline)
             try:
                 self._write_down_paused(dest, deadline)
             except QmpFailed as error:
+                # The failed migration may be QEMU's end, whose reason `alive` reports; it is seen in the process a moment later.
                 self._process.wait(Deadline(0.5))
                 self.alive()
                 raise OSError(errno.ENOSPC if _is_full(dest) else errno.EIO, str(error)) from error
@@ -359,7 +365,9 @@ class QemuInstance(Instance):
 
     def _write_down(self, dest: Path, deadline: Deadline) -> None:
         with descriptor(dest / _STATE, _NEW):
+            # With all of its RAM: the pages of a clone may be in no file, since its mapping of the pack is private.
             self._migrate("migrate", dest / _STATE, PackKind.STREAM, deadline)
+        # Only now: with the end of the migration QEMU has written its disks out, and does not touch them before it gets them back.
         with descriptor(self._rundir / "disk.qcow2", os.O_RDONLY) as disk, descriptor(dest / "disk.qcow2", _NEW) as copy:
             copy_sparse(disk, copy)
 
@@ -438,6 +446,7 @@ class QemuInstance(Instance):
             return
         self._process.kill()
         self._qmp.close()
+        # After QEMU has ended: the recorder's thread then finds the console's end behind its last output.
         for held in (self._channels, self._waker, self._ram, self._recorder):
             held.close()
 

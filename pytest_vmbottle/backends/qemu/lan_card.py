@@ -41,6 +41,7 @@ def unplugged(qmp: Qmp) -> bool:
     deadline = Deadline(_GRACE)
     with suppress(QmpFailed):  # it was asked before, or the card is gone
         qmp.execute("device_del", id=LAN_CARD, deadline=deadline)
+    # Looked up instead of waiting for DEVICE_DELETED: `Qmp` keeps no such event.
     there = {each["name"] for each in qmp.execute("qom-list", path="/machine/peripheral", deadline=deadline)}
     if LAN_CARD in there:
         return False

@@ -61,6 +61,7 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
         parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, watch=watch, ram=ram, rundir=rundir)
         instance = QemuInstance(spec, source, programs=programs, parts=parts)
         undo.callback(instance.stop)
+        # Before anybody has the instance, and could be told another number.
         instance.keep_forwards()
         if source.saved is not None:
             try:
@@ -69,6 +70,7 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
                 # A machine that died while loading explains more than the monitor's error does.
                 instance.alive()
                 raise MachineError(f"the saved state cannot be restored: {error}\n{process.output}", machine=spec.name) from error
+        # All went well: the instance owns everything now, and nothing is undone.
         undo.pop_all()
     return instance
 

@@ -97,6 +97,7 @@ class QemuProcess:
     def output(self) -> str:
         """The output so far."""
         try:
+            # Its end, where the reason is: a QEMU that warns again and again would fill an error message.
             return self._log.read_text(errors="replace")[-4000:]
         except FileNotFoundError:
             return ""

@@ -53,6 +53,7 @@ def accelerator_for(spec: MachineSpec, accelerator: Accelerator, *, version: str
     """
     if not spec.nested:
         if spec.cpus > 1 and not _has_safe_threads(version):
+            # Only the option of TCG has these words: with hardware virtualisation nothing changes.
             accelerator = attrs.evolve(accelerator, option=accelerator.option.replace("thread=multi", "thread=single"))
         return attrs.evolve(accelerator, cpu=spec.cpu or accelerator.cpu)
     if accelerator.name == "tcg":  # more code of more address spaces is kept translated
@@ -75,6 +76,7 @@ def _hardware_features(accelerator: Accelerator, modules: Path) -> str:
     if module is None:
         raise BackendUnavailable("nested=True needs kvm_intel or kvm_amd, and this host's KVM has neither", "Use: --vm-accel tcg")
     switch = modules / module / "parameters" / "nested"
+    # Kernels show this parameter as an integer or as a bool, depending on the module and the version.
     if not switch.is_file() or switch.read_text().strip() not in ("1", "Y"):
         remedy = (
             f"Turn it on: echo 'options {module} nested=1' | sudo tee /etc/modprobe.d/nested.conf && "

@@ -51,6 +51,7 @@ _EMULATED_SECONDS = 30.0
 _UNMEASURED_SECONDS = 2.0
 """Seconds for KVM if nothing can be compared with it; it takes less than 0.1 s on hardware."""
 
+# A fast guest is over in less than 0.1 s, and what is measured is compared.
 _TICK = 0.005
 
 
@@ -130,6 +131,7 @@ def run_guest(emulator: Emulator, *, workdir: Path, seconds: float) -> ProbeResu
         # QEMU's own start does not count: a busy host may take seconds to load it.
         Deadline(_START_SECONDS).poll(lambda: guest.report or guest.over, every=_TICK)
         started = time.monotonic()
+        # Polled, because a guest that got stuck in KVM leaves a QEMU that neither ends nor says anything more.
         Deadline(seconds).poll(lambda: guest.over, every=_TICK)
         taken = time.monotonic() - started
         if guest.process.exitcode == guests.done and guest.report == "".join(guests.stages).encode() + RESULTS:
@@ -197,6 +199,7 @@ def _hardware(
         if emulated.seconds is not None:
             verdict = attrs.evolve(verdict, evidence=f"{verdict.evidence}; TCG ran the whole guest in {emulated.seconds:.2f} s")
         verdicts.append(verdict)
+        # The other candidates differ only in the processor's features, which is no help if the accelerator is missing.
         if verdict.works or accelerator.name not in offered:
             break
     return tuple(verdicts)
@@ -332,7 +335,9 @@ class _Bench:
         return [
             *(str(self.emulator.binary), "-nodefaults", "-no-user-config", "-display", "none", *sandbox(dialect)),
             *("-machine", f"{board.machine},memory-backend=ram0", "-accel", accelerator.option, "-cpu", accelerator.cpu),
+            # A triple fault resets a PC: with -no-reboot QEMU ends, and does not run the guest again and again.
             *("-m", f"{RAM_BYTES // 1024}k", "-object", json.dumps(backend), "-no-reboot", "-bios", str(self.folder / "firmware")),
+            # A comma in an option's value is written twice, or it would end the value.
             *("-chardev", f"file,id=report,path={str(report).replace(',', ',,')}", *self.guests.devices),
         ]
 
@@ -413,6 +418,7 @@ _LAPS = 3
 
 def counts(start: int, end: int) -> bytes:
     """Return the counting guest's report from `start` up to, and without, `end`."""
+    # The highest bit is set, so no number is taken for a letter of `hello` or for the `!` of a surprise.
     return bytes(0x80 | number & 0x7F for number in range(start, end))
 
 
@@ -421,6 +427,7 @@ def _save(bench: _Bench, kind: PackKind) -> int:
     hello = bench.guests.hello
     with bench.guest_with_monitor("saved", ram=bench.ram, share=True) as (guest, qmp):
         _await_laps(guest, len(hello) + _LAPS, "a guest with its RAM in a shared file")
+        # Stopped first: with RAM left out of the state, a guest that runs would write to it while the state is written.
         qmp.execute("stop", deadline=Deadline(_ANSWER_SECONDS))
         bench.migrate(qmp, "migrate", kind)
         counted = len(guest.report) - len(hello)

@@ -62,6 +62,7 @@ def _loop_of(_: int) -> asyncio.AbstractEventLoop:
 
 
 def _await(coroutine: Coroutine[Any, Any, _T], deadline: Deadline) -> _T:
+    # The time-out is inside, so that it cancels the coroutine in its own loop.
     future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, deadline.remaining), _loop())
     try:
         return future.result()
@@ -132,6 +133,7 @@ class Qmp:
 
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
         if not self._owner.is_us:
+            # Never awaited, it would print a warning when it is collected.
             coroutine.close()
             raise QmpFailed(f"{what}: only process {self._owner.pid} may use this QEMU, because it started it")
         try:
@@ -199,6 +201,7 @@ class Qmp:
         self._guard(self._send_fd(file, name), deadline, "getfd")
 
     async def _send_fd(self, file: int, name: str) -> None:
+        # QEMU gives a descriptor to the next command that takes one: nothing may be awaited between the two.
         self._client.send_fd_scm(file)
         await self._client.execute("getfd", {"fdname": name})
 
@@ -245,6 +248,7 @@ class Qmp:
     def agent_is_there(self, *, deadline: Deadline) -> bool:
         """Tell whether an agent has its port open in the guest now."""
         known = self.execute("query-chardev", deadline=deadline)
+        # Asked, because the events of the port tell of changes alone, and are only counted here.
         return any(each["label"] == "agent" and each["frontend-open"] for each in known)
 
     def close(self) -> None:

@@ -37,9 +37,11 @@ class Ram:
         if bottled is not None and self.private:
             self.path = bottled
             return
+        # Checked before, because a memfd can have any size: the host would run out of memory only when the guest touches its pages.
         self.fd = _anonymous(rundir) if spec.memory < host.available_memory() else _file(rundir / RAM_FILE, spec)
         # Through /proc, because a memfd has no name; QEMU needs one, or the RAM would go into the saved state.
         self.path = Path(f"/proc/self/fd/{self.fd}")
+        # A memfd gets its size here, and its pages only as the guest touches them.
         os.ftruncate(self.fd, spec.memory)
         if account is not None:
             os.fchown(self.fd, account.uid, account.gid)

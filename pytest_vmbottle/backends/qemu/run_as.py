@@ -35,6 +35,8 @@ class PassedFds:
 
         QEMU could not reach its path.
         """
+        # No set of descriptors here: what loads a kernel opens plain paths only. Through /proc the file is opened anew, which needs
+        # the right to read it.
         return Path(f"/proc/self/fd/{self._open(path, os.O_RDONLY)}")
 
     def _open(self, path: Path, mode: int) -> int:

@@ -63,4 +63,5 @@ def find_uefi(arch: str, binary: Path) -> Path:
 
 
 def _candidates(arch: str, shares: Iterable[Path]) -> Iterator[Path]:
+    # Each folder once: a QEMU in /usr/bin has /usr/share for its neighbour.
     yield from (share / name for share in dict.fromkeys(shares) for name in _FILES[arch])

@@ -37,6 +37,7 @@ __all__ = ["ProbeResult", "SmolvmBackend"]
 
 _FORMAT = 1
 """Version of how machines are made and packed, part of every fingerprint."""
+# Longer than smolvm itself waits for a guest's agent (30 s), so that its own reason for a failure is the one that is reported.
 _PROOF_SECONDS = 38.0
 _OTHERS = 300.0
 _DEVICE = Path("/dev/kvm")
@@ -53,6 +54,7 @@ _REASONS = {
     PackKind.STREAM: "as requested; its machines may begin with the same random numbers",
     PackKind.TEMPLATE: "as requested; its machines may begin with the same random numbers",
 }
+# Two ways to ask for the Alpine that smolvm brings along: by an empty reference, and by the name of `default_source`.
 _OWN = ("", "smolvm")
 _SOCKET = len("/.cache/smolvm/vms/0123456789abcdef/port-forward.sock")
 """Bytes that smolvm adds to the path of its folder for a socket."""
@@ -145,6 +147,7 @@ class SmolvmBackend(Backend):
         known = self._known()
         if known is None:
             with alone(private_dir(self._proofs) / "smolvm.lock", Deadline(_OTHERS)):  # of many workers, one proves it
+                # Looked up once more, because another worker may have written it down while this one waited.
                 known = self._known() or self.prove_again()
         return known
 
@@ -160,6 +163,7 @@ class SmolvmBackend(Backend):
         # The first start of all unpacks disks of 30 GiB beside the program, which may take a slow host all the time there is.
         if verdict.works or verdict.seconds < _PROOF_SECONDS:
             records.write(self._memory(), attrs.asdict(verdict))
+        # A cached property is an entry here: this one replaces what was found earlier.
         self.__dict__["verdict"] = verdict
         return verdict
 
@@ -169,6 +173,7 @@ class SmolvmBackend(Backend):
 
     def _memory(self) -> Path:
         status = self.program.path.stat()
+        # Each part of the key may turn a failure into a success: another program, another kernel, other rights to the device.
         identity = [str(self.program.path), status.st_size, status.st_mtime_ns]
         key = digest("smolvm", _FORMAT, read_or_empty(Path("/proc/sys/kernel/random/boot_id")), identity, _device())
         return private_dir(self._proofs) / f"smolvm-{key[:24]}.json"
@@ -182,6 +187,7 @@ class SmolvmBackend(Backend):
     def _run_one(self, deadline: Deadline) -> str:
         """Run a command in a new machine; return the reason of a failure, or nothing."""
         name = f"proof-{secrets.token_hex(4)}"
+        # By its label a later run removes the machine if this process is killed.
         made_of = Creation(memory=256 << 20, label=me())
         try:
             self.engine.create(name, made_of, deadline=deadline)
@@ -236,6 +242,7 @@ class SmolvmBackend(Backend):
 
     def _local(self, name: str, path: Path) -> OwnImage:
         if path.is_dir():
+            # Not of what the files hold, which every run would have to read: sizes and times stand for it.
             content = digest([_entry(each, path) for each in sorted(path.rglob("*"))])
             return OwnImage(name=name, reference=f"{path}/", digest=content, quick=False)
         if not path.is_file():
@@ -275,6 +282,7 @@ class SmolvmBackend(Backend):
         if self._swept:
             return
         self._swept = True
+        # Those of other runs too, since all who share the catalog share the state folder.
         for listed in self.engine.machines():
             if is_dead(listed.labels.get(LABEL, "")):
                 self._remove(listed.name)
@@ -292,6 +300,7 @@ class SmolvmBackend(Backend):
         try:
             self.engine.create(name, made_of, deadline=deadline)
             started = self._maker(self.engine).start_twice(name, made_of, branchable=True, deadline=deadline)
+            # On a leash, because it belongs to no test: no folder of a machine leads the supervisor to it.
             self._sources[key] = (name, Vmm(started, leash=True))
         except BaseException:
             self._remove(name)
@@ -309,6 +318,7 @@ def _place(state: Path) -> Path:
         return state
     top = _SHORT / f"vmbottle-{os.geteuid()}"
     private_dir(top)
+    # Not followed: a link may lead to a folder of ours now, and elsewhere later.
     status = top.lstat()
     # In a folder that all can write to, somebody may have made it first.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o066:

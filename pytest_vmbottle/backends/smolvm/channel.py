@@ -66,6 +66,7 @@ class Outcome:
         if not self._begun:
             self._begun, self._held = True, plain(self._held)
         before, found, after = self._held.partition(self._mark)
+        # In front of the number stands what the guest's shell says of a signal, such as `Killed`. The line may still be incomplete.
         ending = _ENDING.match(after) if found else None
         if ending:
             self.returncode = _status(int(ending[2]), killed=bool(ending[1].strip()))
@@ -85,6 +86,7 @@ class Outcome:
 
     def _hold_back(self, data: bytes) -> None:
         """Pass on all but a possible beginning of the mark."""
+        # The longest end of the text that the mark begins with: output is cut anywhere, in the middle of the mark too.
         kept = next((n for n in range(min(len(self._mark), len(self._held)), 0, -1) if self._mark.startswith(self._held[-n:])), 0)
         split = len(self._held) - (kept if data else 0)
         held = self._held[split:]
@@ -93,6 +95,7 @@ class Outcome:
 
 
 def _status(number: int, *, killed: bool) -> int:
+    # So a command that itself ends with 130 or 141 is taken for one that SIGINT or SIGPIPE ended.
     return _BY_SIGNAL - number if killed or number - _BY_SIGNAL in _UNSAID else number
 
 
@@ -136,12 +139,15 @@ class SmolvmProcess(Running):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # Ctrl-C on this terminal is not for it, and `close` can kill it with all that is in its group.
             start_new_session=True,
         )
         streams = ((self._process.stdout, stdout), (self._process.stderr, self._verdict.feed))
         self._readers = [
             threading.Thread(target=_drain, args=(stream, sink, self.unwritten), daemon=True) for stream, sink in streams if stream
         ]
+        # Arguments that are no UTF-8 came in as surrogates (PEP 383), and go out as the bytes that they were.
+        # A thread writes them, because more than a pipe holds waits for the guest to read it.
         text = words.encode(errors="surrogateescape")
         self._opening = threading.Thread(target=self._open, args=(f"{mark} {len(text)}\n".encode() + text,), daemon=True)
         for thread in (*self._readers, self._opening):
@@ -159,6 +165,7 @@ class SmolvmProcess(Running):
         if self._process.poll() is None:
             return None
         for reader in self._readers:
+            # smolvm is gone, but its pipes may still hold output, and the status is the last part of it.
             reader.join(_GRACE)
         # Without a verdict smolvm itself failed, or its machine ended; the latter is seen in the process a moment later.
         if self._verdict.returncode is None:
@@ -168,6 +175,7 @@ class SmolvmProcess(Running):
 
     def wait(self, *, deadline: Deadline) -> int | None:
         """Wait for the status."""
+        # In steps, so that a panic or the machine's end is noticed even if smolvm still waits.
         while not self._ended(min(0.5, deadline.remaining)):
             if deadline.expired:
                 return None
@@ -243,6 +251,7 @@ def _drain(stream: IO[bytes], sink: Callable[[bytes], object], unwritten: list[O
     chunk = b"the first"
     with stream:
         while chunk:
+            # Not `stream.read`, which would wait until a whole chunk is there.
             chunk = os.read(stream.fileno(), _CHUNK)
             try:
                 if not unwritten:  # else it is read to its end all the same, so that the command is not held up
@@ -263,6 +272,7 @@ class SmolvmChannel(Channel):
         # A mark that no command knows: otherwise a command could write a status of its own to stderr.
         mark = secrets.token_hex(8)
         environment = [f"{name}={value}" for name, value in command.env]
+        # `env -i`, as over SSH: all channels give a command the same environment.
         words = f"env -i VMBOTTLE_EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
         argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP))
         closed = self._running.discard
@@ -301,6 +311,7 @@ class SmolvmChannel(Channel):
             status = process.wait(deadline=deadline)
             timed_out = status is None
             if timed_out:
+                # In the guest first, with all that it has started: the end of smolvm on this side reaches only the command.
                 self._kill(command)
                 process.wait(deadline=Deadline(_GRACE))
         finally:
@@ -369,6 +380,7 @@ class SmolvmTerminal(Terminal):
         """Resize the terminal; smolvm tells the guest."""
         with suppress(OSError):
             self._resize(columns, lines)
+            # By hand: the kernel tells a terminal's foreground group, and this terminal controls no session.
             os.killpg(self._process.pid, signal.SIGWINCH)
 
     def _resize(self, columns: int, lines: int) -> None:
@@ -379,6 +391,7 @@ class SmolvmTerminal(Terminal):
         """Exit status of the program, or None if it is not known."""
         with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(2)
+            # Below 0 a signal ended smolvm, which says nothing about the program in the guest.
             return None if code < 0 else code
         return None
 

@@ -60,9 +60,11 @@ class SmolvmChecks:
         try:
             verdict = self.prove()
         except BackendUnavailable:
+            # The check before this one has reported that already.
             return ok("not checked, because there is no smolvm")
         details = {"evidence": verdict.evidence, "seconds": round(verdict.seconds, 1)}
         if verdict.works:
             return ok(f"smolvm runs machines: {verdict.evidence}, after {verdict.seconds:.1f} s", **details)
+        # The evidence names the device only where it is missing or closed; for other failures there is no command that helps.
         remedy = kvm_remedy() if "/dev/kvm" in verdict.evidence else ""
         return missing(f"smolvm runs no machine here: {verdict.evidence}", remedy, **details)

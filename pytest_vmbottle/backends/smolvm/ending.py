@@ -13,7 +13,9 @@ from pathlib import Path
 
 __all__ = ["command"]
 
+# As in `engine`, which cannot be imported here, since it needs attrs.
 _LOCKED = "database is locked"
+# Less than the supervisor gives this program (_ENDING in host/supervisor.py), so that it ends with a status of its own.
 _SECONDS = 15.0
 _MOMENT = 0.2
 

@@ -32,11 +32,13 @@ __all__ = ["Creation", "Engine", "Listed", "alone", "failure", "plain"]
 
 log = logging.getLogger(__name__)
 
+# Bounds against a smolvm that hangs, no expectation: slow are the calls that copy a disk or fetch an image, or wait for a guest.
 _QUICK = 60.0
 _SLOW = 600.0
 _LOCKED = "database is locked"
 _RUNS_ON, _ENDED = "left the VM alive for retry", "is not running"
 """Messages of `stop` for a machine that did not write its files out within 5 s, and of `exec` for one that has ended."""
+# With pauses that double from 0.1 s, some 13 s in all.
 _TRIES = 8
 _PID = re.compile(r"PID: (\d+)")
 _NOTE = b"note: no packed assets found"
@@ -72,6 +74,7 @@ class Creation:
         return (
             *(("--from", str(self.packed)) if self.packed is not None else ()),
             *(("--image", self.image) if self.image else ()),
+            # Always given: smolvm's defaults are 4 processors and 8 GiB.
             *("--cpus", str(self.cpus), "--mem", str(max(1, self.memory >> 20))),
             *network,
             *(word for guest, host in self.ports.items() for word in ("--port", f"{host}:{guest}")),
@@ -135,6 +138,7 @@ class Engine:
             words = ("--branchable",) if branchable else ()
             said = self._do("machine", "start", "--name", name, *words, seconds=_SLOW, deadline=deadline)
         found = _PID.search(said)
+        # The message is for people and may change with a version; the list is for programs, but takes another run of smolvm.
         pid = int(found[1]) if found else self._listed(name).pid
         if pid is None:
             raise MachineTimeout(f"smolvm started the machine {name} but did not report its process id", machine=name)
@@ -263,6 +267,7 @@ class Engine:
     @contextmanager
     def _alone(self, deadline: Deadline | None) -> Iterator[None]:
         """Lock smolvm for one process at a time: its database fails when many make or start machines at once."""
+        # In or beside the state folder, so that exactly those who use the same database wait for each other.
         folder = self.state or private_dir(Path.home() / ".cache")
         with alone(folder / "vmbottle.lock", deadline or Deadline(_SLOW)):
             yield
@@ -310,6 +315,7 @@ def _run(argv: Sequence[str], deadline: Deadline, environment: Mapping[str, str]
 def _kill(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    # Something may have left the group and hold the pipes open.
     with suppress(subprocess.TimeoutExpired):
         process.communicate(timeout=2)
 
@@ -336,6 +342,7 @@ def _told(text: str) -> dict[str, Any]:
     """Return the facts in the last line of a failure."""
     with suppress(ValueError, IndexError):
         last = json.loads(text.splitlines()[-1])
+        # What crashed leaves no such object: then its whole text is the message.
         told = last.get("error") if isinstance(last, dict) else None
         return told if isinstance(told, dict) else {}
     return {}

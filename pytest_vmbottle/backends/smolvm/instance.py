@@ -65,6 +65,7 @@ class Maker:
         record = _Record.read(rundir)
         if source.kept and record is not None:
             return self._started(spec, source, rundir, record, deadline)
+        # An earlier machine of this folder, which nobody wants to keep, has the name that the new one gets.
         if record is not None:
             self.engine.delete(record.name, deadline=deadline)
         known = dict(source.forwards)
@@ -189,6 +190,7 @@ class SmolvmInstance(Instance):
         self._branchable = branchable
         self._between = False  # stopped, to be started again at once
         self._channel = SmolvmChannel(self._engine, self._name, alive=self.alive)
+        # Before the follower, which begins to write at once: the watch leaves out what is there when it is made.
         self._watch = KernelWatch(rundir / _CONSOLE)
         data = self._engine.data_dir(self._name)
         self.console = Console(rundir / _CONSOLE, ended=lambda: not self._vmm.is_running)
@@ -219,6 +221,7 @@ class SmolvmInstance(Instance):
         return 0 if self._ended_in_order or self._look().powered_off else 1
 
     def _look(self) -> KernelWatch:
+        # Now, because the follower copies only every 0.1 s: a panic must be known before the machine's end is reported.
         self._follower.catch_up()
         return self._watch.look()
 
@@ -234,6 +237,7 @@ class SmolvmInstance(Instance):
             GuestPanic: Its kernel reported a failure that the spec does not expect.
             MachineDied: The process that ran it has ended.
         """
+        # First, since a panic explains the end of the process that may follow it.
         panic = self.panic
         if panic and self._spec.panic == "fail":
             raise self._died(f"the guest's kernel is in trouble: {panic}", GuestPanic)
@@ -256,6 +260,7 @@ class SmolvmInstance(Instance):
     def _answers(self, deadline: Deadline, said: list[str]) -> bool:
         self.alive()
         try:
+            # A limit for each attempt: a smolvm that hangs must not take all the time that there is.
             answer = self._channel.run(_READY, deadline=Deadline(max(1.0, min(_ASK, deadline.remaining))))
         except SmolvmError as error:
             said.append(str(error).splitlines()[0])
@@ -313,13 +318,16 @@ class SmolvmInstance(Instance):
         try:
             self._pack(dest, deadline)
         finally:
+            # Whatever became of the pack: the machine was running, and is to run on.
             self._boot(deadline)
 
     def _boot(self, deadline: Deadline) -> None:
         made_of = creation(self._spec, self._source, self._ports)
         try:
+            # Never as a new machine: its disk is what the snapshot or the reboot is to keep.
             self._vmm = Vmm(self._maker.start_twice(self._name, made_of, deadline=deadline, anew=False))
         finally:
+            # After a failure too, or a machine that could not be started again would count as running.
             self._between = False
         self._follower.catch_up()
         # The messages of the shutdown are an earlier boot's.

@@ -96,6 +96,7 @@ def judge(path: Path) -> Program | str:
         told = run_tool([path, "machine", "--help"], timeout=_SECONDS)
     except OSError as error:
         return f"it cannot be run: {error.strerror}"
+    # In clap's help each subcommand begins a line behind two blanks, and its description follows behind two or more.
     verbs = frozenset(re.findall(r"^  ([a-z][a-z-]*)  ", told.output, re.MULTILINE))
     version = _VERSION.search(asked.output)
     # By what it can do: the other product of this name has a version too.

@@ -29,6 +29,7 @@ def me() -> str:
 
 
 def _label(process: Identity | None) -> str:
+    # Eight digits of the boot's id are enough: a label is compared only with those of the same pid and start.
     return f"{process.pid}.{process.ticks}.{process.boot[:8]}" if process is not None else ""
 
 
@@ -84,6 +85,7 @@ class Vmm:
     def let_go(self) -> None:
         """End the process that would have ended the machine; may be called again."""
         if self._leash is not None:
+            # Killed, not closed: the end of its input is the sign to kill the machine.
             self._leash.kill()
             self._leash.communicate()
             self._leash = None
@@ -110,6 +112,7 @@ class Follower:
         """Copy the new content now."""
         with self._lock, suppress(OSError), self._source.open("rb") as source:
             status = os.fstat(source.fileno())
+            # A start of the machine may begin the log anew, in the same file or in another one.
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0
             # A guest may print faster than this reads: of more than one piece the last part is kept.
@@ -131,4 +134,5 @@ class Follower:
         """Copy the rest and end; may be called again."""
         self._over.set()
         self._thread.join(5)
+        # The thread may have ended in its pause, before the last words.
         self.catch_up()

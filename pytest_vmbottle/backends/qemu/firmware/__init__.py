@@ -17,8 +17,10 @@ __all__ = ["AMOUNTS", "IMAGE_BYTES", "RAM_BYTES", "RESULTS", "WORK_DONE", "Guest
 RAM_BYTES = 16 << 20
 """Bytes of RAM of the machines for both guests."""
 
+# QEMU's PC takes a BIOS only in whole multiples of 64 KiB (x86_bios_rom_init in hw/i386).
 IMAGE_BYTES = 64 << 10
 
+# Order and number are fixed: both listings read them from their image by offsets, as the `.equ` lines of each say.
 AMOUNTS = {
     "loops": 10_000_000,
     "breakpoints": 500,

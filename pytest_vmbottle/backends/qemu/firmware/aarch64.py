@@ -372,7 +372,9 @@ _VECTORS = {4: "on_exception", 5: "on_interrupt", 8: "on_call", 9: "on_interrupt
 def _vectors(labels: Mapping[str, int]) -> bytes:
     """Return the vector table: 16 entries of 128 bytes, with a branch in each."""
     handlers = [labels[_VECTORS.get(vector, "on_surprise")] for vector in range(16)]
+    # Relative to the branch itself, so that the table is right in flash memory and in RAM.
     distances = [handler - (0x2000 + 0x80 * vector) for vector, handler in enumerate(handlers)]
+    # The instruction `b`: its lower 26 bits are the distance in words.
     return b"".join(struct.pack("<I124x", 0x14000000 | distance >> 2 & 0x3FFFFFF) for distance in distances)
 
 
@@ -386,8 +388,10 @@ def _page_tables() -> Mapping[int, bytes]:
     table, block = 0x3, 0x1
     normal, readonly = block | 0x700, 0x80  # accessed, shareable, cached
     device = block | 3 << 53 | 0x404  # accessed, never executed
+    # Addresses from the memory map in QEMU's hw/arm/virt.c.
     low = {0x00000000: normal | readonly, 0x08000000: device, 0x09000000: device}  # flash memory, interrupt controller, serial port
     ram = [address | normal for address in range(_RAM, _RAM + RAM_BYTES, _BLOCK)]
+    # A table instead of a block of 2 MiB, so that the program can take away and give back a single page.
     ram[2] = _IMAGE + 0x6000 | table
     return {
         0x3000: struct.pack("<QQ", 0x4000 | table, 0x5000 | table),

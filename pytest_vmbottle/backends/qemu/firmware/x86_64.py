@@ -12,6 +12,7 @@ __all__ = ["COUNT", "WORK", "firmware", "guests"]
 _IMAGE = 0x10000
 """Address to which the firmware copies itself. Its code is at the start, its tables from 0x1000."""
 
+# Where every program begins: `_START` is filled up to here with instructions that do nothing (0x90), and runs on into it.
 _BODY = 0x100
 
 _START = """
@@ -271,6 +272,7 @@ def guests() -> Guests:
         devices=("-device", "isa-debugcon,iobase=0xe9,chardev=report", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
         stages=_STAGES,
         hello=b"RL",
+        # isa-debug-exit makes the status odd (value * 2 + 1), so that it is never that of a QEMU that ended in order.
         done=2 * 0x21 + 1,
     )
 
@@ -286,6 +288,7 @@ def firmware(listing: str) -> bytes:
         0x0: start.ljust(_BODY, b"\x90") + body,
         0x6000: _interrupt_table(assemble(listing)[1]),
         0x7060: struct.pack("<8I", *AMOUNTS.values()),
+        # A processor begins 16 bytes below the end of its first 4 GiB, where the image's own end is.
         0xFFF0: bytes.fromhex("ea 00 00 00 f0"),  # ljmp $0xf000, $0
     }
     return image({**parts, **_page_tables(), **_segments()})
@@ -298,11 +301,13 @@ def _page_tables() -> Mapping[int, bytes]:
     """
     present, large, uncached = 0x67, 0x80, 0x10  # present: and dirty, accessed, user, writable
     directory = [megabytes << 20 | present | large for megabytes in range(0, RAM_BYTES >> 20, 2)]
+    # A table instead of a page of 2 MiB, since one page of 4 KiB is taken away and given back.
     directory[2] = _IMAGE + 0x4000 | present
     return {
         0x1000: struct.pack("<Q", _IMAGE + 0x2000 | present),
         0x2000: struct.pack("<QQQQ", _IMAGE + 0x3000 | present, 0, 0, _IMAGE + 0x5000 | present),
         0x3000: struct.pack(f"<{len(directory)}Q", *directory),
+        # Entry 0x1f7 of the fourth GiB. Devices are not cached.
         0x5FB8: struct.pack("<Q", 0xFEE00000 | present | large | uncached),
     }
 

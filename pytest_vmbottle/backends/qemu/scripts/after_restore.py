@@ -6,6 +6,7 @@ import struct
 import sys
 import time
 
+# Never closed: the process that stays inherits the descriptor by the fork below, and with it the lock.
 lock = os.open("/run/vmbottle-waker.lock", os.O_RDWR | os.O_CREAT, 0o600)
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,6 +29,8 @@ nonce, buffer = b"", b""
 def wake(clock: bytes, entropy: bytes) -> bytes:
     """Set the clock, in nanoseconds, and reseed; return the secret that identifies the guest."""
     seed = bytes.fromhex(entropy.decode())
+    # struct rand_pool_info: the entropy in bits, the size in bytes, and the bytes. This only fills the pool; the call after it makes the
+    # kernel use it.
     fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(seed), len(seed)) + seed)  # RNDADDENTROPY
     fcntl.ioctl(random, 0x5207)  # RNDRESEEDCRNG
     time.clock_settime_ns(time.CLOCK_REALTIME, int(clock))
