@@ -111,6 +111,7 @@ class Catalog:
             _check(self.root)
         self.ledger = Ledger()
         self._owner: _Owner | None = None
+        # Machines may be started in several threads, and all have to get the same entry.
         self._owning = threading.Lock()
 
     @property
@@ -223,6 +224,7 @@ class Catalog:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """Make a private folder for a build; remove it at the end of the block if it is still there."""
+        # Below the owner's folder, so that its supervisor removes it if this process dies.
         owner = self._living_owner()
         self.ledger.folders += 1
         with owner.holding(owner.folder / f"staging-{secrets.token_hex(6)}") as folder:
@@ -256,7 +258,9 @@ class Catalog:
 
         None if somebody holds it; then it stays.
         """
+        # A random end, because the same thing may be damaged again.
         aside = private_dir(self.root / "quarantine") / f"{path.name}-{secrets.token_hex(4)}"
+        # Only folders are held; a file, such as a name's record, can be moved at any time.
         if not path.is_dir():
             return path.rename(aside)
         return aside if generations.remove(path, aside=aside) else None
@@ -271,6 +275,7 @@ class Catalog:
 
         Return whether it is gone.
         """
+        # All of them, because a replaced one that is left would count again.
         return generations.remove_all(self._generations(pack))
 
     def lease(self, folder: Path) -> int:
@@ -334,6 +339,7 @@ class Catalog:
                     shutil.rmtree(place, ignore_errors=True)
         for folder in ("locks", "proofs", "images/names", "images/seen", "machines/*"):
             with suppress(OSError):  # a machine's folder may go while it is looked for
+                # Only hidden files: those that `atomic_file` had not renamed yet.
                 for path in self.root.glob(f"{folder}/.*"):
                     _remove_stale(path)
 
@@ -420,6 +426,7 @@ class _Owner:
         A forked child only closes its copy of the descriptor.
         """
         if self.is_us:
+            # The lock's file last: by it `gc` finds what a crash in between leaves. It is still locked, so that nobody takes us for dead.
             shutil.rmtree(self.folder, ignore_errors=True)
             self.lock.unlink(missing_ok=True)
         if self._supervisor is not None:
@@ -433,6 +440,7 @@ def _removed(folder: Path) -> bool:
     if snapshots.is_dir() and not generations.remove_all(snapshots.iterdir()):
         return False
     shutil.rmtree(folder, ignore_errors=True)
+    # The record last, because a crash in between leaves the rest to the supervisor.
     folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
     return True
 

@@ -36,6 +36,7 @@ def _catalog(root: Path) -> Answer:
 
 
 def _disk_space(root: Path) -> Answer:
+    # The catalog need not be there yet, so its nearest folder tells the file system.
     place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     usage = shutil.disk_usage(place)
     details = {"path": str(place), "free": usage.free, "total": usage.total}

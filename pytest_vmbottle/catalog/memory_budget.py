@@ -70,6 +70,7 @@ class Budget:
             limit: Bytes that may be reserved together; by default a part of the memory that this host, or its control group, has available.
         """
         self._folder, self._limit = folder, limit
+        # A token besides the process id, because the kernel gives ids out again.
         self._owner, self._pid = secrets.token_hex(4), os.getpid()
 
     @contextmanager
@@ -94,6 +95,7 @@ class Budget:
             turn = self._wait(turn, deadline, waiting)
             yield
         finally:
+            # A forked child only closes its copy of the descriptor, because the reservation is its parent's.
             if turn.pid == os.getpid():
                 # By either name: a signal may have come between the rename and the assignment.
                 for held in (False, True):
@@ -110,6 +112,7 @@ class Budget:
             # Behind all that are there, so that nobody overtakes.
             number = max((turn.number for turn in turns), default=0) + 1
             turn = _Reservation(number=number, pid=self._pid, owner=self._owner, size=size, held=False)
+            # With the folder locked, so that nobody sees the file before its own lock and takes it for a dead process's.
             return turn, new(self._folder / turn.name)
 
     def _check_fits(self, size: int, name: str, own: int) -> None:
@@ -141,6 +144,7 @@ class Budget:
                 waiting(f"waiting for {format_size(turn.size)} of memory, {reminder.elapsed:.0f} s: {words}")
             return None
 
+        # Polled, because nothing wakes those who wait when a process dies and the kernel ends its lock.
         mine = deadline.poll(go, every=0.03, first=0.01)
         if mine is None:
             raise CatalogError(f"timed out after {deadline.seconds:.0f} s waiting for {format_size(turn.size)} of memory: {words}")

@@ -130,6 +130,7 @@ class Pack:
             raise PackCorrupt(f"{label} {'has a file that does not belong there' if name in found else 'lacks a file'}: {name}")
         for name, expected in self.manifest.files.items():
             path = self.path / name
+            # What a symbolic link leads to could change after this look at it.
             if path.is_symlink() or not path.is_file() or sparse_digest(path) != expected:
                 raise PackCorrupt(f"{label} is damaged: {name} does not match the manifest")
 
@@ -292,4 +293,5 @@ def seal(folder: Path, manifest: Manifest) -> None:
     complete = attrs.evolve(manifest, files=files)
     # Two steps, because the digest is of everything else in the manifest.
     complete = attrs.evolve(complete, check=complete.body())
+    # Version 0 has no checksum of its own, which `check` is already.
     records.write(folder / _MANIFEST, cattrs.unstructure(complete), version=0, mode=0o400)

@@ -61,6 +61,7 @@ def copy_in(source: Path, target: GuestPath) -> None:
         stream.seek(0)
         try:
             words = (str(target), name, temporary, _blocking(size), itself)
+            # tar finds the end of its input by itself, so it may read a disk that is longer than the archive.
             result = target.shell.feed(_PUT, *words, source=stream, size=size, framed=True)
         except VMBottleError:  # it was killed at its time-out, or the channel is lost
             with suppress(VMBottleError):
@@ -114,6 +115,7 @@ def pack_out(source: GuestPath, target: Path, form: str) -> Path:
     _check_folder(target.parent)
     if not source.is_dir() and source.exists():
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory (in the guest)", str(source))
+    # Less the umask, like any file that a program makes; what `atomic_file` makes is private by default.
     with _failures(source, target), _arrived(_named(source), target.parent) as arrived, atomic_file(target, mode=0o666) as file:
         FORMATS[form](arrived, file)
     return target
@@ -126,6 +128,7 @@ def _failures(source: Path | GuestPath, target: Path | GuestPath) -> Iterator[No
         yield
     except (FileNotFoundError, PermissionError, VMBottleError):
         raise
+    # A ValueError may come from a guest whose answer has other words than it should.
     except (OSError, ValueError, IndexError, archive.Refused) as error:
         number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
         raise TransferError(reason or str(error) or "it was interrupted", src=str(source), dst=str(target), number=number) from error

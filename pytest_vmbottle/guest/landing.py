@@ -35,6 +35,7 @@ def destination(target: Path, name: str | None) -> Iterator[tuple[Path, int, str
     if target.is_symlink() and target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "Is a symbolic link, and copies do not follow it: name its target", str(target))
     within = name is not None and target.is_dir()
+    # `.` and `..` are no names that something could be moved to.
     target = target if within or target.name not in ("", "..") else target.resolve()
     folder = target if within else target.parent
     if not folder.is_dir():
@@ -113,6 +114,7 @@ def settle(arrived: Path, folder: int, name: str) -> None:
         if _is_folder(old, source) and _is_folder(new, target):
             merged.append((parts, _mode(old, source)))
             left.append(parts)
+            # So that it can be read and emptied, whatever mode the guest's folder has.
             os.chmod(old, 0o700, dir_fd=source)
         else:
             _rename(old, source, new, target)

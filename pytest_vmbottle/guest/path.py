@@ -92,11 +92,15 @@ _SCAN = read_script(__package__, "scan.sh")
 _MKDIR = read_script(__package__, "mkdir.sh")
 _TOUCH = read_script(__package__, "touch.sh")
 _RENAME = read_script(__package__, "rename.sh")
+# The script looks first, because ln(1) would put the link into a folder of that name.
 _LINK = '[ ! -e "$1" ] && [ ! -L "$1" ] || exit 104; exec ln $3 -- "$2" "$1"'
+# stat(1) says what is wrong, where readlink(1) and `rm -f` say nothing.
 _READLINK = 'stat "$1" > /dev/null || exit 1; [ -L "$1" ] || exit 108; exec readlink "$1"'
 _RMTREE = 'stat "$1" > /dev/null || exit 1; [ -d "$1" ] && [ ! -L "$1" ] || exit 103; exec rm -rf "$1"'
+# %f, %t and %T are hexadecimal. %x, %y and %z have the nanoseconds.
 _STAT = 'exec stat $2 -c "%f %i %d %h %u %g %s %X %Y %Z %b %o %t %T|%x|%y|%z" "$1"'
 _OWNER = 'exec stat -L -c "$2" "$1"'
+# stat(1) first, because chmod(1) has words of its own for a symbolic link that leads nowhere.
 _CHMOD = 'stat -L "$1" > /dev/null && exec chmod "0$2" "$1"'  # five digits clear a folder's set-id bits too
 _CHOWN = 'exec chown -- "$2" "$1"'
 
@@ -369,6 +373,7 @@ class GuestPath:
         return f"GuestPath({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
+        # The same path in two machines is of two files.
         return isinstance(other, GuestPath) and self._pure == other._pure and self._shell is other._shell
 
     def __lt__(self, other: object) -> bool:
@@ -426,6 +431,7 @@ class GuestPath:
             >>> vm.path("/srv/blob").write_bytes(bytes(1024), mode=0o600)
             1024
         """
+        # memoryview refuses what is no data: bytes(5) would be five zeros.
         content = bytes(memoryview(data))
         words = (str(len(content)), "" if mode is None else mode_word(mode), owner_word(owner))
         self._check(self._shell.feed(_WRITE, str(self), *words, source=BytesIO(content), size=len(content)))
@@ -578,6 +584,7 @@ class GuestPath:
             >>> vm.path("/bin").readlink()
             PurePosixPath('usr/bin')
         """
+        # Without the line break that readlink(1) adds, and only that one: the target may end with more of them.
         return PurePosixPath(self._check(self._shell.script(_READLINK, str(self))).stdout[:-1])
 
     # -- what is in it ---------------------------------------------------------------------------------------------------------------
@@ -658,6 +665,7 @@ class GuestPath:
             folder = waiting.pop()
             dirs, files = inside.get(folder, ([], []))
             yield folder, dirs, files
+            # Only now, because the caller may have removed folders from the list, as with os.walk.
             if depth is None or len(folder.parts) - len(self.parts) + 1 < depth:
                 # Reversed, because the last one is taken first.
                 waiting += [folder / name for name in reversed(dirs)]
@@ -963,6 +971,7 @@ def raise_for(result: Result, path: GuestPath | str, other: GuestPath | None = N
     """
     if result.ok:
         return
+    # No errno stands for a name that is not there, for which shutil.chown raises LookupError.
     if nobody := _NOBODY.search(result.stderr):
         raise LookupError(printable(f"{nobody[1][:_SAID]} (in the guest), for {str(path)!r}"))
     number = _number(result)
@@ -973,6 +982,7 @@ def raise_for(result: Result, path: GuestPath | str, other: GuestPath | None = N
 
 def _number(result: Result) -> int:
     numbers = (_TEXTS.get(line.rpartition(": ")[2]) or (errno.ENOSPC if _SHORT_WRITE.search(line) else 0) for line in _lines(result))
+    # A status of our own scripts is exact; where a program failed, only its words tell.
     return _STATUS.get(result.returncode) or next(filter(None, numbers), 0)
 
 

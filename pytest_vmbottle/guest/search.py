@@ -17,6 +17,7 @@ __all__ = ["Query"]
 _BAD_PATTERN, _BAD_GREP = 110, 111
 _ENDED_LATE = frozenset({124, 137, 143})
 """Statuses of timeout(1) after it ended its command: GNU's own, then SIGKILL, then BusyBox's."""
+# Characters of a line that are returned. They take up to 4000 bytes, and search.sh keeps so many behind the longest path.
 _TEXT = 1000
 _RECORD = re.compile(r"([0-9]{1,18}):([^\0]*)\0(.*)", re.DOTALL)
 
@@ -85,6 +86,7 @@ class Query:
             ValueError: The regular expression is invalid.
             OSError: The guest's grep is missing or is not GNU grep.
         """
+        # A command that was ended from outside has no status of its own.
         if not timed_out:
             self._check(result)
         records = result.stdout.split("\n")  # a path; then line, text and the path of the next match, again and again
@@ -95,6 +97,7 @@ class Query:
                 break  # cut off
             found.append(Match(path=path.replace("\0", "\n"), line=int(match[1]), text=_cut(match[2])))
             path = match[3]
+        # The script asked for one match more, and of that only the path is left.
         found.truncated |= len(found) == self.max_results and bool(path)
         return found
 

@@ -83,6 +83,7 @@ def _members(tar: tarfile.TarFile, source: str, name: str) -> Iterator[tuple[str
 
 def _segments(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
     """Return the data segments of a file with holes, or None if it has no holes."""
+    # Most files have no holes, and are not searched for them.
     if os.fstat(file.fileno()).st_blocks * _BLOCK >= size:
         return None
     found, at = [], 0
@@ -94,6 +95,7 @@ def _segments(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
         at = min(os.lseek(file.fileno(), start, os.SEEK_HOLE), size)
         found.append((start, at - start))
     file.seek(0)
+    # The empty segment says how long a file is that ends with a hole, as GNU tar writes it.
     return [*found, (size, 0)]
 
 
@@ -104,6 +106,7 @@ def _add_sparse(tar: tarfile.TarFile, member: tarfile.TarInfo, content: BinaryIO
     fields = {"major": "1", "minor": "0", "name": member.name, "realsize": str(member.size)}
     member.pax_headers = {f"GNU.sparse.{key}": value for key, value in fields.items()}
     folder, _, last = member.name.rpartition("/")
+    # A tar that does not know the format unpacks table and data under this name, and no damaged file under the right one.
     member.name = f"{folder}/GNUSparseFile.0/{last}" if folder else f"GNUSparseFile.0/{last}"
     member.size = len(table) + sum(length for _, length in segments)
     tar.addfile(member, _Concatenated(table, content, segments))  # type: ignore[arg-type] # it only reads
@@ -194,6 +197,7 @@ def unpack(source: BinaryIO, folder: Path) -> None:
     bounded = _Bounded(source)
     reader = _Reader(folder)
     try:
+        # Only uncompressed archives, because a small compressed one can expand to any size.
         with tarfile.open(fileobj=bounded, mode="r:") as tar:  # type: ignore[call-overload] # it only reads and seeks
             count = 0
             for count, member in enumerate(tar, start=1):
@@ -313,6 +317,7 @@ class _Reader:
 
     def finish(self) -> None:
         """Set the times and modes of the folders, once nothing more is written into them."""
+        # Before the modes, which may forbid the way to a folder below.
         for path, mtime in reversed(self._times):
             os.utime(path, (mtime, mtime))
         # Children first, because a folder's mode may forbid to enter it.

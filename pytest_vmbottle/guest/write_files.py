@@ -44,6 +44,7 @@ def write_files(shell: Shell, files: Mapping[GuestPath, File], *, clean: bool, m
             contents = {name: files[path] for name, path in members.items()}
             for name, content in contents.items():
                 _add(tar, name, content[0] if isinstance(content, tuple) else content)
+            # In a folder that no file of the user's can be in: the names of those begin with a number.
             for bits, names in _modes(contents).items():
                 _add(tar, f".modes/{bits}", b"".join(names))
         size = stream.tell()
@@ -91,6 +92,7 @@ def _add(tar: tarfile.TarFile, name: str, content: Content) -> None:
     if isinstance(content, Path):
         with content.open("rb") as file:
             status = os.fstat(file.fileno())
+            # Its other bits do not count: those come from the guest's umask, or from the file that it replaces.
             member.mode |= status.st_mode & 0o100
             _add_stream(tar, member, file, status.st_size)
         return

@@ -65,6 +65,8 @@ class _Source:
     def is_debians(self) -> bool:
         """Tell whether it is Debian's archive or a mirror of it, and no third party's."""
         keys = self.signed_by.replace(",", " ").split()
+        # True without keys as well: then apt's global keys apply, and the address has to say whose archive it is. A key that stands in the
+        # stanza itself is not in the list, so such a source counts as a third party's.
         named = all(key in _KEYRINGS for key in keys)
         return named and "main" in self.components and (bool(keys) or all(map(_is_archive, self.uris)))
 
@@ -83,6 +85,7 @@ def _narrowed(sources: Iterable[_Source], suite: str) -> list[_Source]:
         attrs.evolve(source, suites=tuple(each for each in source.suites if each == suite or each.startswith(f"{suite}-")))
         for source in sources
     ]
+    # Updates alone are no system.
     return [source for source in kept if source.suites] if any(suite in source.suites for source in kept) else []
 
 
@@ -95,6 +98,7 @@ def _of_another_release(sources: Iterable[_Source], suite: str) -> list[_Source]
     for release in _RELEASES:
         new = {f"{release}{pocket}": f"{suite}{pocket}" for pocket in _POCKETS}
         moved = [attrs.evolve(source, suites=tuple(new[each] for each in source.suites if each in new)) for source in debians]
+        # Only the first release that fits: a host that mixes releases would list the same suite twice.
         if any(suite in source.suites for source in moved):
             return [source for source in moved if source.suites]
     return []
@@ -121,12 +125,14 @@ def _lines(text: str) -> Iterator[_Source]:
 
 
 def _stanzas(text: str) -> Iterator[_Source]:
+    # Without blanks at their ends, because a line of blanks may separate stanzas too: see deb822(5).
     lines = "\n".join(line.rstrip() for line in text.splitlines() if not line.startswith("#"))
     for stanza in re.split(r"\n{2,}", lines.strip()):
         # A line that begins with a blank continues the field above it.
         fields = {key.strip().lower(): value for key, _, value in (field.partition(":") for field in re.split(r"\n(?=\S)", stanza))}
         suites = tuple(fields.get("suites", "").split())
         if suites and "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").strip().lower() not in ("no", "false", "0"):
+            # Without deb-src, whose lists would be downloaded for nothing. All other fields stay the host's, such as its keys and mirrors.
             kept = [(key, " deb" if key == "types" else value) for key, value in fields.items()]
             at = list(fields).index("suites")
             before, after = ("\n".join(f"{key.title()}:{value}" for key, value in part) for part in (kept[:at], kept[at + 1 :]))

@@ -61,6 +61,7 @@ _LEASH = ("setpriv", "--pdeathsig", "KILL")
 _NAMESPACES = (*_LEASH, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _SCRIPT = "vmbottle-script"  # run_script.sh knows it too
 _RUN_SCRIPT = read_script(__package__, "run_script.sh")
+# The unpacked system and its raw disk lie side by side.
 _NEEDED_SPACE = 2 << 30
 _PREFIX = "vmbottle-build-"
 _SUBORDINATE = re.compile(r"^([^:\n]+):(\d+):(\d+)$", re.MULTILINE)  # subuid(5)
@@ -125,6 +126,7 @@ def build(  # noqa: PLR0913 - a build has many parts
         say("adding it to the images")
         words = ", with ".join((chosen.description, *([", ".join(include)] if include else []), *(["a script"] if script else [])))
         cmdline = _CMDLINE.format(console=console)
+        # The kernel beside the disk is booted directly, so the traits' firmware does not matter, not even on aarch64.
         image = store.publish(folder, name=name, cmdline=cmdline, description=words, traits=Traits(prepared=True), replace=True)
     say("done")
     return image
@@ -176,6 +178,7 @@ class _Workshop:
                 for folder in outer.iterdir():
                     cls(folder, say).clear()
                 shutil.rmtree(outer, ignore_errors=True)
+        # The lock says that this process lives: see `abandoned`.
         with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as new, locked(Path(new), shared=True):
             # A random folder below one that cannot be listed: others may enter it only if they know its name.
             shop = cls(Path(new) / secrets.token_hex(16), say)
@@ -221,6 +224,7 @@ class _Workshop:
             CatalogError: The tool failed; the message has the last lines of its output.
         """
         words = [str(word) for word in argv]
+        # TMPDIR, so that what a killed tool leaves goes with this folder. LC_ALL, because the output is read here and shown.
         environment = {**os.environ, "PATH": self._path, "TMPDIR": str(self.folder), "LC_ALL": "C.UTF-8"}
         process = subprocess.Popen(  # noqa: S603 - argv list, no shell
             words,
@@ -232,7 +236,7 @@ class _Workshop:
             cwd=self.folder,
             env=environment,
             umask=0o022,  # the mapped ids read what we write, and we read what they write
-            start_new_session=True,
+            start_new_session=True,  # a group that can be killed whole, and that a terminal's Ctrl-C does not reach before us
         )
         tail: deque[str] = deque(maxlen=25)
         try:
@@ -282,6 +286,7 @@ class _Workshop:
         if content:
             try:
                 # Files of mapped ids do not belong to the user, who alone could not remove them.
+                # On one file system, because a mount that was left behind could lead into the host.
                 self.run_as_root("rm", "-rf", "--one-file-system", "--", *content)
             except (CatalogError, OSError) as error:
                 self.say(f"cannot remove {self.folder}: {error}")
@@ -302,6 +307,7 @@ def _end_group(process: subprocess.Popen[str]) -> None:
         Deadline(5).poll(ended)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        # Until the others have died too, because they could still write to the folder, which is removed next.
         Deadline(2).poll(lambda: _is_empty(process.pid), every=0.02)
 
 
@@ -325,7 +331,9 @@ def without_ids(files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"
     if all(any(owner in (name, number) for owner, _, _ in entries) for entries in ranges):
         return ""
     # Behind everybody else's: ids that two users share would let each at the other's files.
+    # From 100000 on and 65536 of them, like useradd(8); the last one that Debian needs is nobody, 65534.
     first = max([100_000, *(int(start) + int(count) for entries in ranges for _, start, count in entries)])
+    # usermod(8) knows users by their names only.
     if not name:
         return " && ".join(f"echo {number}:{first}:65536 | sudo tee -a {file}" for file in files)
     return f"sudo usermod --add-subuids {first}-{first + 65_535} --add-subgids {first}-{first + 65_535} {name}"
@@ -353,11 +361,14 @@ def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str],
         (shop.folder / name).write_text(text)
     packages = [package.format(arch=arch) for package in recipe.packages] + list(include)
     shop.bootstrap(
+        # With apt in it, by which layers install packages.
         "--variant=apt",
         "--format=directory",
         f"--architectures={arch}",
         f"--include={','.join(packages)}",
+        # Before the kernel is installed, because that makes the initramfs.
         f"--essential-hook=tar-in {shlex.quote(str(early))} /",
+        # After all packages, whose own files these replace, and before a user's script, which finds the system as it will be.
         f"--customize-hook=tar-in {shlex.quote(str(late))} /",
         *(_run_in(shop, script) if script else ()),
         *([] if sources else [_default_keyring(recipe)]),
@@ -366,6 +377,7 @@ def _install(shop: _Workshop, recipe: Recipe, arch: str, include: Sequence[str],
         *(shop.folder / name for name in sources),
     )
     # Every machine has its own, and one that forgot would share these with all others.
+    # The unit that takes the seed also runs only while there is no key: see `vmbottle-seed.service`.
     shop.run_as_root("find", root / "etc/ssh", "-name", "ssh_host_*", "-delete")
     return root
 
@@ -388,6 +400,7 @@ def _make_disk(shop: _Workshop, root: Path, folder: Path, size: int) -> None:
         # The last of several kernels, by name, is taken for the newest.
         with found[-1].open("rb") as source:
             copy_in(source, folder / target)
+    # Without partitions /dev/vda is the file system itself, which a guest on a larger disk just has to grow.
     raw = shop.folder / "disk.raw"
     # Lazy: initialising tables that nobody has used would fill the image with zeros.
     lazy = "lazy_itable_init=1,lazy_journal_init=1"
@@ -401,6 +414,7 @@ def _write_tar(path: Path, files: Mapping[str, str | bytes], links: Mapping[str,
     """Write a tar file with root's files, their folders, and links."""
 
     def member(name: str, kind: bytes, mode: int) -> tarfile.TarInfo:
+        # It belongs to root by default. mmdebstrap unpacks it inside of its namespace, where it may make such files.
         info = tarfile.TarInfo(name)
         info.type, info.mode, info.mtime = kind, mode, int(time.time())
         return info

@@ -55,6 +55,7 @@ def _namespaces() -> Answer:
         return degraded(f"this user has no subordinate user and group ids: without root, {_CANNOT_BUILD}", remedy, needed=True)
     if mmdebstrap is None:
         return unknown("not tested, because mmdebstrap, which tests it, is missing", needed=True)
+    # Tried as the builder does, because sysctls, AppArmor and containers can each forbid it.
     ended = run_tool([mmdebstrap, "--unshare-helper", "true"], timeout=TOOL_SECONDS)
     if not ended.ok:
         said = ended.output.strip()[-200:]
@@ -64,6 +65,7 @@ def _namespaces() -> Answer:
 
 
 def _allow_namespaces() -> str:
+    # One is Debian's, one is AppArmor's. A kernel that lacks a switch has no such file, which reads as empty.
     switches = {"kernel.unprivileged_userns_clone": "1", "kernel.apparmor_restrict_unprivileged_userns": "0"}
     now = {name: read_or_empty(Path("/proc/sys", *name.split("."))).strip() for name in switches}
     wrong = [f"{name}={right}" for name, right in switches.items() if now[name] not in ("", right)]

@@ -16,6 +16,7 @@ __all__ = ["CLOUD_IMAGES", "Checksum", "CloudImage", "checksum_in"]
 
 _DIGITS = {"sha256": 64, "sha512": 128}
 _ALONE = re.compile(r"(?P<digest>[0-9a-fA-F]+)")
+# As sha256sum(1) writes them: after a blank or, for a file that was read in binary mode, a star comes the name.
 _GNU = re.compile(r"(?P<digest>[0-9a-fA-F]+) [ *](?P<file>\S+)")
 _BSD = re.compile(r"(?P<algorithm>[A-Z0-9]+) \((?P<file>[^()]+)\) = (?P<digest>[0-9a-fA-F]+)")
 
@@ -158,6 +159,7 @@ def _alpine(version: str, patch: int) -> CloudImage:
         algorithm="sha512",
         user="alpine",
         arches=_UNAME_ARCHES,
+        # Alpine publishes a file for each firmware, and aarch64 has no BIOS.
         firmware={"x86_64": "bios", "aarch64": "uefi"},
     )
 
@@ -194,12 +196,15 @@ def checksum_in(text: str, file: str, algorithm: str) -> Checksum | None:
 
 def _digests(text: str, file: str, algorithm: str) -> Iterator[str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # A digest without a name: only in a file with nothing else is it surely that of the image beside it.
     if len(lines) == 1 and (alone := _ALONE.fullmatch(lines[0])):
         yield alone["digest"]
     for line in lines:
         match = _BSD.fullmatch(line)
+        # A list may have digests of several algorithms. A BSD line names its own; in the others the length tells, see `checksum_in`.
         if match and match["algorithm"].lower() != algorithm:
             continue
         match = match or _GNU.fullmatch(line)
+        # Lists made by `sha256sum ./*` have the folder before each name.
         if match and match["file"].removeprefix("./") == file:
             yield match["digest"]

@@ -46,6 +46,7 @@ _KEYS: Mapping[Kind, tuple[str, ...]] = {
 _CHOICES = {"arch": ("x86_64", "aarch64"), "firmware": get_args(Firmware), "readiness": get_args(Readiness)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PYPROJECT, _OWN = "pyproject.toml", "vmbottle.toml"
+# Enough to tell a project's declarations apart. With a hyphen they leave 87 of the 100 characters of a name in the store.
 _DIGITS = 12
 
 
@@ -67,6 +68,7 @@ class DeclaredImage:
     """
 
     name: str
+    # Not compared, because the same declaration in two projects is one image.
     origin: str = attrs.field(eq=False)
     kind: Kind
     source: str
@@ -165,6 +167,7 @@ def find_declared_images(start: Path) -> dict[str, DeclaredImage]:
     """
     start = start.resolve()
     for folder in (start, *start.parents):
+        # The start itself is trusted: whoever can write there can change the tests too.
         if folder != start and folder.stat().st_mode & stat.S_IWOTH:
             break
         if list(_declaring(folder)):
@@ -192,6 +195,8 @@ def _content(file: Path) -> bytes | None:
     try:
         return file.read_bytes()
     except OSError as error:
+        # Folders above may be other users', so missing rights are no error. Our own file must be readable in every other way: a folder
+        # in its place, for example, is a mistake of the project's.
         if file.name != _OWN or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
             return None
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
@@ -200,6 +205,7 @@ def _content(file: Path) -> bytes | None:
 def _parsed(file: Path, content: bytes) -> dict[str, Any]:
     try:
         return tomllib.loads(content.decode())
+    # Text that is not UTF-8 is a ValueError too. tomllib recurses, so deeply nested arrays exhaust its stack.
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{file}: cannot be read as TOML: {error}") from None
 
@@ -282,6 +288,7 @@ class _Table:
         if key == "packages":
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
                 raise self._wrong(key, f"takes a list of names, not {value!r}")
+        # TOML can write a NUL, which no path and no argument of a program can have.
         elif not isinstance(value, str) or not value or "\0" in value:
             raise self._wrong(key, f"takes a text, not {value!r}")
         if key in _CHOICES and value not in _CHOICES[key]:
@@ -310,6 +317,7 @@ class _Table:
             check_url(url)
         except CatalogError as error:
             raise self._wrong("url", str(error)) from None
+        # Also needed by `stored_name`, in which the digest stands for the content, and the URL does not count.
         if "sha256" not in self._table:
             raise self._wrong("sha256", "is missing: a download needs one")
         return url
@@ -343,6 +351,7 @@ class _Table:
         if "run" in self._table:
             raise self._wrong("run", "cannot be used with script: give the commands in a file or here, not both")
         try:
+            # The content and not the path, so that a changed script gives another stored name, and with it another build.
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

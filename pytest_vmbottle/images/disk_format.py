@@ -25,6 +25,8 @@ __all__ = ["DiskFormat", "check_again", "check_whole", "disk_format", "inspect",
 DiskFormat = Literal["qcow2", "raw"]
 
 _QCOW2_MAGIC = b"QFI\xfb"
+# Magic, version, backing file (offset, length), cluster bits, disk size, encryption, L1 table (entries, offset), refcount table (offset,
+# clusters), snapshots (number, offset). From version 3: features (incompatible, compatible, autoclear), refcount order, header length.
 _QCOW2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _QCOW2_V3 = struct.Struct(">QQQII")
 _COMPRESSION_AT = _QCOW2.size + _QCOW2_V3.size
@@ -90,6 +92,7 @@ def disk_format(head: bytes, size: int) -> tuple[DiskFormat, int]:
         raise CatalogError(
             f"is not a disk image: its size, {size} bytes, is not a multiple of {_SECTOR}; it was cut off, or something follows its end"
         )
+    # A raw disk has no magic: without a sign of its content any file would pass for one, and the guest would just not boot.
     if size < _MIN_DISK or not any(head.startswith(magic, at) for at, magic in _SIGNATURES):
         raise CatalogError("is not a disk image: it is not qcow2, and as a raw disk it would begin with a partition table or a file system")
     if size > _MAX_DISK:
@@ -122,7 +125,9 @@ def _qcow2_size(head: bytes, file_size: int) -> int:
 
 def _check_tables(cluster: int, size: int, tables: list[int], *, extended: bool, file_size: int) -> None:
     l1_len, l1_at, refs_at, refs_len, _, snapshots_at = tables
+    # Extended L2 entries have 128 bits, others 64.
     per_table = cluster // (16 if extended else 8)
+    # A table that does not cover the disk contradicts the header, and QEMU refuses it as well.
     _need(-(-size // (cluster * per_table)) <= l1_len <= _MAX_L1 // 8, f"an L1 table of {l1_len} entries for {size} bytes")
     _need(_inside(l1_at, l1_len * 8, cluster, file_size), "an L1 table outside the file")
     _need(0 < refs_len * cluster <= _MAX_REFCOUNT_TABLE, f"a refcount table of {refs_len} clusters")
@@ -154,6 +159,7 @@ def _check_features(head: bytes, cluster_bits: int) -> tuple[bool, int]:
     """
     if len(head) < _COMPRESSION_AT:
         raise CatalogError("is not a disk image: its qcow2 header is cut off")
+    # The second word has compatible features, which a reader may ignore by definition.
     features, _, extras, refcount_order, length = _QCOW2_V3.unpack_from(head, _QCOW2.size)
     if features & _DATA_FILE:
         raise CatalogError(
@@ -181,6 +187,7 @@ def _need(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - the two read a
 
 
 def _inside(at: int, length: int, cluster: int, file_size: int) -> bool:
+    # The first cluster belongs to the header, so that a table there would overlap it.
     return at >= cluster and at % cluster == 0 and at + length <= file_size
 
 
@@ -226,13 +233,16 @@ def check_whole(file: BufferedReader, path: Path) -> None:
     Raises:
         CatalogError: It does: the file is truncated.
     """
+    # Callers run `inspect` first, which bounds the numbers that are used here.
     size, head = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), _HEAD, 0)
     if not head.startswith(_QCOW2_MAGIC):
         return
     _, version, _, _, cluster_bits, _, _, l1_len, l1_at, *_ = _QCOW2.unpack_from(head)
     features = _QCOW2_V3.unpack_from(head, _QCOW2.size)[0] if version > 2 else 0  # noqa: PLR2004 - older ones have none
     step = 2 if features & _EXTENDED_L2 else 1
+    # Part of the word is the length: see "Compressed Clusters Descriptor" in the format.
     compressed = (1 << 62 - (cluster_bits - 8)) - 1
+    # QEMU reads zeros beyond the end of a file, so the guest would find damaged files, and only much later.
     for table in set(_entries(file, l1_at, l1_len)):
         for entry in _entries(file, table & _OFFSET, (1 << cluster_bits) // 8)[::step] if table & _OFFSET else ():
             at = entry & compressed if entry & _COMPRESSED else entry & _OFFSET

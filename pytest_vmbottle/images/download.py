@@ -54,7 +54,9 @@ _PAUSE = 2.0
 """Seconds before a transfer that broke off is resumed."""
 _OLD_SECONDS = 7 * 86400
 _OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
+# Statuses of a server, or of a proxy before it, that is busy or has lost the other side for a moment.
 _LATER = {408, 425, 429, 500, 502, 503, 504}
+# Digits are limited, because a server may send thousands, and int() refuses such numbers.
 _RANGE = re.compile(r"bytes (?P<start>[0-9]{1,18})-[0-9]{1,18}/(?P<total>[0-9]{1,18})")
 
 
@@ -140,6 +142,8 @@ class Partial:
 
     def restart(self, validator: str) -> None:
         """Discard the downloaded bytes."""
+        # Emptied before the new name is noted: after a crash in between, old bytes must not go by the name of new content. Not replaced,
+        # because the lock is on this very file.
         os.truncate(self.path, 0)
         records.write(self._record, {"validator": validator})
 
@@ -182,6 +186,7 @@ class Downloads:
         try:
             yield Partial(path)
         finally:
+            # Before the lock is released: after that it may be the next holder's.
             holder.unlink(missing_ok=True)
             os.close(fd)
 
@@ -242,6 +247,7 @@ class Transfer:
     def _go_on(self) -> None:
         size, validator = self.partial.size, self.partial.validator
         # Without a name for the content the bytes could be of another: from the start, then.
+        # If-Range has a server whose content is another one by now send all of it (RFC 9110, 13.1.5).
         headers = {"Range": f"bytes={size}-", "If-Range": validator} if size and validator else {}
         with _get(self.url, headers, self.what, self.deadline) as response:
             if response.status == _NO_SUCH_RANGE and headers:
@@ -268,6 +274,7 @@ class Transfer:
                 done += len(chunk)
                 # The announced length may be missing or wrong, so what comes is counted.
                 if done > self.max_size:
+                    # Nothing that could be resumed.
                     file.truncate(0)
                     raise CatalogError(
                         f"{self.what} at {self.url} is not an image: more than {format_size(self.max_size)} came, and no end"
@@ -373,6 +380,7 @@ class _Watch:
 
         def cut() -> None:
             late.set()
+            # In the timer's thread. Not closed: that wakes no thread that reads the socket, and its number could soon be another file's.
             with suppress(OSError):
                 if (sock := self._socket()) is not None:
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not as TLS does it, which would go on in plain text
@@ -418,8 +426,10 @@ def _get(url: str, headers: dict[str, str], what: str, deadline: Deadline) -> It
     headers = {"User-Agent": "pytest-vmbottle", "Accept-Encoding": "identity", **headers}
     for _ in range(_REDIRECTS + 1):
         with _connected(url, context) as pool, ExitStack() as answers:
+            # A new table for this manager, because the old one is shared by all users of urllib3 in the process.
             pool.pool_classes_by_scheme = {**pool.pool_classes_by_scheme, "https": watch.pool_class()}
             with _explained(url, what), watch.limit(_ANSWER_SECONDS):
+                # Without urllib3's retries: `Transfer` tries again, and knows where to go on.
                 response = pool.request(
                     "GET", url, headers=headers, redirect=False, retries=False, preload_content=False, timeout=_timeout()
                 )
@@ -488,6 +498,7 @@ def _explained(url: str, what: str) -> Iterator[None]:
     host = urlsplit(url).hostname
     try:
         yield
+    # From the special to the general, because all four are HTTPErrors.
     except faults.ProxyError as error:
         reason = f"the proxy refuses the connection to {host} ({_cause(error)})"
         raise _UnreachableError(f"{what} cannot be fetched: {reason}. {_PROXY}") from error

@@ -26,6 +26,7 @@ __all__ = ["PULL_SECONDS", "PullOptions", "pull", "pull_url", "pulled_name"]
 
 PULL_SECONDS = 2 * 3600.0
 """Seconds that a download may take. An unfinished file is kept, and the next download resumes it."""
+# Limits on what a server can make us store. Official images are far smaller; of others nothing is known.
 _MAX_CLOUD = 8 << 30
 _MAX_SIZE = 64 << 30
 _ARCHIVES = (".xz", ".gz", ".zst", ".bz2", ".zip", ".7z", ".tar", ".tgz")
@@ -80,6 +81,7 @@ def pull(store: ImageStore, recipe: str, *, name: str | None = None, arch: str |
         raise CatalogError(f"{recipe} is not published for {arch}, only for {', '.join(sorted(chosen.arches))}")
     check_name(name)
     there = _stored(store, name)
+    # Whatever is stored under the name, because offline there is no published checksum to compare with.
     if options.offline:
         return _offline(there, name, options)
     url = chosen.url(arch)
@@ -209,6 +211,7 @@ def _published(recipe: CloudImage, arch: str) -> Checksum:
 
 
 def _check_packed(url: str) -> None:
+    # Told by the name, before a long download. Archives under other names are found by their first bytes, after it.
     suffix = next((suffix for suffix in _ARCHIVES if urlsplit(url).path.lower().endswith(suffix)), None)
     if suffix:
         raise CatalogError(f"{url} is packed ({suffix}): download and unpack it, then run `vmbottle image add FILE --name NAME`")
@@ -281,6 +284,7 @@ def _check(partial: Partial, wanted: _Wanted) -> None:
             f"was deleted. The server may be in the middle of an update, or somebody has changed the file: try again in an hour"
         )
     try:
+        # `add` would do it again, but its error would name the partial file and not the URL.
         with opened(partial.path) as file:
             inspect(file, partial.path)
     except CatalogError as error:
@@ -289,4 +293,5 @@ def _check(partial: Partial, wanted: _Wanted) -> None:
 
 
 def _add(store: ImageStore, disk: Path, wanted: _Wanted) -> Image:
+    # Replaces without asking, because `_ensure` has already refused what must stay.
     return store.add(disk, name=wanted.name, arch=wanted.arch, description=wanted.description, traits=wanted.traits, replace=True)

@@ -47,6 +47,7 @@ class Recipe:
 
 
 # What a machine that lives for seconds, on a clock and a disk of its own, never needs.
+# The clock of a restored clone jumps forward, and each calendar timer that came due meanwhile would start in all clones at once.
 _MASKED = (
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
@@ -77,11 +78,11 @@ _DEBIAN_PACKAGES = (
     "iproute2",
     "libnss-myhostname",  # a guest without a name server still knows its own name
     "libpam-systemd",
-    "lz4",
-    "netplan.io-",
+    "lz4",  # for COMPRESS below
+    "netplan.io-",  # the minus keeps it out, see apt-get(8): the network is configured below
     "openssh-server",
     "procps",
-    "python3",
+    "python3",  # runs our script after a restore
     "qemu-guest-agent",
     "sudo",
     "systemd",
@@ -99,7 +100,7 @@ _DEBIAN_FILES = {
     "etc/default/locale": "LANG=C.UTF-8\n",
     "etc/hostname": "debian\n",
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
-    "etc/machine-id": "",
+    "etc/machine-id": "",  # empty, so that systemd makes one at the first boot: see machine-id(5)
     "etc/resolv.conf": "nameserver 10.0.2.3\n",  # the name server of QEMU's user network
     "etc/ssh/sshd_config.d/vmbottle.conf": read_script(__package__, "sshd.conf"),
     "etc/systemd/network/80-dhcp.network": "[Match]\nName=e*\n\n[Network]\nDHCP=ipv4\n",
@@ -125,6 +126,7 @@ def _debian(release: int, suite: str, *, links: Mapping[str, str] = MappingProxy
         links={
             **{f"etc/systemd/system/{unit}": "/dev/null" for unit in _MASKED},
             **links,
+            # Debian does not enable it by itself.
             "etc/systemd/system/multi-user.target.wants/systemd-networkd.service": "/lib/systemd/system/systemd-networkd.service",
         },
         disk_size=8 << 30,

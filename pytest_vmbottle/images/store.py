@@ -147,6 +147,7 @@ class Image(Traits):
 
 
 def _entries(value: object) -> dict[str, _Entry]:
+    # Each name becomes a path below the image's folder, so no others are taken from a record.
     if not isinstance(value, dict) or not value.keys() <= {"disk.qcow2", "disk.raw", KERNEL, INITRD}:
         raise TypeError("it does not list an image's files")
     return {name: _Entry(**entry) for name, entry in value.items()}
@@ -234,6 +235,7 @@ def abandoned(folder: Path) -> bool:
         status = folder.lstat()
     except OSError:
         return False
+    # Folders in /tmp are judged too, where other users can make folders and links of any name.
     ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
     # Young folders are left alone: a process makes its folder a moment before it locks it.
     return ours and time.time() - status.st_ctime >= _FRESH and not is_locked(folder)
@@ -312,6 +314,7 @@ class ImageStore:
         wanted = _check_digest(sha256)
         with explained(f"add {file} to the images"), self.staging() as folder:
             with opened(file) as source:
+                # Before the copy, which may take gigabytes. `publish` inspects the copy once more.
                 kind, _ = inspect(source, file)
                 check_whole(source, file)
                 copy_in(source, folder / f"disk.{kind}")
@@ -358,6 +361,7 @@ class ImageStore:
             except CatalogError:
                 named = self._names / f"{name}.json"
                 address = _address_or_none(named)
+                # The name first, as in `remove`.
                 for path in (named, *([self._blobs / address] if address else [])):
                     if os.path.lexists(path):
                         aside(path)
@@ -449,6 +453,7 @@ class ImageStore:
         It is removed at the end unless it was published.
         """
         private_dir(self.root)
+        # The dot keeps it apart from stored images: `generations` knows no name that begins with one.
         folder = private_dir(self._blobs) / f".new-{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)
         try:
@@ -488,6 +493,7 @@ class ImageStore:
         # Read-only like the files: an image is never changed.
         (folder / _RECORD).chmod(0o444)
         private_dir(self._names)
+        # Only now, because digests take long and everybody else would wait for the lock.
         with self._exclusive():
             self._check_free(name, manifest.sha256, replace=replace)
             return self._place(folder, manifest, name, replace=replace)
@@ -526,6 +532,7 @@ class ImageStore:
     def sweep(self) -> None:
         """Remove images that have no name and that nobody holds."""
         if self._names.is_dir():
+            # Tidying up is no reason for a run to fail, for example if the store cannot be written.
             with suppress(OSError), self._exclusive():
                 self._sweep()
 
@@ -591,6 +598,7 @@ def _check_digest(sha256: str | None) -> str | None:
 
 def _check_size(name: str, path: Path, size: int) -> None:
     try:
+        # A symbolic link is not followed, because what it leads to may change.
         status = path.lstat()
     except OSError as error:
         raise _damaged(name, f"{path} cannot be read: {error.strerror}") from None

@@ -49,10 +49,12 @@ class ImageResolver:
 
     def _image(self, spec: MachineSpec) -> Image:
         source, report = spec.image, self._context.settings.report
+        # No name in the catalog has a slash.
         if isinstance(source, Path) or "/" in source:
             return self._store.import_path(Path(source), arch=spec.arch, progress=report)
         declared = self._context.settings.declared.get(source)
         if declared is not None and declared.kind == "path":
+            # Read anew each time: the disk stays in the project, where nobody can hold it and it may change during the run.
             found = declared.make(self._store, progress=report)
         else:
             found = self._taken.get((source, spec.arch)) or self._take_up(source, spec.arch)
@@ -74,6 +76,7 @@ class ImageResolver:
                 return self._taken.setdefault((source, arch), found)
 
     def _named(self, name: str, arch: str) -> Image:
+        # The first one is what `vmbottle image pull` calls an image for another architecture.
         names = (name,) if arch == host_arch() else (f"{name}-{arch}", name)
         found = (image for each in names if (image := self._sound(each, again=images.can_build(name))))
         return next(found, None) or self._build(name)

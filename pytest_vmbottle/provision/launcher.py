@@ -58,6 +58,7 @@ class Launcher:
         """
         backend = self._context.backend
         # Random, because several machines of one test may have the same name, and folders must not.
+        # The holds end before the folder goes: a machine that went back to a snapshot of its own holds a part of that very folder.
         with self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", ending=backend.ending) as rundir, Holds() as holds:
             try:
                 machine = self._furnish(spec, start, origin, rundir, holds)

@@ -67,4 +67,5 @@ def _is_crash(error: Exception) -> bool:
 
     Any other failure may be the layer's own.
     """
+    # QEMU ends with 0 when the guest powers itself off, which a layer may have done. Without a status nothing is known.
     return isinstance(error, MachineDied) and not error.lasting and error.exitcode not in (None, 0)

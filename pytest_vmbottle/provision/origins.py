@@ -106,6 +106,7 @@ class DiskOrigin(Origin):
         saved = None if pack.manifest.kind == PackKind.DISK else pack.path
         # The seed and the keys are those of the first boot, deep in the chain: a later seed would be another instance to cloud-init.
         first = self._start(spec, base.path, size=pack.manifest.disk_size, building=building)
+        # Found from the top down, but `Start` has the lowest first.
         return attrs.evolve(first, disks=(*first.disks, *reversed(disks)), saved=saved)
 
     def _start(self, spec: MachineSpec, folder: Path, *, size: int, building: bool) -> Start:
@@ -114,6 +115,7 @@ class DiskOrigin(Origin):
             disk_size=size,
             kernel=self.image.kernel,
             initrd=self.image.initrd,
+            # Our images disable cloud-init for a faster boot, and only cloud-init reads user-data.
             cmdline=self.image.boot_words(cloud_init=spec.user_data is not None),
             firmware=self.image.firmware,
             seed=folder / "seed.iso",

@@ -86,6 +86,7 @@ class PackBuilder:
         except SpecError:
             raise  # a mistake of each test that describes such a machine
         except VMBottleError as error:
+            # The pack that failed itself is named, and not those on it, which this error passes through.
             error.origin = error.origin or plan.key
             self._failed.setdefault(plan.key, error)
             raise
@@ -113,6 +114,7 @@ class PackBuilder:
         tell(f"building the {plan.kind} pack of {plan.name}" + (" (this boots a machine once)" if parent is None else ""))
         with context.catalog.staging() as staged:
             if parent is None:
+                # Seed and keys are made in the pack's folder, because its clones start with them too.
                 source = plan.origin.cold(plan.spec, staged, building=True)
             else:
                 source = self.start(plan.spec, parent, plan.origin, building=True)
@@ -153,6 +155,7 @@ class PackBuilder:
         with self._launcher.machine("build", plan.spec, source, plan.origin) as machine:
             if plan.steps:
                 steps.do(plan.steps[-1], machine)
+            # Once, in the image's own pack, on which those of all layers stand. Packages come from the network.
             elif plan.spec.nat:
                 patience = Deadline(self._launcher.patience(plan.spec, plan.origin))
                 trouble = steps.equip(machine.lifecycle.instance.channel(deadline=deadline), patience)

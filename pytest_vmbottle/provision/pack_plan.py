@@ -74,6 +74,7 @@ def plan(
         build = build_spec(spec, step)
         # The parent's key is part of the child's, so a change in any layer below gives another key.
         key = digest(made.key, step.recipe(skipped=skipped), build.network, build.env, build.user)
+        # A quick image has no pack of its own, so its first layer is built on the image itself.
         parent = made if made.steps or not origin.is_quick else None
         made = Plan(key=key, kind=kind, spec=build, origin=origin, steps=(*made.steps, step), parent=parent)
     return made
@@ -90,6 +91,7 @@ def build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
     launch = {key: getattr(inherited, key) for key in ("network", "user")} | {"env": dict(inherited.env), "ports": inherited.ports}
     if step.keywords.get("packages"):
         launch["network"] = True  # where packages come from
+    # The last one wins: a layer must not boot otherwise than the machines that are restored from it.
     keywords = {**launch, **own, **boots}
     keywords["network"] = keywords["network"] is True  # a LAN is what a machine joins when it is cloned
     return MachineSpec(source=step.source, **keywords)

@@ -80,6 +80,7 @@ class Provisioner:
             CatalogError: There is no such image, or the catalog cannot be used.
         """
         began = time.monotonic()
+        # Before anything is waited for, such as memory.
         self._check_able(spec)
         lan = _lan(spec, lans)
         with ExitStack() as stack:
@@ -162,8 +163,10 @@ class Provisioner:
     def _cold(self, spec: MachineSpec, origin: Origin) -> Iterator[Machine]:
         with ExitStack() as stack:
             if spec.steps:
+                # A boot needs what the layer wrote to the disk, and no saved RAM.
                 start = self._builder.start(spec, self._builder.pack(spec, PackKind.DISK, origin), origin)
             else:
+                # It stays as long as the machine, which has the seed in it as a disk.
                 folder = stack.enter_context(self._context.catalog.staging())
                 start = origin.cold(spec, folder)
             yield stack.enter_context(self._launcher.machine(spec.name, spec, start, origin))

@@ -114,6 +114,7 @@ def _unlocked(users: object) -> object:
 
 
 def _without_lock(user: dict[str, Any]) -> dict[str, Any]:
+    # With `ssh_redirect_user` a login would only be told to use another user.
     return {key: value for key, value in user.items() if key != "ssh_redirect_user"} | {"lock_passwd": False}
 
 
@@ -123,6 +124,7 @@ def _as_list(value: object) -> list[object]:
 
 def _is_config(text: str) -> bool:
     """Tell whether user-data is a cloud-config rather than another kind."""
+    # cloud-init ignores the case of letters too, and takes the longer words for other kinds (cloudinit/handlers/__init__.py).
     return re.match(r"#cloud-config(?!-archive|-jsonp)", text, re.IGNORECASE) is not None
 
 

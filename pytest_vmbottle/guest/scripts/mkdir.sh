@@ -7,4 +7,5 @@
   [ -d "$above/" ] || exit 103 # for which mkdir has another name
   exit 1
 }
+# With -m the umask does not count, but in pathlib it does.
 exec mkdir -m "$(printf %o $((0$4 & ~0$(umask))))" "$1"

@@ -18,6 +18,7 @@ fi
 [ "$new" = "$path" ] || trap 'rm -f "$new"' EXIT
 cat > "$new" || exit 1
 if [ "$new" != "$path" ]; then
+  # Where a connection is lost, the input just ends, and cat is content.
   [ "$(wc -c < "$new")" -eq "$2" ] || { echo "only a part of it arrived" >&2; exit 1; }
   if [ -e "$path" ]; then : "${owner:=$(stat -c %u:%g "$path")}" "${mode:=$(stat -c %a "$path")}"
   else : "${mode:=$(printf %o $((0666 & ~0$(umask))))}"; fi

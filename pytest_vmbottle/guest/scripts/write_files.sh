@@ -11,6 +11,7 @@ export clean mode owner check place move top # as words of find's, they could no
 for top do
   # shellcheck disable=SC2015 # whichever of them fails
   [ -n "$clean" ] && [ -d "$top" ] || continue
+  # By its real path, because a symbolic link may lead to a folder that the guest needs.
   real=$(cd -P "$top" && pwd -P && echo .) || fail "$top"
   ! vital "${real%?.}" || { printf '%s\0' "$top"; exit 110; }
 done
@@ -25,6 +26,7 @@ for top do
   ln -s "$stage" "$links/$count" || fail "$top"
   count=$((count + 1))
 done
+# Without owners and times: the files are new, and belong to the user who writes them.
 tar -xomf - -C "$links" || exit 1
 files() { find "$links"/*/ -type f -exec "$@" {} + || fail ''; }
 if [ -n "$mode" ]; then files chmod "$mode"
@@ -44,6 +46,7 @@ each() {
 }
 check() { find . -exec sh -c 'eval "$check"' sh {} + || exit 1; }
 place() { find . -type d -exec sh -c 'eval "$place"' sh {} + || exit 1; }
+# Neither the stage, which lies in the folder that is emptied, nor other file systems.
 old() { find . -xdev -mindepth 1 -depth ! -path "./${stage##*/}" ! -path "./${stage##*/}/*" "$@"; }
 empty() {
   [ -d "$top" ] || return 0

@@ -7,6 +7,7 @@ command -v qemu-ga >/dev/null || set -- "$@" qemu-guest-agent
 . ./install.sh
 ) || exit
 if command -v systemctl >/dev/null; then
+  # The agent's unit may want its port as a device of systemd's, for which udev has to see the port once more, by the package's rules.
   udevadm control --reload && udevadm trigger --settle --subsystem-match=virtio-ports
   systemctl start qemu-guest-agent
 else rc-update add qemu-guest-agent && rc-service qemu-guest-agent start; fi

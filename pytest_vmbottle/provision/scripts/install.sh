@@ -1,5 +1,6 @@
 # Installs packages with the guest's own package manager.
 # Arguments: the packages.
+# apt-get install waits for dpkg's lock, because a guest that has just booted may be busy with updates of its own.
 export DEBIAN_FRONTEND=noninteractive
 if command -v apt-get >/dev/null; then apt-get -qq update && apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=60 -- "$@"
 elif command -v dnf >/dev/null; then dnf install -y -- "$@"
