@@ -3,7 +3,7 @@
 ::
 
     images/      the image store                 packs/KEY/   published packs, never changed; KEY.2/ has replaced one
-    run/OWNER/   machines of one process         staging/     packs being built
+    run/OWNER/   machines and builds of one process
     locks/       one file per lock, never deleted  quarantine/  damaged things
     proofs/      results of probing this host    machines/NAME/  machines that run without pytest
     budget/      reservations of memory
@@ -94,6 +94,9 @@ class Catalog:
     """The folder that all workers and runs of one user share.
 
     The constructor checks the folder; subfolders are made on first use.
+
+    Attributes:
+        token: A token of this user of the catalog, for its reservations of memory.
     """
 
     def __init__(self, root: Path, *, make: bool = True) -> None:
@@ -110,6 +113,7 @@ class Catalog:
         if make or os.path.lexists(self.root):
             _check(self.root)
         self.ledger = Ledger()
+        self.token = secrets.token_hex(4)
         self._owner: _Owner | None = None
         # Machines may be started in several threads, and all have to get the same entry.
         self._owning = threading.Lock()

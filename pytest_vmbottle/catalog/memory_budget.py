@@ -62,16 +62,17 @@ class Budget:
     Deadlock rule: if every holder of a reservation waits for another one, the first of these waiters gets it, even beyond the limit.
     """
 
-    def __init__(self, folder: Path, *, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, *, limit: int | None = None, owner: str | None = None) -> None:
         """Take the folder, which is created on first use.
 
         Args:
             folder: The folder of the reservations.
             limit: Bytes that may be reserved together; by default a part of the memory that this host, or its control group, has available.
+            owner: A token that budgets of one process have in common; by default this one has its own.
         """
         self._folder, self._limit = folder, limit
         # A token besides the process id, because the kernel gives ids out again.
-        self._owner, self._pid = secrets.token_hex(4), os.getpid()
+        self._owner, self._pid = owner or secrets.token_hex(4), os.getpid()
 
     @contextmanager
     def reserve(self, size: int, *, name: str, deadline: Deadline, waiting: Callable[[str], None]) -> Iterator[None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import re
 import secrets
 import signal
 import socket
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["AgentEnded", "AgentRefused", "GuestAgent"]
 
 _T = TypeVar("_T")
-_CHUNK = 1 << 20
-_SPOOL = re.compile(r"/var/tmp/vmbottle\.[A-Za-z0-9]+")  # noqa: S108 - in the guest
 _GRACE = 10.0
 """Seconds that the agent itself may take to reply, besides the command's time."""
 _MAX_REPLY = 3 * MAX_OUTPUT

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["ARCHITECTURES", "host_arch"]
 
-__all__ = []
 # Linux names both as on the right. Debian and container registries name them as on the left, and so does macOS (arm64).
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 

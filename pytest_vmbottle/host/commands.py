@@ -76,6 +76,7 @@ def _kill_group(process: subprocess.Popen[str]) -> str:
     except subprocess.TimeoutExpired as error:  # something has left the group and holds the other end
         if process.stdout is not None:
             process.stdout.close()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # killed, but the kernel may hold it while it waits for a disk
+            process.wait(_LAST_WORDS)
         # The exception carries bytes, even from a process in text mode.
         return (error.output or b"").decode(errors="replace")

@@ -77,8 +77,18 @@ class Interruption:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Delay signals until the end of a short block that must not be left half done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    # Only the main thread is ever interrupted. Blocking signals in it would not do: the kernel gives them to any other thread, and Python
+    # then runs their handlers in this one all the same.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: dict[int, None] = {}
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: came.setdefault(number)) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)

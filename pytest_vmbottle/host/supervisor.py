@@ -71,8 +71,8 @@ class Identity(NamedTuple):
         """Tell whether the process still runs."""
         return Identity.of(self.pid) == self
 
-    def kill(self) -> None:
-        """Kill the process if it is still this one."""
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to the process if it is still this one."""
         try:
             # Through a descriptor: between the look and the signal the number could pass to another process.
             fd = os.pidfd_open(self.pid)
@@ -80,7 +80,7 @@ class Identity(NamedTuple):
             return
         try:
             if self.is_running:
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                signal.pidfd_send_signal(fd, number)
         except (ProcessLookupError, PermissionError):
             pass
         finally:

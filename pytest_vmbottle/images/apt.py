@@ -131,7 +131,14 @@ def _stanzas(text: str) -> Iterator[_Source]:
         # A line that begins with a blank continues the field above it.
         fields = {key.strip().lower(): value for key, _, value in (field.partition(":") for field in re.split(r"\n(?=\S)", stanza))}
         suites = tuple(fields.get("suites", "").split())
-        if suites and "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").strip().lower() not in ("no", "false", "0"):
+        # A medium is not there when the image is built.
+        uris = [uri for uri in fields.get("uris", "").split() if not uri.startswith("cdrom:")]
+        if (
+            suites
+            and uris
+            and "deb" in fields.get("types", "").split()
+            and fields.get("enabled", "yes").strip().lower() not in ("no", "false", "0")
+        ):
             # Without deb-src, whose lists would be downloaded for nothing. All other fields stay the host's, such as its keys and mirrors.
             kept = [(key, " deb" if key == "types" else value) for key, value in fields.items()]
             at = list(fields).index("suites")

@@ -44,7 +44,7 @@ from pytest_vmbottle.images.store import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["build", "can_build", "check_package", "without_ids"]
+__all__ = ["build", "can_build", "check_package", "required_tools", "without_ids"]
 
 # The packages have done what systemd would do once more at the first boot, and the image does quickly what cloud-init would do.
 _CMDLINE = (
@@ -142,6 +142,11 @@ def check_package(name: str) -> None:
         raise CatalogError(f"{name!r} is not the name of a package: give names, one by one, such as 'nginx' or 'nginx=1.22.1-9'")
 
 
+def required_tools(*, rootless: bool) -> dict[str, str]:
+    """Return the programs that a build takes, and the packages that they are in."""
+    return _TOOLS | (_USER_TOOLS if rootless else _ROOT_TOOLS)
+
+
 def _arch_of(recipe: Recipe, name: str) -> tuple[str, str]:
     try:
         return recipe.arches[host_arch()]
@@ -193,7 +198,7 @@ class _Workshop:
 
     def check(self) -> None:
         """Check that the host has the tools, the space and the ids that the build needs."""
-        tools = _TOOLS | (_USER_TOOLS if self._rootless else _ROOT_TOOLS)
+        tools = required_tools(rootless=self._rootless)
         missing = {tool: package for tool, package in tools.items() if not shutil.which(tool, path=self._path)}
         if missing:
             reason = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"

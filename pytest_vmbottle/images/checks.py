@@ -10,7 +10,7 @@ from pytest_vmbottle.host.commands import run_tool
 from pytest_vmbottle.host.files import read_or_empty
 from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, degraded, ok, unknown
 from pytest_vmbottle.images.apt import apt_sources
-from pytest_vmbottle.images.builder import without_ids
+from pytest_vmbottle.images.builder import required_tools, without_ids
 from pytest_vmbottle.images.recipes import RECIPES
 
 __all__ = ["checks"]
@@ -29,7 +29,7 @@ def _tool(name: str) -> str | None:
 
 
 def _tools() -> Answer:
-    packages = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "tar": "tar"} | ({"unshare": "util-linux"} if os.geteuid() == 0 else {})
+    packages = required_tools(rootless=os.geteuid() != 0)
     paths = {name: _tool(name) for name in packages}
     lacking = [name for name, path in paths.items() if path is None]
     if lacking:

@@ -193,7 +193,9 @@ class Downloads:
     def _sweep(self) -> None:
         for path in self._folder.glob("*") if self._folder.is_dir() else ():
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                # The record beside a file is written at its start only: both are as old as what was written last.
+                key = path.name.partition(".")[0]
+                if time.time() - max(mate.stat().st_mtime for mate in self._folder.glob(f"{key}*")) > _OLD_SECONDS:
                     with tried(path) as is_ours:
                         if is_ours:
                             path.unlink()

@@ -263,11 +263,15 @@ def _download(store: ImageStore, wanted: _Wanted, options: PullOptions) -> Image
             transfer.run()
         try:
             _check(partial, wanted)
-            options.progress("verified; adding it to the images")
-            return _add(store, partial.path, wanted)
-        finally:
-            # Added or refused: no later attempt can use it.
+        except CatalogError:
+            # Refused: no later attempt can use it.
             partial.remove()
+            raise
+        options.progress("verified; adding it to the images")
+        # If that fails, as on a full disk, the next attempt has the whole file already.
+        image = _add(store, partial.path, wanted)
+        partial.remove()
+        return image
 
 
 def _digest(partial: Partial, wanted: _Wanted) -> str:

@@ -641,7 +641,6 @@ def _describe(  # noqa: PLR0913 - an image has many parts
     """
     disk = next(folder.glob("disk.*"))
     with disk.open("rb") as file:
-        # Read again from the copy: the original may have changed between the two looks.
         kind, size = inspect(file, disk)
     if disk.suffix != f".{kind}":
         raise CatalogError("the disk was changed while it was copied: add it again when nothing writes to it any more")

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PackBuilder"]
 
+_DISK_ROOM = 64 << 20
+"""Bytes that a pack without RAM is estimated to take."""
+
 
 class PackBuilder:
     """Source of packs, which builds those that are missing."""
@@ -142,7 +145,8 @@ class PackBuilder:
     def _check_room(self, plan: Plan) -> None:
         root = self._context.catalog.root
         # An estimate: most guests use less than a quarter of their RAM, and holes take no space.
-        free, needed = shutil.disk_usage(root).free, plan.spec.memory // 4
+        free = shutil.disk_usage(root).free
+        needed = _DISK_ROOM if plan.kind is PackKind.DISK else plan.spec.memory // 4
         if free < needed:
             raise CatalogError(
                 f"the disk of the catalog {root} is full: {format_size(free)} are free, and the pack of {plan.name} "

@@ -45,7 +45,8 @@ class Provisioner:
         self._images = ImageResolver(self._context)
         self._launcher = Launcher(self._context)
         self._builder = PackBuilder(self._context, self._launcher)
-        self._budget = Budget(catalog.budget, limit=settings.memory_budget)
+        # Machines of all backends of a process are of one owner: it must not wait for what it holds itself.
+        self._budget = Budget(catalog.budget, limit=settings.memory_budget, owner=catalog.token)
         self._fallback: PackKind | None = None
         # On every start, so that machines of a killed run do not hold memory that this one needs.
         catalog.gc()

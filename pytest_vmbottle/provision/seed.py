@@ -81,10 +81,13 @@ def _opened(config: dict[str, Any], keys: Keys) -> dict[str, Any]:
     """Return a cloud-config that allows our login as root, whatever else it says."""
     own = {"ed25519_private": keys.host_private, "ed25519_public": keys.host_public}
     named = _as_list(config.get("ssh_authorized_keys"))
+    host_keys = config.get("ssh_keys") or {}
+    if not isinstance(host_keys, dict):
+        raise SpecError("user_data: ssh_keys must be a mapping of kinds of keys to keys")
     opened = {
         **config,
         "disable_root": False,
-        "ssh_keys": {**(config.get("ssh_keys") or {}), **own},
+        "ssh_keys": {**host_keys, **own},
         # For root too, since it is not disabled. Named among the `users`, root would get its password locked, and an sshd without PAM, as
         # Alpine's, lets nobody in whose password is (cloudinit/config/cc_ssh.py, cloudinit/distros/__init__.py).
         "ssh_authorized_keys": [*named, keys.user_public],
@@ -138,12 +141,14 @@ def _read_config(text: str) -> dict[str, Any]:
 
 
 def _read_yaml(text: str) -> object:
-    with suppress(ValueError):  # YAML's reader takes the JSON of characters beyond 16 bits for two each
-        return json.loads(text.partition("\n")[2])
     try:
+        with suppress(ValueError):  # YAML's reader takes the JSON of characters beyond 16 bits for two each
+            return json.loads(text.partition("\n")[2])
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SpecError(f"user_data is not valid YAML: {error}") from error
+    except RecursionError:
+        raise SpecError("user_data is nested too deeply") from None
 
 
 def _checked_part(text: str) -> Message:

@@ -23,6 +23,7 @@ __all__ = [
     "HVF",
     "KVM",
     "LAN_PORT",
+    "NETDEV",
     "NIC",
     "SCRATCH_PORT",
     "Accelerator",
@@ -45,7 +46,6 @@ SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 
 NIC = "nic"
 """Id of the network card by which the host reaches a guest."""
-# The monitor's commands in `forwards` have it as plain text: both must be the same.
 NETDEV = "net0"
 """Id of the network behind it."""
 

@@ -6,6 +6,8 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 
+from pytest_vmbottle.backends.qemu.command_line import NETDEV
+
 __all__ = ["Forwards"]
 
 _RULE = re.compile(r"\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s")
@@ -31,7 +33,7 @@ class Forwards:
             found = next(iter(self._rules(port)), None)
             if found is None:
                 # By the human monitor, because QMP has no such command. It reports a failure only as text, so the list is looked at again.
-                self._monitor(f"hostfwd_add net0 tcp:127.0.0.1:0-:{port}")
+                self._monitor(f"hostfwd_add {NETDEV} tcp:127.0.0.1:0-:{port}")
                 found = next(iter(self._rules(port)), None)
             if found is not None:
                 self.told[port] = found
@@ -42,9 +44,9 @@ class Forwards:
         for port, host in wanted:
             others = [each for each in self._rules(port) if each != host]
             # The new rule is made before the old one goes, so that the port is always forwarded by some number.
-            self._monitor(f"hostfwd_add net0 tcp:127.0.0.1:{host}-:{port}")
+            self._monitor(f"hostfwd_add {NETDEV} tcp:127.0.0.1:{host}-:{port}")
             for other in others if host in self._rules(port) else ():
-                self._monitor(f"hostfwd_remove net0 tcp:127.0.0.1:{other}")
+                self._monitor(f"hostfwd_remove {NETDEV} tcp:127.0.0.1:{other}")
             self.find(port)
 
     def _rules(self, port: int) -> list[int]:

@@ -47,8 +47,6 @@ CONSOLE = "console.log"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
 """Most free bytes of a file system that counts as full."""
-_LAST_WORDS = 300
-"""Most characters of the last output that the first sentence of an error has."""
 
 
 @attrs.frozen(kw_only=True)

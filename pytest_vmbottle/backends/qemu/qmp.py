@@ -120,6 +120,8 @@ class Qmp:
         """Connect over a connected socket; raise `QmpFailed` on failure."""
         self._owner = Owner()
         self._client = QMPClient("vmbottle")
+        # A descriptor is sent at once, while its command waits in a queue, and QEMU gives a command the descriptor that came last.
+        self._passing = asyncio.Lock()
         # It logs every lost connection as an error; a machine that ends is an everyday thing here.
         self._client.logger.setLevel(logging.CRITICAL)
         # Only these: the history is kept, and a guest can cause others without end.
@@ -201,9 +203,9 @@ class Qmp:
         self._guard(self._send_fd(file, name), deadline, "getfd")
 
     async def _send_fd(self, file: int, name: str) -> None:
-        # QEMU gives a descriptor to the next command that takes one: nothing may be awaited between the two.
-        self._client.send_fd_scm(file)
-        await self._client.execute("getfd", {"fdname": name})
+        async with self._passing:
+            self._client.send_fd_scm(file)
+            await self._client.execute("getfd", {"fdname": name})
 
     def add_fd(self, file: int, *, deadline: Deadline) -> int:
         """Pass an open file to QEMU; return the N of `/dev/fdset/N`, by which QEMU opens it in the same mode."""
@@ -214,8 +216,9 @@ class Qmp:
         return Path(f"/proc/self/fd/{self._guard(self._add_fd(file, 'fd'), deadline, 'add-fd')}")
 
     async def _add_fd(self, file: int, answered: str) -> int:
-        self._client.send_fd_scm(file)
-        answer = await self._client.execute("add-fd")
+        async with self._passing:
+            self._client.send_fd_scm(file)
+            answer = await self._client.execute("add-fd")
         return int(answer[answered])  # type: ignore[index]
 
     async def _migrated(self) -> str:

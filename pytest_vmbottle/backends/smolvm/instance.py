@@ -170,6 +170,10 @@ class _Record:
             )
         except FileNotFoundError:
             return None
+        except records.Damaged as error:
+            # The machine's name is lost with it: `vmbottle gc` finds machines by their labels.
+            log.warning("the record %s cannot be read, so its machine is left alone: %s", rundir / _RECORD, error)
+            return None
 
     def write(self, rundir: Path) -> None:
         records.write(rundir / _RECORD, {"name": self.name, "ports": dict(self.ports)})
@@ -304,8 +308,13 @@ class SmolvmInstance(Instance):
         self._engine.pack(dest / PACK.removesuffix(".smolmachine"), machine=self._name, deadline=deadline)
 
     def _halt(self, deadline: Deadline) -> None:
-        self._engine.stop(self._name, deadline=deadline)
+        # Before the end, which other threads may see at once.
         self._ended_in_order = True
+        try:
+            self._engine.stop(self._name, deadline=deadline)
+        except BaseException:
+            self._ended_in_order = False
+            raise
         self._channel.close()
         self._vmm.wait(Deadline(min(_STOP, deadline.remaining)))
 

@@ -69,9 +69,8 @@ class Vmm:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if the process still runs."""
-        if self.is_running:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+        if self._process is not None:
+            self._process.kill(number)
 
     def wait(self, deadline: Deadline) -> bool:
         """Wait for the end; return whether it came."""

@@ -195,6 +195,12 @@ def test_what_does_not_fit_beside_a_processs_own_machines_is_refused_at_once(fol
         share(mine, GIB).__enter__()
 
 
+def test_two_budgets_of_one_process_are_one_owner(folder: Path) -> None:
+    one, other = (Budget(folder, limit=2 * GIB, owner="0123abcd") for _ in range(2))
+    with share(one, GIB), share(other, GIB), pytest.raises(SpecError, match=r"2\.0 GiB"):
+        share(other, GIB).__enter__()
+
+
 def test_processes_that_all_wait_for_more_do_not_wait_for_each_other_for_ever(folder: Path) -> None:
     left, right = Budget(folder, limit=2 * GIB), Budget(folder, limit=2 * GIB)
     done: list[str] = []

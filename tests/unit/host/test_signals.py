@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -75,4 +77,25 @@ def test_a_signal_waits_for_the_end_of_a_block_that_must_not_be_disturbed() -> N
 
     with pytest.raises(KeyboardInterrupt), Interruption():
         block()
+    assert steps == ["done"]
+
+
+def test_a_signal_that_another_thread_gets_does_not_end_such_a_block_either() -> None:
+    steps, over = [], threading.Event()
+    other = threading.Thread(target=over.wait, args=(30,))
+    other.start()
+
+    def block() -> None:
+        with undisturbed():
+            os.kill(os.getpid(), TERM)  # the kernel may give it to any thread that takes it
+            time.sleep(0.1)
+            steps.append("done")
+        steps.append("not reached")
+
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption():
+            block()
+    finally:
+        over.set()
+        other.join()
     assert steps == ["done"]

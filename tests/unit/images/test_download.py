@@ -432,13 +432,19 @@ def test_who_waits_too_long_for_another_one_is_told_so(tmp_path: Path) -> None:
 def test_what_nobody_goes_on_with_is_removed_after_a_week_unless_it_is_held(tmp_path: Path) -> None:
     downloads, eight_days_ago = Downloads(tmp_path / "downloads"), time.time() - 8 * 86400
     with downloads.partial("held", deadline=Deadline(60), waiting=print) as held:
-        for name, changed in (("old", eight_days_ago), ("old.json", eight_days_ago), ("new", time.time()), ("held", eight_days_ago)):
+        for name, changed in (
+            ("old", eight_days_ago),
+            ("old.json", eight_days_ago),
+            ("new", time.time()),
+            ("held", eight_days_ago),
+            ("new.json", eight_days_ago),
+        ):
             path = held.path.with_name(name)
             path.touch()
             os.utime(path, (changed, changed))
         with downloads.partial("other", deadline=Deadline(60), waiting=print):
             there = {path.name for path in held.path.parent.iterdir() if path.suffix != ".holder"}
-            assert there == {"new", "held", "other"}
+            assert there == {"new", "new.json", "held", "other"}
 
 
 def test_a_symbolic_link_in_the_place_of_a_download_is_not_followed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -301,6 +302,23 @@ def test_an_interrupted_pull_goes_on_under_any_name_that_wants_the_same(web: Web
     assert "960 KiB" in said[0]
     assert web.asked[-1][2]["Range"] == "bytes=983040-"
     assert left(store) == ["names/other.json"]
+
+
+def test_a_download_that_could_not_be_added_is_not_downloaded_again(web: Web, store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.files["/x"] = disk()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageStore, "add", full)
+        with pytest.raises(CatalogError, match="space"):
+            pull_url(store, f"{web.url}/x", sha256=sha256(disk()), name="mine")
+    asked = len(web.asked)
+
+    assert pull_url(store, f"{web.url}/x", sha256=sha256(disk()), name="mine").name == "mine"
+    assert web.asked[asked][2]["Range"] == f"bytes={len(disk())}-"
+    assert left(store) == ["names/mine.json"]
 
 
 def test_a_server_that_calls_every_content_the_same_is_seen_through(web: Web, store: ImageStore) -> None:

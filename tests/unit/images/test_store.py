@@ -692,6 +692,11 @@ URIs: http://off.example.org/debian
 Suites: bookworm
 
 Types: deb
+URIs: cdrom:[Debian]/
+Suites: bookworm
+Components: main
+
+Types: deb
 URIs: http://deb.example.org/other
 Suites: bookwormish nodistro
 """

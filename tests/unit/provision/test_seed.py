@@ -226,6 +226,10 @@ def test_what_would_end_the_first_boot_is_refused(tmp_path: Path, keys: Keys, da
         ("#cloud-config\n!!python/object/apply:os.system [touch evil]", "YAML"),
         ("#cloud-config\n- a\n", "mapping"),
         ("#cloud-config\n", "mapping"),
+        ("#cloud-config\nssh_keys: [a]\n", "ssh_keys"),
+        ("#cloud-config\nssh_keys: a\n", "ssh_keys"),
+        pytest.param(f"#cloud-config\na: {'[' * 5000}{']' * 5000}\n", "deeply", id="deep YAML"),
+        pytest.param(f"#cloud-config\n{'[' * 50_000}{']' * 50_000}", "deeply", id="deep JSON"),
     ],
 )
 def test_user_data_that_is_no_mapping_is_refused_and_leaves_no_seed(tmp_path: Path, keys: Keys, data: str, told: str) -> None:
