@@ -274,7 +274,7 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
         else:  # somebody has begun to use it
             # Then everything below it has to stay as well.
             stays.add(each.manifest.parent)
-    # Damaged packs were moved there for a look at them. Nobody holds them.
+    # Damaged packs, which were moved there so that somebody can look at them.
     for aside in () if dry_run else catalog.quarantined():
         shutil.rmtree(aside, ignore_errors=True)
     for key in gone:

@@ -56,7 +56,7 @@ def events_of(test: TestArtifacts) -> list[dict[str, Any]]:
         events = [event for event in test.events() if number(event["time"]) is not None]
     except OSError:  # a test without machines, or an incomplete copy of a folder
         return []
-    # Sorted again: an event is written at its end, and the file has been in other hands.
+    # Sorted here too, because the file may have been edited.
     return sorted(events, key=lambda event: event["time"])
 
 
