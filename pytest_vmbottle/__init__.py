@@ -94,10 +94,12 @@ if not TYPE_CHECKING:  # to a type checker it would mean that any name is there
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value: object = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+        # Python asks `__getattr__` only for names that are not there (PEP 562), so this is once for each.
         globals()[name] = value
         return value
 
 
 def __dir__() -> list[str]:
     """Return all names, including those not imported yet."""
+    # For completion in a shell, which reads `dir`.
     return sorted({*globals(), *__all__})

@@ -41,6 +41,7 @@ def examine(catalog_root: Path, settings: Settings) -> tuple[Finding, ...]:
     """
     with _folder(catalog_root) as folder:
         checks = (*host.checks(settings.memory_budget), *_backends(folder, settings), *catalog.checks(catalog_root), *images.checks())
+        # `find` turns an error of a check into a finding, so that one that breaks does not hide the others.
         return tuple(check.find() for check in sorted(checks, key=_place))
 
 
@@ -51,6 +52,7 @@ def _place(check: Check) -> int:
 def _backends(folder: Path, settings: Settings) -> Iterator[Check]:
     chosen = settings.backend_for()
     for name in NAMES:
+        # Of all backends, not only of the chosen one: what else could be used here is of interest, too.
         backend = make(name, settings, folder=folder)
         if backend is not None:
             yield from backend.checks(chosen=name == chosen)
@@ -67,6 +69,7 @@ def _folder(catalog_root: Path) -> Iterator[Path]:
     """
     try:
         root = Catalog(catalog_root).root
+        # Made to see whether it can be written.
         private_dir(root / "proofs")
     except (CatalogError, OSError):
         with tempfile.TemporaryDirectory(prefix="vmbottle-doctor-") as name:

@@ -55,6 +55,7 @@ __all__ = [
 
 
 def _revive(kind: type[VMBottleError], args: tuple[Any, ...], state: dict[str, Any]) -> VMBottleError:
+    # Without `__init__`, whose parameters differ from class to class: the attributes are in the state already.
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)
@@ -114,6 +115,7 @@ class MachineError(VMBottleError):
         exitcode: The hypervisor's exit status, negative for a signal; None while it runs, or if there was none.
     """
 
+    # Most losses of a machine are accidents of its host: memory, time, a process that was killed.
     lasting = False
 
     def __init__(
@@ -179,12 +181,14 @@ class SmolvmError(MachineError):
 
     def __str__(self) -> str:
         status = "killed at its time-out" if self.returncode is None else f"status {self.returncode}"
+        # Without the console's last lines: the program's own error is what explains this.
         return f"{VMBottleError.__str__(self)}\n --- the command ({status}) ---\n{printable(shlex.join(self.argv))}"
 
 
 class Unsupported(MachineError):
     """The backend of a machine does not offer what was asked of it; the machine goes on."""
 
+    # Not of a fresh machine either.
     lasting = True
 
 
@@ -218,6 +222,7 @@ class TransferError(VMBottleError, OSError):
 
     def __init__(self, message: str, *, src: PurePath | str, dst: PurePath | str, number: int | None = None) -> None:
         super().__init__(f"cannot copy {src} to {dst}: {message}")
+        # OSError sets it only if it gets two arguments, and then writes the message by itself.
         self.errno = number
         self.src = str(src)
         self.dst = str(dst)

@@ -12,6 +12,7 @@ from pytest_vmbottle.shown import printable, tail
 
 __all__ = ["CommandFailed", "CommandTimeout", "Match", "Matches", "Result", "printable", "tail"]
 
+# Lines of a stream, and matches of a search, that are shown.
 _SHOWN_LINES = 60
 _SHOWN = 1 << 16
 """Characters of each stream that are shown."""
@@ -74,9 +75,11 @@ class Result:
 
         Control characters are neutralised, and long streams are cut.
         """
+        # Quoted, so that the line can be pasted into a shell.
         parts = [f"$ {printable(shlex.join(self.argv))}", f"status {self.returncode}, after {self.duration:.2f} s"]
         for name, stream in (("stdout", self.stdout), ("stderr", self.stderr)):
             if stream:
+                # First the last lines, then their characters: a line may have megabytes.
                 parts.append(f" --- {name} ---\n{printable(tail(stream, _SHOWN_LINES), _SHOWN).rstrip()}")
         return "\n".join(parts)
 
@@ -137,6 +140,7 @@ class Matches(list[Match]):
 
 def _title(result: Result) -> str:
     """Return the command in one short line: summaries show only the beginning of a message."""
+    # A script of many lines becomes one.
     line = " ".join(shlex.join(result.argv).split())
     return line if len(line) <= _TITLE else f"{line[: _TITLE - 1]}…"
 
@@ -153,6 +157,7 @@ class CommandFailed(VMBottleError):
     """
 
     def __init__(self, result: Result) -> None:
+        # The first line has the command and the status, as pytest's short summary shows no more.
         super().__init__(f"`{_title(result)}` ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
         self.result = result
 

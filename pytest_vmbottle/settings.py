@@ -76,6 +76,7 @@ class Setting:
 
 _PACK_KINDS = ("auto", *map(str, PackKind))
 
+# The order of help texts and of the documentation. A test compares the table there with this one.
 SETTINGS = (
     Setting("backend", "auto", "What runs machines: qemu, smolvm, or a name that a plugin knows", meaning="QEMU", metavar="NAME"),
     Setting(
@@ -214,23 +215,28 @@ class Settings:
         def given(name: str, read: Callable[[str], Any]) -> Any:
             setting = next(each for each in SETTINGS if each.name == name)
             found = (source(setting) for source in sources)
+            # An empty value counts as none, so that an environment variable can be emptied to get the default.
             text = next((str(value) for value in found if value not in (None, "")), setting.default)
             try:
                 if setting.choices and text and text not in setting.choices:
                     raise SpecError(f"takes {' or '.join(setting.choices)}, not {text!r}")
                 return read(text)
             except SpecError as error:
+                # Messages of our own go on after the option's name; those of parsers stand alone.
                 between = " " if str(error).startswith("takes ") else ": "
                 raise SpecError(f"{prefix}{name}{between}{error}") from None
 
+        # All fields, so that a wrong setting is told even if nothing uses it in this run.
         return cls(**{field: given(name, read) for field, (name, read) in _FIELDS.items()})
 
 
 def _is_yes(text: str) -> bool:
+    # As people write it in environment variables and ini files.
     return text.lower() not in ("", "0", "false", "no", "off")
 
 
 def _skips(text: str) -> bool:
+    # CI services set CI. There a skipped test looks like a passed one, while a developer may have no KVM.
     return (text or ("fail" if os.environ.get("CI") else "skip")) == "skip"
 
 
@@ -243,6 +249,7 @@ def _timeout_factor(text: str) -> float:
         factor = float(text)
     except ValueError:
         factor = 0.0
+    # NaN fails here too. A factor of 0 would let every wait end at once.
     if not 0 < factor < float("inf"):
         raise SpecError(f"takes a number above 0, not {text!r}")
     return factor
@@ -268,10 +275,12 @@ def parse_pairs(text: str) -> dict[str, str]:
         SpecError: An entry is not a pair.
     """
     pairs = {}
+    # By line ends as well, for ini files.
     for entry in filter(None, map(str.strip, re.split("[,\\n]", text))):
         name, equals, reference = (part.strip() for part in entry.partition("="))
         if not equals or not name:
             raise SpecError(f"{entry!r} is not of the form name = reference")
+        # Quotes are accepted, as in TOML.
         pairs[name] = reference.strip("\"'")
     return pairs
 

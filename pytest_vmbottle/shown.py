@@ -24,7 +24,9 @@ _GITHUB = re.compile(
 )
 # Azure's agent, TeamCity's and the older commands of GitHub's runner are found anywhere in a line, GitLab's too.
 _ANYWHERE = re.compile(r"#(?=#(?:\[|vso\[|teamcity\[))|section_(?=(?:start|end):)", re.IGNORECASE)
+# SGR alone, which only changes how text looks. pytest's own colours are such.
 _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+# Headings of Buildkite's logs, which fold what follows.
 _BUILDKITE = ("---", "+++", "~~~", "^^^")
 _SHORTEST = 4
 """Characters of a secret at least: a shorter one would be found in ordinary words."""
@@ -41,6 +43,7 @@ def redact(value: str) -> None:
     """
     if len(value) < _SHORTEST:
         raise ValueError(f"a secret has at least {_SHORTEST} characters, since a shorter one is part of ordinary words")
+    # A tool may print a key line by line, and then the whole value is nowhere in a text.
     _SECRETS.update(dict.fromkeys(line for line in (value, *value.splitlines()) if len(line) >= _SHORTEST))
 
 
@@ -51,6 +54,7 @@ def redact_variables(variables: Mapping[str, str], *, names: Iterable[str] = ())
         variables: An environment.
         names: More names to hide the values of.
     """
+    # Kept, because commands of machines get environments of their own later, in which the same names count.
     _NAMES.update(names)
     for name in _NAMES & variables.keys() if _NAMES else ():
         if len(variables[name]) >= _SHORTEST:
@@ -71,9 +75,11 @@ def visible(text: str) -> str:
     >>> visible("red: \x1b[31m")
     'red: \\x1b[31m'
     """
+    # A serial line ends with both. A lone carriage return would write over what is shown already.
     plain = text.replace("\r\n", "\n")
     if _UNSAFE.search(plain) is None:
         return plain
+    # Surrogates first: they cannot be encoded, so this writes them by their numbers. Then the controls.
     return plain.encode("utf-8", "backslashreplace").decode().translate(_ESCAPES)
 
 
@@ -89,11 +95,13 @@ def printable(text: str, most: int = MOST) -> str:
     >>> printable("one\n  ::error::\x1b[31mtwo")
     'one\n  : :error::\\x1b[31mtwo'
     """
+    # Before it is cut: half of a secret would not be found any more.
     text = hidden(text)
     # Most texts are one plain line, and this is called for each of them.
     if text.isascii() and text.isprintable() and text[:1] not in " :-+~^" and "##" not in text and "section_" not in text:
         return _shortened(text, most)  # one plain line, as most are
     plain = _shortened(text, most).replace("\r\n", "\n")
+    # The expression looks at each line's beginning, which takes long in large texts.
     if "::" in plain:
         plain = _GITHUB.sub(_broken, plain)
     return visible(_indented(_ANYWHERE.sub(_broken, plain)))
@@ -108,6 +116,7 @@ def coloured(text: str) -> str:
     '\x1b[31m# #[error]\x1b[0m \\x1b[2J'
     """
     parts = _COLOUR.split(hidden(text))
+    # The pattern has one group, so the colours themselves are at the odd places.
     parts[::2] = (printable(part, len(part)) for part in parts[::2])
     return "".join(parts)
 
@@ -135,6 +144,7 @@ def _shortened(text: str, most: int) -> str:
 
 def tail(text: str, lines: int) -> str:
     """Return the last lines of a text, and say how many were left out."""
+    # Found from the end, so that it takes no longer for megabytes.
     at = end = len(text) - text.endswith("\n")
     for _ in range(lines):
         at = text.rfind("\n", 0, at)

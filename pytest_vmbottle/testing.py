@@ -91,6 +91,7 @@ class FakeChannel(Channel):
         """Call the function and deliver its output at once."""
         finished = self._handler(command)
         for sink, data in ((stdout, finished.stdout), (stderr, finished.stderr)):
+            # `b""` is the end of a stream, and must come once.
             for chunk in (data, b"") if data else (b"",):
                 sink(chunk)
         return FakeRunning(finished.returncode)
@@ -111,8 +112,10 @@ class FakeInstance(Instance):
         self._backend = backend
         self._strict = spec is None or spec.panic == "fail"
         self._log = rundir / "console.log"
+        # The real one: a test writes lines into the console to play a kernel in trouble.
         self._watch = KernelWatch(self._log)
         self.console = Console(self._log, ended=lambda: not self.running)
+        # A process that is there, so that figures and ages of it can be read.
         self.pid = os.getpid()
         self.running = True
         self._paused = False
@@ -142,8 +145,10 @@ class FakeInstance(Instance):
 
     def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:  # noqa: ARG002
         """Write files that have the right names and no meaning."""
+        # Names that `catalog.packs` and restores look for.
         running = {PackKind.TEMPLATE: ("ram.img", "state.bin"), PackKind.STREAM: ("state.bin",), PackKind.DISK: ()}
         for name in ("disk.qcow2", "empty.qcow2", *running[kind]):
+            # Random, so that two packs differ as those of real machines do.
             (dest / name).write_text(secrets.token_hex(16))
         self.stop()
 
@@ -184,6 +189,7 @@ class FakeInstance(Instance):
 
     def stop(self) -> None:
         """End the machine; may be called again."""
+        # Counted once, however often it is called.
         if self.running:
             self.running = False
             self._backend.stopped += 1
@@ -228,6 +234,7 @@ class FakeBackend(Backend):
         if self.broken:
             raise LaunchError(self.broken, machine=spec.name)
         self.launched.append(source)
+        # Appended: a machine that starts again continues its console, as with QEMU.
         with (rundir / "console.log").open("a") as console:
             console.write(f"{spec.name} started\n")
         return FakeInstance(self, rundir, spec=spec)

@@ -28,6 +28,7 @@ from pytest_vmbottle.settings import SETTINGS, Settings
 
 __all__ = ["main"]
 
+# The one setting that is an option of the command itself: it holds for all subcommands.
 _CATALOG = next(setting for setting in SETTINGS if setting.name == "catalog")
 
 
@@ -72,6 +73,7 @@ def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
     """
     import attrs
 
+    # Imported here, as in all commands: `--help` and wrong calls load nothing that machines need.
     from pytest_vmbottle.doctor import can_run, examine
 
     findings = examine(catalog_root(), Settings.read(lambda setting: settings.get(setting.name)))
@@ -86,6 +88,7 @@ def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
                 click.echo(f"{'':10}{'':15}  {one_line(finding.remedy)}")
     if not can_run(findings):
         say("No machine can be run here.")
+        # After the output: a script that asks for JSON gets it in any case.
         click.get_current_context().exit(CANNOT)
 
 
@@ -124,7 +127,9 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
 
     One line for each machine goes to stdout: the id of the process that had it, and its name.
     """
+    # Where there is no catalog there is nothing to remove, and none is made.
     catalog = open_catalog(make=False)
+    # The same that each run does at its start.
     reaped = catalog.gc(dry_run=dry_run)
     if not dry_run:
         images.sweep(catalog)
@@ -134,6 +139,7 @@ def gc(*, dry_run: bool, as_json: bool) -> None:
         for owner, name in ((each.owner.partition("-")[0], name) for each in reaped for name in each.machines):
             click.echo(f"{owner}  {one_line(name)}")
     kept = [sentence for each in reaped for sentence in each.kept]
+    # stderr, because the lines on stdout are for programs.
     for sentence in (*kept, *(sentence for each in reaped for sentence in each.damaged)):
         say(sentence)
     strays = catalog.strays()

@@ -45,9 +45,11 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command and report its errors."""
         try:
+            # SIGTERM and SIGHUP end the command by an exception, so that locks, downloads and temporary files are cleaned up.
             with Interruption(left, owned=True):
                 return super().invoke(ctx)
         except VMBottleError as error:
+            # Scripts can tell by the status whether the host or the call was at fault.
             raise (Cannot if isinstance(error, BackendUnavailable) else Failure)(str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has had enough; click ends us quietly
@@ -84,6 +86,7 @@ def as_packages(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
 
 def examples(*lines: str) -> str:
     """Return the examples at the end of a help text; the mark preserves line breaks."""
+    # click wraps each paragraph of a help text anew, except one that begins with this mark.
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
@@ -102,6 +105,7 @@ def one_line(text: object) -> str:
 
     Names come from users, versions from programs.
     """
+    # A newline in a name could forge a row of a table.
     return " ".join(printable(str(text)).split())
 
 
@@ -140,20 +144,25 @@ def setting_options(*names: str) -> Callable[[Callable[..., None]], Callable[...
 
     ours = [setting for setting in SETTINGS if not setting.tests_only]
     options = [setting for setting in ours if setting.name in names or not names]
+    # Settings with paths in them: these are made absolute below.
     pairs = {setting.name for setting in ours if setting.pairs}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        # click reads the name and the help text of the function that it decorates.
         @wraps(command)
         def with_settings(**given: Any) -> None:
             found = {setting.name: given.pop(setting.key) if setting in options else os.environ.get(setting.env) for setting in ours}
+            # As text, in which a daemon gets them too, and without those that were not given, so that its defaults hold.
             settings = {name: "true" if value is True else value for name, value in found.items() if value not in (None, False, "")}
             try:
+                # For its errors: a wrong setting is a wrong call, and not a failure of a daemon later.
                 Settings.read(lambda setting: settings.get(setting.name))
             except SpecError as error:
                 raise click.UsageError(printable(str(error))) from None
             command(settings=settings | {name: _anchored(settings[name]) for name in pairs & settings.keys()}, **given)
 
         decorated: Callable[..., None] = with_settings
+        # Decorators are applied from the last to the first, and the help lists options in the order of the table.
         for setting in reversed(options):
             kind: dict[str, Any] = {"is_flag": True} if setting.flag else {"metavar": setting.takes}
             words = f"{setting.sentence}; also {setting.env}."
@@ -172,6 +181,7 @@ def _anchored(text: str) -> str:
 
 def absolute(source: str) -> str:
     """Return a path as one that holds in every folder; names, and references such as `library/alpine`, as they are."""
+    # Not `resolve`, which would take the target of a link in place of its name.
     return str(Path(source).absolute()) if "/" in source and Path(source).exists() else source
 
 
@@ -196,6 +206,7 @@ def check_each(checks: Mapping[str, tuple[str, Callable[[], object]]]) -> None:
     for key, (label, check) in checks.items():
         try:
             check()
+        # One that is damaged does not end the check of the others.
         except (CatalogError, OSError) as error:
             bad += 1
             click.echo(f"bad {key}")

@@ -61,17 +61,21 @@ def build(  # noqa: PLR0913 - one for each option
     del backend  # there is one
     if (machine is None) == (image is None) or (yes and no_stop):
         raise click.UsageError("use exactly one of --from-machine and --image, and at most one of --yes and --no-stop")
+    # With --state-dir the machine is another smolvm's, and ours of the same name have nothing to do with it.
     if machine is not None and state_dir is None:
         _refuse_others(machine)
     from pytest_vmbottle.backends.smolvm import Engine, find_program
 
+    # Before anything is made: without smolvm this ends with what to install.
     engine = Engine(find_program(), state_dir)
     final = _final(output, machine or Path(str(image)).name.partition(":")[0] or "image")
+    # In the folder of the result, because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=".vmbottle-", dir=final.parent) as scratch:
         if image is not None:
             made = engine.pack(Path(scratch, "pack"), image=image)
         else:
             may_stop = partial(_ask_to_stop, str(machine), yes=yes, no_stop=no_stop)
+            # First a machine of ours, which runs on afterwards; then one of smolvm's own.
             made = (state_dir is None and _kept_pack(str(machine), Path(scratch), may_stop)) or _frozen(
                 engine, str(machine), Path(scratch), may_stop
             )
@@ -97,6 +101,7 @@ def _refuse_others(name: str) -> None:
 
 
 def _final(output: Path | None, name: str) -> Path:
+    # By the suffix the backend knows that a source is a pack.
     chosen = output or Path(name)
     final = (chosen if chosen.suffix == _SUFFIX else chosen.with_name(chosen.name + _SUFFIX)).absolute()
     if not final.parent.is_dir():
@@ -111,6 +116,7 @@ def _frozen(engine: Engine, name: str, scratch: Path, may_stop: Callable[[], Non
     if found is None:
         names = ", ".join(sorted(there)) or "none"
         raise Failure(f"smolvm has no machine {name!r} (there: {names}); --state-dir names the folder of another smolvm")
+    # Asked only if it must be stopped: one that does not run is packed without a question.
     if found.state not in ("stopped", "created"):
         may_stop()
         engine.stop(name)
@@ -132,9 +138,11 @@ def _kept_pack(name: str, scratch: Path, may_stop: Callable[[], None]) -> Path |
         return None
     if not place.is_held:
         return None
+    # A machine of a daemon is stopped for a moment too, to save it.
     may_stop()
     folder = Path(str(place.ask({"verb": "freeze"})))
     packed = folder / f"machine{_SUFFIX}"
+    # The snapshot of another backend is no pack of smolvm's.
     if not packed.exists():
         raise Failure(f"the machine {name!r} is not a machine of smolvm: for QEMU write a layer")
     return Path(shutil.copy(packed, scratch / f"pack{_SUFFIX}"))

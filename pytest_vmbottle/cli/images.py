@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["image"]
 
+# Seconds to wait for another build of the same image.
 _BUILD_SECONDS = 3600.0
 
 
@@ -55,6 +56,7 @@ def _traits(command: Callable[..., None]) -> Callable[..., None]:
         from pytest_vmbottle.host.arch import host_arch
         from pytest_vmbottle.images import Traits, default_firmware
 
+        # Not as click's default, which would be found out at each import.
         arch = arch or host_arch()
         try:
             traits = Traits(firmware=firmware or default_firmware(arch), user=user, readiness=readiness)  # type: ignore[arg-type]
@@ -98,17 +100,20 @@ def build(*, recipe: str, include: list[str], name: str | None) -> None:
 
     declared = _declared().get(recipe)
     if declared is not None:
+        # They stand in the declaration, whose digest decides whether the image is built again.
         if include or name:
             raise click.UsageError(f"{recipe} is declared in {declared.origin}: change its name and packages there")
         _make_declared(declared)
         return
     catalog = open_catalog()
     store, name = _images(catalog), name or recipe
+    # Before the lock, whose file has the name in its own: a name that is a path would lead elsewhere.
     images.store.check_name(name)
     # Remembered before the lock is waited for: another process may build the same image meanwhile, which then need not be built twice.
     before = _stored(store, name)
     with catalog.lock(f"image-{name}", deadline=Deadline(_BUILD_SECONDS), waiting=say, label=f"the image {name}") as tell:
         built = _stored(store, name)
+        # The same as before is no news: the user asks for a new one. Another one was made by the process that we waited for.
         if built is None or built == before or not _is_of(built, recipe, include):
             built = images.build(store, recipe, name=name, include=include, progress=_said_and(tell))
     click.echo(f"{built.name} {built.sha256}")
@@ -139,6 +144,7 @@ def _make_declared(declared: DeclaredImage) -> None:
 
     catalog = open_catalog()
     store, name = _images(catalog), declared.stored_name
+    # Before the lock, as in `build`.
     before = _stored(store, name)
     deadline = Deadline(PULL_SECONDS if declared.kind == "url" else _BUILD_SECONDS)
     with catalog.lock(f"image-{name}", deadline=deadline, waiting=say, label=f"the image {declared.name}") as tell:
@@ -159,6 +165,7 @@ def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
     from pytest_vmbottle.images import RECIPES
 
     described, _, extras = found.description.partition(", with ")
+    # The description is all that an image tells of its making.
     return recipe in RECIPES and described == RECIPES[recipe].description and extras == ", ".join(include)
 
 
@@ -190,8 +197,10 @@ def pull(  # noqa: PLR0913 - one for each option
     """
     from pytest_vmbottle import images
 
+    # Schemes other than https are refused where it is downloaded.
     by_url = "://" in source
     _check_pull(by_url=by_url, name=name, sha256=sha256)
+    # Names of other architectures have a suffix, so that both can be stored.
     name = name or images.pulled_name(source, arch)
     images.store.check_name(name)
     catalog = open_catalog()
@@ -213,6 +222,7 @@ def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:
     if by_url and not (name and sha256):
         raise click.UsageError("a URL needs --name, and --sha256 with the digest that the maker of the image publishes")
     if not by_url:
+        # What these options say is known of an official image, so one that is given is a contradiction.
         context = click.get_current_context()
         given = [
             option
@@ -234,6 +244,7 @@ def _meter() -> Iterator[tuple[Callable[[str], None], Callable[[str], None], flo
     if not sys.stderr.isatty():
         yield say, say, 5.0
         return
+    # To the line's beginning, and delete to its end: a shorter text would leave the rest of a longer one.
     begin = "\r\x1b[K"
 
     def over(words: str) -> None:
@@ -243,6 +254,7 @@ def _meter() -> Iterator[tuple[Callable[[str], None], Callable[[str], None], flo
     try:
         yield (lambda words: click.echo(begin + printable(words), err=True)), over, 0.2
     finally:
+        # Afterwards the line is free for what comes next, an error too.
         click.echo(begin, err=True, nl=False)
 
 
@@ -277,6 +289,7 @@ def list_images(*, available: bool, as_json: bool) -> None:
         return
     declared, store = _declared(), _images(open_catalog(make=False))
     records = []
+    # One damaged image must not hide the others.
     for name in store.names():
         try:
             found = store.get(name)
@@ -309,6 +322,7 @@ def _image_record(found: Image) -> dict[str, Any]:
     return {
         "name": found.name,
         "sha256": found.sha256,
+        # Blocks, not the apparent size: disk images have holes.
         "size": size_on_disk(found.disk.parent),
         "virtual_size": found.virtual_size,
         "format": found.format,
@@ -387,6 +401,7 @@ def remove_images(*, names: tuple[str, ...]) -> None:
         # All are checked before the first is removed.
         if found is not None and catalog.in_use(found.disk.parent):
             raise Failure(f"the image {name} is in use: try again when the test run, or the machine (vmbottle machine ls), has ended")
+    # Each once, or the second time would be an error.
     for name in dict.fromkeys(names):
         store.remove(name)
         say(f"removed the image {name}")

@@ -37,10 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["machine"]
 
+# As of a spec's `name`, but a folder is named by it, so nothing else than these characters may be in it.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
+# A letter first, so that paths such as `./a:b` and `/a:b` are files of this computer. With DOTALL, because a file's name may have a
+# newline.
 _GUEST_SIDE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,40}):(.*)", re.DOTALL)
 _TIMED_OUT = 124
 """Exit status of a command that was killed at its --timeout, as that of timeout(1)."""
+# Seconds for a login: without KVM the guest's part of the key exchange takes several.
 _LOGIN = 60.0
 _ENDING = 150.0
 """Seconds for a machine's daemon to end when it is asked to; the guest's shutdown has a shorter limit."""
@@ -70,6 +74,7 @@ def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     for value in values:
         if "=" not in value:
             raise click.BadParameter(f"{value!r} is not of the form NAME=VALUE")
+    # Only the first sign divides: values may have others.
     return dict(value.split("=", 1) for value in values)
 
 
@@ -112,16 +117,19 @@ def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str
 
     The machine's name is written to stdout.
     """
+    # What was not given is left out, so that layers and defaults of a spec hold.
     keywords = {key: value for key, value in given.items() if value is not False and value not in (None, (), {})}
     keywords |= {"fresh": "boot"} if boot else {}
     keywords |= {"backend": settings["backend"]} if "backend" in settings else {}
     _check(source, name, keywords)
     from pytest_vmbottle.standalone.client import Kept
 
+    # After the checks: a wrong call makes no folder.
     catalog = open_catalog()
     place = Kept(catalog.machines / (name or _free_name(catalog.machines, source)))
     order = {
         "catalog": str(catalog.root),
+        # Here images are looked for that a project declares.
         "folder": str(Path.cwd()),
         "settings": settings,
         # The daemon works in another folder, so a relative path is made absolute here.
@@ -131,6 +139,7 @@ def start(*, source: str, name: str | None, as_json: bool, settings: Mapping[str
     if as_json:
         emit(_as_record(record))
         return
+    # The name alone is on stdout, for `name=$(vmbottle machine start ...)`.
     click.echo(record.name)
     for port, here in record.ports.items():
         say(f"127.0.0.1:{here} leads to port {port} of {record.name}")
@@ -142,9 +151,11 @@ def _check(source: str, name: str | None, keywords: Mapping[str, Any]) -> None:
 
     if name is not None and not _NAME.fullmatch(name):
         raise click.BadParameter(f"{name!r}: takes a letter, then letters, digits, - or _, at most 41 in all", param_hint="--name")
+    # smolvm takes references to images of registries, which have slashes too.
     if "/" in source and keywords.get("backend") != "smolvm" and not Path(source).exists():
         raise click.BadParameter(f"there is no file {source}", param_hint="SOURCE")
     try:
+        # Made for its errors, in this process, which can tell which option was wrong.
         MachineSpec(source=source, **{**keywords, "name": name or "vm"})
     except SpecError as error:
         keyword, assigned, _ = str(error).partition("=")
@@ -156,9 +167,11 @@ def _free_name(machines: Path, source: str) -> str:
     """Return the first free name of web, web-2, web-3 and so on."""
     from pytest_vmbottle.standalone.client import Kept
 
+    # 30 of 41 characters: the rest is for a number.
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", Path(source).name.partition(".qcow2")[0])[:30].strip("-")
     stem = stem if _NAME.fullmatch(stem) else f"vm-{stem}".strip("-")
     number = 1
+    # A name is free if no daemon holds it: what a dead machine left behind is replaced. Of two starts at once, `claim` refuses the second.
     while Kept(machines / (name := stem if number == 1 else f"{stem}-{number}")).is_held:
         number += 1
     return name
@@ -198,8 +211,10 @@ def _end(place: Kept, *, now: bool) -> None:
     try:
         place.ask({"verb": "stop", "now": now})
     except MachineError:
+        # A daemon that is starting takes no requests yet, but ends with the command that started it.
         if place.record().state == "starting":
             raise Failure(f"the machine {place.name!r} is still starting: interrupt the command that starts it, or try again") from None
+    # The daemon's own limit for a shutdown is shorter, so one that is still there hangs.
     if not place.wait(Deadline(_ENDING)):
         place.kill()
         place.wait(Deadline(_ENDING))
@@ -210,6 +225,7 @@ def _end(place: Kept, *, now: bool) -> None:
 @click.option("-f", "--force", is_flag=True, help="Also end and remove running machines, without a shutdown.")
 def remove(*, names: tuple[str, ...], force: bool) -> None:
     """Remove stopped machines: their records and console output."""
+    # All names are looked up first: a misspelt one removes nothing.
     places = [_find(name) for name in dict.fromkeys(names)]
     for place in places:
         # Checked for all before the first is removed.
@@ -217,6 +233,7 @@ def remove(*, names: tuple[str, ...], force: bool) -> None:
             raise Failure(f"the machine {place.name!r} runs: stop it with `vmbottle machine stop {place.name}`, or remove it with --force")
     for place in places:
         _end(place, now=True)
+        # Between the end and the removal somebody may have started another machine of this name.
         if not place.discard():
             raise Failure(f"the machine {place.name!r} was just started again: nothing of it was removed")
         click.echo(place.name)
@@ -299,10 +316,12 @@ def console(*, name: str, follow: bool, lines: int | None) -> None:
         raise Failure(f"the machine {name!r} is still starting, so it has no console yet")
     if not place.console.exists():
         raise Failure(f"the console of {name!r} is gone: {place.record().reason or 'it was never recorded'}")
+    # It ends with the daemon and not with QEMU, whose last output may still be on its way to the file.
     seen = Console(place.console, ended=lambda: not place.is_held)
     if not follow:
         click.echo(seen.text if lines is None else seen.tail(lines) if lines else "", nl=lines is not None)
         return
+    # Counted now: lines that come meanwhile are new, and shown.
     skip = 0 if lines is None else max(0, len(seen.text.splitlines()) - lines)
     for number, line in enumerate(seen.follow()):
         if number >= skip:
@@ -340,10 +359,12 @@ def execute(*, name: str, words: tuple[str, ...], **how: Any) -> None:
         with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
             # A terminal is not passed on: two readers of one terminal would steal each other's keys.
             source = nothing.fileno() if _is_terminal(0) else 0
+            # The three descriptors themselves go to the daemon, which writes to the terminal or pipe without a copy by this process.
             status = place.ask({"verb": "exec", "argv": words, **how}, (source, 1, 2))
     except CommandTimeout as error:
         say(f"the command did not end within {error.timeout:g} s and was killed")
         status = _TIMED_OUT
+    # Not a failure of ours, so no message: the command has written its own.
     sys.exit(_exit_status(status))
 
 
@@ -374,6 +395,7 @@ def cp(*, src: str, dst: str) -> None:
     Modes and symbolic links are kept. If the destination is a folder, the copy goes into it, as with `cp -r`. A file of this computer with
     a colon in its name needs a slash before it, such as ./a:b.
     """
+    # Both are tried, because two sides in machines are a mistake of their own.
     there, here = _GUEST_SIDE.fullmatch(src), _GUEST_SIDE.fullmatch(dst)
     guest = there or here
     if "" in (src, dst):
@@ -382,6 +404,7 @@ def cp(*, src: str, dst: str) -> None:
         raise click.UsageError("exactly one side must be in a machine: write it as NAME:/PATH")
     if not guest[2].startswith("/"):
         raise click.UsageError(f"{guest[0]!r}: the path in the machine must begin with a slash, such as {guest[1]}:/tmp")
+    # Absolute, since the daemon works in another folder.
     paths = {"src": guest[2], "dst": os.path.abspath(dst)} if there else {"src": os.path.abspath(src), "dst": guest[2]}  # noqa: PTH100 - resolve() follows links
     _find(guest[1]).ask({"verb": "cp", "to_guest": not there, **paths})
 
@@ -395,6 +418,7 @@ def shell(*, name: str, user: str | None) -> None:
     Every key goes to the machine, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves, whatever the machine does. The
     exit status is that of the shell.
     """
+    # The shell logs in by itself and not through the daemon: keys and output would go through one process more, and resizing too.
     from pytest_vmbottle.channels.port import Keys
     from pytest_vmbottle.channels.ssh import SshChannel
     from pytest_vmbottle.machine.terminal import attach
@@ -409,9 +433,11 @@ def shell(*, name: str, user: str | None) -> None:
 
     channel = SshChannel.connect((host, port), Keys(**access["keys"]), deadline=Deadline(_LOGIN), alive=alive)
     try:
+        # No deadline: the user ends it.
         status = attach(channel, user=user or access["user"])
     finally:
         channel.close()
+    # None is that the user left the shell, which is no failure.
     sys.exit(_exit_status(status or 0))
 
 

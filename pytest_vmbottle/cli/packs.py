@@ -58,6 +58,7 @@ def list_packs(*, as_json: bool) -> None:
     catalog = open_catalog(make=False)
     found, damaged = packs.scan(catalog.packs)
     taken = packs.sizes(found)
+    # One that was removed meanwhile has no size, and is left out.
     records = [_pack_record(catalog, each, taken[each.key]) for each in found if each.key in taken]
     for key, error in damaged.items():
         say(f"{error}; remove it with `vmbottle pack rm {key[:SHORT]}`")
@@ -85,6 +86,7 @@ def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
         "kind": about.kind,
         "name": about.name,
         "created": datetime.fromtimestamp(about.created, UTC).isoformat(timespec="seconds"),
+        # The clock may have been set back since it was made.
         "age": max(0.0, time.time() - about.created),
         "used": datetime.fromtimestamp(found.used, UTC).isoformat(timespec="seconds"),
         "unused_for": max(0.0, time.time() - found.used),
@@ -125,6 +127,7 @@ def show(*, key: str, as_json: bool) -> None:
 
 
 def _files(found: Pack) -> dict[str, dict[str, Any]]:
+    # Apparent sizes, as `ls` shows them; what the pack takes in blocks is its own line.
     sizes = {path.name: path.stat().st_size for path in found.path.iterdir()}
     return {name: {"digest": value, "size": sizes.get(name)} for name, value in found.manifest.files.items()}
 
@@ -154,6 +157,7 @@ def _parents(catalog: Catalog, found: Pack) -> list[dict[str, Any]]:
         try:
             below = packs.read(catalog.pack(key)).manifest
         except (PackCorrupt, FileNotFoundError):
+            # A pack below that is missing or damaged is told, since it is why the one above cannot be used.
             return [*parents, {"key": key, "name": None, "kind": None}]
         parents.append({"key": key, "name": below.name, "kind": below.kind})
         key = below.parent
@@ -175,6 +179,7 @@ def verify_packs(*, keys: tuple[str, ...]) -> None:
         paths = [packs.find(catalog.packs, key) for key in keys]
     else:
         found, damaged = packs.scan(catalog.packs)
+        # Damaged ones as well: they are what this command looks for.
         paths = [*(each.path for each in found), *map(catalog.pack, damaged)]
     check_each({name_of(path): (f"pack {path.name[:SHORT]}", partial(_verify, path)) for path in paths})
 
@@ -199,6 +204,7 @@ def remove_packs(*, keys: tuple[str, ...]) -> None:
     from pytest_vmbottle.host.generations import name_of
 
     catalog = open_catalog(make=False)
+    # A key may be given twice, by beginnings of different length.
     paths = dict.fromkeys(packs.find(catalog.packs, key) for key in keys)
     found, _ = packs.scan(catalog.packs)
     _check_removable(catalog, paths, found)
@@ -215,6 +221,7 @@ def _check_removable(catalog: Catalog, paths: Iterable[Path], found: Sequence[Pa
     from pytest_vmbottle.host.generations import name_of
 
     names = set(map(name_of, paths))
+    # All are checked before the first one goes: a list of which one cannot be removed removes nothing.
     above = [each for each in found if each.manifest.parent in names and each.key not in names]
     if above:
         those = ", ".join(f"{each.key[:SHORT]} ({each.manifest.name})" for each in above)
@@ -226,6 +233,7 @@ def _check_removable(catalog: Catalog, paths: Iterable[Path], found: Sequence[Pa
 
 
 def _discard(catalog: Catalog, path: Path) -> bool:
+    # Ctrl-C waits for the end of one removal, which must not be left half done.
     with undisturbed():
         return catalog.discard(path)
 
@@ -254,7 +262,9 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
     catalog = open_catalog(make=False)
     found, damaged = packs.scan(catalog.packs)
     made, used = (None if age is None else time.time() - age for age in (older_than, unused_for))
+    # Children come before their parents in this list, so that a pack goes before the one that it stands on.
     chosen = packs.prunable(found, held=lambda each: catalog.in_use(each.path), made_before=made, used_before=used, keep_size=keep_size)
+    # Measured before they go.
     taken = packs.sizes(chosen)
     gone = [key for key in damaged if dry_run or _discard(catalog, catalog.pack(key))]
     stays: set[str | None] = set()
@@ -262,7 +272,9 @@ def prune(*, older_than: float | None, unused_for: float | None, keep_size: int 
         if each.key not in stays and (dry_run or _discard(catalog, each.path)):
             gone.append(each.key)
         else:  # somebody has begun to use it
+            # Then everything below it has to stay as well.
             stays.add(each.manifest.parent)
+    # Damaged packs, which were moved there so that somebody can look at them.
     for aside in () if dry_run else catalog.quarantined():
         shutil.rmtree(aside, ignore_errors=True)
     for key in gone:

@@ -50,6 +50,7 @@ class Bulk:
     def __init__(self, instance: Instance) -> None:
         """Take the instance to use."""
         self._instance = instance
+        # Until the contrary is seen. It is remembered for this instance only, since another kernel may boot in the next one.
         self._has_disks = True
 
     def put(self, source: BinaryIO, size: int, command: Command, *, deadline: Deadline, framed: bool = False) -> Finished:
@@ -68,6 +69,7 @@ class Bulk:
             OSError: The file changed during the transfer.
         """
         if self._has_disks:
+            # The size is checked at both ends: QEMU pads a file that shrank with zeros, and the guest cannot tell them from data.
             with _as_file(source, size) as file:
                 finished = self._by_disk(_PUT_FRAMED if framed else _PUT, command, file, size, deadline, writable=False)
                 if os.fstat(file).st_size != size:  # what was read behind its end was zeros
@@ -91,6 +93,7 @@ class Bulk:
             OSError: The host's disk is full.
         """
         if self._has_disks:
+            # The size is an estimate, and a tree may grow while it is packed. Room that is not used costs nothing.
             finished = self._get_by_disk(command, sink, size + _SLACK, deadline)
             if finished is not None:
                 return finished
@@ -102,11 +105,13 @@ class Bulk:
             os.ftruncate(file, -(-room // _SECTOR) * _SECTOR)  # it takes no space until it is written to
             finished = self._by_disk(_GET, command, file, room, deadline, writable=True)
             written = _count(finished) if finished is not None else 0
+            # The guest sees an I/O error only, and its program fails of it. That the host's disk is full is known here alone.
             if finished is not None and not finished.timed_out and finished.returncode and _is_full(file):
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (on the host)")
             # A number from the guest: it says how much of the disk is output, and may be anything.
             os.ftruncate(file, min(written, room))
             os.lseek(file, 0, os.SEEK_END)
+        # The number of bytes was for us, and is no output of the command.
         return finished and attrs.evolve(finished, stdout=b"")
 
     def _by_disk(  # noqa: PLR0913 - all that makes one run
@@ -118,6 +123,7 @@ class Bulk:
         """
         # A random serial, because the guest may still have an earlier disk in its list.
         serial = f"vmb-{secrets.token_hex(8)}"
+        # With `evolve`, so that it keeps its tag: a time-out kills the script with all that it started.
         wrapped = attrs.evolve(command, argv=("/bin/sh", "-c", script, "sh", serial, str(size), *command.argv))
         channel = self._instance.channel(deadline=deadline)
         try:
@@ -131,6 +137,7 @@ class Bulk:
         except NotPlugged as error:
             log.info("copying by SSH: %s", error)
             return None
+        # The script waited for the disk and gave up before it ran the command, so running it again by SSH is safe.
         if finished.returncode == _UNSEEN:
             log.info("copying by SSH from now on: the guest does not see a disk that is plugged in while it runs")
             self._has_disks = False
@@ -140,11 +147,13 @@ class Bulk:
 
 def _count(finished: Finished) -> int:
     said = finished.stdout.strip()
+    # Bounded, because `int` raises an error of its own for thousands of digits.
     return int(said) if said.isdigit() and len(said) < 20 else 0  # noqa: PLR2004 - of 64 bits
 
 
 def _is_full(file: int) -> bool:
     status = os.fstatvfs(file)
+    # `f_bavail` and not `f_bfree`: blocks that are reserved for root help nobody else.
     return status.f_bavail * status.f_frsize < 1 << 20
 
 
@@ -153,13 +162,16 @@ def _as_file(source: BinaryIO, size: int) -> Iterator[int]:
     """Yield a read-only descriptor of a file with the content of `source`."""
     with tempfile.TemporaryFile() as own:
         try:
+            # A disk begins at the beginning of its file, so a file that was read in part has to be copied.
             file, whole = source.fileno(), source.tell() == 0
+        # A file in memory, such as BytesIO, has no descriptor for QEMU.
         except UnsupportedOperation:
             file, whole = -1, False
         if not whole:
             start = source.tell()
             shutil.copyfileobj(source, own, 1 << 20)
             own.flush()
+            # As it was: if there is no disk in the end, SSH reads the source from here.
             source.seek(start)
             file = own.fileno()
         elif os.fstat(file).st_size != size:
@@ -193,9 +205,11 @@ def _reporting(moved: Callable[[], int], size: int) -> Iterator[None]:
 
     def report() -> None:
         while not over.wait(_EVERY):
+            # ValueError is that of a file which was closed meanwhile. A report that fails must not end the copy.
             with suppress(VMBottleError, OSError, ValueError):
                 log.info("copied %s of about %s", format_size(moved()), format_size(size))
 
+    # A thread, because the copy itself is one call that blocks until its end.
     thread = threading.Thread(target=report, name="vmbottle-progress", daemon=True)
     thread.start()
     try:

@@ -24,6 +24,7 @@ __all__ = ["GuestShell", "words_of"]
 
 _ANSWER = 5.0
 """Seconds for the guest to tell why a command was killed."""
+# The first command in the background logs in by SSH, which without KVM takes several seconds.
 _LOGIN_TIME = 60.0
 _MARK = "\n[vmbottle: truncated after 16 MiB]\n"
 _MAX_COMMAND = 120 << 10
@@ -34,7 +35,10 @@ _KILL_TIME = 10.0
 _NOT_FOUND = 127
 _KILLED = (-9, 128 + 9)
 """Statuses of a killed command, and of a shell whose last command was killed."""
+# A daemon that a script started with `&` is the usual reason: it inherits the output, which so has no end.
 _HELD = "the command itself had ended, but a background process of it held its output; redirect that with >/dev/null 2>&1, or use spawn"
+# A shell changes the folder, because neither the QEMU guest agent nor SSH can be asked to. `exec` keeps the process, so that signals and
+# status are the command's own.
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = read_script(__package__, "as_user.sh")
 
@@ -54,6 +58,7 @@ class GuestShell(Shell):
     def spawn(self, argv: tuple[str, ...], prepared: Command) -> Process:
         """Start a prepared command, and return while it runs."""
         self._lifecycle.alive()
+        # Not over the guest agent, which has no streams: it returns all output at the end of a command.
         channel = self._lifecycle.bulk_channel(Deadline(_LOGIN_TIME * self._factor))
         return Process(
             channel, prepared, argv=argv, killer=self._channel, factor=self._factor, ended=lambda status: self._told(argv, status)
@@ -70,6 +75,7 @@ class GuestShell(Shell):
         Raises:
             CommandTimeout: It was killed at the deadline.
         """
+        # Asked first, because channels notice the end of a machine late, and then say nothing of its cause.
         self._lifecycle.alive()
         began = time.monotonic()
         finished = self.spawn(argv, prepared).relay(stream, deadline.seconds) if stream else self._channel.run(prepared, deadline=deadline)
@@ -99,10 +105,13 @@ class GuestShell(Shell):
         """
         if not argv:
             raise ValueError("there is no command to run")
+        # Nothing of the guest's own is inherited, so that a command has the same environment over each channel.
         environment, folder = {**_environment(), **dict(self._spec.env), **(env or {})}, "" if cwd is None else str(cwd)
+        # Before anything is checked or sent: an error may have the words of the command in it.
         redact_variables(environment)
         _check_words([*argv, *environment, *environment.values(), folder, user or ""])
         words = argv if cwd is None else ("/bin/sh", "-c", _CD, "sh", folder, *argv)
+        # Channels log in as root, so only another user takes a change.
         who = user or self._spec.user
         if who != "root":
             words = ("/bin/sh", "-c", _AS_USER, "sh", who, *words)
@@ -113,6 +122,7 @@ class GuestShell(Shell):
         """End a command and all its descendants."""
         self._channel.run(command.killer(), deadline=Deadline(_KILL_TIME))
 
+    # Internal scripts run as the spec's user as well, so that paths and copies have that user's rights.
     def script(self, text: str, *words: str) -> Result:
         """Run a shell script with arguments for `GuestPath`; never raise for its status."""
         return self._carry(lambda command, deadline: self._channel.run(command, deadline=deadline), text, words)
@@ -139,6 +149,7 @@ class GuestShell(Shell):
         return self._carry(lambda command, deadline: self._lifecycle.bulk.get(command, sink, size, deadline=deadline), text, words)
 
     def _carry(self, run: Callable[[Command, Deadline], Finished], text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
+        # Names of files may be bytes that are not UTF-8, and the guest agent takes only JSON.
         text, words = with_any_bytes(text, words)
         argv = ("/bin/sh", "-c", text, "sh", *words)
         self._lifecycle.alive()
@@ -167,12 +178,14 @@ class GuestShell(Shell):
         """Return additional remarks on a command's end."""
         if finished.outlived:
             return _HELD
+        # Guessed only after the failure, because a program may have blanks in its name.
         if finished.returncode == _NOT_FOUND and len(program.split()) > 1:
             return f"{printable(program)!r} is one word of a list, so it is the name of a program; write a whole command as a string"
         # The guest's kernel log is read only if a signal killed the command: it takes another round trip.
         if finished.returncode not in _KILLED or finished.timed_out:
             return ""
         question = Command(argv=("/bin/sh", "-c", guestlog.KILLS), env=(("PATH", GUEST_PATH),))
+        # The remark is a help; the command's own outcome must not be lost because of it.
         with suppress(MachineError):
             said = self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout.decode(errors="replace")
             processes = ", ".join(guestlog.killed(said, duration))
@@ -212,6 +225,7 @@ def _check_words(words: Sequence[str]) -> None:
         if "\0" in word:
             raise ValueError(f"{word[:80]!r} has a NUL byte in it, and a command cannot have one")
         try:
+            # With the NUL at the end of each string, as execve(2) counts.
             total += len(word.encode()) + 1
         except UnicodeEncodeError:
             raise ValueError(f"{word[:80]!r} is not text: a command takes only what UTF-8 can encode") from None

@@ -25,7 +25,9 @@ _PLAIN = {
     **dict(zip(" \n\t-=[]\\", ("spc", "ret", "tab", "minus", "equal", "bracket_left", "bracket_right", "backslash"), strict=True)),
     **dict(zip(";'`,./", ("semicolon", "apostrophe", "grave_accent", "comma", "dot", "slash"), strict=True)),
 }
+# By the plain character on the same key, since QEMU names keys and not what is printed on them.
 _SHIFTED = dict(zip('ABCDEFGHIJKLMNOPQRSTUVWXYZ)!@#$%^&*(_+{}|:"~<>?', "abcdefghijklmnopqrstuvwxyz0123456789-=[]\\;'`,./", strict=True))
+# Single characters are keys in chords, but not names: as words they are text.
 _KEYS = _NAMED | set(_PLAIN.values())
 
 
@@ -47,10 +49,12 @@ def chords(words: Iterable[str]) -> list[Chord]:
 def _word(word: str) -> list[Chord]:
     if not isinstance(word, str):
         raise TypeError(f"{word!r} is not a string: keys are names such as 'ret' or 'ctrl-alt-f2', or text to type")
+    # First of all: a name such as `up` is the key, not two letters.
     if word in _NAMED:
         return [(word,)]
     first, *others = word.split("-")
     if first in _MODIFIERS and others:
+        # Only words that begin with a modifier are chords, so that text with a dash in it can be typed.
         return [(first, *(_key(name, word) for name in others))]
     return [_character(character) for character in word]
 

@@ -26,9 +26,11 @@ __all__ = ["Lan", "LanMember", "Lans"]
 
 log = logging.getLogger(__name__)
 
+# The script lan_settle.sh waits for the card without a limit of its own. This is its limit.
 _SECONDS = 60.0
 _NETWORK = ipaddress.ip_network("10.77.0.0/16")
 """The range that LANs are taken from, a /24 each; QEMU's user network is 10.0.2.0/24."""
+# Statuses of the scripts lan_spare.sh and lan_settle.sh.
 _NO_IP, _NO_ADDRESS = 3, 4
 _MAX_DELAY = 60.0
 
@@ -53,6 +55,7 @@ class LanMember:
         # Derived from its address, so that no two cards on a LAN have the same.
         self.mac = "52:54:" + address.ip.packed.hex(":")
         self._lan, self._interface, self._body = lan, str(address), body
+        # The instance that has the card: after a start or a restore it is another one, which has none.
         self._plugged: Instance | None = None
         self._port: Port | None = None
         self._impairment = Impairment()
@@ -65,7 +68,9 @@ class LanMember:
         Raises:
             MachineError: The backend has no LANs, or the guest cannot be on one.
         """
+        # Taken once, so that the check and the plugging are about the same instance.
         instance = self._body.instance()
+        # Before the card is there: DHCP clients of the guest would take it as soon as they see it.
         self._script(_SPARE, self.mac)
         if instance is not self._plugged:
             self._plug(instance)
@@ -99,6 +104,7 @@ class LanMember:
         instance = self._body.instance()
         if instance is self._plugged:
             instance.unplug_card(deadline=Deadline(_SECONDS * self._body.factor))
+        # The port of the instance before. Its frames would wait for a machine that is gone.
         self.leave()
 
     def leave(self) -> None:
@@ -111,6 +117,7 @@ class LanMember:
         self.leave()
         port, wire = self._lan.switch.connect()
         port.impairment = self._impairment
+        # Noted before it is used, so that `leave` finds it if the card cannot be plugged in.
         self._port = port
         # The hypervisor has its own copy of the descriptor afterwards.
         with wire:
@@ -118,6 +125,7 @@ class LanMember:
         self._plugged = instance
 
     def _script(self, text: str, *words: str) -> None:
+        # The text goes to `sh -c`, its arguments as words of their own: no name can become a part of the script.
         command = Command(argv=("/bin/sh", "-c", text, "sh", *words), env=(("PATH", GUEST_PATH),))
         finished = self._body.channel().run(command, deadline=Deadline(_SECONDS * self._body.factor))
         if finished.timed_out or finished.returncode:
@@ -157,6 +165,7 @@ class Lan:
         self.name = name
         self.switch = Switch(name)
         self._prefix = network.prefixlen
+        # A generator: each address is given once, so that no late frame for a machine that left reaches another one.
         self._free = network.hosts()
         self._places: list[LanMember] = []
 
@@ -174,6 +183,7 @@ class Lan:
             MachineError: The machine cannot be on a LAN.
         """
         place = self._reserve(name, body)
+        # Those who were there before. The new machine gets all names when it settles.
         others = tuple(self._places)
         # Added before it is settled, so that the guest's hosts file has its own name too.
         self._places.append(place)
@@ -187,6 +197,7 @@ class Lan:
             place.leave()
 
     def _reserve(self, name: str, body: LanGuest) -> LanMember:
+        # Host names have no case (RFC 4343).
         if name.lower() in {place.name.lower() for place in self._places}:
             raise SpecError(f"the LAN {self.name!r} has a machine named {name!r} already: give this one another name=")
         address = next(self._free, None)
@@ -215,6 +226,8 @@ class Lans:
     def __init__(self) -> None:
         """Create the table, without a LAN."""
         self._lans: dict[str, Lan] = {}
+        # Lazy, and each network is used once in a test: no two LANs share addresses, so a machine that reaches another LAN by mistake finds
+        # nobody.
         self._networks = _NETWORK.subnets(new_prefix=24)
 
     def __getitem__(self, name: str) -> Lan:
@@ -228,5 +241,6 @@ class Lans:
 
     def close(self) -> None:
         """Close all LANs; may be called again."""
+        # Taken out before it is closed, so that a second call has nothing to do.
         while self._lans:
             self._lans.popitem()[1].close()

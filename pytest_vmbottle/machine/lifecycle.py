@@ -38,6 +38,8 @@ __all__ = ["CAPTURES", "Lifecycle", "Relauncher"]
 CAPTURES = "captures"
 """Folder in a machine's folder for recorded traffic."""
 
+# The kernel draws this id at random once in each boot (random(4)). A guest that only answers again may be the old boot, which has not gone
+# down yet.
 _BOOT_ID = Command(argv=("cat", "/proc/sys/kernel/random/boot_id"), env=(("PATH", GUEST_PATH),))
 
 
@@ -115,10 +117,12 @@ class Lifecycle:
         if self._spec.capture and self._instance is not None and self._instance is not self._uncaptured:
             newest = max(self.captures, key=lambda path: path.stat().st_mtime, default=None)
             if newest is not None and newest.stat().st_size >= pcap.LIMIT:
+                # Set first: a recording that cannot be ended is not tried again each second. QEMU's filter has no limit for its file.
                 self._uncaptured = self._instance
                 self._instance.end_capture()
 
     def _adopt(self, instance: Instance, channel: Channel) -> None:
+        # All four belong together: a channel or a disk port of the instance before leads to a process that has ended.
         self._instance = instance
         self._channel = channel
         self._bulk = Bulk(instance)
@@ -155,6 +159,7 @@ class Lifecycle:
         self.check_owner()
         if self._instance is not None and self._paused:
             raise self._error("is paused: vm.resume() continues it")
+        # The property raises if the machine is off.
         _ = self.instance
         return self._channel
 
@@ -221,6 +226,7 @@ class Lifecycle:
         # One that powered itself off is retired first, so that the error says "is off" and not what its monitor said.
         if state is State.OFF:
             self._retire()
+        # Raises if it was retired just now.
         _ = self.instance
         if state is State.DIED and not dead:
             raise self._died("has died: vm.start() boots it again, and vm.restore() resets it to its first state")
@@ -258,14 +264,17 @@ class Lifecycle:
         """Reboot the guest in order, and wait until it is ready again."""
         relauncher, powered = self._relaunchable(), self._powered()
         deadline = deadline or Deadline(relauncher.patience)
+        # Asked first, because only the comparison proves the reboot.
         before = self._boot_id(deadline)
         if not powered.reboot(deadline=deadline):
             off = powered.state() is State.OFF
             raise self._died("powered off instead of rebooting") if off else self._late("reboot", deadline)
+        # The old channel ended with the old system: the instance forgets its channels when it sees the reset.
         self._channel = self.instance.channel(deadline=deadline)
         if self._boot_id(deadline) == before:
             raise self._error(f"was reset and is still in the boot {before}")
         relauncher.await_boot(self.instance, self._channel, deadline)
+        # The address of the LAN's card is in no file of the guest, so each boot needs it again.
         self._settle()
 
     def _boot_id(self, deadline: Deadline) -> str:
@@ -276,6 +285,7 @@ class Lifecycle:
     def off(self, deadline: Deadline) -> None:
         """Have the guest shut down in order."""
         powered = self._powered()
+        # Raises if it is paused: a guest whose processors stand still cannot shut down.
         _ = self.channel
         if not powered.shut_down(deadline=deadline):
             raise self._late("power off", deadline)
@@ -283,6 +293,7 @@ class Lifecycle:
 
     def cut(self) -> None:
         """Cut the power at once."""
+        # A machine that has died can be cut too: it may be a guest that panicked, in a QEMU that still runs.
         self._powered(dead=True).cut()
         self._retire()
 
@@ -291,6 +302,7 @@ class Lifecycle:
         self.check_owner()
         if self.state not in (State.OFF, State.DIED):
             raise self._error(f"is not off, it is {self.state}")
+        # From its disk alone: a saved RAM belongs to the disk of the moment when it was saved.
         self._relaunch(attrs.evolve(self._origin(), saved=None, kept=True), deadline)
 
     def _origin(self) -> Start:
@@ -315,8 +327,10 @@ class Lifecycle:
 
     def _relaunch(self, start: Start, deadline: Deadline | None) -> None:
         relauncher = self._relaunchable()
+        # First the old instance: two must never write to the same disk and console.
         self._retire()
         self._current = start  # from here on this is what the disk in its folder stands on, whatever happens
+        # Only for this launch and not in `_current`, since the ports may change with each retirement.
         wanted = attrs.evolve(start, forwards=tuple(self._forwards.items()))
         self._adopt(*relauncher.launch(wanted, deadline or Deadline(relauncher.patience)))
         self._settle()
@@ -329,8 +343,10 @@ class Lifecycle:
 
         The fixtures do so if the spec says `network="name"`.
         """
+        # QEMU records the first card only. The frames of a LAN all pass its switch, which so records them once.
         if self._spec.capture and self._relauncher is not None:
             lan.switch.capture(private_dir(self._relauncher.folder / CAPTURES) / f"lan-{lan.name}.pcap")
+        # Functions, because a start or a restore replaces both.
         body = LanGuest(instance=lambda: self.instance, channel=lambda: self.channel, factor=self._factor)
         with lan.joined(self._spec.name, body) as place:
             self.place = place
@@ -341,6 +357,7 @@ class Lifecycle:
 
     def _settle(self) -> None:
         """Connect the machine to its LAN again, after a boot or as another instance."""
+        # No boot and no restore has the card, so it is plugged in each time.
         if self.place is not None:
             self.place.settle()
 
@@ -348,6 +365,7 @@ class Lifecycle:
     def _off_the_lan(self) -> Iterator[None]:
         """Remove the LAN's card for the length of a block: no restored machine has it."""
         if self.place is not None:
+            # A saved state names its devices, and QEMU loads it only into a machine that has the same ones. Clones start without this card.
             self.place.unplug()
         try:
             yield
@@ -362,18 +380,23 @@ class Lifecycle:
         from pytest_vmbottle.catalog import packs
         from pytest_vmbottle.machine.snapshot import Snapshot
 
+        # `_origin`, not `relauncher.start`: a snapshot stands on the disks that the machine runs on now, which may be those of another
+        # snapshot.
         relauncher, origin = self._relaunchable(), self._origin()
         self._powered()
         _ = self.channel
+        # Named as a pack is, because it is read and held as one: the name is the key in its manifest.
         folder = relauncher.folder / SNAPSHOTS / secrets.token_hex(32)
         try:
             private_dir(folder)
             with self._off_the_lan():
                 self.instance.snapshot(folder, deadline=Deadline(relauncher.patience))
             packs.seal(folder, self._manifest(folder.name, name))
+            # A backend with images of its own has no disks in the start, and finds its own in the folder.
             disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()
             start = attrs.evolve(origin, disks=disks, saved=folder, kept=False, building=False)
             return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
+        # Ctrl-C too: half a snapshot may be a gigabyte that nobody would remove before the machine ends.
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             # The file system's own sentence has no remedy; a machine's error has one already.
@@ -413,6 +436,7 @@ class Lifecycle:
         if relauncher.start.building:
             raise self._error("is being built: a layer cannot restore it")
         if snapshot is None:
+            # Not `_current`: after restoring a snapshot that would be this snapshot, and not the first state.
             start = relauncher.start
         elif isinstance(snapshot, Snapshot):
             snapshot.check()

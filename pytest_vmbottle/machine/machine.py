@@ -94,8 +94,11 @@ class Machine:
         self.backend = backend
         self.lifecycle = Lifecycle(instance, channel, spec=spec, factor=factor, relauncher=relauncher, timeline=timeline)
         self.guest = GuestShell(self.lifecycle, spec, factor=factor)
+        # Not the instance's own console: a start or a restore replaces the instance, but the recording goes on in the same file, and
+        # somebody who follows it must not be told of an end in between.
         self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
         self._factor = factor
+        # Made on first use: most tests measure nothing.
         self._meter: Meter | None = None
 
     @property
@@ -192,11 +195,13 @@ class Machine:
             >>> vm.exec("cat /nothing | wc -l", shell="bash", check=False).returncode
             1
         """
+        # Before the span: a command that cannot be given to Linux is the caller's mistake, and no event of the machine.
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
         with self._timeline.span("command", **_told(argv, env, cwd, user or self.spec.user)) as event:
             result = self.guest.run(argv, prepared, Deadline(timeout * self._factor), stream)
             event.finish(result)
+        # After the span, whose event has the status already: whether that is an error is up to the caller.
         return result.check() if check else result
 
     def spawn(  # noqa: PLR0913 - as for exec
@@ -234,6 +239,7 @@ class Machine:
         """
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
+        # The event covers the start only. The end of the command is an event of its own kind (`exit`).
         with self._timeline.span("spawn", **_told(argv, env, cwd, user or self.spec.user)):
             process = self.guest.spawn(argv, prepared)
         # Without data the channel leaves the input open for `Process.stdin`, but an empty input was asked for.
@@ -374,6 +380,7 @@ class Machine:
             >>> str(found[0].path), found[0].line
             ('/etc/passwd', 1)
         """
+        # It refuses a pattern with a newline before anything is sent: grep would take that for two patterns.
         query = Query(
             pattern=pattern,
             root=root if isinstance(root, GuestPath) else self.path(root),
@@ -418,12 +425,14 @@ class Machine:
 
     def _wait(self, timeout: float) -> Wait:
         deadline = Deadline(timeout * self._factor)
+        # The deadline begins here, once for the whole wait: a slow answer of the guest costs time of it too.
         return Wait(
             machine=self.name,
             console=self.console,
             alive=self.lifecycle.alive,
             run=self.guest.ask,
             deadline=deadline,
+            # Asked only by a wait that failed. What a unit did before the machine was cloned explains nothing.
             age=lambda: host.age(self.pid),
             record=lambda seen: self._timeline.note("answer", text=seen[:_ANSWER_TEXT]) if seen else None,
         )
@@ -533,6 +542,7 @@ class Machine:
             >>> _ = vm.exec("systemctl poweroff --no-block")
             >>> vm.wait_for_shutdown()
         """
+        # A machine that was retired has no instance left to be waited for, which would be an error.
         if self.state is State.OFF:
             return
         self._wait(timeout).shutdown(self.lifecycle.instance)
@@ -586,6 +596,7 @@ class Machine:
         return Recording(self._new_meter(), every=every, guest_every=guest_every)
 
     def _new_meter(self) -> Meter:
+        # The channel is looked up for each question: a reboot replaces it, while the process stays the same.
         def ask(question: Command) -> bytes:
             return self.lifecycle.channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout
 
@@ -609,6 +620,8 @@ class Machine:
             >>> "systemd" in vm.journal("ssh.service", lines=5)
             True
         """
+        # `--boot`, because the journal of an image or a pack has the boots before it, too. As root, because others see only their own
+        # messages. journalctl takes `@` for seconds since 1970 (systemd.time(7)).
         argv = ["journalctl", "--no-pager", "--quiet", "--boot", "--output=short-iso"]
         argv += [] if unit is None else [f"--unit={unit}"]
         argv += [] if since is None else [f"--since={since if isinstance(since, str) else f'@{since:.0f}'}"]
@@ -883,6 +896,7 @@ class Machine:
             >>> vms["one"].exec(["bash", "-c", "exec 3<>/dev/tcp/two/22"]).duration > 0.2
             True
         """
+        # A forked child has a copy of the switch without its thread: it would set an impairment that nobody looks at.
         self.lifecycle.check_owner()
         place = self.lifecycle.place
         if place is None:
@@ -905,6 +919,7 @@ class Machine:
             b'\x89PNG'
         """
         image, dest = self._display().screenshot(), _host_path(path)
+        # Readable by all, unlike the machine's own files: it is the user's, and often a CI job's artifact.
         with atomic_file(dest, mode=0o644) as file:
             file.write(image)
         return dest
@@ -974,6 +989,7 @@ class Machine:
             MachineError: There is no terminal here, the backend offers none, or the guest cannot be reached.
         """
         deadline = Deadline(_LOGIN_TIME * self._factor)
+        # The channel for much data is SSH where there is one, and the only one with terminals: the QEMU guest agent has none.
         channel = self.lifecycle.bulk_channel(deadline)
         return attach(channel, user=user or self.spec.user, stdin=stdin, stdout=stdout, seconds=deadline.seconds)
 
@@ -1004,6 +1020,7 @@ def _told(argv: Sequence[str], env: Mapping[str, str] | None, cwd: object, user:
 
 
 def _host_path(path: str | Path) -> Path:
+    # `Path("")` would be the current folder, and the value of a variable that was not set is no reason to write there.
     if path == "":
         raise ValueError("the path on this computer is empty: write one, such as 'result.txt'")
     return Path(path)

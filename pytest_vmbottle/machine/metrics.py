@@ -24,11 +24,13 @@ QUESTION = Command(argv=("cat", *_FILES), env=(("PATH", GUEST_PATH),))
 
 # The kernel counts in sectors of 512 bytes, whatever a disk's own are (Documentation/admin-guide/iostats.rst).
 _SECTOR = 512
+# Far more than the files have on a machine with 64 processors and many disks.
 _MAX_ANSWER = 1 << 18
 # Numbers are bounded, because a guest may answer anything. The last two columns, guest and guest_nice, are left out: user and nice contain
 # them (account_guest_time in kernel/sched/cputime.c).
 _CPU = re.compile(r"^cpu ((?: +[0-9]{1,20}){8})", re.MULTILINE)
 _CPUS = re.compile(r"^cpu[0-9]", re.MULTILINE)
+# MemAvailable and not MemFree: the page cache fills free memory without using it up. Linux has it since 3.14.
 _MEMORY = re.compile(r"^(MemTotal|MemAvailable): +([0-9]{1,20}) kB$", re.MULTILINE)
 _LOAD = re.compile(r"^([0-9]{1,9}\.[0-9]{2}) [0-9.]+ [0-9.]+ [0-9]+/[0-9]+ [0-9]+$", re.MULTILINE)
 # Whole disks: their partitions, and what is made of them (dm, md, loop), would count the same bytes again. Fields 6 and 10 are sectors.
@@ -37,6 +39,7 @@ _DISK = re.compile(
     r" [0-9]+ [0-9]+ ([0-9]{1,20}) [0-9]+ [0-9]+ [0-9]+ ([0-9]{1,20}) ",
     re.MULTILINE,
 )
+# The first column is received bytes, the ninth is sent bytes. `lo` is traffic of the guest with itself.
 _CARD = re.compile(r"^ *(?!lo:)[^\s:]+: *([0-9]{1,20})(?: +[0-9]+){7} +([0-9]{1,20}) ", re.MULTILINE)
 
 
@@ -171,6 +174,7 @@ class Meter:
         now, usage = time.monotonic(), self._process.usage()
         if usage is None:
             return None
+        # The figures before are replaced even if they are not used, or the next interval would be the wrong one.
         before, self._usage = self._usage, (now, usage)
         percent = None
         if before is not None and now > before[0]:
@@ -187,6 +191,7 @@ class Meter:
             return None
         # Bounded, because a guest may send megabytes.
         text = answer[:_MAX_ANSWER].decode("ascii", "replace")
+        # Each figure by itself: a kernel that tells less still gives a sample of the rest.
         load, known = _LOAD.search(text), {**_memory(text), **_sums(text)}
         percent, told = self._busy(text)
         if not told and not load and all(value is None for value in known.values()):
@@ -203,6 +208,7 @@ class Meter:
         # Steal is time that the host gave to others: it passed, but the guest was not busy.
         now = (busy, busy + idle + iowait + steal)
         before, self._jiffies = self._jiffies, now
+        # The first answer, or counters that stood still or began anew: there is no interval to divide by.
         if before is None or now[1] <= before[1]:
             return None, True
         # Counters of a guest may run backwards after a restore.
@@ -213,6 +219,7 @@ class Meter:
 def _memory(text: str) -> dict[str, int | None]:
     found = {name: int(amount) << 10 for name, amount in _MEMORY.findall(text)}
     total, available = found.get("MemTotal"), found.get("MemAvailable")
+    # Two numbers of a guest, which may contradict each other.
     used = None if total is None or available is None else max(0, total - available)
     return {"memory_used_bytes": used, "memory_available_bytes": available}
 

@@ -53,6 +53,7 @@ def write_config(access: SshAccess, alias: str) -> Path:
     config, key, known = (access.folder / name for name in ("ssh_config", "ssh_key", "ssh_known_hosts"))
     host, port = access.address
     text = _CONFIG.format(alias=alias, host=host, port=port, user=access.user, key=_quoted(key), known=_quoted(known))
+    # The configuration comes last: who finds it finds the files that it names.
     contents = {key: access.keys.user_private, known: f"{alias} {access.keys.host_public}\n", config: text}
     for path, content in contents.items():
         with atomic_file(path) as file:

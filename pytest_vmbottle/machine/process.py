@@ -22,7 +22,9 @@ _MAX_LINE = 1 << 20
 """Bytes of a line; a longer one is returned in pieces."""
 _PATIENCE = 15.0
 """Seconds for a signal to reach a command (which may still be starting), and for a killed command to be gone."""
+# Seconds after which a wait looks whether the machine is still there: its end is no news of a stream.
 _TICK = 0.5
+# Seconds for the start of a command.
 _OWN_TIME = 60.0
 _FOREVER = float("inf")
 
@@ -48,6 +50,7 @@ class Stream:
         """
         self._news, self._check = news, check
         self._kept = bytearray()
+        # All three count from the beginning of the output and not of the buffer, from which old output is cut off.
         self._dropped = 0  # bytes before those that are kept
         self._read = 0  # bytes that have been given as lines
         self._searched = 0  # bytes that have no line's end in them after what was given
@@ -181,12 +184,15 @@ class Process:
         self._command, self._killer, self._factor = command, killer, factor
         self._ended, self._told = ended, False
         self._began = time.monotonic()
+        # One condition for both streams, so that `lines` can wait for either.
         self._news = threading.Condition()
         self.stdout = Stream(self._news, check=self.poll)
         self.stderr = Stream(self._news, check=self.poll)
         deadline = Deadline(_OWN_TIME * factor)
+        # Before the start, which begins the threads that a forked child does not have.
         self._owner = Owner()
         self._started = channel.start(command, stdout=self.stdout.feed, stderr=self.stderr.feed, deadline=deadline)
+        # Through `_running`, so that a forked child is refused here too.
         self.stdin = Input(lambda: self._running, factor)
         # In a thread, because a command that does not read its input must not block the test.
         if command.input:
@@ -201,6 +207,7 @@ class Process:
     def _give(self, content: bytes) -> None:
         with suppress(OSError, MachineError):  # it may end without reading all of it
             self.stdin.write(content, timeout=_FOREVER)
+            # Its input was given as a whole, so the command must read an end after it.
             self.stdin.close()
 
     @property
@@ -215,6 +222,7 @@ class Process:
         return self._seen(self._running.returncode)
 
     def _seen(self, status: int | None) -> int | None:
+        # Told once: the status is asked for by each wait and each line.
         if status is not None and not self._told:
             self._told = True
             self._ended(status)
@@ -285,6 +293,7 @@ class Process:
             # Raises if the guest is gone, whose output would otherwise be awaited for ever.
             if idle:
                 self.poll()
+            # An empty line is the end of a stream; a line of a file has at least its newline.
             streams = [stream for stream in streams if (stream, b"") not in found]
             yield from ((stream, line) for stream, line in found if line)
 
@@ -295,11 +304,14 @@ class Process:
 
         def pass_on(until: Deadline) -> None:
             for source, line in self.lines(until):
+                # One byte more than is kept, which tells that there was more.
                 kept[source] += line[: max(0, MAX_OUTPUT + 1 - len(kept[source]))]
+                # The function may print to a CI log, where a guest's text could be taken for commands.
                 stream(printable(line.decode("utf-8", "replace")))
 
         # The context kills the command if `stream` raises.
         with self:
+            # `exec` without input gives an empty one: a command that reads would else wait for ever.
             if not self._command.input:
                 self.stdin.close()
             pass_on(deadline)
@@ -307,6 +319,7 @@ class Process:
             outlived = status is not None
             if status is None or not (self.stdout.ended and self.stderr.ended):  # what it has left behind counts, too
                 self._killer.run(self._command.killer(), deadline=Deadline(_PATIENCE))
+                # What it printed before it was killed may still be on the way.
                 pass_on(Deadline(_PATIENCE))
                 status = None
         out, err = (bytes(text[:MAX_OUTPUT]) for text in kept.values())
@@ -340,6 +353,7 @@ class Process:
 
 
 def _signal_name(signal: str | int) -> str:
+    # By the host's numbers, which are the guest's too on the architectures that guests have here.
     known = {each.value: each.name.removeprefix("SIG") for each in signals.Signals}
     name = known.get(signal) if isinstance(signal, int) else signal.upper().removeprefix("SIG")
     if name not in known.values():

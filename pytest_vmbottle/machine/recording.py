@@ -40,6 +40,7 @@ _CHARTS = {
 _SUFFIXES = (".png", ".svg")
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
+# An answer costs 1/200 of the interval, so 0.5 % of the guest's time; but a chart needs points.
 _THRIFT, _AT_LEAST_EVERY = 200.0, 10.0
 
 Series = list[tuple[float, float]]
@@ -79,6 +80,7 @@ class Recording:
             ValueError: A number of seconds is not above 0.
         """
         for name, seconds in (("every", every), ("guest_every", guest_every)):
+            # An infinite interval would never end, and NaN compares with nothing.
             if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
                 raise ValueError(f"{name}={seconds!r} is invalid: it must be a number of seconds above 0")
         self.samples: list[Sample] = []
@@ -117,9 +119,11 @@ class Recording:
         It takes no longer than the guest does, or may, to answer.
         """
         running = not self._over.is_set()
+        # Set before the threads are joined: it wakes both from their waits.
         self._over.set()
         for thread in self._threads:
             thread.join()
+        # The last sample has the moment of the end, and the guest's last answer, which its thread took before it ended.
         if running and self._threads:
             self._take()
 
@@ -133,6 +137,7 @@ class Recording:
     def _take(self) -> bool:
         sample = self._meter.host()
         if sample is None:
+            # A process that ended ends both threads, although nobody called `stop`.
             self.lost = True
             self._over.set()
             return False
@@ -148,6 +153,7 @@ class Recording:
             answer = self._meter.guest()
             if answer is not None:
                 self._answer.append(answer)
+            # One more answer at the end, so that a short block has two of them: processor time is a difference.
             if over:
                 return
             thrifty = min(max(self._every, _THRIFT * (time.monotonic() - began)), _AT_LEAST_EVERY)
@@ -168,6 +174,7 @@ class Recording:
         rows = [sample.figures for sample in self.samples]
         origin = self.samples[0].time if self.samples else 0.0
         for name in (name for name in (rows[0] if rows else ()) if name not in {"time", "guest_time"}):
+            # The guest answered at another moment than the host's sample was taken, and rates divide by the time in between.
             clock = "guest_time" if name.startswith("guest_") else "time"
             known = [(moment - origin, value) for row in rows if (moment := row[clock]) is not None and (value := row[name]) is not None]
             found[name] = known
@@ -230,11 +237,13 @@ class Recording:
 def _rates(known: Series) -> Series:
     """Return the growth per second of a counter, leaving out where it started anew."""
     pairs = itertools.pairwise(known)
+    # A counter that is smaller than before was set back by a reboot or a restore, so the difference means nothing.
     return [(then, (value - before) / (then - since)) for (since, before), (then, value) in pairs if then > since and value >= before]
 
 
 def _statistics(values: list[float]) -> Statistics:
     ordered = sorted(values)
+    # The nearest rank, which is always a value that was measured.
     return Statistics(max=ordered[-1], mean=sum(ordered) / len(ordered), p95=ordered[math.ceil(0.95 * len(ordered)) - 1])
 
 
@@ -248,6 +257,7 @@ def _line(name: str, values: Series, length: float) -> str:
     bins: list[float | None] = [None] * _WIDTH
     for moment, value in values:
         index = min(_WIDTH - 1, max(0, int(_WIDTH * moment / length))) if length else 0
+        # The maximum, because a peak is what a reader looks for, and a mean would hide it.
         bins[index] = max(bins[index] or 0.0, value)
     top = max(value or 0.0 for value in bins) or 1.0
     bars = "".join(" " if value is None else _BARS[int((len(_BARS) - 1) * value / top)] for value in bins)
@@ -268,6 +278,7 @@ def _draw(series: dict[str, Series], kind: str) -> bytes:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ImportError("plotting to a file needs matplotlib: run `pip install 'pytest-vmbottle[plot]'`") from error
+    # Without pyplot, whose global state would belong to the user's own plots and may want a display.
     figure = Figure(figsize=(10, 2.2 * len(_CHARTS)), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(_CHARTS), sharex=True), _CHARTS.items(), strict=True):
         axes.set_ylabel(title)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler"]
 
+# Seconds: docs/timeline.md promises that lines of the console are noted at most a second late.
 _EVERY = 1.0
 
 
@@ -41,6 +42,8 @@ class Sampler:
             # A forked child has no thread, the machines are its parent's, and a lock that is held stays so.
             self._clear()
         with self._lock:
+            # The first machine starts the thread and the last one ends it, so a process without machines has none. Each thread has an event
+            # of its own: the thread before may not have seen its end yet.
             if not self._machines:
                 self._stop = threading.Event()
                 threading.Thread(target=self._run, args=(self._stop,), name="vmbottle-sampler", daemon=True).start()
@@ -48,11 +51,13 @@ class Sampler:
         try:
             yield
         finally:
+            # A child that was forked within the block leaves it too, and the lock and the table are not its own.
             if self._pid == os.getpid():
                 with self._lock:
                     self._machines.pop(machine, None)
                     if not self._machines:
                         self._stop.set()
+            # The files only: later events open them again.
             machine.lifecycle.timeline.close()
 
     def _run(self, stop: threading.Event) -> None:
@@ -64,12 +69,14 @@ class Sampler:
 
     def _sample(self, machine: Machine) -> None:
         timeline = machine.lifecycle.timeline
+        # The console first, and even if the machine is off: its last lines are those that explain why.
         timeline.look()
         with suppress(MachineError, OSError):  # it is off
             machine.lifecycle.bound_capture()
             pid, meter = machine.lifecycle.pid, self._machines[machine]
             # Another process starts from zero.
             if meter is None or meter.pid != pid:
+                # The guest is never asked here, since each answer costs an emulated guest 50 ms of its processor.
                 meter = self._machines[machine] = Meter(pid, lambda _: b"")
             sample = meter.host()
             if sample is not None:

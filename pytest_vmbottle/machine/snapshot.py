@@ -38,7 +38,9 @@ class Snapshot(Pack):
             SpecError: A value is invalid, or the keyword is fixed at the boot.
         """
         self.check()
+        # `env` and `files` are pairs in a spec, but their converters take mappings.
         spec = attrs.evolve(self.spec, **{"env": dict(self.spec.env), "files": dict(self.spec.files), **keywords})
+        # Checked here too, so that the error names the call and not the start of the machine.
         self.check_fits(spec)
         return spec
 

@@ -31,6 +31,7 @@ _BURST = 64
 """Frames taken from a port before it is the next one's turn."""
 _MAX_ADDRESSES = 1024
 _HEADER, _ADDRESS, _GROUP_BIT = 14, 6, 1  # bytes of an Ethernet header, and of an address in it
+# Not the module's shared generator: tests seed it and draw from it, and a LAN would change their numbers.
 _random = SystemRandom()
 
 
@@ -60,6 +61,7 @@ class Port:
     impairment: Impairment = attrs.field(factory=Impairment)
     _waiting: list[tuple[float, int, bytes]] = attrs.field(factory=list)
     _bytes: int = 0
+    # A heap is not stable: frames that are due at the same moment are ordered by their number.
     _order: itertools.count[int] = attrs.field(factory=itertools.count)
     blocked: bool = False
 
@@ -112,6 +114,7 @@ class Switch:
         self._ports: list[Port] = []
         self._addresses: dict[bytes, Port] = {}
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # A socket pair wakes `select` from other threads.
         self._waker, self._woken = socket.socketpair()
         self._woken.settimeout(0)
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -124,8 +127,10 @@ class Switch:
         """Add a port; return it and the caller's end of its cable."""
         # Datagrams, because each is a frame and keeps its boundaries.
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # Without blocking: one machine that does not read must not hold up the thread, and with it the whole LAN.
         ours.settimeout(0)
         port = Port(ours)
+        # The caller gets the port before the thread has it. Frames wait in the socket until then.
         self._ask(lambda: self._add(port))
         return port, theirs
 
@@ -171,6 +176,7 @@ class Switch:
     def _end(self) -> None:
         for port in tuple(self._ports):
             self._remove(port)
+        # Here and not in `close`, so that requests made before the end are still served.
         self._running = False
 
     def _run(self) -> None:
@@ -181,8 +187,10 @@ class Switch:
                 # A request that was served in this round may have removed the port.
                 elif events & selectors.EVENT_READ and key.data in self._ports:
                     self._take(key.data)
+            # All ports and not only those that had events, because delayed frames become due by time alone.
             for port in self._ports:
                 self._give(port)
+        # By the thread itself: nobody else knows when it has left `select`.
         self._selector.close()
         self._woken.close()
         if self._record is not None:
@@ -190,10 +198,13 @@ class Switch:
 
     def _patience(self) -> float | None:
         dues = [due for port in self._ports if (due := port.due()) is not None]
+        # None waits for events alone. A blocked port has no due time: the selector tells when it can be written to.
         return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def _serve(self) -> None:
         with suppress(BlockingIOError):
+            # Before the queue is emptied. Else the byte of a request that comes in between would be taken without its request, which then
+            # waits for the next one.
             self._woken.recv(4096)
         while not self._requests.empty():
             self._requests.get()()
@@ -205,11 +216,13 @@ class Switch:
                 frame = port.wire.recv(_MAX_FRAME)
             except OSError:  # no more for now; a machine that is gone sends nothing either, until it is disconnected
                 return
+            # Hostile or broken: it has no complete addresses.
             if len(frame) < _HEADER:
                 continue
             if self._record is not None:
                 with suppress(OSError):  # a full disk must not stop the LAN
                     self._record.write(frame)
+            # Recorded before the loss, so that the recording has what the machine sent.
             if not port.lossy():
                 self._forward(port, frame)
 
@@ -218,9 +231,11 @@ class Switch:
         # A hostile guest may send from ever new addresses, and the table must not grow without end.
         if source in self._addresses or len(self._addresses) < _MAX_ADDRESSES:
             self._addresses[source] = port
+        # The lowest bit of the first byte marks groups, broadcast among them (IEEE 802.3): those go to all.
         known = None if target[0] & _GROUP_BIT else self._addresses.get(target)
         for other in self._ports if known is None else (known,):
             if other is not port:
+                # The sender's delay; `accept` adds the receiver's, as of two cables in a row.
                 other.accept(frame, port.impairment.delay)
 
     def _give(self, port: Port) -> None:

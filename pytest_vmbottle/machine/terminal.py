@@ -53,7 +53,9 @@ def attach(
         MachineDied: The connection was lost.
     """
     source, sink = _descriptor(stdin or sys.stdin), _descriptor(stdout or sys.stdout)
+    # The guest's programs write for this terminal, so it gets the kind of it and not a guess.
     kind, size = os.environ.get("TERM", "") or "dumb", _size(sink)
+    # The session is opened before the terminal is raw: an error of the login is printed on one that works.
     with closing(channel.terminal(user=user, kind=kind, size=size, deadline=Deadline(seconds))) as session:
         with _raw(source, sink):
             _write(sink, _WELCOME)
@@ -88,12 +90,15 @@ def _write(sink: int, data: bytes) -> None:
 def _raw(source: int, sink: int) -> Iterator[None]:
     """Put the terminal into raw mode for a block."""
     before = termios.tcgetattr(source)
+    # A signal such as SIGTERM would end the process and leave the terminal raw: as an exception it runs the `finally`.
     with Interruption():
         try:
+            # Raw: Ctrl-C, Ctrl-Z and Ctrl-D are bytes for the guest, and not signals of this terminal.
             tty.setraw(source)
             yield
         finally:
             with suppress(termios.error, OSError):  # the window may be closed
+                # A program that was left in the guest cannot clean up here any more.
                 _write(sink, _SOBER)
                 # Drained and not flushed: keys that were typed for the shell here are not lost.
                 termios.tcsetattr(source, termios.TCSADRAIN, before)
@@ -106,6 +111,7 @@ def _join(session: Terminal, source: int, sink: int, size: tuple[int, int]) -> b
     """
     with selectors.DefaultSelector() as ready:
         ready.register(source, selectors.EVENT_READ)
+        # One loop for both directions: a thread that is blocked in reading a terminal cannot be ended.
         ready.register(session, selectors.EVENT_READ)
         while True:
             for key, _ in ready.select(_PACE):
@@ -126,6 +132,7 @@ def _type(session: Terminal, source: int) -> bool:
         typed = os.read(source, 4096)
     except OSError:
         return False
+    # Anywhere in what was read: keys that are typed fast, or pasted, come in one piece.
     if not typed or LEAVE in typed:
         return False
     session.send(typed)

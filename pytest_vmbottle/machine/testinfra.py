@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["connect"]
 
+# testinfra has no time-outs of its own.
 _SECONDS = 600.0
 
 
@@ -25,6 +26,7 @@ class _Backend(BaseBackend):  # type: ignore[misc]  # it comes without types
         self._execute = execute
 
     def run(self, command: str, *args: str, **_: Any) -> CommandResult:
+        # testinfra writes its commands for a POSIX shell, with each argument quoted.
         text = self.get_command(command, *args)
         result = self._execute(["/bin/sh", "-c", text], check=False, timeout=_SECONDS)
         return self.result(result.returncode, text.encode(), result.stdout_bytes, result.stderr_bytes)

@@ -29,10 +29,12 @@ _LEAST = 5.0
 """Seconds that a question to the guest may take, even if less is left."""
 _EXPLAINED = 20.0
 """Seconds for collecting what may explain a failed wait: without KVM a guest takes several to list its units."""
+# Seconds between two questions: each of them is a process in the guest.
 _EVERY = 0.25
 _NO_PROGRAM = 127
 _LISTEN, _CONNECTED = "0A", ("01", "08")  # TCP_LISTEN, TCP_ESTABLISHED and TCP_CLOSE_WAIT in /proc/net/tcp
 _TABLES = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true"
+# systemctl shows no number for `Job` if nothing is queued for the unit.
 _PROPERTIES = "LoadState,ActiveState,SubState,Job,Result"
 
 
@@ -109,9 +111,11 @@ class Wait:
                 self.alive()
             return answer
 
+        # The first pauses are short: what is waited for is often there at once.
         answer = self.deadline.poll(look, every=every, first=0.02)
         if answer:
             return answer
+        # The last answer is told even if the guest did not answer again: it is the best that is known.
         seen = last().strip()
         message = f"waited {self.deadline.seconds:g} s for {what}" + "".join(f"; {error}" for error in late)
         message += (f"; the last answer was\n{seen}" if seen else "") + more()
@@ -122,6 +126,8 @@ class Wait:
 
         A slow answer is no answer yet, and does not end the wait.
         """
+        # A question at the very end gets a few seconds all the same. Else the last one would always fail for lack of time, and hide the
+        # answer.
         limit = Deadline(max(least, self.deadline.remaining))
         try:
             return self.run(command, limit)
@@ -135,6 +141,7 @@ class Wait:
         They may explain a failed wait; empty if they cannot be listed.
         """
         with suppress(_Unanswered, MachineError):
+            # By the age of the process: what failed earlier belongs to the pack, and was there in each of its clones.
             units = guestlog.troubled(self._ask(guestlog.UNITS, least=_EXPLAINED).stdout, self.age())
             if units:
                 journals = self._ask(["sh", "-c", guestlog.JOURNALS, "sh", *(unit.name for unit in units)], least=_EXPLAINED).stdout
@@ -160,6 +167,7 @@ class Wait:
 
     def condition(self, check: Callable[[], _T | None], *, every: float) -> _T:
         """Wait until a function returns something true, and return that."""
+        # A partial and a callable object have no name.
         name = getattr(check, "__name__", "<lambda>").replace("<lambda>", "the condition")
         answers: list[object] = []
 
@@ -176,6 +184,7 @@ class Wait:
 
         def active() -> bool:
             shown = self._ask(["systemctl", "show", "-p", _PROPERTIES, "--", unit])
+            # Without systemctl no wait can succeed. A unit that is not there is told by its state, not by the status.
             if shown.returncode == _NO_PROGRAM:
                 raise MachineError(f"the unit {unit} cannot become active: the guest has no systemd", machine=self.machine)
             state.clear()
@@ -186,6 +195,7 @@ class Wait:
                 raise self._hopeless(unit, state)
             return state.get("ActiveState") == "active"
 
+        # Unlike the other waits this one explains nothing more: a unit that failed has ended it already, with its journal.
         self.until(active, f"the unit {unit} to be active", last=lambda: _listed(state))
 
     def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
@@ -214,6 +224,8 @@ class Wait:
 
         def reached() -> bool:
             # QEMU takes every connection, and drops it again if the guest refuses: only the guest knows which it has.
+            # The connection stays open while the guest is asked. A row of it is the proof; one that is local to the guest is somebody
+            # else's.
             with suppress(OSError), socket.create_connection(address, timeout=_LEAST):
                 rows = self._sockets()
                 listening.clear()
@@ -230,19 +242,23 @@ class Wait:
 
     def file(self, path: GuestPath) -> GuestPath:
         """Wait until a file or folder exists."""
+        # By the spec's user: a file in a folder that this user may not enter does not exist for the test either.
         self.until(lambda: self._ask(["test", "-e", str(path)]).ok, f"{path} to exist")
         return path
 
     def output(self, pattern: str | re.Pattern[str]) -> re.Match[str]:
         """Wait until the console's output matches a pattern."""
+        # A string is literal text: consoles are full of brackets and dots.
         wanted = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
         what = f"{wanted.pattern if wanted is pattern else pattern!r} on the console"
+        # More often than the others, because reading a file on the host costs the guest nothing.
         return self.until(lambda: self.console.expect(wanted), what, every=0.1, more=self._troubles)
 
     def shutdown(self, instance: Instance) -> None:
         """Wait until the guest has powered off."""
 
         def off() -> bool:
+            # Any other end raises in `alive`, which `until` calls after each look.
             return instance.exitcode == 0
 
         self.until(off, "the guest to power off", every=0.1)
@@ -258,11 +274,13 @@ class _Row:
 
     @property
     def port(self) -> int:
+        # Numbers in these tables are hexadecimal (proc_net_tcp.txt of Linux).
         return int(self.local.rpartition(":")[2], 16)
 
     @property
     def is_local(self) -> bool:
         """Tell whether both ends are in the guest."""
+        # Both ends have the same address then: the loopback's, or the machine's own.
         return self.local.rpartition(":")[0] == self.remote.rpartition(":")[0]
 
 

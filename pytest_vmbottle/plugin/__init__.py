@@ -30,10 +30,13 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark and check the options, without creating anything."""
     config.addinivalue_line("markers", f"{SIGNATURE}: run the test on a real machine made from an image or a layer.")
+    # The options are checked here, so that a wrong one is a usage error before anything is collected.
     ours = config.stash[SESSION] = Session(config, Options.of(config))
+    # Objects and not modules: hooks of the same name, with other places in pytest's order, cannot be in one module.
     config.pluginmanager.register(Sorting(), "vmbottle-sorting")
     config.pluginmanager.register(Interrupted(ours), "vmbottle-interrupted")
     config.pluginmanager.register(InterruptedTest(ours), "vmbottle-interrupted-test")
+    # Reports are shown and counted in one process: a worker of pytest-xdist only sends them.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")
         config.pluginmanager.register(LastWords(), "vmbottle-ledger")
@@ -41,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Restore the signal handlers of the process."""
+    # pytest calls this also if `pytest_configure` failed, perhaps before there was a session.
     ours = config.stash.get(SESSION, None)
     if ours is not None:
         ours.interruption.restore()

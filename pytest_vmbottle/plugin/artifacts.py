@@ -32,6 +32,7 @@ __all__ = ["Artifacts", "TestOutcome"]
 
 _NAME = 80
 """Characters of a folder's name, before what makes it unique."""
+# Node ids have slashes, brackets, and whatever a parameter's text is. CI services refuse artifacts with such names.
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _LOCK_TIME = 30.0
 _SCREEN = "screenshot.png"
@@ -66,6 +67,7 @@ class Artifacts:
     def are_ours(self) -> bool:
         """Tell whether this run has written any."""
         with suppress(OSError):
+            # The id of the run and not a flag, since the workers of a run share the folder, and another run may have taken it over.
             return (self.folder / MARK).read_text() == self._run
         return False
 
@@ -76,6 +78,7 @@ class Artifacts:
             SpecError: It has files that are no artifacts, or is a file.
         """
         if self.folder.is_dir():
+            # The folder is emptied later, so one without our mark is never taken: it may be somebody's source.
             if any(self.folder.iterdir()) and not (self.folder / MARK).is_file():
                 raise SpecError(f"{self.folder} has files that are no artifacts, and would be emptied: choose another folder")
         elif self.folder.exists():
@@ -89,6 +92,7 @@ class Artifacts:
             SpecError: The run's folder has files that are no artifacts.
         """
         self._begin()
+        # The end of the node id, which has the test's own name.
         plain = _UNSAFE.sub("-", nodeid)[-_NAME:].strip("-.")
         # The digest tells tests apart whose names differ only in what was replaced, or in case.
         return _new_folder(self.folder, f"{plain}-{digest(nodeid)[:8]}")
@@ -101,6 +105,7 @@ class Artifacts:
         with tried(self.folder.parent.resolve(), deadline=Deadline(_LOCK_TIME)) as is_locked:
             if not is_locked:
                 raise SpecError(f"{self.folder.parent} is locked by another process: choose another folder with --vm-output")
+            # Asked again under the lock: another worker may have been first.
             if self.are_ours:
                 return
             self.check()
@@ -117,8 +122,10 @@ class Artifacts:
         Raises:
             OSError: They cannot be written.
         """
+        # Each machine by itself: several of one test may have the same name.
         places = [_write_machine(folder, evidence) for evidence in found]
         names = {evidence.machine.name: place.name for evidence, place in zip(found, places, strict=True)}
+        # Sorted over all machines, because a reader looks for the order of what happened between them.
         events = sorted((event for evidence in found for event in evidence.events), key=lambda event: event["time"])
         with (folder / EVENTS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(event, separators=(",", ":")) + "\n" for event in events)
@@ -136,6 +143,7 @@ def _write_machine(above: Path, evidence: Evidence) -> Path:
     _write_text(folder / "machine.json", json.dumps(_facts(machine), indent=1, default=str))
     _write_metrics(folder / "metrics.csv", evidence)
     names = [str(event[key]) for event in evidence.events for key in ("stdout_file", "stderr_file") if key in event]
+    # Only the files that an event of this test names: a shared machine has those of earlier tests, too.
     if names:
         (folder / "outputs").mkdir()
     for path in map(machine.lifecycle.timeline.output, names):
@@ -144,6 +152,7 @@ def _write_machine(above: Path, evidence: Evidence) -> Path:
     for path in machine.lifecycle.captures:
         shutil.copyfile(path, folder / path.name)
     if machine.spec.display:
+        # The machine may be off by now, and a screenshot is the least of the evidence.
         with suppress(VMBottleError):
             (folder / _SCREEN).write_bytes(machine.lifecycle.instance.screenshot())
     return folder
@@ -153,6 +162,7 @@ def _new_folder(above: Path, name: str) -> Path:
     """Make a folder of this name, with a number if there is one already."""
     for number in count(1):
         path = above / (name if number == 1 else f"{name}-{number}")
+        # Made and not looked for first: two workers may want the same name.
         with suppress(FileExistsError):
             path.mkdir()
             return path
@@ -160,6 +170,7 @@ def _new_folder(above: Path, name: str) -> Path:
 
 
 def _write_text(path: Path, text: str) -> None:
+    # `backslashreplace`, because surrogates of bytes that are no text cannot be encoded.
     path.write_text(hidden(text), encoding="utf-8", errors="backslashreplace")
 
 
@@ -167,6 +178,7 @@ def _write_metrics(path: Path, evidence: Evidence) -> None:
     rows = [event for event in evidence.events if event["kind"] == "metrics"]
     if rows:
         with path.open("w", encoding="utf-8", newline="") as file:
+            # Events have fields of their own (`kind`, `machine`), which are left out.
             table = csv.DictWriter(file, _METRICS, extrasaction="ignore")
             table.writeheader()
             table.writerows(rows)
@@ -175,6 +187,7 @@ def _write_metrics(path: Path, evidence: Evidence) -> None:
 def _facts(machine: Machine) -> dict[str, Any]:
     """Return what a machine was made of, without the values of its environment and its files, which may be secret."""
     spec = {field.name: getattr(machine.spec, field.name) for field in attrs.fields(type(machine.spec))}
+    # Names only: artifacts are uploaded by CI jobs, and read by more people than the secrets are meant for.
     spec["env"], spec["files"] = [name for name, _ in machine.spec.env], [path for path, _ in machine.spec.files]
     spec["source"] = str(getattr(machine.spec.source, "name", machine.spec.source))
     with suppress(VMBottleError):  # it may be off

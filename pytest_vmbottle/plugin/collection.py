@@ -35,8 +35,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         plans = plans_of(metafunc.definition)
     except SpecError:
         return  # told in pytest_collection_modifyitems, for all tests together
+    # One plan is hidden, so that a test has the same node id with the mark and without.
     single = len(plans) == 1
     ids = [pytest.HIDDEN_PARAM if single else plan.label for plan in plans]
+    # A single plan for all of them, because each shared fixture finds its own by its parameter.
     for name in names if single else names[:1]:
         metafunc.parametrize(name, plans, indirect=True, ids=ids)
 
@@ -56,8 +58,10 @@ def _settle(config: pytest.Config, items: list[pytest.Item]) -> None:
         try:
             _settle_one(item)
         except SpecError as error:
+            # The signature comes once, whether the error has it already or not.
             told = str(error) if SIGNATURE in str(error) else f"{error}\n  the signature is {SIGNATURE}"
             session.problems.update(dict.fromkeys(("wrong vm marks:", f"{item.nodeid}: {told}")))
+    # All mistakes together, so that they can be mended in one go.
     if session.problems:
         _refuse(config, items)
 
@@ -70,6 +74,7 @@ def _settle_one(item: pytest.Item) -> None:
     plan = plan_of(item)
     for name in (*SHARED, "_vm_plan"):
         if isinstance(parameter(item, name), Plan):
+            # Replaced, because marks of a parameter set and of hooks came after pytest had made the parameters.
             item.callspec.params[name] = plan  # type: ignore[attr-defined] # it has one
         elif name in asked and name != "_vm_plan":
             _check_shared(item, name, plan)
@@ -82,6 +87,7 @@ def _check_shared(item: pytest.Item, name: str, plan: Plan) -> None:
     """
     if given_plan(item) is not None:
         raise SpecError(f"a list of sources works with one shared machine, and {name} is a second one: request only one of them")
+    # Tests of unittest have no parameters, and only a class has marks that all of its tests share.
     if name != "class_vm":
         raise SpecError(f"{name} does not work in a unittest.TestCase: use class_vm there, with the mark on the class")
     shared_by = item.getparent(pytest.Class) or item
@@ -116,6 +122,7 @@ class Sorting:
 
         All other tests stay at their places. Marks that other plugins have added by now count too.
         """
+        # First all other plugins: pytest-randomly and its like shuffle the items in this hook.
         yield
         _settle(config, items)
         places = [index for index, item in enumerate(items) if "session_vm" in getattr(item, "fixturenames", ())]
@@ -140,10 +147,12 @@ def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
     Only now the final tests are known: if none of them has a machine, the host is not probed.
     """
     session = config.stash[SESSION]
+    # Items that are deselected are gone from the list by now, so they install no signal handler and probe nothing.
     session.has_machines = any(uses_machine(item) for item in items) and not _is_only_asked(config)
     if not session.has_machines:
         return
     try:
+        # Read here for its error: a wrong declaration is told before any test runs.
         _ = session.declared
     except SpecError as error:
         session.has_machines = False
@@ -167,6 +176,7 @@ def _is_only_asked(config: pytest.Config) -> bool:
 
 def _tell_controller(config: pytest.Config) -> None:
     """Tell the controller that there are tests with machines."""
+    # A controller of pytest-xdist collects no items itself, so it learns from its workers whether there are machines.
     flag = getattr(config, "workerinput", {}).get("vmbottle_flag")
     if flag is not None:
         with suppress(OSError):
@@ -183,6 +193,7 @@ def _leave_out_what_cannot_be(session: Session, items: list[pytest.Item]) -> dic
         why = _refusal(session, item)
         if why is not None:
             unable[why] = unable.get(why, 0) + 1
+            # Else it fails in its setup, by the same reason.
             if session.options.skips_missing:
                 item.add_marker(pytest.mark.skip(reason=why))
     return unable
@@ -201,6 +212,7 @@ def _refusal(session: Session, item: pytest.Item) -> str | None:
         keywords = {"source": "", **session.options.defaults, **wish}
         session.wanted.add(session.options.backend_for(keywords.get("backend", "auto")))
         source = keywords.pop("source") or session.placeholder
+        # Whatever else is wrong here is told when the test runs: then defaults and hooks are known.
         with suppress(VMBottleError, pytest.UsageError):
             spec = MachineSpec.resolve(source, keywords)
             why = session.unsupported_reason(spec)

@@ -25,6 +25,7 @@ ANSWER = 5.0
 _LINES, _COMMANDS, _OUTPUT = 40, 10, 6
 """Most lines of a section, commands in it, and lines of a failed command's output."""
 _CHARACTERS = 200
+# What the test did is one section, and these have sections of their own or none.
 _ASIDE = ("console", "metrics", "phase", "answer")
 """Kinds of events that are no acts of the test."""
 
@@ -61,12 +62,14 @@ def gather(machine: Machine, *, since: float, deadline: Deadline, ask: bool) -> 
     events = machine.lifecycle.timeline.events(since)
     if not ask:
         return Evidence(machine=machine, events=events)
+    # A guest that is off, paused or dead would cost the whole time for questions, and answer nothing.
     if machine.state != "running":
         return Evidence(machine=machine, events=events, silent=f"the machine is {machine.state}, and was not asked for its journal")
     from pytest_vmbottle.machine import questions
 
     try:
         journal = questions.journal(machine, deadline=deadline)
+    # CommandTimeout is a TimeoutError, and no MachineError.
     except (MachineError, TimeoutError) as error:
         said = "it was not read in time" if isinstance(error, CommandTimeout) else str(error).partition("\n")[0]
         return Evidence(machine=machine, events=events, silent=f"no journal: {said}")
@@ -90,13 +93,16 @@ def sections(found: Sequence[Evidence], *, since: float, told: str) -> Iterator[
             ("console", [str(event["text"]) for event in evidence.events if event["kind"] == "console"]),
             ("silence", [evidence.silent] if evidence.silent else []),
         ):
+            # Cut before it is made printable, which costs time by the character.
             shown = [printable(line[:_CHARACTERS]) for line in lines[-_LINES:]]
+            # A section of which the error has every line would only make the report longer.
             if any(line.strip() and line.strip() not in told for line in shown):
                 yield f"{name}: {title}", "\n".join(shown)
 
 
 def _commands(events: Sequence[Mapping[str, Any]], since: float) -> list[str]:
     lines: list[str] = []
+    # The last ones, since a failure is mostly explained by what was done just before it.
     for event in [event for event in events if event["kind"] not in _ASIDE][-_COMMANDS:]:
         lines.append(f"{event['time'] - since:+9.2f} s  {describe_event(event)}")
         if event.get("status"):
@@ -109,6 +115,7 @@ def _troubles(evidence: Evidence) -> list[str]:
     from pytest_vmbottle.backends.kernel_watch import troubles
 
     with suppress(MachineError):
+        # From the events of this test. A shared machine's console has what earlier tests caused.
         console = "\n".join(str(event["text"]) for event in evidence.events if event["kind"] == "console")
         found = troubles(console.encode())
         panic = evidence.machine.panic

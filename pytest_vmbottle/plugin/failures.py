@@ -25,20 +25,25 @@ __all__ = ["PROPERTY", "explain", "keep_interrupted"]
 
 PROPERTY = "vmbottle_artifacts"
 """Property of a test, in JUnit's XML too: the folder of its artifacts."""
+# Characters of a traceback or a section in the artifacts.
 _TEXT = 256 << 10
 
 
 def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
     """Add to a report what explains a failure, and keep the test's artifacts if the options say so."""
     if report.failed:
+        # Noted before anything that may fail: the hook `pytest_vmbottle_machine_stopping` is told of it.
         session.failed.update(machine.id for machine in session.machines)
     leaves, lives = (_is_wanted(wish, report) for wish in (session.options.artifacts, session.options.keep))
+    # Guests are asked only where it is of use: each answer costs seconds at worst.
     found = _gather(session, ask=True) if report.failed or leaves else []
     if report.failed:
+        # Before the artifacts are written, which have these sections too.
         report.sections += sections(found, since=session.began, told=report.longreprtext)
     if leaves:
         _keep(item, report, session, found)
     if lives:
+        # Imported here: few runs keep machines, and the clients of daemons are many modules.
         from pytest_vmbottle.plugin.keeping import keep
 
         lines = [keep(session, machine, item.name) for machine in session.machines]
@@ -47,12 +52,14 @@ def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> N
 
 def _is_wanted(wish: str, report: pytest.TestReport) -> bool:
     """Tell whether an option with the values `never`, `failed` and `always` takes this report: one of each test."""
+    # A passed test has three reports, and that of the call is the one that stands for the test.
     return wish != "never" and (report.failed or (wish == "always" and report.when == "call"))
 
 
 def keep_interrupted(session: Session) -> None:
     """Keep the artifacts of the test that is interrupted, without asking its guests: there may be little time."""
     if session.test is not None:
+        # pytest makes no report of a test that was interrupted.
         outcome = _outcome(session, nodeid=session.test.nodeid, outcome="failed", phase="call", error="interrupted")
         _write(session, outcome, _gather(session, ask=False))
 
@@ -65,6 +72,7 @@ def _gather(session: Session, *, ask: bool) -> list[Evidence]:
 
 def _outcome(session: Session, **facts: Any) -> TestOutcome:
     known: dict[str, Any] = {"traceback": "", "sections": [], "began": session.began, "ended": now()}
+    # The variable that pytest-xdist sets in its workers.
     return TestOutcome(**{**known, **facts}, worker=os.environ.get("PYTEST_XDIST_WORKER", ""))
 
 
@@ -83,6 +91,7 @@ def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found:
     written = _write(session, outcome, found)
     if written is None:
         return
+    # Files of hooks come after ours, into folders that are complete already.
     folder, places = written
     for evidence, place in zip(found, places, strict=True):
         _add_files(session, evidence.machine, place, report)

@@ -39,6 +39,7 @@ def vm_catalog(request: pytest.FixtureRequest) -> Catalog:
 @pytest.fixture
 def _vm_plan(request: pytest.FixtureRequest) -> Iterator[Plan]:
     plan = plan_of(request.node)
+    # Checked after the test: a mark that is added while it runs comes too late for its machine.
     yield plan
     _check_kept(request, plan, "vm")
 
@@ -71,10 +72,12 @@ def vms(
 ) -> Iterator[dict[str, Machine]]:
     """The test's machines by name, each of them fresh: one for each `name=` in its vm marks."""
     with ExitStack() as stack:
+        # All specs are resolved before the first machine starts: a mistake in one of them costs no time.
         specs = {
             name: vm_spec if name == _vm_plan.primary else _resolve(request.config, wish, vm_defaults, request.node)
             for name, wish in _vm_plan.wishes.items()
         }
+        # One after the other, so that machines on a LAN get their addresses in the same order each time.
         yield {name: _enter(request, stack, spec, _vm_lans) for name, spec in specs.items()}
 
 
@@ -92,6 +95,7 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_
         def make(source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
             from pytest_vmbottle.machine.snapshot import Snapshot
 
+            # A snapshot has its own boot source, and no pack is looked for.
             if isinstance(source, Snapshot):
                 return _enter(request, stack, source.of(**keywords), _vm_lans, source.start)
             if isinstance(source, MachineSpec):
@@ -122,8 +126,10 @@ def session_vm(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> I
 
 
 def _shared(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterator[Machine]:
+    # The parameter, which is also what keeps a session machine apart from others: pytest makes the fixture anew for each value.
     plan: Plan = getattr(request, "param", None) or _plan_of_class(request)
     with ExitStack() as stack:
+        # No item is given: a machine that several tests share must not depend on which of them came first.
         yield _enter(request, stack, _resolve(request.config, plan.wishes[plan.primary], defaults, None))
 
 
@@ -144,6 +150,7 @@ def _plan_of_class(request: pytest.FixtureRequest) -> Plan:
 
 @pytest.fixture
 def _vm_reset(request: pytest.FixtureRequest) -> None:
+    # By `getfixturevalue`, since a fixture cannot ask for fixtures that its test does not have.
     for name in SHARED:
         if name in request.fixturenames:
             _check_kept(request, parameter(request.node, name), name)
@@ -162,6 +169,7 @@ def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[s
     keywords.setdefault("source", defaults.get("source") or config.stash[SESSION].default_source(backend))
     if keywords["source"] is None:
         raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
+    # Before the keywords are checked, so that the hook's are checked as well.
     changed = config.hook.pytest_vmbottle_spec(item=item, keywords=keywords)
     keywords = dict(changed if changed is not None else keywords)
     source = keywords.pop("source")
@@ -181,6 +189,7 @@ def _enter(
         if not session.options.skips_missing:
             raise
         pytest.skip(f"no machine can be run here: {error}")
+    # A layer's misspelt name is taken for that of an image.
     except ImageMissing as error:
         near = near_layers(session.test, error.name) if session.test is not None else []
         if not near:
@@ -188,6 +197,7 @@ def _enter(
         raise SpecError(f"there is no image and no layer {error.name!r}: did you mean the layer {' or '.join(map(repr, near))}?") from None
     # After `enter_context`: a machine that could not be started is in no list.
     session.machines.append(machine)
+    # The stack runs this before the machine ends, so no report asks a machine that is ending.
     stack.callback(session.machines.remove, machine)
     return machine
 

@@ -19,6 +19,7 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 
 
 @pytest.hookspec(firstresult=True)
+# First result: two hooks that both change the keywords would not know of each other.
 def pytest_vmbottle_spec(item: pytest.Item | None, keywords: dict[str, Any]) -> dict[str, Any] | None:
     """Return other spec keywords (with `source`) for a machine of a test, or None to leave them; `item` is None for shared machines."""
 

@@ -27,6 +27,7 @@ def cause_of(error: BaseException | None) -> str:
 
     Empty if the error says something else.
     """
+    # `infra` is set where machines are provided or reset. The same error out of a test's own call is a failure of the test.
     if not isinstance(error, VMBottleError) or not error.infra:
         return ""
     first = str(error).partition("\n")[0]
@@ -40,6 +41,7 @@ def note(report: pytest.TestReport, error: BaseException | None) -> None:
     """
     cause = cause_of(error)
     if cause:
+        # Attributes of a report are serialised by pytest, and so come from a worker to its controller.
         setattr(report, PROPERTY, cause)
         setattr(report, _ORIGIN, getattr(error, "origin", "") or cause)
 
@@ -67,10 +69,12 @@ class Infra:
         cause = cause_told(report)
         if not cause:
             return
+        # Counted by the error's type, which is before the colon.
         self._kinds[cause.partition(":")[0]] += 1
         # What kept a pack from being made may be told in other words by another worker.
         first = self._first.setdefault(getattr(report, _ORIGIN, cause), report.nodeid)
         if first != report.nodeid and not in_full:
+            # A hundred tests that wait for the same pack would else print the same error a hundred times.
             report.longrepr = f"INFRA: {cause} (reported in full for {first})"
             report.sections.clear()
 

@@ -42,11 +42,13 @@ def keep(session: Session, machine: Machine, test: str) -> str:
             "catalog": str(session.catalog.root),
             "folder": str(session.config.rootpath),
             "settings": _settings(session),
+            # Without a LAN, whose switch is a thread of this process.
             "keywords": {"name": place.name, "source": str(machine.spec.image), "network": machine.spec.nat},
             "snapshot": packed(snapshot),
             "seconds": session.options.keep_seconds,
             "memory_seconds": _PATIENCE,
         }
+        # It returns when the copy runs, so this machine may end from here on.
         place.start(order, session.say)
     except (VMBottleError, OSError) as error:
         # It must not hide the test's own error.
@@ -60,6 +62,7 @@ def keep(session: Session, machine: Machine, test: str) -> str:
 def _free(machines: Path, test: str, machine: str) -> Path:
     """Return the folder of the first name that no machine has."""
     plain = re.sub(r"[^A-Za-z0-9_]+", "-", test if machine == "vm" else f"{test}-{machine}").strip("-")[:_NAME].rstrip("-")
+    # A name of a machine begins with a letter.
     stem = plain if plain[:1].isalpha() else f"vm-{plain}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     return next(machines / name for name in names if not (machines / name).exists())
@@ -71,6 +74,7 @@ def _settings(session: Session) -> dict[str, str]:
     given = {
         "backend": options.backend,
         "accel": options.accelerator,
+        # By name: the daemon looks the account up again.
         "run-as": str(options.account.name) if options.account else "",
         "timeout-factor": str(options.timeout_factor),
         "memory-budget": "" if options.memory_budget is None else str(options.memory_budget),

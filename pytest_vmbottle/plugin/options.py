@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for setting in SETTINGS:
         text = f"{setting.sentence}. Also {setting.env} and ini {setting.ini}."
         if setting.flag:
+            # Not `store_true`, whose default False could not be told from a flag that was not given, and would hide the environment.
             group.addoption(f"--vm-{setting.name}", action="store_const", const="true", default=None, help=text)
         else:
             # As text without a default, so that an option which was not given can be told from one that says the default.
@@ -67,6 +68,7 @@ class Options(Settings):
             )
         except SpecError as error:
             raise pytest.UsageError(str(error)) from None
+        # As early as this, so that no report of this process has shown the values before.
         redact_variables(os.environ, names=map(str.strip, config.getini("vm_redact")))
         return attrs.evolve(told, defaults=_defaults(config.getini("vm_defaults")))
 
@@ -76,6 +78,7 @@ def _in_ini(config: pytest.Config, setting: Setting) -> object:
     value = config.getini(setting.ini)
     if setting.pairs:
         return "\n".join(value or ())
+    # An absolute path stays as it is: `/` of two paths takes the second one then.
     return config.rootpath / Path(value).expanduser() if setting.name in _FOLDERS and value else value
 
 

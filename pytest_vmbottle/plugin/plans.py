@@ -53,6 +53,7 @@ def plans_of(node: pytest.Item | pytest.Collector) -> list[Plan]:
     Raises:
         SpecError: A mark is invalid.
     """
+    # A test without a mark may have its machine from the ini file's defaults.
     wishes = _merged(node) or {"vm": {}}
     choices = [_sources(node, wish) for wish in wishes.values()]
     combinations = list(itertools.product(*choices))
@@ -67,6 +68,7 @@ def plan_of(test: pytest.Item) -> Plan:
     Raises:
         SpecError: A mark is invalid, or lists sources where pytest can no longer make a test for each.
     """
+    # Two answers: of the marks as they are now, and of those that pytest made the parameters from.
     plans, given = plans_of(test), given_plan(test)
     if given is None and len(plans) > 1:
         raise SpecError(
@@ -75,6 +77,7 @@ def plan_of(test: pytest.Item) -> Plan:
         )
     if given is None or (given.alone and plans[0].alone):
         return plans[0]
+    # By the sources, which are all that a matrix chooses among.
     same = [plan for plan in plans if plan.sources == given.sources]
     if given.alone or not same:
         raise SpecError(
@@ -95,6 +98,7 @@ def named_layer(node: pytest.Item | pytest.Collector, name: str) -> Source:
 
     Without such a layer, the name is an image's, and is returned.
     """
+    # Names of images mostly have a dash, so no module is searched for them.
     found = (getattr(place, name, None) for place in _places(node)) if name.isidentifier() else ()
     return next((each for each in found if isinstance(each, Layer)), name)
 
@@ -112,6 +116,7 @@ def _places(node: pytest.Item | pytest.Collector) -> list[object]:
         for plugin in node.config.pluginmanager.get_plugins()
         if Path(str(getattr(plugin, "__file__", None) or "")).name == "conftest.py" and Path(plugin.__file__).parent in node.path.parents
     ]
+    # The longest path is the nearest folder, as all of them are above the same test.
     conftests.sort(key=lambda plugin: len(Path(plugin.__file__).parts), reverse=True)
     module = getattr(node, "module", None)
     return [*([module] if module is not None else []), *conftests]
@@ -130,6 +135,7 @@ def _merged(node: pytest.Item | pytest.Collector) -> dict[str, dict[str, Any]]:
     """
     # Farthest first, so that the keywords of nearer marks overwrite those of farther ones.
     marks = [*_nearest_first(node)][::-1]
+    # As keys of a dictionary: each mistake once, in the order of the marks.
     wrong = dict.fromkeys(mistake for mark in marks for mistake in _mistakes(mark))
     if wrong:
         raise SpecError("\n  ".join(wrong))
@@ -147,6 +153,7 @@ def _nearest_first(node: pytest.Item | pytest.Collector) -> Iterator[pytest.Mark
 
     A mark that a hook has added is the farthest of those of its test, or the nearest, as the hook chose.
     """
+    # `iter_markers` of pytest would do, but it gives the marks of base classes in the reverse of the order of attribute lookup.
     for each in reversed(node.listchain()):
         depths = _depths(each)
         yield from sorted((mark for mark in each.own_markers if mark.name == "vm"), key=lambda mark: depths.get(id(mark), 0))
@@ -162,6 +169,7 @@ def _depths(node: object) -> dict[int, int]:
 
 
 def _marks_on(kind: type) -> list[object]:
+    # Not by `getattr`, which would find those of a base class again.
     marks = kind.__dict__.get("pytestmark", ())
     return [getattr(mark, "mark", mark) for mark in (marks if isinstance(marks, list | tuple) else (marks,))]
 
@@ -171,6 +179,7 @@ def _mistakes(mark: pytest.Mark) -> list[str]:
     keywords = {key: value for key, value in mark.kwargs.items() if key != "source"}
     sources = [*mark.args, *([mark.kwargs["source"]] if "source" in mark.kwargs else [])]
     wrong = []
+    # All of a mark's mistakes are told, not only the first.
     if len(mark.args) > 1:
         wrong.append(f"the vm mark takes one source, not {len(mark.args)}")
     elif len(sources) > 1:
@@ -200,6 +209,7 @@ def _plan(wishes: Mapping[str, Mapping[str, Any]], sources: tuple[Source | None,
     chosen = {name: {**wish, **source} for (name, wish), source in zip(wishes.items(), given, strict=True)}
     for wish in chosen.values():
         if "source" in wish:
+            # For its errors: keywords of mark and layer may be right each and wrong together.
             MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
     # By `repr` and sorted, because keywords need not be hashable, and equal marks must give equal plans.
     named = {

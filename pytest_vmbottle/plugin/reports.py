@@ -29,8 +29,11 @@ def pytest_configure_node(node: Any) -> None:
     capture = node.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
         # pytest-xdist shows nothing of a worker's output while tests run, so workers write to the controller's stderr.
+        # A path, because a descriptor does not cross to a process that was not forked from this one. It is of a duplicate, which no
+        # capturing replaces.
         node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
     node.workerinput["vmbottle_flag"] = node.config.stash[SESSION].flag()
+    # All processes of a run have one id, by which they share the folder of artifacts.
     node.workerinput["vmbottle_run"] = node.config.stash[SESSION].run
 
 
@@ -38,6 +41,7 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_xdist_node_collection_finished(node: Any) -> None:
     """Install the controller's signal handlers, if its workers have machines."""
     ours = node.config.stash[SESSION]
+    # Called when a worker has collected and before it gets a test, so the controller has its handlers before the first machine starts.
     if ours.is_flagged:
         ours.interruption.install()
 
@@ -47,11 +51,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Send a worker's data to the controller, which refuses the wrong marks that its workers found."""
     ours = session.config.stash[SESSION]
     output = getattr(session.config, "workeroutput", None)
+    # The controller or the only process. Workers leave it to the controller, which ends after them.
     if output is None:
         # Before the ledger is written: what is reclaimed here belongs to it.
         ours.clean_up()
     ours.collect()
     if output is not None:
+        # pytest-xdist takes plain values only (execnet), so everything here is a dictionary, a list, a text or a number.
         output["vmbottle"] = {
             "tallies": ours.tallies,
             "told": list(ours.told),
@@ -59,6 +65,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "ledger": ours.ledger.sent(),
             "kept": ours.kept,
         }
+    # No tests collected is how workers refuse: see `collection._refuse`.
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ours.usage_error()
     # The exit status of a run with failed tests is left alone: a leak is the lesser news.
@@ -69,8 +76,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Collect a worker's data, and clean up after a worker that crashed."""
+    # A worker that crashed has sent none.
     output = getattr(node, "workeroutput", {}).get("vmbottle", {})
     ours = node.config.stash[SESSION]
+    # Its machines end by its supervisor; folders and records are removed here.
     if error:
         ours.clean_up()
     ours.tallies.extend(output.get("tallies", ()))
@@ -110,6 +119,7 @@ def _counted(number: float, what: str) -> str:
 
 def _write_report(session: Session) -> Iterator[str]:
     """Write the report of the run, if it left artifacts, and yield lines that say where it is."""
+    # Imported here: a run that leaves no artifacts loads no writer of reports.
     from pytest_vmbottle.report.page import write_page
     from pytest_vmbottle.report.run import read_run
     from pytest_vmbottle.report.trace_event import write_trace
@@ -134,6 +144,7 @@ class LastWords:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
         """Report what the run made, kept, reclaimed and left behind."""
+        # The others first: a leak is the last word of a run.
         yield
         for line in config.stash[SESSION].ledger.lines():
             terminalreporter.write_line(printable(f"vmbottle: {line}"), red=line.startswith("LEAK"))
@@ -146,10 +157,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.excinfo is not None and not item.config.option.fulltrace:
         from pytest_vmbottle.plugin.tracebacks import hide_our_frames
 
+        # Before the report is made, which renders the traceback.
         hide_our_frames(call.excinfo.value)
+    # Before the report is made, which copies the properties of the item.
     if cause and (PROPERTY, cause) not in item.user_properties:
         item.user_properties.append((PROPERTY, cause))
     report: pytest.TestReport = yield  # type: ignore[assignment]
+    # The report has no exception, only its text: what other processes need of it is noted here.
     note(report, call.excinfo.value if call.excinfo else None)
     if call.when == "call":
         _fail_for_panics(report, item.config.stash[SESSION])
@@ -161,6 +175,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ):
         report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
     if uses_machine(item):
+        # Before the report is made safe, as what is added here is a guest's text, too.
         _explain(item, report, item.config.stash[SESSION])
         _make_safe(report)
     return report  # type: ignore[return-value]
@@ -181,6 +196,7 @@ def _make_safe(report: pytest.TestReport) -> None:
     A test may print or compare it, and it could steer a terminal or CI.
     """
     report.sections = [(title, coloured(content)) for title, content in report.sections]
+    # In place, because pytest and pytest-xdist print and serialise this structure.
     for trace, crash, _ in getattr(report.longrepr, "chain", ()):
         if crash is not None:
             crash.message = coloured(crash.message)
@@ -235,6 +251,7 @@ class Outcomes:
     """
 
     def __init__(self, config: pytest.Config) -> None:
+        # `--full-trace` asks for everything, so nothing is shortened then.
         self._infra, self._in_full = config.stash[SESSION].infra, config.option.fulltrace
 
     @pytest.hookimpl(tryfirst=True)
@@ -246,4 +263,5 @@ class Outcomes:
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: Any) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
     """Return a letter and a word of its own for a test without a machine, among the errors."""
+    # The category is one of pytest's own, so that its summary counts the test there.
     return ("error", "I", ("INFRA", {"red": True})) if isinstance(report, pytest.TestReport) and cause_told(report) else None

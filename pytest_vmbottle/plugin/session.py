@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SESSION", "Interrupted", "Session"]
 
+# Seconds that are waited for each machine. One that is not off by then ends with its fixture, or by its supervisor.
 _CUT_SECONDS = 2.0
 
 
@@ -46,8 +47,10 @@ class Session:
         self._catalog: Catalog | None = None
         self._began = time.time()
         self.has_machines = False
+        # Not installed yet: a run without machines leaves the process's handlers alone.
         self.interruption = Interruption()
         self._flag = -1
+        # As keys of dictionaries: the same message comes from several hooks and workers, and is shown once.
         self.problems: dict[str, None] = {}
         self.told: dict[str, None] = {}
         self.tallies: list[dict[str, float]] = []
@@ -59,9 +62,12 @@ class Session:
         self.wanted: set[str] = set()
         self.test: pytest.Item | None = None
         self.began_at = 0.0
+        # Ids and not names: machines of one test may have the same name.
         self.failed: set[str] = set()
         self.kept: list[str] = []
+        # A worker has the id of its controller's run.
         self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or os.urandom(16).hex()
+        # Weak, so that the session keeps no machine after its fixture.
         self._used: WeakSet[Machine] = WeakSet()
 
     @property
@@ -109,6 +115,7 @@ class Session:
         """Start of the test, in seconds since 1970, on the clock of timelines."""
         from pytest_vmbottle.timeline import since_epoch
 
+        # By the monotonic clock, as timelines are: a clock that is set during a run must not lose events.
         return since_epoch(self.began_at)
 
     @property
@@ -154,6 +161,7 @@ class Session:
     """Placeholder source, to check the rest of a spec."""
 
     def _backend(self, name: str) -> Backend:
+        # Asked of the hook once: a plugin's backend may have state, and probing it may take seconds.
         if name not in self._backends:
             backend: Backend | None = self.config.hook.pytest_vmbottle_make_backend(config=self.config, name=name)
             if backend is None:
@@ -182,6 +190,7 @@ class Session:
                 rebuild_before=self._began if self.options.rebuild else None,
                 report=self.say,
                 warn=self.say,
+                # Functions, so that provisioners know nothing of pytest's hooks.
                 ready=lambda machine: self.config.hook.pytest_vmbottle_machine_ready(machine=machine),
                 stopping=lambda machine: self.config.hook.pytest_vmbottle_machine_stopping(
                     machine=machine, failed=machine.id in self.failed
@@ -200,8 +209,10 @@ class Session:
             try:
                 machine.restore()
             except VMBottleError as error:
+                # A reset that fails keeps the test from its machine, so the test was not judged.
                 error.infra = True
                 raise
+            # After a restore it is a kernel that has not panicked yet.
             self.reported_panics.discard(machine.id)
         self._used.add(machine)
 
@@ -215,6 +226,7 @@ class Session:
             if worker is not None:
                 # A worker's own streams lead nowhere, so it is told where the controller's terminal is.
                 with suppress(OSError), open(worker.get("vmbottle_terminal", os.devnull), "a") as stream:  # noqa: PTH123
+                    # The controller's terminal may be in the middle of a line of dots.
                     stream.write(f"\n{line}\n")
             elif reporter is not None:
                 reporter.ensure_newline()
@@ -244,9 +256,11 @@ class Session:
         for provisioner in self._provisioners.values():
             provisioner.close()
             self.tallies.append(attrs.asdict(provisioner.tally))
+            # Before `_provisioners` is cleared: later this would make them again.
             self.told.update(self.describe_hosts())
         self._provisioners.clear()
         if self._catalog is not None:
+            # After the provisioners, which hold packs in it; and before its ledger is read, since closing counts what is left.
             self._catalog.close()
             self.ledger.add(self._catalog.ledger.sent())
             self._catalog = None
@@ -256,6 +270,7 @@ SESSION: pytest.StashKey[Session] = pytest.StashKey()
 
 
 @pytest.hookimpl(trylast=True)
+# Last, so that a plugin can replace a backend of ours.
 def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | None:
     """Make the backends of this package."""
     from pytest_vmbottle.backends.make import make
@@ -301,5 +316,6 @@ class Interrupted:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """End the machines; a teardown that still uses one is told that it is off."""
+        # Not after a failure with `-x` or `--maxfail`: those teardowns may still use their machines.
         if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
             self._session.cut()

@@ -29,6 +29,7 @@ def hide_our_frames(error: BaseException) -> None:
     """
     if _is_fault(error):
         return
+    # Errors can be each other's causes: a circle must not keep this going for ever.
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -37,6 +38,7 @@ def hide_our_frames(error: BaseException) -> None:
         _unlink(current)
         cause = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
         if cause is not None and is_ours and not any(map(_is_users, _files(cause))):
+            # The test's author would read of our own errors first, whose story the last one tells already.
             current.__cause__, current.__suppress_context__ = None, True
             return
         current = cause
@@ -58,11 +60,13 @@ def _files(error: BaseException) -> Iterator[str]:
 
 
 def _is_raised_by_us(error: BaseException) -> bool:
+    # The innermost frame: an error that a test's own function raised is never ours, though we called it.
     *_, last = ("", *_files(error))
     return last.startswith(_OURS)
 
 
 def _is_users(file: str) -> bool:
+    # "<" is code without a file, such as what attrs generates.
     return not file.startswith((_OURS, "<", *_LIBRARIES))
 
 

@@ -38,8 +38,10 @@ _SEARCHED = 1 << 10
 
 def number(value: object) -> float | None:
     """Return a value if it is a finite number of sane size, else None: JSON files may have NaN, and integers of any length."""
+    # `bool` is a subclass of `int`.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    # NaN compares with nothing, so it fails here too.
     return value if -_MOST < value < _MOST else None
 
 
@@ -54,11 +56,13 @@ def events_of(test: TestArtifacts) -> list[dict[str, Any]]:
         events = [event for event in test.events() if number(event["time"]) is not None]
     except OSError:  # a test without machines, or an incomplete copy of a folder
         return []
+    # Sorted here too, because the file may have been edited.
     return sorted(events, key=lambda event: event["time"])
 
 
 def start_of(test: TestArtifacts, events: list[dict[str, Any]]) -> float:
     """Return the time from which the times of a test's events are counted: its start, or its first event if that is unknown."""
+    # A folder of artifacts may be a copy, or made by another program: nothing in it is taken for granted.
     began = number(test.began) or 0.0
     return float(began or (events[0]["time"] if events else 0.0))
 
@@ -89,6 +93,8 @@ class Rows:
 
     def place(self, start: float, seconds: float) -> int:
         """Return the first row that is free at a time, and occupy it. Starts must not go back."""
+        # The lowest free row, so that a lane is as high as the most events at a time.
         row = next((row for row, end in enumerate(self._ends) if end <= start), len(self._ends))
+        # A slice, which also appends where there is no such row yet.
         self._ends[row : row + 1] = [start + seconds]
         return row

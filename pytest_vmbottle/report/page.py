@@ -30,6 +30,7 @@ from pytest_vmbottle.shown import hidden, visible
 
 __all__ = ["write_page"]
 
+# In this order: page.js uses the library.
 _SCRIPTS, _STYLES = ("uPlot.iife.min.js", "page.js"), ("uPlot.min.css", "page.css")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_EVENTS = 50_000
@@ -54,6 +55,7 @@ _ROWS = 4
 _LINKED = ("console.txt", "journal.txt", "metrics.csv", "machine.json", "screenshot.png")
 _MEANING = ("machine", "kind", "time", "seconds")
 """Fields that each row of the page has anyway."""
+# `<`, `>` and `&` could end the element or begin markup. The two separators are line ends to older JavaScript, and not to JSON.
 _MARKUP = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 _FLAG_FAILED, _FLAG_STANDS_OUT = 1, 2  # page.js has the same
 
@@ -66,8 +68,10 @@ def write_page(tests: Sequence[TestArtifacts], path: Path, *, title: str = "Test
         path: The file. It links the files of the tests relative to its folder.
         title: The heading.
     """
+    # A stable sort: within both groups the order stays.
     ordered = sorted(tests, key=lambda test: not test.failed)
     heading = _text(title, 1000)
+    # Split first and filled then, so that nothing that is filled in can be taken for the place of the data.
     before, after = (_filled(part, heading) for part in _asset("page.html").split("{{data}}"))
     writer, index = _Writer(path.parent, max(1, len(ordered))), []
     with atomic_file(path, mode=0o644) as file:
@@ -86,6 +90,8 @@ def _filled(template: str, title: str) -> bytes:
     """Return a part of the page with the assets that it names, in one pass: a title may look like the name of one."""
     scripts, styles = [_asset(name) for name in _SCRIPTS], [_asset(name) for name in _STYLES]
     policy = (
+        # Digests and no 'unsafe-inline': a script that gets into the page by a mistake of ours does not run. Trusted types refuse markup
+        # from strings (`innerHTML`).
         f"default-src 'none'; script-src {_digests(scripts)}; style-src {_digests(styles)}; img-src data:; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
@@ -116,6 +122,7 @@ def _data(name: str, text: str) -> bytes:
 def _json(value: object) -> str:
     """Return JSON in which nothing is markup, so that no text in it can end the element that it is in."""
     # Not as ASCII, which takes twice the room for most scripts but Latin.
+    # `allow_nan=False`, because `JSON.parse` refuses NaN; all numbers went through `number` before.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character, escape in _MARKUP.items():
         text = text.replace(character, escape)
@@ -136,6 +143,7 @@ def _text(text: str, most: int) -> str:
 
 def _text_within(text: str, size: int) -> str:
     """Return a guest's text in a number of bytes of JSON, in which a character may take six of them."""
+    # Halved until it fits: how many bytes a character takes is only known when it is written.
     most = size
     while _size(shown := _text(text, most)) > size and most > _SHORT:
         most //= 2
@@ -167,12 +175,14 @@ class _Writer:
             "count": sum(event.get("kind") != "metrics" for event in events),
         }
         known = _json({**self._reports(test), **self._shown_events(test, events, start)})
+        # Counted after the test: the test that goes beyond the bound still has its events.
         self._bytes += len(known.encode())
         return entry, known
 
     def _reports(self, test: TestArtifacts) -> dict[str, Any]:
         """Return the texts of a test's report, and its files."""
         texts = [test.error, test.traceback, *(text for _, text in test.sections)]
+        # A part for each test and a share of the rest, so that a run of few tests can show more of each.
         room = _REPORT + _REPORTS // self._tests
         for place, text in enumerate(texts):
             # What a short text leaves over is for those below it.
@@ -187,9 +197,11 @@ class _Writer:
         }
 
     def _shown_events(self, test: TestArtifacts, events: list[dict[str, Any]], start: float) -> dict[str, Any]:
+        # Machines of the test first, then names that only events have.
         names = [*dict.fromkeys([*test.machines, *(as_text(event.get("machine")) for event in events)])]
         samples = [event for event in events if event.get("kind") == "metrics"]
         shown = [event for event in events if event.get("kind") != "metrics"]
+        # The latest, because a failure is at the end.
         kept = shown[-_MOST_EVENTS:] if self._bytes < _MOST_PAGE else []
         budget = min(_MOST_TEST, _EVENT * len(kept) + _TEST // self._tests)
         rows = _EventRows(self._root, test, start, {name: place for place, name in enumerate(names)})
@@ -222,11 +234,13 @@ class _Writer:
         """Return a small screenshot as a URL that contains it; empty if it is to be linked."""
         try:
             size = path.stat().st_size
+            # Looked at before it is read: the file may have any size.
             if size > min(_SCREENSHOT, _SCREENSHOTS - self._screenshots):
                 return ""
             data = path.read_bytes()
         except OSError:
             return ""
+        # What is no PNG is linked at most: the URL would give it a type that it does not have.
         if not data.startswith(_PNG):
             return ""
         self._screenshots += len(data)
@@ -246,11 +260,13 @@ class _EventRows:
 
     def fitting(self, events: Sequence[Event], budget: int) -> list[list[Any]]:
         """Return events in a number of bytes: those that stand out and the latest with all their texts, the others with the room left."""
+        # In the order of time, on which the rows of the lanes depend.
         heads = [self._head(event) for event in events]
         details = [self._detail(event, _TEXT) for event in events]
         sizes = [_size(detail) for detail in details]
         budget -= _size(heads) + sum(size for size in sizes if size <= _SMALL)
         large = [place for place, size in enumerate(sizes) if size > _SMALL]
+        # What stands out first, then the latest: these get the room before the others.
         for place in sorted(large, key=lambda place: (stands_out(events[place]), place), reverse=True):
             if sizes[place] > budget:
                 details[place] = self._detail(events[place], _SHORT)
@@ -262,6 +278,7 @@ class _EventRows:
     def _head(self, event: Event) -> list[Any]:
         machine, lane = self._machines[as_text(event.get("machine"))], lane_of(event)
         seconds = number(event.get("seconds"))
+        # Events without a duration have no extent that could overlap.
         row = 0 if seconds is None else self._rows.setdefault((machine, lane), Rows()).place(event["time"], seconds)
         kind = one_line(as_text(event.get("kind")))
         if kind not in self.kinds:
@@ -271,6 +288,7 @@ class _EventRows:
             -1 if seconds is None else round(max(0.0, seconds) * 1000, 1),
             machine,
             LANES.index(lane),
+            # Beyond the last row events overlap, rather than make the page endlessly high.
             min(row, _ROWS - 1),
             self.kinds.index(kind),
             _FLAG_FAILED * has_failed(event) + _FLAG_STANDS_OUT * stands_out(event),
@@ -279,6 +297,7 @@ class _EventRows:
 
     def _detail(self, event: Event, most: int) -> dict[str, Any]:
         """Return the fields of an event that its row does not have."""
+        # The fields of an event are bounded in number too: the file may be somebody else's.
         fields = [(name, each) for name, each in event.items() if name not in _MEANING and each not in (None, "", [])]
         detail = {_text(name, _SHORT): _value(each, most) for name, each in fields[:_FIELDS]}
         if self._is_said(detail, event):
@@ -317,12 +336,14 @@ def _machine_folder(test: TestArtifacts, name: str) -> Path | None:
     relative = test.machines.get(name)
     if not relative or "\0" in relative:
         return None
+    # An absolute path would replace the folder here, and is refused by the check below.
     folder = test.folder / relative
     # Resolved, because a link in the folder may lead out of it as well as its name.
     return folder if folder.resolve().is_relative_to(test.folder.resolve()) else None
 
 
 def _is_plain(path: Path) -> bool:
+    # A link in a copied folder may lead to any file of the computer that makes the report.
     return path.is_file() and not path.is_symlink()
 
 

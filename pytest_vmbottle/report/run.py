@@ -67,6 +67,7 @@ class TestArtifacts:
                     event = json.loads(line)
                 except ValueError:  # the run was killed while it was written
                     continue
+                # Everything that reads events computes with their time.
                 if isinstance(event, dict) and isinstance(event.get("time"), int | float):
                     yield event
 
@@ -83,6 +84,7 @@ def read_run(folder: Path) -> list[TestArtifacts]:
     """
     if not (folder / MARK).is_file():
         raise ArtifactsError(f"{folder} has no artifacts of a run: pytest writes them with --vm-artifacts, to --vm-output")
+    # Folders without an outcome are of tests whose artifacts were being written when the run was killed.
     tests = [_read(path.parent) for path in folder.glob(f"*/{OUTCOME}")]
     return sorted(tests, key=lambda test: (not test.failed, test.began, test.nodeid))
 

@@ -38,6 +38,7 @@ _Timed: TypeAlias = tuple[float, dict[str, Any]]
 def write_trace(tests: Sequence[TestArtifacts], path: Path) -> None:
     """Write the events of tests into a file, which appears whole."""
     with atomic_file(path, mode=0o644) as file:
+        # Written piece by piece, since the events of a run may be more than memory holds.
         file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
         separator = b"\n"
         for event in trace_events(tests):
@@ -53,10 +54,12 @@ def trace_events(tests: Sequence[TestArtifacts]) -> Iterator[dict[str, Any]]:
     """
     waiting = sorted((_first_time(test), pid) for pid, test in enumerate(tests, 1))
     zero = waiting[0][0] if waiting else 0.0
+    # The earliest last, where `pop` takes it without moving the others.
     waiting.reverse()
     running: list[_Running] = []
     # Each test is read when its first event is next: only tests that ran at the same time are in memory at the same time.
     while waiting or running:
+        # Read as soon as it may have the next event, so that the order of times holds over tests.
         if waiting and (not running or _microseconds(waiting[-1][0] - zero) <= running[0].time):
             pid = waiting.pop()[1]
             rest = _test_events(tests[pid - 1], pid, zero)
@@ -72,6 +75,7 @@ def trace_events(tests: Sequence[TestArtifacts]) -> Iterator[dict[str, Any]]:
 class _Running:
     """A test whose events are being read: the next one, and the rest."""
 
+    # A heap compares the times and then the numbers of the processes, which all differ: never the events, which do not compare.
     time: float
     event: dict[str, Any] = attrs.field(order=False)
     pid: int
@@ -93,6 +97,7 @@ def _test_events(test: TestArtifacts, pid: int, zero: float) -> Iterator[_Timed]
     """Yield the events of one test, with the names of its process and threads."""
     names = {"process_name": {"name": f"{one_line(test.nodeid)} ({one_line(test.outcome)})"}, "process_sort_index": {"sort_index": pid}}
     for name, args in names.items():
+        # "M" is metadata, which has no time.
         yield 0.0, {"ph": "M", "pid": pid, "tid": 0, "name": name, "args": args}
     threads = _Threads(pid)
     for event in events_of(test):
@@ -121,13 +126,16 @@ class _Threads:
         lane, seconds = lane_of(event), number(event.get("seconds"))
         row = self._rows.setdefault((machine, lane), Rows()).place(event["time"], seconds) if seconds is not None else 0
         known = len(self._tids)
+        # From 1: thread 0 has the counters.
         tid = self._tids.setdefault((machine, lane, row), known + 1)
+        # An instant of its thread, or "X": a complete event with its duration.
         shape = {"ph": "i", "s": "t"} if seconds is None else {"ph": "X", "dur": max(0.0, _microseconds(seconds))}
         made = {"name": describe_event(event), "cat": one_line(as_text(event.get("kind"))), **shape, "args": _shown(event)}
         names = self._names(machine, lane, row, tid) if len(self._tids) > known else []
         return names, [{"pid": self._pid, "tid": tid, **made}]
 
     def _names(self, machine: str, lane: str, row: int, tid: int) -> list[dict[str, Any]]:
+        # Room for ten lanes of a hundred rows in each machine: viewers sort threads by this number.
         place = [*dict.fromkeys(name for name, _, _ in self._tids)].index(machine) * 1000 + LANES.index(lane) * 100 + row
         args = {"thread_name": {"name": f"{machine}: {lane}{f' {row + 1}' if row else ''}"}, "thread_sort_index": {"sort_index": place}}
         return [{"ph": "M", "pid": self._pid, "tid": tid, "name": name, "args": each} for name, each in args.items()]

@@ -47,6 +47,7 @@ def describe_event(event: Event) -> str:
     >>> describe_event({"kind": "wait", "verb": "wait_for_port", "args": ["80"], "seconds": 30.0, "error": "TimeoutError: nothing listens"})
     'wait_for_port 80: TimeoutError: nothing listens (30.00 s)'
     """
+    # Unknown kinds are told by their text: the file may be of a newer version.
     what = _WORDS.get(as_text(event.get("kind")), _text)(event)
     parts = [one_line(what), *_outcome(event)]
     seconds = number(event.get("seconds"))
@@ -62,6 +63,7 @@ def one_line(text: str, most: int = _MOST) -> str:
     if len(text) > most:
         # Before anything else looks at it: it may have megabytes.
         text = f"{text[: most * 2 // 3]} [...] {text[-most // 3 :]}"
+    # Only line ends are stripped: blanks at the beginning are indentation.
     return printable(text.strip("\r\n")).replace("\n", "\\n").replace("\t", "    ")
 
 
@@ -69,10 +71,12 @@ def _outcome(event: Event) -> list[str]:
     if error := as_text(event.get("error")):
         return [one_line(error)]
     status = number(event.get("status"))
+    # Other kinds have no status, whatever a file says.
     if event.get("kind") not in ("command", "exit") or status is None:
         return []
     # A command's last line on stderr mostly says why it failed.
     reason = as_text(event.get("stderr")).rstrip().rpartition("\n")[2] if status else ""
+    # Success is told for the end of a background command only: of all others it is the rule.
     return [f"status {status:.0f}" if status or event.get("kind") == "exit" else "", one_line(reason)]
 
 
@@ -172,6 +176,7 @@ def _before_failure(test: TestArtifacts, events: Sequence[Event]) -> Sequence[Ev
     """Return the events up to the one that tells the failure; all if none does, as when the process was killed."""
     for place, event in enumerate(events):
         if event.get("kind") == "phase" and has_failed(event) and event.get("phase") == test.phase:
+            # What comes after it is teardown, and what the plugin did to gather evidence.
             return events[:place]
     return events
 

@@ -21,5 +21,6 @@ class PackKind(StrEnum):
     @property
     def next(self) -> PackKind:
         """The kind to try next if this one does not work here."""
+        # In the order of the definition. The last one has no next one, and stays.
         kinds = list(PackKind)
         return kinds[min(kinds.index(self) + 1, len(kinds) - 1)]

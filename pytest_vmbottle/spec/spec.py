@@ -87,7 +87,9 @@ BOOT = frozenset({"arch", "backend", "cpus", "cpu", "nested", "memory", "disk", 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# About what useradd(8) takes.
 _USER_PATTERN = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?")
+# Strict, because the text becomes a part of QEMU's command line, where a comma begins another property.
 _CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CPU_FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9._-]{0,40}|[a-z0-9][a-z0-9._-]{0,40}=(on|off)")
 # What cloud-init knows the kinds of user-data by (cloudinit/handlers/__init__.py, cloudinit/user_data.py).
@@ -98,6 +100,7 @@ _USER_DATA = re.compile(
 POWER_IN_FIRST_BOOT = (
     "would end the first boot before the guest is ready: leave it out, and call vm.reboot() or vm.shutdown() in a layer or in the test"
 )
+# A guess by the text, for an early error. A script that hides it runs into the time-out of the boot.
 _ENDS_GUEST = re.compile(
     r"""(?:^|[;&|({`])[\s\-\["']*"""  # where a command begins, also as an entry of a list in YAML
     r"""(?:(?:sudo|exec|nohup|then|do|else|if|!|time|systemctl|(?:/\S*/)?(?:ba|da|k|z)?sh|-\S+|\w+=\S*)[\s"']+)*"""
@@ -123,6 +126,7 @@ def _fail(keyword: str, value: object, takes: str) -> SpecError:
 def _words(keyword: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise _fail(keyword, value, "takes a list of strings")
+    # Taken once: an iterator has nothing left the second time.
     words = tuple(value)
     if not all(isinstance(word, str) and word and "\0" not in word for word in words):
         raise _fail(keyword, value, "takes a list of non-empty strings")
@@ -133,6 +137,7 @@ def _ports(value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise _fail("ports", value, "takes a list of port numbers in the guest")
     ports = tuple(value)
+    # `bool` is a subclass of `int`, so True would pass for port 1.
     if not all(isinstance(port, int) and not isinstance(port, bool) and 0 < port <= _MAX_PORT for port in ports):
         raise _fail("ports", value, f"takes port numbers from 1 to {_MAX_PORT}")
     return tuple(dict.fromkeys(ports))
@@ -151,6 +156,7 @@ def _cpu(value: object) -> str | None:
     takes = "takes a CPU model of QEMU, then features to switch on or off: 'EPYC-v1,+svm,-avx2' or 'max,la57=off'"
     if not isinstance(value, str):
         raise _fail("cpu", value, f"{takes}; did you mean 'cpus'?")
+    # Names are not checked here: which models and features there are depends on the QEMU that starts the machine.
     model, *features = value.split(",")
     if not _CPU_MODEL.fullmatch(model):
         raise _fail("cpu", value, f"{takes}; {model!r} is not the name of a model")
@@ -167,6 +173,7 @@ def _nested(value: object) -> bool:
 
 
 def _size(keyword: str, value: object) -> int:
+    # Only the keyword's own message is of use, so that of the parser is dropped.
     if isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(SpecError):
             return parse_size(value)
@@ -178,6 +185,7 @@ def _arch(value: object) -> str:
         return host_arch()
     if not isinstance(value, str):
         raise _fail("arch", value, "takes a string such as 'x86_64'")
+    # Other systems say amd64 and arm64.
     arch = ARCHITECTURES.get(value, value)
     if arch not in ARCHITECTURES.values():
         raise _fail("arch", value, f"takes {' or '.join(repr(name) for name in ARCHITECTURES.values())}")
@@ -199,6 +207,8 @@ def _network(value: object) -> bool | str | tuple[str, ...]:
 def _cidr(value: object) -> str:
     with suppress(ValueError):
         if isinstance(value, str):
+            # In one spelling, so that equal networks give equal specs. Bits of a host below the prefix are an error: they are mostly a
+            # mistake.
             return str(ipaddress.ip_network(value))
     raise _fail("network", value, "is not a network: write its first address and the length of its prefix, such as '10.0.0.0/8'")
 
@@ -225,6 +235,7 @@ def _memory(value: object) -> int:
     size = _size("memory", value)
     if size < _MIN_MEMORY:
         raise _fail("memory", value, "is less than 16 MiB: a number means bytes; write a string such as '512M'")
+    # Rounded up: the guest gets at least what was asked for.
     return -(-size // _MIB) * _MIB
 
 
@@ -290,6 +301,7 @@ def _env(value: object) -> tuple[tuple[str, str], ...]:
             raise _fail("env", name, "is not a name for an environment variable")
         if not isinstance(content, str) or "\0" in content:
             raise _fail("env", {name: content}, "takes strings without NUL bytes")
+    # Sorted, so that equal mappings give equal specs.
     return tuple(sorted(value.items()))
 
 
@@ -297,6 +309,7 @@ def _files(value: object) -> tuple[tuple[str, File], ...]:
     if not isinstance(value, Mapping):
         raise _fail("files", value, "takes a mapping from absolute guest paths to text, bytes or a local Path")
     for path, content in value.items():
+        # Refused and not normalised: `..` in a path that goes through a link means another file than it seems.
         if not isinstance(path, str) or not path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
             raise _fail("files", path, "is not an absolute path in the guest")
         plain, mode = content if isinstance(content, tuple) and len(content) == 2 else (content, 0)  # noqa: PLR2004 - a pair
@@ -304,6 +317,7 @@ def _files(value: object) -> tuple[tuple[str, File], ...]:
             raise _fail("files", {path: content}, "takes text, bytes or a local Path, or a pair of one of these and permission bits")
         if not is_mode(mode):
             raise _fail("files", {path: content}, "takes permission bits as 0o755")
+    # By the path alone: contents may be of kinds that do not compare with each other.
     return tuple(sorted(value.items(), key=lambda item: item[0]))
 
 
@@ -311,14 +325,17 @@ def _user_data(value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, Mapping):
+        # A guest that goes down in its first boot never becomes ready, which would show only at the time-out.
         ends = ends_first_boot(value)
         if ends:
             raise _fail("user_data", ends, POWER_IN_FIRST_BOOT)
+        # JSON is YAML, and sorted keys make equal mappings equal.
         return "#cloud-config\n" + json.dumps(_plain(value), indent=1, sort_keys=True)
     if not isinstance(value, str) or not _USER_DATA.match(value):
         raise _fail(
             "user_data", value, "takes a mapping, or text that begins with a header of cloud-init: '#cloud-config', '#!/bin/sh', ..."
         )
+    # For its error: a text with surrogates cannot be encoded.
     _plain(value)
     return value
 
@@ -332,6 +349,7 @@ def _plain(value: object, *place: object) -> object:
         with suppress(UnicodeEncodeError):
             value.encode()
             return value
+    # JSON has neither infinity nor NaN.
     elif isinstance(value, bool | int | None) or (isinstance(value, float) and isfinite(value)):
         return value
     elif isinstance(value, list | tuple):
@@ -349,6 +367,7 @@ def ends_first_boot(config: Mapping[Any, Any]) -> str:
 
     Empty if there is none.
     """
+    # Modules of cloud-init that end or reboot the guest by themselves.
     for key in ("power_state", "package_reboot_if_required"):
         if config.get(key):
             return key
@@ -373,6 +392,7 @@ def _source(value: object) -> str | Path | Layer:
     raise SpecError(f"source={value!r}: takes the name of an image, the path of a disk image, or a layer")
 
 
+# Compared by identity: functions and keywords need not be comparable, and two layers of one name in two modules are two.
 @attrs.frozen(kw_only=True, eq=False)
 class Layer:
     """A recipe on top of an image or of another layer; made with the `layer` decorator.
@@ -416,6 +436,7 @@ class Layer:
         Raises:
             SpecError: The function's source or a file it depends on cannot be read.
         """
+        # Contents and not times: a fresh checkout of the same files must find the packs of the one before.
         depends = [_content(path, skipped) for path in self.depends]
         return digest(_function_source(self), depends, self.version, _prepared(self.keywords, skipped))
 
@@ -436,9 +457,11 @@ def layer(
     Raises:
         SpecError: A keyword is unknown or its value is invalid.
     """
+    # Where the layer is defined, so that the error points there and not to a test.
     check_keywords({"source": source, **keywords}, signature=SIGNATURE.replace("vm(source, *", "layer(source, *, depends=(), version=''"))
 
     def decorate(function: Prepare) -> Layer:
+        # Of the function's file: the current folder depends on how pytest was started.
         folder = Path(inspect.getfile(function)).parent
         return Layer(
             source=source,
@@ -469,14 +492,18 @@ def _content(path: Path, skipped: Callable[[Path], object]) -> list[object]:
     followed, so that the walk ends.
     """
     try:
+        # The name and not the path, so that a project that moves keeps its packs.
         found: list[object] = [_entry(path, path.name, skipped)]
         start = Path(os.path.realpath(path)) if path.is_symlink() else path  # resolve() raises for a circle of links
         if path.is_symlink():
+            # A link to a folder above would make all of the project a part of the recipe, with what changes in it all the time.
             if not path.exists() or start in (path.parent.resolve(), *path.parent.resolve().parents):
                 return found
             found.append(_entry(start, "", skipped))
         folders = [start] if start.is_dir() else []
+        # A loop and no recursion: the depth of a tree is not limited by Python's stack.
         while folders:
+            # Sorted, because file systems list their files in any order.
             for child in sorted(folders.pop().iterdir()):
                 # Compiled files change without a change of the recipe.
                 if child.name != "__pycache__":
@@ -489,6 +516,7 @@ def _content(path: Path, skipped: Callable[[Path], object]) -> list[object]:
 
 def _entry(path: Path, name: str, skipped: Callable[[Path], object]) -> list[object]:
     """Return one file, folder or link, under our name for it."""
+    # Not followed: a link is told by its target's name.
     status = path.lstat()
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFLNK:
@@ -497,6 +525,7 @@ def _entry(path: Path, name: str, skipped: Callable[[Path], object]) -> list[obj
         return [name, "folder", stat.S_IMODE(status.st_mode)]
     if kind != stat.S_IFREG:
         skipped(path)
+        # Reading a FIFO or a device could block for ever.
         return [name, "skipped"]
     return [name, "file", stat.S_IMODE(status.st_mode), _file_digest(path, status.st_size)]
 
@@ -507,6 +536,7 @@ def _file_digest(path: Path, size: int) -> str:
     A file that grows meanwhile, or is replaced, does not make it read on for ever.
     """
     value = hashlib.sha256()
+    # The file may have been replaced since `lstat`: O_NOFOLLOW refuses a link, and O_NONBLOCK keeps a FIFO from blocking (open(2)).
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 - opened already
         while size > 0 and (chunk := file.read(min(size, 1 << 20))):
             value.update(chunk)
@@ -585,6 +615,7 @@ class MachineSpec:
 
     def __attrs_post_init__(self) -> None:
         """Check rules that concern several keywords."""
+        # After the converters, each of which has seen its own keyword only.
         wrong = []
         if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
             takes = f"is not a host name, and a machine on the LAN {self.lan!r} needs one: use letters, digits and dashes"
@@ -598,6 +629,7 @@ class MachineSpec:
     @property
     def nat(self) -> bool:
         """Tell whether the guest reaches the host's network."""
+        # With `is`: the name of a LAN and a list of networks are true, too.
         return self.network is True
 
     @property
@@ -612,12 +644,14 @@ class MachineSpec:
         Raises:
             SpecError: A keyword is unknown or its value is invalid.
         """
+        # From the farthest to the nearest, so that each update overwrites what counts less.
         merged = dict(defaults or {})
         for below in source.chain if isinstance(source, Layer) else ():
             # Preparation belongs to the layer that names it; a layer above would otherwise do it again.
             merged.update({key: value for key, value in below.keywords.items() if key not in PREPARATION})
         merged.update(keywords)
         check_keywords(merged)
+        # The source that was given, and not one of the defaults or a layer.
         return cls(**{**merged, "source": source})
 
     @property
@@ -630,6 +664,7 @@ class MachineSpec:
         """The layers to build on the image, lowest first; the preparation keywords of the spec itself come last."""
         below = self.source.chain if isinstance(self.source, Layer) else ()
         own: dict[str, Any] = {"packages": self.packages, "files": dict(self.files), "run": self.run}
+        # No empty step: it would be a pack of its own with the same content.
         if not any(own.values()):
             return below
         return (*below, Layer(source=self.source, function=None, keywords=own, name="prepared"))
@@ -639,6 +674,7 @@ class MachineSpec:
 
         Specs with the same digest can share a pack of the bare image.
         """
+        # Sorted, since the order of a frozenset differs from process to process.
         return digest(sorted((key, getattr(self, key)) for key in BOOT))
 
 
@@ -663,6 +699,7 @@ def mistakes(keywords: Mapping[str, Any]) -> list[str]:
             near = difflib.get_close_matches(keyword, fields, n=1)
             wrong.append(f"unknown keyword {keyword!r}{f'; did you mean {near[0]!r}?' if near else ''}")
         else:
+            # The converter is what `MachineSpec` itself uses, so there is one place that says what a keyword takes.
             wrong += _refusals(fields[keyword].converter, value)
     # Each keyword alone first: rules about several are checked only if each is valid.
     return wrong or _refusals(lambda value: MachineSpec(**value), {"source": "checked", **keywords})

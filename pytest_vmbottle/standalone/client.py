@@ -45,7 +45,9 @@ _MOMENT = 1.0
 """Seconds within which a process that only looks at a folder releases it."""
 _UNWIND = 30.0
 """Seconds that a daemon may take to end a machine whose start was cancelled."""
+# Bytes of a message: far more than any request or answer has.
 _MAX_MESSAGE = 8 << 20
+# Errors that are raised again by their own kind. Only these, since the name comes from another process.
 _KINDS: dict[str, type[VMBottleError]] = {kind.__name__: kind for kind in (BackendUnavailable, CatalogError, MachineError, SpecError)}
 
 
@@ -274,6 +276,7 @@ class Kept:
         Raises:
             CatalogError: There is a machine of this name already.
         """
+        # Until the folder is locked or taken: between its making and the lock somebody may remove it.
         while True:
             private_dir(self.folder)
             with suppress(FileNotFoundError):  # it is just being removed
@@ -323,6 +326,7 @@ class Kept:
         """
         hold = self.claim()
         try:
+            # A first record, so that the name is listed while the daemon imports its modules.
             Record(name=self.name, source=str(order["keywords"].get("source", ""))).write(self.folder / _RECORD)
             process, line = self._spawn(hold)
         except BaseException:
@@ -332,6 +336,7 @@ class Kept:
         try:
             os.close(hold)  # the keeper has it
             line.send(order)
+            # Then it is confirmed. The daemon ends a machine whose client hangs up before that.
             record = self._await_ready(line, say)
             line.send({"keep": True})
         except BaseException:
@@ -339,6 +344,7 @@ class Kept:
             with suppress(subprocess.TimeoutExpired):
                 # Time to end its machine in order, since it has noticed that we are gone.
                 process.wait(_UNWIND)
+            # Without effect if it has ended. A daemon that hangs would keep the name for ever.
             process.kill()
             process.wait()
             self.discard()
@@ -348,6 +354,7 @@ class Kept:
         return record
 
     def _spawn(self, hold: int) -> tuple[subprocess.Popen[bytes], Line]:
+        # Nameless, so that nobody else can send an order to the daemon, or read one, which may have secrets.
         ours, its = socket.socketpair()
         with its, os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as log:
             process = subprocess.Popen(  # noqa: S603 - argv list, no shell
@@ -356,7 +363,9 @@ class Kept:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                # The lock belongs to the open file and not to a process (flock(2)), so it passes on with the descriptor.
                 pass_fds=(hold, its.fileno()),
+                # Ctrl-C and the terminal's end reach the processes of its session, and must not reach the daemon.
                 start_new_session=True,
             )
         return process, Line(ours)
@@ -403,6 +412,7 @@ class Kept:
     def _connect(self) -> Line:
         sock = socket.socket(socket.AF_UNIX)
         try:
+            # By a descriptor, which makes the address short. A link in its place is not followed.
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 with _address(folder) as address:
@@ -411,6 +421,7 @@ class Kept:
                 os.close(folder)
         except OSError as error:
             sock.close()
+            # No socket yet, or one whose daemon has ended: sockets are not removed with their process.
             if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
                 raise
             raise self._ended("is not running") from None
@@ -428,6 +439,7 @@ class Kept:
     def kill(self) -> None:
         """Kill a daemon that does not answer, and with it the machine."""
         record = self.record()
+        # The lock and the identity together, because a process id alone may be another process by now.
         if record.keeper is not None and self.is_held:
             record.keeper.kill()
 
@@ -439,12 +451,14 @@ def _checked(message: Mapping[str, Any]) -> Any:
     kind, text = message["error"], str(message.get("message", ""))
     if kind == CommandTimeout.__name__:
         raise CommandTimeout(Result(argv=tuple(message["argv"]), returncode=-9, stdout="", stderr=""), float(message["seconds"]))
+    # As text alone: its attributes stay with the daemon.
     raise _KINDS.get(kind, VMBottleError)(text)
 
 
 def packed(snapshot: Snapshot) -> str:
     """Return a snapshot for an order. Its layers are left out, because a daemon cannot import their functions."""
     plain = attrs.evolve(snapshot, spec=attrs.evolve(snapshot.spec, source=snapshot.spec.image, **_mutable(snapshot.spec)))
+    # In text, because an order is JSON. Who reads it is a child of ours.
     return base64.b64encode(pickle.dumps(plain)).decode()
 
 

@@ -45,16 +45,19 @@ __all__ = ["Daemon", "keep", "main"]
 
 _PACE = 0.5
 """Seconds between two checks whether the machine has ended."""
+# Seconds in which a client must have sent its request, and a guest must take the command to power off.
 _PATIENCE = 10.0
 _SHUTDOWN = 90.0
 """Seconds that a guest may take to power off."""
 _LAST_WORDS = 3.0
 """Seconds in which pending requests get their answers after the machine has ended."""
 _ANSWERED_BY_THE_GUEST = frozenset({"exec", "cp", "ssh", "freeze"})
+# For backends without an orderly shutdown. It sleeps first, so that the command is answered before the guest goes down.
 _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
 
 
 def _backend(name: str, told: Told, catalog: Catalog, say: Callable[[str], None]) -> Backend:
+    # No hook is asked: backends of plugins belong to pytest.
     made = make(name, told, folder=catalog.root, warn=say)
     if made is None:
         raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or use qemu or smolvm")
@@ -67,6 +70,7 @@ class Daemon:
     def __init__(self, machine: Machine) -> None:
         """Take a machine that is ready."""
         self._machine = machine
+        # Written by request threads and read by the main thread: an assignment is whole, and `_woken` tells of it.
         self._wish = ""
         self._woken = threading.Event()
         self._busy: set[threading.Thread] = set()
@@ -76,6 +80,7 @@ class Daemon:
             "metrics": self._metrics,
             "ssh": self._ssh,
             "ssh-config": lambda *_: str(machine.ssh_config()),
+            # It only wakes the main thread, which ends the machine: the answer must come before the end.
             "stop": self._stop,
             "freeze": lambda *_: str(machine.snapshot("frozen").path),
         }
@@ -156,12 +161,14 @@ class Daemon:
 
     def finish(self) -> None:
         """Wait a moment until pending requests are answered."""
+        # One for all of them: a client that hangs must not keep the daemon from ending.
         deadline = Deadline(_LAST_WORDS)
         # A copy: each request removes its thread.
         for thread in list(self._busy):
             thread.join(deadline.remaining)
 
     def _serve(self, sock: socket.socket) -> None:
+        # A client that connects and says nothing must not hold a thread for ever.
         sock.settimeout(_PATIENCE)
         line = Line(sock)
         try:
@@ -185,6 +192,7 @@ class Daemon:
             if verb in _ANSWERED_BY_THE_GUEST and (fate := self._fate()):
                 raise fate
             return {"answer": self._verbs[verb](line, request)}
+        # What a request sees of a machine's end is often only its own connection. The hypervisor knows the cause.
         except MachineDied as error:
             return _told(self._fate() or error)
         except Exception as error:
@@ -205,6 +213,7 @@ class Daemon:
     def _exec(self, line: Line, request: Mapping[str, Any]) -> int:
         """Run a command with the three descriptors that came with the request, and return its status."""
         words, timeout = tuple(request["argv"]), request["timeout"]
+        # The descriptors stay open until the line is closed, after the answer.
         with connect(self._machine, words, line.descriptors, env=request["env"], cwd=request["cwd"], user=request["user"]) as piped:
             deadline = None if timeout is None else Deadline(timeout)
             return piped.wait(cancelled=lambda: line.is_cut, deadline=deadline)
@@ -218,6 +227,7 @@ class Daemon:
 
     def _metrics(self, line: Line, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the machine's figures, with processor time over the last moment."""
+        # Processor time is a difference: this sample is its beginning.
         self._machine.metrics()
         Deadline(request["seconds"]).poll(lambda: line.is_cut)
         return self._machine.metrics().figures
@@ -246,6 +256,7 @@ def _told(error: Exception) -> dict[str, Any]:
     if isinstance(error, OSError):
         parts = (error.filename, error.strerror or error)
         return message | {"message": ": ".join(str(part) for part in parts if part)}
+    # A mistake of ours: its traceback is for the log, and the client gets a sentence.
     if not isinstance(error, ValueError):
         traceback.print_exception(error)
         message["message"] = f"{type(error).__name__}: {error} (see keeper.log, the log of the machine's daemon)"
@@ -266,6 +277,7 @@ def main() -> None:
     os.umask(0o077)
     # Not for its children: a hypervisor with the descriptor would hold the lock beyond the daemon's end.
     os.set_inheritable(hold, False)  # noqa: FBT003 - it has no keyword
+    # SIGINT too: whoever sends one means this process, since no terminal can.
     Interruption(left, numbers=(signal.SIGTERM, signal.SIGHUP, signal.SIGINT), owned=True).install()
     sys.exit(keep(Kept(folder), hold, Line(socket.socket(fileno=line))))
 
@@ -278,6 +290,7 @@ def keep(place: Kept, hold: int, line: Line) -> int:
         hold: The descriptor of that folder, open and locked.
         line: The connection to the client, which sends the order and must stay until the machine is ready.
     """
+    # None: the client ended before it sent the order.
     order = line.receive()
     if order is None:
         return 1
@@ -289,16 +302,20 @@ def keep(place: Kept, hold: int, line: Line) -> int:
                 server = stack.enter_context(kept.listen(hold))
                 keeper.listen(server)
                 place.note(record)
+                # The record is there by now, which the client reads next.
                 line.send({"answer": None})
                 confirmed.wait()
         except (VMBottleError, OSError) as error:
+            # First the machine is ended, so that nothing of it is left when the client reads the error.
             stack.close()
             with suppress(OSError):
                 line.send(_told(error))
             return 1
         state, reason = _watched(keeper, place, record, order.get("seconds"))
+        # After the watch and before the machine is removed, whose console and channels answers may need.
         keeper.finish()
         _save_console(place)
+    # Last of all, while the lock is still held: who sees no lock finds the final record.
     place.note(attrs.evolve(record, state=state, reason=reason, since=time.time(), ports={}, pid=None))
     return 0
 
@@ -343,6 +360,7 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
         rebuild_before=time.time() if told.rebuild else None,
         report=say,
         warn=say,
+        # From the folder of the client, whose project it is; the daemon works in `/`.
         declared=images.find_declared_images(Path(order["folder"])),
         memory_budget=told.memory_budget,
         retries=told.infra_retries,
@@ -350,6 +368,7 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
     )
     provisioner = Provisioner(catalog, _backend(name, told, catalog, say), name=name, settings=settings)
     try:
+        # The console is linked within the block of the machine, whose folder is gone after it.
         with provisioner.machine(spec, start=start) as machine, _shown_console(place, machine):
             yield machine, attrs.evolve(_record(place, machine), until=time.time() + order["seconds"] if "seconds" in order else None)
     finally:
@@ -403,6 +422,7 @@ def _shown_console(place: Kept, machine: Machine) -> Iterator[None]:
 def _save_console(place: Kept) -> None:
     for link in (place.console, place.console.with_name(f"{place.console.name}.1")):
         try:
+            # A rename and no copy: both folders are in the catalog, on one file system.
             link.readlink().replace(link)
         except OSError:  # there is no second one, or no room
             link.unlink(missing_ok=True)

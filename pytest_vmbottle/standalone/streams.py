@@ -21,6 +21,7 @@ _ATOMIC = 4096
 """Bytes that a ready pipe takes without blocking (PIPE_BUF)."""
 _CHUNK = 1 << 16
 _PACE = 0.1
+# Seconds for a killed command to be gone.
 _GRACE = 10.0
 _OPENING = 60.0
 _FOREVER = 1e8
@@ -37,6 +38,7 @@ class _Sink:
         # Small pieces to a pipe: POLLOUT promises room for PIPE_BUF bytes, and a larger write could block.
         self._step = _CHUNK if stat.S_ISREG(os.fstat(fd).st_mode) else _ATOMIC
         self._ready = select.poll()
+        # The descriptor may block, and must stay so: its open file is the client's as well, which has not asked for O_NONBLOCK.
         self._ready.register(fd, select.POLLOUT)
         self.given_up = False
         self.ended = threading.Event()
@@ -45,6 +47,7 @@ class _Sink:
         """Write all of `data`; no data is the end."""
         if not data:
             self.ended.set()
+        # Asked again after each piece, since the block may be over while the reader does not read.
         while data and not self.given_up:
             if self._ready.poll(_PACE * 1000):
                 data = data[self._write(data[: self._step]) :]
@@ -79,9 +82,11 @@ class Piped:
         """
         while True:
             status = self._running.wait(deadline=Deadline(_PACE))
+            # The end of the command is not the end of its output, part of which may not be written yet.
             if status is not None and all(sink.ended.is_set() or sink.given_up for sink in self._sinks):
                 return status
             late = deadline is not None and deadline.expired
+            # In each of these cases nobody can take the output any more, or wants to.
             if late or cancelled() or any(sink.given_up for sink in self._sinks):
                 self._end()
             if late and deadline is not None:

@@ -30,11 +30,14 @@ class Ring:
         """
         if len(line) > self._half:
             return
+        # Renamed and not truncated: a reader that has the older file open reads it to its end.
         if self._size + len(line) > self._half:
             self.close()
             self._path.replace(self._older)
         if self._file < 0:
+            # O_APPEND, so that each line is written as one piece at the end.
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            # The file may be there already: it was closed, and is opened again.
             self._size = os.fstat(self._file).st_size
         os.write(self._file, line)
         self._size += len(line)

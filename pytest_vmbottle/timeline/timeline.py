@@ -21,6 +21,7 @@ __all__ = ["FORMAT", "Span", "Timeline", "now", "recorded", "since_epoch"]
 
 FORMAT = 1
 """Version of the events, which `docs/timeline.md` describes."""
+# Once for each process, so that its times keep their order and their distances when the host's clock is set.
 _EPOCH = time.time() - time.monotonic()
 _EVENTS, _CONSOLE, _OUTPUTS = 6 << 20, 2 << 20, 8 << 20
 """Bytes kept of a machine's events, of its console, and of whole outputs: 16 MiB in all."""
@@ -28,7 +29,9 @@ _TEXT = 4 << 10
 """Characters of a text in an event."""
 _WHOLE = 1 << 20
 """Bytes kept of each output of a failed command."""
+# Characters of an argument in an event.
 _WORDS = 1 << 11
+# Bytes of a line of the console.
 _LINE = 1 << 12
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -62,8 +65,10 @@ class Timeline:
         # A forked child may have got the lock from a thread that it has not, and its parent's machines are none of its own.
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        # By thread, because two threads of a test may use a machine at once, and each has its outermost verb.
         self._threads = threading.local()
         self._console: Callable[[], bytes] = bytes
+        # The last line of the console, which has no end yet.
         self._rest = b""
         self._commands = 0
         if folder is not None:
@@ -96,12 +101,15 @@ class Timeline:
         """Return the events that began or ended since a time, in their order."""
         if self._folder is None:
             return []
+        # Without this the lines since the last second would be missing.
         self.look()
         found = (json.loads(line) for ring in (self._events, self._lines) for line in ring.lines())
+        # By the time of their beginning; a long wait is written after what happened during it.
         return sorted((event for event in found if event["time"] + event.get("seconds", 0) >= since), key=lambda event: event["time"])
 
     def output(self, name: str) -> Path:
         """Return the file of a whole output that an event names."""
+        # The name alone, since events are read from a file.
         return (self._folder or Path()) / "outputs" / Path(name).name
 
     def close(self) -> None:
@@ -131,6 +139,7 @@ class Timeline:
             for stream, text in (("stdout", result.stdout), ("stderr", result.stderr)):
                 if len(text) > _TEXT:
                     name = f"{self._commands:06}-{stream}.txt"
+                    # The end of an output, which mostly has the reason.
                     data = hidden(text).encode("utf-8", "surrogateescape")[-_WHOLE:]
                     self._make_room(len(data))
                     (self._outputs / name).write_bytes(data)
@@ -138,6 +147,7 @@ class Timeline:
         return names
 
     def _make_room(self, size: int) -> None:
+        # Names begin with a number of fixed width, so their order is that of time.
         kept = sorted(self._outputs.iterdir())
         total = size + sum(path.stat().st_size for path in kept)
         for path in kept:
@@ -149,12 +159,15 @@ class Timeline:
     def _write(self, event: Mapping[str, object]) -> None:
         if not self._is_recorded:
             return
+        # Outside of the lock: `repr` of a test's own value may take any time, or use the machine.
         line = self._encoded(event)
         with self._lock, suppress(OSError):
+            # First the console, so that its lines come before the event that followed them.
             self._take_lines(now())
             self._events.append(line)
 
     def _encoded(self, event: Mapping[str, object]) -> bytes:
+        # `default=repr`, because events have whatever a test gives.
         return json.dumps({"machine": self._machine, **_hidden(event)}, default=repr, separators=(",", ":")).encode() + b"\n"
 
     def _take_lines(self, at: float) -> None:
@@ -188,10 +201,12 @@ class Span:
         self.add(status=result.returncode, stdout=_end(result.stdout), stderr=_end(result.stderr))
         if result.note:
             self.add(note=result.note)
+        # Only of verbs that become events: nobody would find the files of others.
         if not result.ok and not self._outer:
             self.add(**self._timeline.keep_outputs(result))
 
     def __enter__(self) -> Self:
+        # A verb that runs within another one of this thread is not recorded.
         self._outer = self._timeline.is_busy
         self._timeline.is_busy = True
         self._began = now()
@@ -202,6 +217,7 @@ class Span:
             return
         self._timeline.is_busy = False
         if error is not None:
+            # A command that timed out has its output in the error alone.
             result = getattr(error, "result", None)
             if isinstance(result, Result):
                 self.finish(result)
@@ -222,6 +238,7 @@ def recorded(kind: str, about: Callable[[Any], dict[str, object]] = lambda _: {}
 
         @functools.wraps(method)
         def verb(self: Any, /, *args: Any, **keywords: Any) -> Any:
+            # Before the call, which may change its arguments.
             words = [*map(_word, args), *(f"{key}={_word(value)}" for key, value in keywords.items())]
             with self._timeline.span(kind, verb=name, args=words, **about(self)):
                 return method(self, *args, **keywords)
@@ -235,6 +252,7 @@ def _word(value: object) -> str:
     """Return an argument in words: content of files by its length, everything else as its reader would write it."""
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value)} bytes>"
+    # The keys only: of `write_files` these are the paths, and the values are contents.
     if isinstance(value, Mapping):
         return f"{{{', '.join(map(str, value))}}}"[:_WORDS]
     return (value if isinstance(value, str) else repr(value))[:_WORDS]
