@@ -290,13 +290,12 @@ def _account(text: str) -> Account | None:
 
     Nobody but root can choose that, and nobody else needs to: it may stand in an ini file for all.
     """
-    if not text:
+    if not text or os.geteuid() != 0:
         return None
     # Imported here and not above: most runs have no need of it, nor of what it takes.
     from pytest_vmbottle.host.account import Account
 
-    account = Account.parse(text)
-    return account if os.geteuid() == 0 else None
+    return Account.parse(text)
 
 
 _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from pytest_vmbottle.catalog.packs import Manifest
     from pytest_vmbottle.machine.snapshot import Snapshot
 
-__all__ = ["CAPTURES", "Lifecycle", "Relauncher"]
+__all__ = ["CAPTURE", "CAPTURES", "Lifecycle", "Relauncher"]
 
 CAPTURES = "captures"
 """Folder in a machine's folder for recorded traffic."""
+CAPTURE = "network"
+"""Beginning of the names of the files there with the traffic of a machine's own card."""
 
 # The kernel draws this id at random once in each boot (random(4)). A guest that only answers again may be the old boot, which has not gone
 # down yet.
@@ -115,8 +117,9 @@ class Lifecycle:
     def bound_capture(self) -> None:
         """Stop recording network traffic if that has filled its file."""
         if self._spec.capture and self._instance is not None and self._instance is not self._uncaptured:
-            newest = max(self.captures, key=lambda path: path.stat().st_mtime, default=None)
-            if newest is not None and newest.stat().st_size >= pcap.LIMIT:
+            # The LAN's file, which is beside them, has a limit of its own.
+            own = [path for path in self.captures if path.name.startswith(CAPTURE)]
+            if own and max(own, key=lambda path: path.stat().st_mtime).stat().st_size >= pcap.LIMIT:
                 # Set first: a recording that cannot be ended is not tried again each second. QEMU's filter has no limit for its file.
                 self._uncaptured = self._instance
                 self._instance.end_capture()

@@ -124,7 +124,10 @@ class Artifacts:
         """
         # Each machine by itself: several of one test may have the same name.
         places = [_write_machine(folder, evidence) for evidence in found]
-        names = {evidence.machine.name: place.name for evidence, place in zip(found, places, strict=True)}
+        names: dict[str, str] = {}
+        for evidence, place in zip(found, places, strict=True):
+            # Two machines of a test may have one name; the folders' names differ.
+            names[place.name if evidence.machine.name in names else evidence.machine.name] = place.name
         # Sorted over all machines, because a reader looks for the order of what happened between them.
         events = sorted((event for evidence in found for event in evidence.events), key=lambda event: event["time"])
         with (folder / EVENTS).open("w", encoding="utf-8") as file:

@@ -253,11 +253,13 @@ class Session:
 
     def collect(self) -> None:
         """Add up this process's counts, and end its provisioners."""
+        if self._provisioners:
+            # Before `_provisioners` is cleared: later this would make them again. It may make one more, so it is not done while they are
+            # gone through.
+            self.told.update(self.describe_hosts())
         for provisioner in self._provisioners.values():
             provisioner.close()
             self.tallies.append(attrs.asdict(provisioner.tally))
-            # Before `_provisioners` is cleared: later this would make them again.
-            self.told.update(self.describe_hosts())
         self._provisioners.clear()
         if self._catalog is not None:
             # After the provisioners, which hold packs in it; and before its ledger is read, since closing counts what is left.

@@ -18,7 +18,7 @@ from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.images import check_again
-from pytest_vmbottle.machine.lifecycle import CAPTURES, Relauncher
+from pytest_vmbottle.machine.lifecycle import CAPTURE, CAPTURES, Relauncher
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.machine.sampler import Sampler
 from pytest_vmbottle.timeline import Timeline
@@ -156,8 +156,8 @@ class Launcher:
 
 def _new_capture(folder: Path) -> Path:
     """Return the path for the traffic of one more instance of a machine: each start and restore has a file of its own."""
-    number = len(list(folder.glob("network*.pcap"))) + 1
-    return folder / ("network.pcap" if number == 1 else f"network-{number}.pcap")
+    number = len(list(folder.glob(f"{CAPTURE}*.pcap"))) + 1
+    return folder / (f"{CAPTURE}.pcap" if number == 1 else f"{CAPTURE}-{number}.pcap")
 
 
 def _await_system(instance: Instance, channel: Channel, spec: MachineSpec, deadline: Deadline) -> None:

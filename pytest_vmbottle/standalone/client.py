@@ -286,7 +286,7 @@ class Kept:
             raise self._taken()
         # Left behind by a machine of this name whose daemon has ended.
         for left in self.folder.iterdir():
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         return fd
 
     def _taken(self) -> CatalogError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from pytest_vmbottle.backends.port import Backend, Start
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.errors import BackendUnavailable, MachineDied, MachineError, Unsupported, VMBottleError
 from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.signals import Interruption, left
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.machine.machine import Machine
@@ -53,6 +55,8 @@ _LAST_WORDS = 3.0
 """Seconds in which pending requests get their answers after the machine has ended."""
 _ANSWERED_BY_THE_GUEST = frozenset({"exec", "cp", "ssh", "freeze"})
 # For backends without an orderly shutdown. It sleeps first, so that the command is answered before the guest goes down.
+_SNAPSHOT = "snapshot"
+"""Folder in a machine's folder for the snapshot that it was started from."""
 _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
 
 
@@ -315,6 +319,7 @@ def keep(place: Kept, hold: int, line: Line) -> int:
         # After the watch and before the machine is removed, whose console and channels answers may need.
         keeper.finish()
         _save_console(place)
+    shutil.rmtree(place.folder / _SNAPSHOT, ignore_errors=True)
     # Last of all, while the lock is still held: who sees no lock finds the final record.
     place.note(attrs.evolve(record, state=state, reason=reason, since=time.time(), ports={}, pid=None))
     return 0
@@ -351,7 +356,7 @@ def _wanted(line: Line) -> Iterator[threading.Event]:
 @contextmanager
 def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Machine, Record]]:
     """Yield the running machine and its record."""
-    spec, start = _described(order)
+    spec, start = _described(place, order)
     catalog = Catalog(Path(order["catalog"]))
     told = Told.read(lambda setting: order["settings"].get(setting.name))
     name = told.backend_for(spec.backend)
@@ -376,7 +381,7 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
         catalog.close()
 
 
-def _described(order: Mapping[str, Any]) -> tuple[MachineSpec, Start | None]:
+def _described(place: Kept, order: Mapping[str, Any]) -> tuple[MachineSpec, Start | None]:
     """Return what machine to start, and from what if it is not from its source."""
     keywords = dict(order["keywords"])
     if "snapshot" not in order:
@@ -384,7 +389,20 @@ def _described(order: Mapping[str, Any]) -> tuple[MachineSpec, Start | None]:
     # Trusted, because it comes by the line from the process that started this one.
     snapshot: Snapshot = pickle.loads(base64.b64decode(order["snapshot"]))  # noqa: S301
     del keywords["source"]  # for people
-    return snapshot.of(**keywords), snapshot.start
+    return snapshot.of(**keywords), _own(snapshot, private_dir(place.folder / _SNAPSHOT))
+
+
+def _own(snapshot: Snapshot, folder: Path) -> Start:
+    """Return a snapshot as a boot source whose files this machine has itself.
+
+    The machine that it was made of ends with its test, and its folder with the run. So the files get a second name, which costs no room.
+    """
+    start, seed = snapshot.start, folder / "boot-seed"
+    for path in snapshot.path.iterdir():
+        os.link(path, folder / path.name)
+    os.link(start.seed, seed)
+    own = (attrs.evolve(disk, path=folder / disk.path.name) if disk.path.parent == snapshot.path else disk for disk in start.disks)
+    return attrs.evolve(start, saved=folder, seed=seed, disks=tuple(own))
 
 
 def _source(text: str) -> str | Path:

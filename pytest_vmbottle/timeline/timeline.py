@@ -103,7 +103,7 @@ class Timeline:
             return []
         # Without this the lines since the last second would be missing.
         self.look()
-        found = (json.loads(line) for ring in (self._events, self._lines) for line in ring.lines())
+        found = filter(None, (_decoded(line) for ring in (self._events, self._lines) for line in ring.lines()))
         # By the time of their beginning; a long wait is written after what happened during it.
         return sorted((event for event in found if event["time"] + event.get("seconds", 0) >= since), key=lambda event: event["time"])
 
@@ -133,8 +133,9 @@ class Timeline:
         names: dict[str, str] = {}
         if not self._is_recorded or (len(result.stdout) <= _TEXT and len(result.stderr) <= _TEXT):
             return names
-        self._commands += 1
-        with suppress(OSError):
+        # Two threads whose commands fail at once must not write to one file.
+        with self._lock, suppress(OSError):
+            self._commands += 1
             self._outputs.mkdir(mode=0o700, exist_ok=True)
             for stream, text in (("stdout", result.stdout), ("stderr", result.stderr)):
                 if len(text) > _TEXT:
@@ -246,6 +247,15 @@ def recorded(kind: str, about: Callable[[Any], dict[str, object]] = lambda _: {}
         return cast("_F", verb)
 
     return decorate
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    """Return an event; None for a line that is not whole, as on a full disk."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "time" in event else None
 
 
 def _word(value: object) -> str:

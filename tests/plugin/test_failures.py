@@ -174,6 +174,20 @@ def test_a_machine_that_could_not_be_provided_leaves_artifacts_too(run: Run, pyt
     assert test.error.startswith("ImageMissing: ")
 
 
+def test_two_machines_of_one_name_both_have_their_files(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.mark.vm("debian-12")
+def test_it(vm, vm_factory):
+    vm_factory("debian-12", name="vm")
+    assert False
+"""
+    run(text, status=1, failed=1)
+    (test,) = artifacts(pytester)
+
+    assert set(test.machines.values()) == {"vm", "vm-2"}
+    assert all((test.folder / name / "console.txt").is_file() for name in test.machines.values())
+
+
 def test_only_events_of_the_test_are_in_its_timeline(run: Run, pytester: pytest.Pytester) -> None:
     text = """
 pytestmark = pytest.mark.vm("debian-12")

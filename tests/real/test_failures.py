@@ -144,10 +144,15 @@ def test_a_panic_is_told_as_what_it_is(failed: Failed) -> None:
 def test_the_machine_of_a_failed_test_lives_on_for_a_while(tmp_path: Path, vm_catalog: Catalog) -> None:
     (tmp_path / "test_it.py").write_text(KEPT)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    ran = command(["pytest", "-p", "no:cacheprovider", "--vm-keep=failed", "--vm-keep-for=10m", "--color=no"], tmp_path, vm_catalog)
+    ran = command(
+        ["pytest", "-p", "no:cacheprovider", "--vm-keep=failed", "--vm-keep-for=10m", "--vm-fail-on-leak", "--color=no"],
+        tmp_path,
+        vm_catalog,
+    )
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED, ran.stdout + ran.stderr
     try:
         assert "machine shell test_kept\n" in ran.stdout
+        assert "left behind: nothing" in ran.stdout
         told = command(
             ["pytest_vmbottle", "machine", "exec", "test_kept", "--", "cat", "/dev/shm/state", "/root/state"], tmp_path, vm_catalog
         )
@@ -171,6 +176,7 @@ def test_a_kept_machine_ends_when_its_time_is_over(tmp_path: Path, vm_catalog: C
     try:
         assert place.wait(Deadline(120))
         assert place.record().state == "stopped"
+        assert not (place.folder / "snapshot").exists()
     finally:
         place.discard()
 

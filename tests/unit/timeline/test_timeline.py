@@ -216,6 +216,16 @@ def test_a_folder_that_cannot_be_written_costs_events_and_no_error(tmp_path: Pat
     assert timeline.events() == []
 
 
+def test_a_line_that_is_not_whole_costs_that_event_alone(timeline: Timeline, tmp_path: Path) -> None:
+    timeline.note("note", text="one")
+    timeline.close()
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b'{"machine":"vm","time":1,"ki\n[]\n{}\n')
+    timeline.note("note", text="two")
+
+    assert [event["text"] for event in timeline.events()] == ["one", "two"]
+
+
 def test_without_a_folder_nothing_is_recorded() -> None:
     timeline = Timeline(None)
     with timeline.span("command") as event:
