@@ -64,6 +64,7 @@ def test_tests_without_their_machine_are_counted_apart_and_told_once_in_full(run
     assert properties.pop("test_good") == {}
     assert len(properties) == 5
     for each in properties.values():
+        assert each.pop("vmbottle_artifacts").startswith("vmbottle-artifacts/test_it.py")
         assert each == {"vmbottle_infra": "MachineDied: QEMU was killed", "vmbottle_infra_retries": "1"}
 
 

@@ -40,7 +40,7 @@ def test_a_run_waits_for_memory_that_another_process_holds_and_says_for_how_long
         text = said(run(ONE, "--vm-memory-budget=1G", passed=1))
         thread.join()
 
-    assert re.search(r"vmbottle: .*1\.0 GiB, \d s: .* 1\.0 GiB .* \d+", text)
+    assert re.search(r"vmbottle: .*1\.0 GiB .* \d s: .*1\.0 GiB .* \d+", text)
     assert re.search(r"[2-9]\d*\.\d s .*memory", text)
     assert list((catalog / "budget").iterdir()) == []
 

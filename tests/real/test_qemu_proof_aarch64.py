@@ -136,7 +136,7 @@ def test_ram_that_was_changed_before_the_restore_is_noticed_by_the_guest(
     restored = proof._count_on
     monkeypatch.setattr(proof, "_count_on", count_on)
 
-    assert "go on" in (proof.prove_restore(emulator, PackKind.TEMPLATE, workdir=tmp_path) or "")
+    assert "continue" in (proof.prove_restore(emulator, PackKind.TEMPLATE, workdir=tmp_path) or "")
 
 
 def test_a_guest_that_does_not_count_by_one_is_noticed(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
