@@ -20,6 +20,7 @@ from pytest_vmbottle.host.digests import digest
 from pytest_vmbottle.host.locks import tried
 from pytest_vmbottle.report.run import EVENTS, MARK, OUTCOME
 from pytest_vmbottle.shown import hidden
+from pytest_vmbottle.timeline import FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +133,7 @@ class Artifacts:
         events = sorted((event for evidence in found for event in evidence.events), key=lambda event: event["time"])
         with (folder / EVENTS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(event, separators=(",", ":")) + "\n" for event in events)
-        facts = {**attrs.asdict(outcome), "machines": names}
+        facts = {"format": FORMAT, **attrs.asdict(outcome), "machines": names}
         (folder / OUTCOME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         return places
 

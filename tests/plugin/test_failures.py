@@ -271,6 +271,42 @@ def test_an_interrupted_test_leaves_artifacts(run: Run, pytester: pytest.Pyteste
     assert [event["text"] for event in test.events() if event["kind"] == "note"] == ["now it breaks"]
 
 
+def test_a_test_that_pytest_timeout_ends_leaves_artifacts_and_shows_its_own_line(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.mark.vm("debian-12")
+def test_it(vm):
+    vm.wait_until(lambda: False, timeout=60)
+"""
+    output = said(run(text, "-p", "pytest_timeout", "--timeout=1", status=1, failed=1, process=True))
+    (test,) = artifacts(pytester)
+
+    assert "vm.wait_until(lambda: False, timeout=60)" in output
+    assert "waits.py" not in output[output.index("= FAILURES") :]
+    assert "Timeout" in test.error
+    assert [event["verb"] for event in test.events() if event["kind"] == "wait"] == ["wait_until"]
+
+
+def test_with_pdb_artifacts_are_there_when_it_stops_and_the_machine_runs(run: Run, pytester: pytest.Pytester) -> None:
+    stop = """
+import pathlib
+
+class Pdb:
+    def __init__(self, **_): pass
+    def reset(self): pass
+    def interaction(self, frame, trace):
+        trace = getattr(trace, "__traceback__", trace)
+        while "vm" not in trace.tb_frame.f_locals:
+            trace = trace.tb_next
+        machine = trace.tb_frame.f_locals["vm"]
+        kept = len(list(pathlib.Path("vmbottle-artifacts").glob("*/test.json")))
+        pathlib.Path("stopped").write_text(f"{machine.state} {kept}")
+"""
+    (pytester.path / "stopper.py").write_text(stop)
+    run(FAILS, "--pdb", "--pdbcls=stopper:Pdb", status=1, failed=1, process=True)
+
+    assert (pytester.path / "stopped").read_text() == "running 1"
+
+
 def test_a_secret_is_in_no_report_and_no_artifact(run: Run, pytester: pytest.Pytester) -> None:
     text = """
 @pytest.mark.vm("debian-12")

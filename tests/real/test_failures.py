@@ -46,6 +46,10 @@ def test_silent(vm):
     vm.pause()
     raise RuntimeError("it is paused")
 
+@pytest.mark.vm("debian-12", display=True)
+def test_screen(vm):
+    assert False
+
 @pytest.mark.vm("debian-12")
 def test_panic(vm):
     vm.exec("echo c > /proc/sysrq-trigger")
@@ -132,6 +136,10 @@ def test_a_guest_that_cannot_answer_is_told_with_what_it_said_before(failed: Fai
     assert "the machine is paused" in text
     assert "last words" in (tests["test_silent"].folder / "vm" / "console.txt").read_text()
     assert not (tests["test_silent"].folder / "vm" / "journal.txt").exists()
+
+
+def test_a_machine_with_a_display_leaves_its_screen(failed: Failed) -> None:
+    assert (failed[1]["test_screen"].folder / "vm" / "screenshot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_panic_is_told_as_what_it_is(failed: Failed) -> None:
