@@ -291,6 +291,7 @@ def test_with_pdb_artifacts_are_there_when_it_stops_and_the_machine_runs(run: Ru
 import pathlib
 
 class Pdb:
+    quitting = False
     def __init__(self, **_): pass
     def reset(self): pass
     def interaction(self, frame, trace):
