@@ -400,7 +400,9 @@ def _own(snapshot: Snapshot, folder: Path) -> Start:
     start, seed = snapshot.start, folder / "boot-seed"
     for path in snapshot.path.iterdir():
         os.link(path, folder / path.name)
-    os.link(start.seed, seed)
+    # Not every backend has one.
+    if start.seed.exists():
+        os.link(start.seed, seed)
     own = (attrs.evolve(disk, path=folder / disk.path.name) if disk.path.parent == snapshot.path else disk for disk in start.disks)
     return attrs.evolve(start, saved=folder, seed=seed, disks=tuple(own))
 

@@ -101,6 +101,16 @@ def test_files_and_trees_go_in_and_out_and_what_it_takes_is_measured(session_vm:
         session_vm.wait_for_unit("nginx")
 
 
+def test_commands_files_and_console_are_in_the_timeline(session_vm: Machine) -> None:
+    session_vm.exec(["echo", "recorded"])
+    session_vm.path("/root/recorded").write_text("x")
+    events = session_vm.lifecycle.timeline.events()
+
+    assert ["echo", "recorded"] in [event.get("argv") for event in events]
+    assert "/root/recorded" in [event.get("path") for event in events]
+    assert {"power", "console", "metrics"} <= {event["kind"] for event in events}
+
+
 def test_a_shell_runs_on_a_terminal_of_the_guests(session_vm: Machine) -> None:
     deadline = Deadline(120)
     channel = session_vm.lifecycle.instance.channel(deadline=deadline)
