@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InterruptedTest", "LastWords", "Outcomes"]
 
+_OUR_MODULES = re.compile(r"\Apytest_vmbottle(?:\.[a-z_]+)+\.(?=[A-Z])")
 _WORTH_TELLING = 1.0
 """Seconds of waiting for memory below which the summary does not mention it."""
 
@@ -199,7 +201,8 @@ def _make_safe(report: pytest.TestReport) -> None:
     # In place, because pytest and pytest-xdist print and serialise this structure.
     for trace, crash, _ in getattr(report.longrepr, "chain", ()):
         if crash is not None:
-            crash.message = coloured(crash.message)
+            # The short summary shows only the beginning of this, and the module of an error tells no two failures apart.
+            crash.message = coloured(_OUR_MODULES.sub("", crash.message))
         for entry in trace.reprentries:
             arguments, variables = getattr(entry, "reprfuncargs", None), getattr(entry, "reprlocals", None)
             entry.lines[:] = map(coloured, entry.lines)

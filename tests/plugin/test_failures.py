@@ -58,6 +58,12 @@ def test_a_failed_test_shows_its_last_commands_and_where_its_artifacts_are(run: 
     assert "silence" not in text
 
 
+def test_the_short_summary_begins_with_the_error_and_not_with_its_module(run: Run) -> None:
+    text = said(run('@pytest.mark.vm("debian-12")\ndef test_it(vm): vm.link(False)\n', status=1, failed=1))
+
+    assert re.search("^FAILED test_it.py::test_it - Unsupported: ", text, re.MULTILINE)
+
+
 def test_a_passed_test_shows_and_leaves_nothing(run: Run, pytester: pytest.Pytester) -> None:
     text = said(run('@pytest.mark.vm("debian-12")\ndef test_it(vm): vm.exec("true")\n', "-rA", passed=1))
 
