@@ -205,7 +205,7 @@ class GuestPath:
 
     @property
     def shell(self) -> Shell:
-        """What runs commands in the guest of the path.
+        """The shell that runs commands in the guest of the path.
 
         Example:
             >>> vm.path("/etc").shell is vm.guest

@@ -1,4 +1,4 @@
-"""What a failed test says of its machines, and the artifacts that it leaves."""
+"""Reports of failed tests with machines, and the artifacts that they leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests that fail on real guests show and leave: causes that are found without the guest."""
+"""Reports and artifacts of tests that fail on real guests: causes are found in them without the guest."""
 
 from __future__ import annotations
 

@@ -86,12 +86,12 @@ CAUSES = {
     "slow": "Result=timeout",
     "assertion": "thirteen",
 }
-"""What a reader has to see, by the test's name."""
+"""Words that a reader has to see, by the test's name."""
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, vm_catalog: Catalog) -> dict[str, str]:
-    """What the page of a run has of each test, by the test's name."""
+    """Texts of each test on the page of a run, by the test's name."""
     folder = tmp_path_factory.mktemp("causes")
     (folder / "test_it.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\n")
