@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.errors import MachineError, VMBottleError
 from pytest_vmbottle.report.words import describe_event
 from pytest_vmbottle.result import CommandTimeout
 from pytest_vmbottle.shown import printable
@@ -62,15 +62,15 @@ def gather(machine: Machine, *, since: float, deadline: Deadline, ask: bool) -> 
     events = machine.lifecycle.timeline.events(since)
     if not ask:
         return Evidence(machine=machine, events=events)
-    # A guest that is off, paused or dead would cost the whole time for questions, and answer nothing.
-    if machine.state != "running":
-        return Evidence(machine=machine, events=events, silent=f"the machine is {machine.state}, and was not asked for its journal")
     from pytest_vmbottle.machine import questions
 
     try:
+        # A guest that is off, paused or dead would cost the whole time for questions, and answer nothing.
+        if machine.state != "running":
+            return Evidence(machine=machine, events=events, silent=f"the machine is {machine.state}, and was not asked for its journal")
         journal = questions.journal(machine, deadline=deadline)
-    # CommandTimeout is a TimeoutError, and no MachineError.
-    except (MachineError, TimeoutError) as error:
+    # Whatever is wrong with the machine must not hide the test's own error, not even a hypervisor that cannot tell its state.
+    except VMBottleError as error:
         said = "it was not read in time" if isinstance(error, CommandTimeout) else str(error).partition("\n")[0]
         return Evidence(machine=machine, events=events, silent=f"no journal: {said}")
     return Evidence(machine=machine, events=events, units=questions.troubles_in(journal, since=since), journal=journal)

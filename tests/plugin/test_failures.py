@@ -268,6 +268,26 @@ def test_a_hook_that_fails_hides_nothing(run: Run, pytester: pytest.Pytester) ->
     assert len(artifacts(pytester)) == 1
 
 
+def test_a_hypervisor_that_cannot_tell_its_state_hides_nothing(run: Run, pytester: pytest.Pytester) -> None:
+    broken = """
+from pytest_vmbottle.errors import VMBottleError
+from pytest_vmbottle.testing import FakeInstance
+
+def state(self):
+    raise VMBottleError("the monitor is silent")
+
+@pytest.fixture
+def silent(monkeypatch):
+    return lambda: monkeypatch.setattr(FakeInstance, "state", state)
+"""
+    text = '@pytest.mark.vm("debian-12")\ndef test_it(silent, vm):\n    silent()\n    assert 1 + 1 == 3\n'
+    output = said(run(text, conftest=broken, status=1, failed=1))
+
+    assert "assert (1 + 1) == 3" in output
+    assert "no journal: the monitor is silent" in output
+    assert len(artifacts(pytester)) == 1
+
+
 def test_an_interrupted_test_leaves_artifacts(run: Run, pytester: pytest.Pytester) -> None:
     text = FAILS.replace("assert 1 + 1 == 3", "raise KeyboardInterrupt")
     run(text, status=2, process=True)
