@@ -167,9 +167,19 @@ class Lifecycle:
         return self._channel
 
     @property
+    def boot_source(self) -> Start:
+        """The boot source of the current instance: what the machine's own disk stands on."""
+        return self._current or self._relaunchable().start
+
+    @property
     def image(self) -> str:
         """The sha256 of the machine's image; empty if it is unknown."""
         return self._relauncher.image if self._relauncher else ""
+
+    @property
+    def source(self) -> Start | None:
+        """The boot source of its first start; None if it is unknown."""
+        return self._relauncher.start if self._relauncher else None
 
     @property
     def made_by(self) -> str:
@@ -306,10 +316,7 @@ class Lifecycle:
         if self.state not in (State.OFF, State.DIED):
             raise self._error(f"is not off, it is {self.state}")
         # From its disk alone: a saved RAM belongs to the disk of the moment when it was saved.
-        self._relaunch(attrs.evolve(self._origin(), saved=None, kept=True), deadline)
-
-    def _origin(self) -> Start:
-        return self._current or self._relaunchable().start
+        self._relaunch(attrs.evolve(self.boot_source, saved=None, kept=True), deadline)
 
     def stop(self) -> None:
         """End the machine for good; may be called again.
@@ -383,9 +390,9 @@ class Lifecycle:
         from pytest_vmbottle.catalog import packs
         from pytest_vmbottle.machine.snapshot import Snapshot
 
-        # `_origin`, not `relauncher.start`: a snapshot stands on the disks that the machine runs on now, which may be those of another
+        # `boot_source`, not `relauncher.start`: a snapshot stands on the disks that the machine runs on now, which may be those of another
         # snapshot.
-        relauncher, origin = self._relaunchable(), self._origin()
+        relauncher, origin = self._relaunchable(), self.boot_source
         self._powered()
         _ = self.channel
         # Named as a pack is, because it is read and held as one: the name is the key in its manifest.

@@ -1,8 +1,9 @@
-"""Artifacts of tests: a folder for each test that is kept, with the files of its machines."""
+"""Artifacts of tests: a folder for each run of a test that is kept, with the files of its machines."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,19 +18,21 @@ import attrs
 from pytest_vmbottle.errors import SpecError, VMBottleError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.host.locks import tried
+from pytest_vmbottle.machine.lifecycle import CAPTURES
 from pytest_vmbottle.report.run import EVENTS, MARK, OUTCOME
 from pytest_vmbottle.shown import hidden
-from pytest_vmbottle.timeline import FORMAT
+from pytest_vmbottle.timeline import FORMAT, without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.plugin.evidence import Evidence
+    from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["Artifacts", "TestOutcome"]
+__all__ = ["Artifacts", "TestFolder", "TestOutcome"]
 
 _NAME = 80
 """Characters of a folder's name, before what makes it unique."""
@@ -55,6 +58,15 @@ class TestOutcome:
     began: float
     ended: float
     worker: str
+
+    def then(self, later: TestOutcome) -> TestOutcome:
+        """Return this outcome of a test with that of a later phase; the first failure stands for the test."""
+        decides = later if later.outcome == "failed" != self.outcome else self
+        sections = [*self.sections, *later.sections]
+        if decides is self and later.traceback:
+            sections.append((f"error in {later.phase}", later.traceback))
+        # As keys, because pytest's own sections are in the reports of all phases.
+        return attrs.evolve(decides, sections=list(dict.fromkeys(sections)), began=self.began, ended=later.ended)
 
 
 class Artifacts:
@@ -85,7 +97,7 @@ class Artifacts:
         elif self.folder.exists():
             raise SpecError(f"{self.folder} is no folder: choose another one")
 
-    def test_folder(self, nodeid: str) -> Path:
+    def test_folder(self, nodeid: str) -> TestFolder:
         """Make a new folder for a test, with a name that is safe on every file system.
 
         Raises:
@@ -96,7 +108,7 @@ class Artifacts:
         # The end of the node id, which has the test's own name.
         plain = _UNSAFE.sub("-", nodeid)[-_NAME:].strip("-.")
         # The digest tells tests apart whose names differ only in what was replaced, or in case.
-        return _new_folder(self.folder, f"{plain}-{digest(nodeid)[:8]}")
+        return TestFolder(_new_folder(self.folder, f"{plain}-{digest(nodeid)[:8]}"))
 
     def _begin(self) -> None:
         if self.are_ours:
@@ -115,51 +127,87 @@ class Artifacts:
             self.folder.mkdir()
             (self.folder / MARK).write_text(self._run)
 
-    def write_test(self, folder: Path, outcome: TestOutcome, found: Sequence[Evidence]) -> list[Path]:
-        """Write a test's files, and return the folders of its machines.
 
-        Its outcome comes last, so that a folder with one is complete.
+class TestFolder:
+    """Folder of one run of a test: made when something of it is kept, and completed with each phase that follows."""
+
+    __test__ = False
+
+    def __init__(self, path: Path) -> None:
+        """Take a folder that is empty."""
+        self.path = path
+        self._found: dict[str, Evidence] = {}
+        self._places: dict[str, Path] = {}
+        self._outcome: TestOutcome | None = None
+
+    def add(self, evidence: Evidence) -> Path | None:
+        """Write the files of a machine, over those of its earlier evidence; return its folder if it is new.
 
         Raises:
             OSError: They cannot be written.
         """
-        # Each machine by itself: several of one test may have the same name.
-        places = [_write_machine(folder, evidence) for evidence in found]
-        names: dict[str, str] = {}
-        for evidence, place in zip(found, places, strict=True):
-            # Two machines of a test may have one name; the folders' names differ.
-            names[place.name if evidence.machine.name in names else evidence.machine.name] = place.name
+        key = evidence.remains.id
+        is_new = key not in self._places
+        if is_new:
+            # Each machine by itself: several of one test may have the same name.
+            self._places[key] = _new_folder(self.path, _UNSAFE.sub("-", evidence.name))
+        self._found[key] = evidence
+        _write_machine(self._places[key], evidence)
+        return self._places[key] if is_new else None
+
+    def finish(self, outcome: TestOutcome) -> None:
+        """Write the events of all machines and the outcome; a later outcome is joined with it.
+
+        The outcome comes last, so that a folder with one is complete.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        self._outcome = self._outcome.then(outcome) if self._outcome else outcome
         # Sorted over all machines, because a reader looks for the order of what happened between them.
-        events = sorted((event for evidence in found for event in evidence.events), key=lambda event: event["time"])
-        with (folder / EVENTS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(event, separators=(",", ":")) + "\n" for event in events)
-        facts = {"format": FORMAT, **attrs.asdict(outcome), "machines": names}
-        (folder / OUTCOME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        return places
+        events = sorted((event for evidence in self._found.values() for event in evidence.events), key=lambda event: event["time"])
+        # Whole or not at all: the run may be killed while what a test has left already is written again.
+        with atomic_file(self.path / EVENTS, mode=0o644) as file:
+            file.writelines(json.dumps(event, separators=(",", ":")).encode() + b"\n" for event in events)
+        facts = {"format": FORMAT, **attrs.asdict(self._outcome), "machines": self._names()}
+        with atomic_file(self.path / OUTCOME, mode=0o644) as file:
+            file.write(json.dumps(facts, indent=1).encode())
+
+    def _names(self) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for key, evidence in self._found.items():
+            place = self._places[key].name
+            # Two machines of a test may have one name; the folders' names differ.
+            names[place if evidence.name in names else evidence.name] = place
+        return names
 
 
-def _write_machine(above: Path, evidence: Evidence) -> Path:
-    machine = evidence.machine
-    folder = _new_folder(above, _UNSAFE.sub("-", machine.name))
-    _write_text(folder / "console.txt", machine.console.text)
+def _write_machine(folder: Path, evidence: Evidence) -> None:
+    """Write a machine's files into its folder, and leave those of earlier evidence that this one has not."""
+    remains = evidence.remains
+    _write_text(folder / "console.txt", evidence.console)
     if evidence.journal:
         _write_text(folder / "journal.txt", evidence.journal)
-    _write_text(folder / "machine.json", json.dumps(_facts(machine), indent=1, default=str))
+    # Once: an earlier description is of the machine while it ran.
+    if not (folder / "machine.json").exists():
+        _write_text(folder / "machine.json", json.dumps(without_secrets(_facts(evidence)), indent=1, default=str))
     _write_metrics(folder / "metrics.csv", evidence)
-    names = [str(event[key]) for event in evidence.events for key in ("stdout_file", "stderr_file") if key in event]
     # Only the files that an event of this test names: a shared machine has those of earlier tests, too.
+    names = [str(event[key]) for event in evidence.events for key in ("stdout_file", "stderr_file") if key in event]
     if names:
-        (folder / "outputs").mkdir()
-    for path in map(machine.lifecycle.timeline.output, names):
-        with suppress(FileNotFoundError):  # only the newest are kept
-            shutil.copyfile(path, folder / "outputs" / path.name)
-    for path in machine.lifecycle.captures:
-        shutil.copyfile(path, folder / path.name)
-    if machine.spec.display:
+        (folder / "outputs").mkdir(exist_ok=True)
+    _copy(map(remains.timeline.output, names), folder / "outputs")
+    _copy((remains.folder / CAPTURES).glob("*.pcap"), folder)
+    if remains.spec.display and evidence.machine:
         # The machine may be off by now, and a screenshot is the least of the evidence.
         with suppress(VMBottleError):
-            (folder / _SCREEN).write_bytes(machine.lifecycle.instance.screenshot())
-    return folder
+            (folder / _SCREEN).write_bytes(evidence.machine.lifecycle.instance.screenshot())
+
+
+def _copy(paths: Iterable[Path], folder: Path) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):  # only the newest outputs are kept, and none after the machine's end
+            shutil.copyfile(path, folder / path.name)
 
 
 def _new_folder(above: Path, name: str) -> Path:
@@ -188,24 +236,31 @@ def _write_metrics(path: Path, evidence: Evidence) -> None:
             table.writerows(rows)
 
 
-def _facts(machine: Machine) -> dict[str, Any]:
-    """Return what a machine was made of, without the values of its environment and its files, which may be secret."""
-    spec = {field.name: getattr(machine.spec, field.name) for field in attrs.fields(type(machine.spec))}
-    # Names only: artifacts are uploaded by CI jobs, and read by more people than the secrets are meant for.
-    spec["env"], spec["files"] = [name for name, _ in machine.spec.env], [path for path, _ in machine.spec.files]
-    spec["source"] = str(getattr(machine.spec.source, "name", machine.spec.source))
-    with suppress(VMBottleError):  # it may be off
-        spec = {**spec, "argv": list(getattr(machine.lifecycle.instance, "argv", ()))}
+def _facts(evidence: Evidence) -> dict[str, Any]:
+    """Return what a machine was made of, without values that may be secret."""
+    remains = evidence.remains
     return {
-        "name": machine.name,
-        "id": machine.id,
-        "backend": machine.backend,
-        "hypervisor": machine.lifecycle.made_by,
-        "argv": spec.pop("argv", []),
-        "image_sha256": machine.lifecycle.image,
+        "name": evidence.name,
+        "id": remains.id,
+        "backend": remains.backend,
+        "hypervisor": remains.made_by,
+        "argv": list(remains.argv),
+        "image_sha256": remains.image,
+        "pack": evidence.pack,
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("pytest", "pytest-vmbottle")},
         },
-        "spec": spec,
+        "spec": _spec(remains.spec),
     }
+
+
+def _spec(spec: MachineSpec) -> dict[str, Any]:
+    facts = {field.name: getattr(spec, field.name) for field in attrs.fields(type(spec))}
+    # Names only: artifacts are uploaded by CI jobs, and read by more people than the secrets are meant for.
+    facts["env"], facts["files"] = [name for name, _ in spec.env], [path for path, _ in spec.files]
+    facts["source"] = str(getattr(spec.source, "name", spec.source))
+    if spec.user_data is not None:
+        # It sets passwords and keys. The digest tells whether two machines had the same.
+        facts["user_data"] = {"kind": spec.user_data.partition("\n")[0], "sha256": hashlib.sha256(spec.user_data.encode()).hexdigest()}
+    return facts

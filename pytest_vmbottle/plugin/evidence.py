@@ -11,14 +11,17 @@ from pytest_vmbottle.errors import MachineError, VMBottleError
 from pytest_vmbottle.report.words import describe_event
 from pytest_vmbottle.result import CommandTimeout
 from pytest_vmbottle.shown import printable
+from pytest_vmbottle.timeline import now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from pytest_vmbottle.backends.port import Start
     from pytest_vmbottle.host.deadline import Deadline
     from pytest_vmbottle.machine.machine import Machine
+    from pytest_vmbottle.provision.context import Remains
 
-__all__ = ["ANSWER", "Evidence", "gather", "sections"]
+__all__ = ["ANSWER", "Evidence", "gather", "read_remains", "sections"]
 
 ANSWER = 5.0
 """Seconds that all guests of a failed test have together to answer questions."""
@@ -35,18 +38,33 @@ class Evidence:
     """Evidence of one machine.
 
     Attributes:
-        machine: The machine.
+        remains: What it leaves, or would leave if it ended now.
+        machine: The machine; None if it has ended, or never became ready.
+        pack: Key, kind and name of the pack that it was made from; None for one that booted from an image.
+        console: Its console, since the folder with it goes.
         events: Its events since the test began.
         units: Lines about units that failed or were restarted since the test began.
         journal: The guest's journal of this boot; empty if it was not asked for, or did not come in time.
         silent: The reason that the guest was not asked or did not answer; empty if it did.
     """
 
-    machine: Machine
-    events: Sequence[Mapping[str, Any]]
+    remains: Remains
+    machine: Machine | None = None
+    pack: Mapping[str, str] | None
+    console: str
+    events: list[dict[str, Any]]
     units: Sequence[str] = ()
     journal: str = ""
     silent: str = ""
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.remains.spec.name
+
+    def note(self, kind: str, **fields: object) -> None:
+        """Add an event that a machine which has ended cannot record any more."""
+        self.events.append({"machine": self.name, "time": now(), "kind": kind, **fields})
 
 
 def gather(machine: Machine, *, since: float, deadline: Deadline, ask: bool) -> Evidence:
@@ -59,21 +77,61 @@ def gather(machine: Machine, *, since: float, deadline: Deadline, ask: bool) -> 
         ask: Whether to ask the guest too.
     """
     # Before the guest is asked: our own questions are no acts of the test.
-    events = machine.lifecycle.timeline.events(since)
+    found = attrs.evolve(read_remains(_remains(machine), since=since), machine=machine)
     if not ask:
-        return Evidence(machine=machine, events=events)
+        return found
     from pytest_vmbottle.machine import questions
 
     try:
         # A guest that is off, paused or dead would cost the whole time for questions, and answer nothing.
         if machine.state != "running":
-            return Evidence(machine=machine, events=events, silent=f"the machine is {machine.state}, and was not asked for its journal")
+            return attrs.evolve(found, silent=f"the machine is {machine.state}, and was not asked for its journal")
         journal = questions.journal(machine, deadline=deadline)
     # Whatever is wrong with the machine must not hide the test's own error, not even a hypervisor that cannot tell its state.
     except VMBottleError as error:
         said = "it was not read in time" if isinstance(error, CommandTimeout) else str(error).partition("\n")[0]
-        return Evidence(machine=machine, events=events, silent=f"no journal: {said}")
-    return Evidence(machine=machine, events=events, units=questions.troubles_in(journal, since=since), journal=journal)
+        return attrs.evolve(found, silent=f"no journal: {said}")
+    return attrs.evolve(found, units=questions.troubles_in(journal, since=since), journal=journal)
+
+
+def read_remains(remains: Remains, *, since: float) -> Evidence:
+    """Read what a machine leaves while its folder is there."""
+    # The pack too: one that could not be restored is quarantined as soon as the machine has gone.
+    return Evidence(remains=remains, pack=_pack(remains.source), console=remains.console.text, events=remains.timeline.events(since))
+
+
+def _pack(source: Start | None) -> Mapping[str, str] | None:
+    from pytest_vmbottle.catalog import packs
+
+    # A pack without RAM is no more than the uppermost disk of the machine.
+    top = source.disks[-1].path.parent if source and source.disks else None
+    folder = (source and source.saved) or top
+    if folder is not None:
+        # An image's folder has no manifest.
+        with suppress(OSError, VMBottleError):
+            manifest = packs.read(folder).manifest
+            return {"key": manifest.key, "kind": str(manifest.kind), "name": manifest.name}
+    return None
+
+
+def _remains(machine: Machine) -> Remains:
+    from pytest_vmbottle.provision.context import Remains
+
+    lifecycle, argv = machine.lifecycle, ()
+    with suppress(VMBottleError):  # it may be off
+        argv = getattr(lifecycle.instance, "argv", ())
+    return Remains(
+        id=machine.id,
+        spec=machine.spec,
+        source=lifecycle.source,
+        backend=machine.backend,
+        made_by=lifecycle.made_by,
+        image=lifecycle.image,
+        folder=machine.console.path.parent,
+        console=machine.console,
+        timeline=lifecycle.timeline,
+        argv=argv,
+    )
 
 
 def sections(found: Sequence[Evidence], *, since: float, told: str) -> Iterator[tuple[str, str]]:
@@ -85,7 +143,7 @@ def sections(found: Sequence[Evidence], *, since: float, told: str) -> Iterator[
         told: The text of the report so far; what stands in it is not repeated.
     """
     for evidence in found:
-        name = evidence.machine.name
+        name = evidence.name
         for title, lines in (
             ("last commands", _commands(evidence.events, since)),
             ("units that failed or were restarted", evidence.units),
@@ -118,6 +176,6 @@ def _troubles(evidence: Evidence) -> list[str]:
         # From the events of this test. A shared machine's console has what earlier tests caused.
         console = "\n".join(str(event["text"]) for event in evidence.events if event["kind"] == "console")
         found = troubles(console.encode())
-        panic = evidence.machine.panic
+        panic = evidence.machine.panic if evidence.machine else None
         return list(dict.fromkeys([*found, *([panic] if panic else [])]))
     return []

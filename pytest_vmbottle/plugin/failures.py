@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from pytest_vmbottle.errors import SpecError
@@ -14,6 +17,7 @@ from pytest_vmbottle.shown import printable
 from pytest_vmbottle.timeline import now
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import pytest
@@ -21,10 +25,12 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.plugin.session import Session
 
-__all__ = ["PROPERTY", "explain", "keep_interrupted"]
+__all__ = ["PROPERTY", "explain", "keep_timed_out", "keep_unreported"]
 
 PROPERTY = "vmbottle_artifacts"
 """Property of a test, in JUnit's XML too: the folder of its artifacts."""
+_LAST_SECONDS = 5.0
+"""Seconds for the artifacts of a process that is about to end itself."""
 # Characters of a traceback or a section in the artifacts.
 _TEXT = 256 << 10
 
@@ -35,12 +41,14 @@ def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> N
         # Noted before anything that may fail: the hook `pytest_vmbottle_machine_stopping` is told of it.
         session.failed.update(machine.id for machine in session.machines)
     leaves, lives = (_is_wanted(wish, report) for wish in (session.options.artifacts, session.options.keep))
+    # The end of the test belongs to what was kept of it.
+    completes = session.opened is not None and report.when == "teardown"
     # Guests are asked only where it is of use: each answer costs seconds at worst.
-    found = _gather(session, ask=True) if report.failed or leaves else []
+    found = _gather(session, ask=report.failed or leaves) if report.failed or leaves or completes else []
     if report.failed:
         # Before the artifacts are written, which have these sections too.
         report.sections += sections(found, since=session.began, told=report.longreprtext)
-    if leaves:
+    if leaves or completes:
         _keep(item, report, session, found)
     if lives:
         # Imported here: few runs keep machines, and the clients of daemons are many modules.
@@ -56,12 +64,33 @@ def _is_wanted(wish: str, report: pytest.TestReport) -> bool:
     return wish != "never" and (report.failed or (wish == "always" and report.when == "call"))
 
 
-def keep_interrupted(session: Session) -> None:
-    """Keep the artifacts of the test that is interrupted, without asking its guests: there may be little time."""
-    if session.test is not None:
-        # pytest makes no report of a test that was interrupted.
-        outcome = _outcome(session, nodeid=session.test.nodeid, outcome="failed", phase="call", error="interrupted")
-        _write(session, outcome, _gather(session, ask=False))
+def keep_unreported(session: Session, error: str, stack: str = "") -> None:
+    """Keep the artifacts of a test that ends without a report, without asking its guests: there may be little time."""
+    # None without machines: there is nothing that only we could tell.
+    if session.test is not None and (session.machines or session.ended):
+        facts = {"nodeid": session.test.nodeid, "outcome": "failed", "phase": session.phase, "error": error}
+        _write(session, _outcome(session, **facts, traceback=printable(stack, _TEXT)), [*_gather(session, ask=False), *session.ended])
+
+
+def keep_timed_out(session: Session, error: str, thread: int, after: Callable[[], object]) -> None:
+    """Keep the artifacts of a test whose process is about to end itself, for some seconds at most.
+
+    Args:
+        session: The run.
+        error: The reason.
+        thread: The thread that runs the test.
+        after: Function that is called when they are written, within the same time.
+    """
+
+    def work() -> None:
+        frame = sys._current_frames().get(thread)  # noqa: SLF001 - the only way to the stack of another thread
+        keep_unreported(session, error, "".join(traceback.format_stack(frame)))
+        after()
+
+    # In a thread of its own, because a file system or a monitor that hangs must not keep the process for ever.
+    worker = Thread(target=work, name="vmbottle-artifacts", daemon=True)
+    worker.start()
+    worker.join(_LAST_SECONDS)
 
 
 def _gather(session: Session, *, ask: bool) -> list[Evidence]:
@@ -88,14 +117,18 @@ def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found:
         traceback=printable(report.longreprtext, _TEXT),
         sections=[(title, printable(text, _TEXT)) for title, text in report.sections],
     )
-    written = _write(session, outcome, found)
-    if written is None:
+    is_new = session.opened is None
+    places = _write(session, outcome, [*found, *session.ended])
+    if session.opened is None or places is None:
         return
+    folder = session.opened.path
     # Files of hooks come after ours, into folders that are complete already.
-    folder, places = written
-    for evidence, place in zip(found, places, strict=True):
-        _add_files(session, evidence.machine, place, report)
-    attach(session.config, folder, report)
+    for evidence, place in places:
+        if evidence.machine is not None:
+            _add_files(session, evidence.machine, place, report)
+    # The report of a teardown that passed has no row of its own there.
+    if is_new or report.failed:
+        attach(session.config, folder, report)
     shown = session.shown_path(folder)
     if report.failed:
         report.sections.append(("artifacts", shown))
@@ -105,11 +138,13 @@ def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found:
             properties.append((PROPERTY, shown))
 
 
-def _write(session: Session, outcome: TestOutcome, found: list[Evidence]) -> tuple[Path, list[Path]] | None:
-    """Write a test's artifacts, and return its folder and those of its machines."""
+def _write(session: Session, outcome: TestOutcome, found: Sequence[Evidence]) -> list[tuple[Evidence, Path]] | None:
+    """Write or complete a test's artifacts, and return the folders of machines that had none before; None if they cannot be written."""
     try:
-        folder = session.artifacts.test_folder(outcome.nodeid)
-        return folder, session.artifacts.write_test(folder, outcome, found)
+        opened = session.opened = session.opened or session.artifacts.test_folder(outcome.nodeid)
+        places = [(evidence, opened.add(evidence)) for evidence in found]
+        opened.finish(outcome)
+        return [(evidence, place) for evidence, place in places if place is not None]
     # Artifacts that cannot be written must not hide the test's own error.
     except (OSError, SpecError) as error:
         session.say(f"the artifacts of {outcome.nodeid} could not be written: {error}")

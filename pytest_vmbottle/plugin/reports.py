@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -185,11 +187,54 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
     session.note_phase(report.when or "", report.outcome)
-    if report.failed or "always" in (session.options.artifacts, session.options.keep):
+    if report.failed or session.opened or "always" in (session.options.artifacts, session.options.keep):
         # Imported here and not above: a run whose tests pass pays nothing for it.
         from pytest_vmbottle.plugin.failures import explain
 
         explain(item, report, session)
+    if report.when == "teardown":
+        # An interruption between two tests is none of the test that has ended.
+        session.forget()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
+    """Set the timer of pytest-timeout's method `thread`, which ends the process at once, so that artifacts are written before."""
+    session = item.config.stash[SESSION]
+    if settings.method != "thread" or session.options.artifacts == "never" or not uses_machine(item):
+        return None
+    # Loaded already, since it has called this hook; it has no types.
+    timeouts: Any = sys.modules["pytest_timeout"]
+    test_thread = threading.get_ident()
+
+    def end() -> None:
+        try:
+            # By the same question that decides whether the process ends; older versions always ask it.
+            if getattr(settings, "disable_debugger_detection", False) or not timeouts.is_debugging():
+                from pytest_vmbottle.plugin.failures import keep_timed_out
+
+                error = f"Timeout (>{settings.timeout}s) from pytest-timeout."
+                keep_timed_out(session, error, test_thread, after=lambda: _report_alone(session))
+        finally:
+            timeouts.timeout_timer(item, settings)
+
+    def cancel() -> None:
+        timer.cancel()
+        timer.join()
+
+    timer = threading.Timer(settings.timeout, end)
+    timer.name = f"pytest_timeout {item.nodeid}"
+    # The function that pytest-timeout itself calls when the test is over.
+    vars(item)["cancel_timeout"] = cancel
+    timer.start()
+    return True
+
+
+def _report_alone(session: Session) -> None:
+    """Write the report of a run whose only process ends; a worker's controller writes it as always."""
+    if not hasattr(session.config, "workerinput"):
+        for line in _write_report(session):
+            session.say(line)
 
 
 def _make_safe(report: pytest.TestReport) -> None:
@@ -241,10 +286,10 @@ class InterruptedTest:
     @pytest.hookimpl(trylast=True)
     def pytest_keyboard_interrupt(self) -> None:
         """Keep the artifacts."""
-        if self._session.machines and self._session.options.artifacts != "never":
-            from pytest_vmbottle.plugin.failures import keep_interrupted
+        if self._session.options.artifacts != "never" and (self._session.machines or self._session.ended):
+            from pytest_vmbottle.plugin.failures import keep_unreported
 
-            keep_interrupted(self._session)
+            keep_unreported(self._session, "interrupted")
 
 
 class Outcomes:

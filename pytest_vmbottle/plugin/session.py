@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.machine.machine import Machine
-    from pytest_vmbottle.plugin.artifacts import Artifacts
+    from pytest_vmbottle.plugin.artifacts import Artifacts, TestFolder
+    from pytest_vmbottle.plugin.evidence import Evidence
     from pytest_vmbottle.plugin.options import Options
     from pytest_vmbottle.provision import Provisioner
+    from pytest_vmbottle.provision.context import Remains
     from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["SESSION", "Interrupted", "Session"]
@@ -61,7 +63,11 @@ class Session:
         self.unable: dict[str, int] = {}
         self.wanted: set[str] = set()
         self.test: pytest.Item | None = None
+        self.phase = ""
         self.began_at = 0.0
+        # Machines that ended since the test began, and its folder once something of it is kept.
+        self.ended: list[Evidence] = []
+        self.opened: TestFolder | None = None
         # Ids and not names: machines of one test may have the same name.
         self.failed: set[str] = set()
         self.kept: list[str] = []
@@ -106,9 +112,39 @@ class Session:
                 self.catalog.gc()
 
     def note_phase(self, phase: str, state: str) -> None:
-        """Record a phase of the test in the timelines of all machines."""
+        """Record a phase of the test in the timelines of all machines, and in the events of those that have ended in it."""
+        self.phase = phase
+        fields = {"phase": phase, "state": state, "nodeid": self.test.nodeid if self.test else ""}
         for machine in self.machines:
-            machine.lifecycle.timeline.note("phase", phase=phase, state=state, nodeid=self.test.nodeid if self.test else "")
+            machine.lifecycle.timeline.note("phase", **fields)
+        for evidence in self.ended:
+            evidence.note("phase", **fields)
+
+    def begin(self, test: pytest.Item) -> None:
+        """Begin a test, or another run of one."""
+        self.test, self.began_at = test, time.monotonic()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what is known of the test for its artifacts, which are complete."""
+        self.ended, self.opened = [], None
+
+    def take_remains(self, remains: Remains) -> None:
+        """Keep what a machine leaves, since the phase that fails may end after the machine's folder has gone."""
+        # A machine that has built a pack is none of the test's. One that failed to is why the test has no machine.
+        is_builder = remains.source is not None and remains.source.building
+        if self.options.artifacts == "never" or (is_builder and not remains.failed):
+            return
+        from pytest_vmbottle.plugin.evidence import read_remains
+
+        try:
+            self.ended.append(read_remains(remains, since=self.began))
+            # Now, since files that are copied go with the folder.
+            if self.opened is not None:
+                self.opened.add(self.ended[-1])
+        # It must not hide the test's own error.
+        except (OSError, VMBottleError) as error:
+            self.say(f"what the machine {remains.spec.name!r} left could not be kept: {error}")
 
     @property
     def began(self) -> float:
@@ -195,6 +231,7 @@ class Session:
                 stopping=lambda machine: self.config.hook.pytest_vmbottle_machine_stopping(
                     machine=machine, failed=machine.id in self.failed
                 ),
+                ended=self.take_remains,
                 declared=self.declared,
                 memory_budget=self.options.memory_budget,
                 retries=self.options.infra_retries,
@@ -285,7 +322,7 @@ def pytest_vmbottle_make_backend(config: pytest.Config, name: str) -> Backend | 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note the test that asks for shared fixtures: they know only their class, module or session."""
     session = item.config.stash[SESSION]
-    session.test, session.began_at = item, time.monotonic()
+    session.begin(item)
     session.note_phase("setup", "began")
 
 

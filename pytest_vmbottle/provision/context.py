@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,19 +17,52 @@ from pytest_vmbottle.host.generations import Holds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from pytest_vmbottle.backends.port import Backend, Capabilities
+    from pytest_vmbottle.backends.port import Backend, Capabilities, Console, Start
     from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.spec import MachineSpec
+    from pytest_vmbottle.timeline import Timeline
 
-__all__ = ["BUILD_SECONDS", "Context", "Settings", "Tally"]
+__all__ = ["BUILD_SECONDS", "Context", "Remains", "Settings", "Tally"]
 
 log = logging.getLogger(__name__)
 
 BUILD_SECONDS = 1800.0
 """Seconds that the build of an image or a pack may take, in this process or in the one that it waits for."""
+
+
+@attrs.define(kw_only=True)
+class Remains:
+    """Remains of a machine that has ended or never became ready, as long as its folder is there.
+
+    Attributes:
+        id: The machine's id.
+        spec: Its spec.
+        source: The boot source of its first start; None if it is unknown.
+        backend: The backend's name.
+        made_by: The backend's name, version and accelerator.
+        image: The sha256 of its image.
+        folder: Its folder.
+        console: Its console.
+        timeline: The record of what happened to it.
+        argv: The hypervisor's command line, if there was one.
+        failed: Whether an error or an interruption ended it.
+    """
+
+    id: str
+    spec: MachineSpec
+    source: Start | None
+    backend: str
+    made_by: str
+    image: str
+    folder: Path
+    console: Console
+    timeline: Timeline
+    argv: Sequence[str] = ()
+    failed: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -43,6 +76,7 @@ class Settings:
         warn: Function that gets a warning.
         ready: Function that is called with a machine before anybody gets it.
         stopping: Function that is called with a machine before it is ended.
+        ended: Function that is called with what any machine leaves, also one that built a pack or did not start, before its folder goes.
         declared: The images that the project declares, by name; they take precedence over those of the catalog.
         memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a part of this host's available memory.
         memory_seconds: Seconds to wait for memory at most.
@@ -55,6 +89,7 @@ class Settings:
     warn: Callable[[str], None] = log.warning
     ready: Callable[[Machine], None] = lambda _: None
     stopping: Callable[[Machine], None] = lambda _: None
+    ended: Callable[[Remains], None] = lambda _: None
     declared: Mapping[str, DeclaredImage] = attrs.field(factory=dict)
     memory_budget: int | None = None
     memory_seconds: float = BUILD_SECONDS

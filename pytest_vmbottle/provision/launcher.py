@@ -9,7 +9,7 @@ import secrets
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from pytest_vmbottle.backends.console import Cursor
+from pytest_vmbottle.backends.console import Console, Cursor
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.errors import MachineTimeout
 from pytest_vmbottle.host.arch import host_arch
@@ -21,6 +21,7 @@ from pytest_vmbottle.images import check_again
 from pytest_vmbottle.machine.lifecycle import CAPTURE, CAPTURES, Relauncher
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.machine.sampler import Sampler
+from pytest_vmbottle.provision.context import Remains
 from pytest_vmbottle.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ __all__ = ["Launcher"]
 _EMULATED_FACTOR = 4.0
 _FOREIGN_FACTOR = 2.0
 """Factor of time-outs for foreign images: they have a boot loader, a big initial RAM disk and much to start."""
+# By its name in all backends: a machine that never started has no instance that knows its console.
+_CONSOLE = "console.log"
 _BOOTED = read_script(__package__, "is_booted.sh")
 
 
@@ -59,17 +62,46 @@ class Launcher:
         backend = self._context.backend
         # Random, because several machines of one test may have the same name, and folders must not.
         # The holds end before the folder goes: a machine that went back to a snapshot of its own holds a part of that very folder.
-        with self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", ending=backend.ending) as rundir, Holds() as holds:
+        folder = self._context.catalog.rundir(f"{name}-{secrets.token_hex(4)}", ending=backend.ending)
+        with folder as rundir, Holds() as holds, self._leaving(rundir, spec, start, origin) as remains:
+            machine = self._furnish(spec, start, origin, remains, holds)
             try:
-                machine = self._furnish(spec, start, origin, rundir, holds)
-                try:
-                    with self._sampler.following(machine):
-                        yield machine
-                finally:
-                    machine.lifecycle.stop()
+                with self._sampler.following(machine):
+                    yield machine
             finally:
+                with remains.timeline.span("power", verb="stop", args=[]):
+                    machine.lifecycle.stop()
+
+    @contextmanager
+    def _leaving(self, rundir: Path, spec: MachineSpec, start: Start, origin: Origin) -> Iterator[Remains]:
+        """Hand over what a machine leaves at the end of a block, and discard what its backend keeps elsewhere."""
+        context = self._context
+        remains = Remains(
+            id=rundir.name,
+            spec=spec,
+            source=start,
+            backend=context.name,
+            made_by=context.label(spec),
+            image=origin.sha256,
+            folder=rundir,
+            console=Console(rundir / _CONSOLE),
+            timeline=Timeline(private_dir(rundir / "timeline"), machine=spec.name),
+        )
+        # From the first instant, so that a boot that fails has its lines in the timeline.
+        remains.timeline.watch(Cursor(remains.console.path).read)
+        try:
+            yield remains
+        # Ctrl-C too: what was interrupted is explained by the same evidence.
+        except BaseException:
+            remains.failed = True
+            raise
+        finally:
+            try:
+                context.settings.ended(remains)
+            finally:
+                remains.timeline.close()
                 # Also after a failed start, which may have left files outside of the folder.
-                backend.discard(rundir)
+                context.backend.discard(rundir)
 
     def patience(self, spec: MachineSpec, origin: Origin) -> float:
         """Return the seconds that a machine may take to start here."""
@@ -77,8 +109,8 @@ class Launcher:
         factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if origin.prepared else _FOREIGN_FACTOR)
         return spec.timeout * self._context.settings.timeout_factor * factor
 
-    def _furnish(self, spec: MachineSpec, start: Start, origin: Origin, rundir: Path, holds: Holds) -> Machine:
-        """Start a machine in a folder, with the means to start it again."""
+    def _furnish(self, spec: MachineSpec, start: Start, origin: Origin, remains: Remains, holds: Holds) -> Machine:
+        """Start a machine in its folder, with the means to start it again."""
         context, patience = self._context, self.patience(spec, origin)
 
         def await_boot(instance: Instance, channel: Channel, deadline: Deadline) -> None:
@@ -89,33 +121,31 @@ class Launcher:
         def launch(source: Start, deadline: Deadline) -> tuple[Instance, Channel]:
             # Held before the start: a pack that is pruned between the two would leave a machine without its disk.
             self._hold(source, holds)
-            return self._launch(spec, source, rundir, deadline, await_boot)
+            return self._launch(spec, source, remains, deadline, await_boot)
 
-        timeline = Timeline(private_dir(rundir / "timeline"), machine=spec.name)
+        timeline = remains.timeline
         with timeline.span("power", verb="launch", args=[] if start.saved is None else [f"from the pack {start.saved.name[:12]}"]):
             instance, channel = launch(start, Deadline(patience))
         relauncher = Relauncher(
             start=start,
-            folder=rundir,
+            folder=remains.folder,
             patience=patience,
             launch=launch,
             await_boot=await_boot,
             image=origin.sha256,
-            backend=context.label(spec),
+            backend=remains.made_by,
         )
         factor = context.settings.timeout_factor
-        machine = Machine(
+        return Machine(
             instance,
             spec,
-            id=rundir.name,
+            id=remains.id,
             backend=context.name,
             channel=channel,
             factor=factor,
             relauncher=relauncher,
             timeline=timeline,
         )
-        timeline.watch(Cursor(machine.console.path).read)
-        return machine
 
     def _hold(self, start: Start, holds: Holds) -> None:
         """Hold the images, packs and snapshots that a machine starts from.
@@ -127,9 +157,9 @@ class Launcher:
             holds.take(*(folder for folder in folders if self._context.catalog.root in folder.parents))
 
     def _launch(
-        self, spec: MachineSpec, start: Start, rundir: Path, deadline: Deadline, await_boot: _AwaitBoot
+        self, spec: MachineSpec, start: Start, remains: Remains, deadline: Deadline, await_boot: _AwaitBoot
     ) -> tuple[Instance, Channel]:
-        context = self._context
+        context, rundir = self._context, remains.folder
         for disk in start.disks:
             # Nobody keeps others from writing to a disk in its own place, nor a guest of another run: its header is read each time.
             if context.catalog.root not in disk.path.parents:
@@ -137,6 +167,7 @@ class Launcher:
         with context.explained():
             instance = context.backend.launch(spec, source=start, rundir=rundir, deadline=deadline)
         context.catalog.ledger.machines += 1
+        remains.argv = getattr(instance, "argv", ())
         try:
             # As soon as the process is known, so that a crash from here on leaves it named in the record.
             context.catalog.note_process(rundir, instance.pid)

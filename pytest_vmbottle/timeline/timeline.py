@@ -17,7 +17,7 @@ from pytest_vmbottle.result import Result
 from pytest_vmbottle.shown import hidden
 from pytest_vmbottle.timeline.ring import Ring
 
-__all__ = ["FORMAT", "Span", "Timeline", "now", "recorded", "since_epoch"]
+__all__ = ["FORMAT", "Span", "Timeline", "now", "recorded", "since_epoch", "without_secrets"]
 
 FORMAT = 1
 """Version of the events, which `docs/timeline.md` describes."""
@@ -169,7 +169,7 @@ class Timeline:
 
     def _encoded(self, event: Mapping[str, object]) -> bytes:
         # `default=repr`, because events have whatever a test gives.
-        return json.dumps({"machine": self._machine, **_hidden(event)}, default=repr, separators=(",", ":")).encode() + b"\n"
+        return json.dumps({"machine": self._machine, **without_secrets(event)}, default=repr, separators=(",", ":")).encode() + b"\n"
 
     def _take_lines(self, at: float) -> None:
         new = self._console()
@@ -272,12 +272,12 @@ def _end(text: str) -> str:
     return text[-_TEXT:]
 
 
-def _hidden(value: Any) -> Any:
-    """Return an event without the values that are to be hidden."""
+def without_secrets(value: Any) -> Any:
+    """Return a value of an event with `[redacted]` in place of secrets, before JSON escapes a part of one."""
     if isinstance(value, str):
         return hidden(value)
     if isinstance(value, Mapping):
-        return {key: _hidden(each) for key, each in value.items()}
+        return {key: without_secrets(each) for key, each in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, bytes):
-        return [_hidden(each) for each in value]
+        return [without_secrets(each) for each in value]
     return value

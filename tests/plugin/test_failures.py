@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ def said(result: pytest.RunResult) -> str:
 
 def artifacts(pytester: pytest.Pytester, folder: str = "vmbottle-artifacts") -> list[TestArtifacts]:
     return read_run(pytester.path / folder)
+
+
+def phases(test: TestArtifacts, machine: str = "vm") -> list[str]:
+    return [f"{event['phase']} {event['state']}" for event in test.events() if event["kind"] == "phase" and event["machine"] == machine]
 
 
 def test_a_failed_test_shows_its_last_commands_and_where_its_artifacts_are(run: Run, pytester: pytest.Pytester) -> None:
@@ -104,7 +109,7 @@ def test_it(vms):
     events = list(test.events())
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
     assert {"launch", "true"} <= {event.get("verb", event.get("argv", [""])[0]) for event in events if event["machine"] == "two"}
-    assert [event["phase"] for event in events if event["kind"] == "phase" and event["machine"] == "one"] == ["setup", "call", "call"]
+    assert phases(test, "one") == ["setup passed", "call began", "call failed", "teardown began", "teardown passed"]
     facts = json.loads((test.folder / "one" / "machine.json").read_text())
     assert (facts["name"], facts["backend"], facts["spec"]["env"]) == ("one", "fake", ["TOKEN"])
     assert (test.folder / "two" / "console.txt").is_file()
@@ -178,6 +183,187 @@ def test_a_machine_that_could_not_be_provided_leaves_artifacts_too(run: Run, pyt
 
     assert (test.outcome, test.phase, test.machines) == ("failed", "setup", {})
     assert test.error.startswith("ImageMissing: ")
+
+
+NEVER_BOOTS = """
+import sys
+from pytest_vmbottle.errors import MachineTimeout
+
+class Broken(FakeBackend):
+    def launch(self, spec, *, source, rundir, deadline):
+        instance = super().launch(spec, source=source, rundir=rundir, deadline=deadline)
+        {condition}
+        instance.argv = ("qemu", "-nographic")
+        with (rundir / "console.log").open("a") as console:
+            console.writelines(f"line {{number}}\\n" for number in range(100))
+        instance.channel = self.fail
+        return instance
+
+    def fail(self, **_):
+        {failure}
+
+def pytest_vmbottle_make_backend(config, name):
+    return Broken()
+"""
+UNLESS_BUILDING = "if source.building: return instance"
+TIMES_OUT = 'raise MachineTimeout("no agent", console_tail="line 99")'
+
+
+def test_a_machine_that_never_booted_leaves_its_whole_console(run: Run, pytester: pytest.Pytester) -> None:
+    broken = NEVER_BOOTS.format(condition=UNLESS_BUILDING, failure=TIMES_OUT)
+    text = '@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n'
+    run(text, "--vm-infra-retries=0", conftest=broken, status=1, errors=1)
+    (test,) = artifacts(pytester)
+    lines = (test.folder / "vm" / "console.txt").read_text().splitlines()
+    facts = [json.loads((test.folder / name / "machine.json").read_text()) for name in test.machines.values()]
+
+    assert test.phase == "setup"
+    assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(100)]
+    # One machine for each kind of packs that was tried.
+    assert [each["pack"]["kind"] for each in facts] == ["template", "stream", "disk"]
+    assert {len(each["pack"]["key"]) for each in facts} == {64}
+    assert [each["argv"] for each in facts] == [["qemu", "-nographic"]] * 3
+    events = list(test.events())
+    assert {"line 0", "line 99"} <= {event["text"] for event in events if event["kind"] == "console"}
+    assert next(event for event in events if event["kind"] == "power")["error"].startswith("MachineTimeout: no agent")
+
+
+def test_a_machine_that_could_not_build_a_pack_leaves_its_console_with_the_test(run: Run, pytester: pytest.Pytester) -> None:
+    broken = NEVER_BOOTS.format(condition="", failure=TIMES_OUT)
+    run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', conftest=broken, status=1, errors=1)
+    (test,) = artifacts(pytester)
+
+    facts = json.loads((test.folder / "vm" / "machine.json").read_text())
+
+    assert "line 0\n" in (test.folder / "vm" / "console.txt").read_text()
+    assert facts["id"].startswith("build-")
+    assert facts["pack"] is None
+
+
+def test_an_interrupted_boot_leaves_artifacts(run: Run, pytester: pytest.Pytester) -> None:
+    broken = NEVER_BOOTS.format(condition=UNLESS_BUILDING, failure="os.kill(os.getpid(), 15)\n        signal.pause()")
+    text = '@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n'
+    run(text, conftest=broken + "\nimport os, signal\n", status=2, process=True)
+    (test,) = artifacts(pytester)
+
+    assert (test.phase, test.error, test.machines) == ("setup", "interrupted", {"vm": "vm"})
+    assert "line 99" in (test.folder / "vm" / "console.txt").read_text()
+
+
+def test_a_machine_that_was_tried_again_leaves_both_tries_if_the_test_fails(run: Run, pytester: pytest.Pytester) -> None:
+    once = NEVER_BOOTS.format(
+        condition="if source.saved is not None or sys.__dict__.setdefault('vmbottle_tried', self) is not self: return instance\n"
+        "        sys.vmbottle_tried = None",
+        failure=TIMES_OUT,
+    )
+    text = '@pytest.mark.vm("debian-12", fresh="boot")\ndef test_it(vm): assert False\n'
+    run(text, "--vm-infra-retries=1", conftest=once, status=1, failed=1, process=True)
+    (test,) = artifacts(pytester)
+
+    assert test.machines == {"vm": "vm", "vm-2": "vm-2"}
+    assert ["line 99" in (test.folder / name / "console.txt").read_text() for name in ("vm", "vm-2")] == [False, True]
+
+
+ENDS_BADLY = """
+@pytest.fixture
+def bad(vm):
+    yield
+    vm.exec(["echo", "last"])
+    print("printed in teardown")
+    raise OSError("it does not end")
+"""
+
+
+def test_a_test_that_fails_and_ends_badly_has_one_folder_with_both_errors(run: Run, pytester: pytest.Pytester) -> None:
+    text = ENDS_BADLY + '@pytest.mark.vm("debian-12")\ndef test_it(bad): raise RuntimeError("the call")\n'
+    output = said(run(text, "--junitxml=out.xml", status=1, failed=1, errors=1))
+    (test,) = artifacts(pytester)
+    sections = dict(test.sections)
+
+    assert len(list(test.folder.parent.glob("*/"))) == 1
+    assert (test.outcome, test.phase, test.error) == ("failed", "call", "RuntimeError: the call")
+    assert "OSError: it does not end" in sections["error in teardown"]
+    assert sections["Captured stdout teardown"] == "printed in teardown\n"
+    assert phases(test) == ["setup passed", "call began", "call failed", "teardown began", "teardown failed"]
+    assert [event.get("verb", event.get("argv")) for event in test.events() if event["kind"] in ("power", "command")] == [
+        "launch",
+        ["echo", "last"],
+        "stop",
+    ]
+    assert output.count(f"vmbottle-artifacts/{test.folder.name}") == 2
+    # JUnit's XML has a case for each of the two errors.
+    named = re.findall('name="vmbottle_artifacts" value="([^"]+)"', (pytester.path / "out.xml").read_text())
+    assert named == [f"vmbottle-artifacts/{test.folder.name}"] * 2
+
+
+def test_a_test_that_only_ends_badly_leaves_what_its_machines_did(run: Run, pytester: pytest.Pytester) -> None:
+    text = ENDS_BADLY + '@pytest.mark.vm("debian-12")\ndef test_it(bad, module_vm): pass\n'
+    run(text, status=1, passed=1, errors=1)
+    (test,) = artifacts(pytester)
+
+    assert (test.outcome, test.phase, test.error) == ("failed", "teardown", "OSError: it does not end")
+    assert len(test.machines) == 2
+    assert "vm started" in (test.folder / "vm" / "console.txt").read_text()
+    assert ["echo", "last"] in [event.get("argv") for event in test.events()]
+
+
+def test_a_passed_test_that_is_kept_has_its_end_too(run: Run, pytester: pytest.Pytester) -> None:
+    run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', "--vm-artifacts=always", passed=1)
+    (test,) = artifacts(pytester)
+
+    assert (test.outcome, test.phase) == ("passed", "call")
+    assert phases(test)[-2:] == ["teardown began", "teardown passed"]
+    assert [event["verb"] for event in test.events() if event["kind"] == "power"] == ["launch", "stop"]
+
+
+def test_remains_that_cannot_be_read_are_told_and_hide_nothing(run: Run) -> None:
+    broken = """
+from pytest_vmbottle.plugin import evidence
+
+def read_remains(remains, *, since):
+    raise OSError("the disk is gone")
+
+@pytest.fixture(autouse=True)
+def _unreadable(monkeypatch):
+    monkeypatch.setattr(evidence, "read_remains", read_remains)
+    yield
+"""
+    output = said(run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', conftest=broken, passed=1, process=True))
+
+    assert "what the machine 'vm' left could not be kept: the disk is gone" in output
+
+
+def test_each_rerun_of_a_test_that_also_ends_badly_has_one_folder(run: Run, pytester: pytest.Pytester) -> None:
+    pytest.importorskip("pytest_rerunfailures")
+    text = ENDS_BADLY + '@pytest.mark.vm("debian-12")\ndef test_it(bad): assert False\n'
+    run(text, "-p", "pytest_rerunfailures", "--reruns=1", status=1, process=True)
+
+    assert [phases(test)[-1] for test in artifacts(pytester)] == ["teardown failed"] * 2
+
+
+def test_an_interruption_between_tests_leaves_nothing_of_the_one_that_passed(run: Run, pytester: pytest.Pytester) -> None:
+    stop = "\ndef pytest_runtest_logfinish(): raise KeyboardInterrupt\n"
+    run('@pytest.mark.vm("debian-12")\ndef test_it(vm): pass\n', conftest=stop, status=2, process=True)
+
+    assert not (pytester.path / "vmbottle-artifacts").exists()
+
+
+def test_user_data_is_described_without_its_passwords(run: Run, pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.mark.vm("debian-12", user_data={"password": "swordfish-" + "7"}, run=["echo 'quo\\\\ted" + "'; true"])
+def test_it(vm):
+    vm.redact("'quo\\\\ted" + "'")
+    raise RuntimeError
+"""
+    run(text, status=1, failed=1)
+    (test,) = artifacts(pytester)
+    facts = json.loads((test.folder / "vm" / "machine.json").read_text())
+
+    assert facts["spec"]["user_data"]["kind"] == "#cloud-config"
+    assert re.fullmatch("[0-9a-f]{64}", facts["spec"]["user_data"]["sha256"])
+    # Escaped in JSON, it would not have been found in the text of the file.
+    assert "echo [redacted]; true" in str(facts["spec"])
+    assert not [path for path in test.files() if b"swordfish-7" in path.read_bytes()]
 
 
 def test_two_machines_of_one_name_both_have_their_files(run: Run, pytester: pytest.Pytester) -> None:
@@ -310,6 +496,47 @@ def test_it(vm):
     assert "waits.py" not in output[output.index("= FAILURES") :]
     assert "Timeout" in test.error
     assert [event["verb"] for event in test.events() if event["kind"] == "wait"] == ["wait_until"]
+
+
+HANGS = """
+@pytest.mark.vm("debian-12")
+def test_it(vm):
+    vm.note("before")
+    vm.wait_until(lambda: False, timeout=60)
+"""
+THREAD = ("-p", "pytest_timeout", "--timeout=1", "--timeout-method=thread")
+
+
+def test_a_process_that_pytest_timeout_ends_leaves_artifacts_and_a_report(run: Run, pytester: pytest.Pytester) -> None:
+    output = said(run(HANGS, *THREAD, status=1, process=True))
+    (test,) = artifacts(pytester)
+
+    assert "Stack of MainThread" in output
+    assert (test.phase, test.error) == ("call", "Timeout (>1.0s) from pytest-timeout.")
+    assert "vm.wait_until(lambda: False, timeout=60)" in test.traceback
+    assert "before" in [event.get("text") for event in test.events()]
+    assert "before" in (pytester.path / "vmbottle-artifacts" / "index.html").read_text()
+
+
+def test_artifacts_that_hang_do_not_keep_a_process_that_pytest_timeout_ends(run: Run) -> None:
+    hang = """
+import threading
+from pytest_vmbottle.plugin import failures
+
+failures._LAST_SECONDS = 0.2
+failures.keep_unreported = lambda *_: threading.Event().wait(200)
+"""
+    started = time.monotonic()
+    run(HANGS, *THREAD, conftest=hang, status=1, process=True)
+
+    assert time.monotonic() - started < 150
+
+
+def test_a_test_that_ends_in_time_is_left_alone_by_pytest_timeouts_thread(run: Run, pytester: pytest.Pytester) -> None:
+    text = HANGS.replace("lambda: False", "lambda: True") + "\ndef test_other():\n    import time\n    time.sleep(1.2)\n"
+    run(text, *THREAD[:2], "--timeout=30", THREAD[3], passed=2, process=True)
+
+    assert not (pytester.path / "vmbottle-artifacts").exists()
 
 
 def test_with_pdb_artifacts_are_there_when_it_stops_and_the_machine_runs(run: Run, pytester: pytest.Pytester) -> None:

@@ -115,6 +115,8 @@ def test_a_machine_is_described_and_its_resources_are_sampled(failed: Failed) ->
 
     assert "qemu-system" in facts["argv"][0]
     assert re.fullmatch("[0-9a-f]{64}", facts["image_sha256"])
+    assert re.fullmatch("[0-9a-f]{64}", facts["pack"]["key"])
+    assert facts["pack"]["kind"] in ("template", "stream", "disk")
     assert all(int(row["rss_bytes"]) > 1 << 20 for row in rows)
     assert rows
 
@@ -147,6 +149,41 @@ def test_a_panic_is_told_as_what_it_is(failed: Failed) -> None:
 
     assert "GuestPanic" in test.error
     assert "sysrq" in (test.folder / "vm" / "console.txt").read_text().lower()
+
+
+BOOTS = """
+import os, signal, threading
+import pytest
+
+@pytest.mark.vm("debian-12", fresh="boot", timeout=1)
+def test_slow(vm):
+    pass
+
+@pytest.fixture
+def interrupted():
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+@pytest.mark.vm("debian-12", fresh="boot")
+def test_interrupted(interrupted, vm):
+    pass
+"""
+
+
+def test_machines_that_never_booted_leave_what_they_said(tmp_path: Path, vm_catalog: Catalog) -> None:
+    (tmp_path / "test_it.py").write_text(BOOTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    ran = command(["pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "--vm-infra-retries=0", "--color=no"], tmp_path, vm_catalog)
+    assert ran.returncode == pytest.ExitCode.INTERRUPTED, ran.stdout + ran.stderr
+    tests = {test.nodeid.partition("::")[2]: test for test in read_run(tmp_path / "vmbottle-artifacts")}
+
+    assert "MachineTimeout" in tests["test_slow"].error
+    assert tests["test_interrupted"].error == "interrupted"
+    for test in tests.values():
+        folder = test.folder / "vm"
+        assert test.phase == "setup"
+        assert "SeaBIOS" in (folder / "console.txt").read_text()
+        assert "qemu-system" in json.loads((folder / "machine.json").read_text())["argv"][0]
+        assert any("SeaBIOS" in event["text"] for event in test.events() if event["kind"] == "console")
 
 
 def test_the_machine_of_a_failed_test_lives_on_for_a_while(tmp_path: Path, vm_catalog: Catalog) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_vmbottle.report.run import read_run
 from pytest_vmbottle.report.trace_event import trace_events, write_trace
 from tests.unit.report.artificial import BEGAN, write_hostile, write_many, write_planted, write_test
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def _written(run: Path) -> list[dict[str, Any]]:
@@ -68,6 +71,46 @@ def test_times_are_microseconds_since_the_first_test_and_in_order_although_tests
     assert times == sorted(times)
     assert (times[0], times[1], times[-1]) == (0, 2_000_000, 121_000_000)
     assert len(times) == 61
+
+
+# By the document: the members that each phase must have, and those that it may have.
+_ALWAYS = {"ph", "pid", "tid", "name"}
+_MEMBERS = {
+    "M": (_ALWAYS | {"args"}, set[str]()),
+    "X": (_ALWAYS | {"ts", "dur"}, {"args", "cat"}),
+    "i": (_ALWAYS | {"ts"}, {"args", "cat", "s"}),
+    "C": (_ALWAYS | {"ts", "args"}, set[str]()),
+}
+_METADATA = {"process_name": "name", "process_sort_index": "sort_index", "thread_name": "name", "thread_sort_index": "sort_index"}
+
+
+@pytest.mark.parametrize("write", [write_planted, write_hostile, lambda run: write_many(run, 300)])
+def test_each_event_has_the_members_that_its_phase_has_by_the_document(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    write(tmp_path)
+    events = _written(tmp_path)
+    assert {"M", "X", "i"} <= {event["ph"] for event in events} <= _MEMBERS.keys()
+    for event in events:
+        needed, allowed = _MEMBERS[event["ph"]]
+        assert needed <= event.keys() <= needed | allowed, event
+        assert (type(event["pid"]), type(event["tid"]), type(event["name"])) == (int, int, str)
+        assert all(type(event[name]) in (int, float) and event[name] >= 0 for name in ("ts", "dur") if name in event)
+        assert event.get("s", "t") in ("g", "p", "t")
+        assert isinstance(event.get("args", {}), dict)
+        if event["ph"] == "C":
+            assert event["args"]
+            assert all(type(figure) in (int, float) for figure in event["args"].values())
+        if event["ph"] == "M":
+            assert event["args"].keys() == {_METADATA[event["name"]]}
+
+
+def test_each_process_and_thread_is_named_once(tmp_path: Path) -> None:
+    events = _written(write_many(tmp_path / "run", 1000))
+    metadata = [(event["pid"], event["tid"] if "thread" in event["name"] else 0, event["name"]) for event in events if event["ph"] == "M"]
+    timed = {(event["pid"], event["tid"]) for event in events if event["ph"] in ("X", "i")}
+
+    assert len(metadata) == len(set(metadata))
+    assert {(pid, tid) for pid, tid, name in metadata if name == "thread_name"} == timed
+    assert {pid for pid, _, name in metadata if name == "process_name"} == {event["pid"] for event in events}
 
 
 def test_names_come_before_what_they_name(tmp_path: Path) -> None:
