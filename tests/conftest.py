@@ -15,10 +15,11 @@ __all__ = ["is_gone", "leave_out", "line", "process"]
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], folder: Path, marker: str) -> None:
-    """Marks what is in a folder, and leaves it out of runs that do not ask for it by `-m`."""
-    theirs = [item for item in items if item.path.is_relative_to(folder)]
-    for item in theirs:
-        item.add_marker(marker)
+    """Leaves what has a mark out of runs that do not ask for it by `-m`; all that is in a folder gets the mark."""
+    for item in items:
+        if item.path.is_relative_to(folder):
+            item.add_marker(marker)
+    theirs = [item for item in items if item.get_closest_marker(marker)]
     if marker not in config.getoption("markexpr"):
         config.hook.pytest_deselected(items=theirs)
         items[:] = [item for item in items if item not in theirs]
