@@ -21,7 +21,7 @@ def tty(vm: Machine) -> None:
     vm.wait_for_file("/run/typed")
 
 
-pytestmark = pytest.mark.vm(tty)
+pytestmark = [pytest.mark.vm(tty), pytest.mark.guests]
 
 # None of the words is a key's name; each character of a US keyboard is once in it.
 TEXT = "The quick brown fox jumps over the lazy dog: `~!@#$%^&*()_+-={}[]|\\;'<>?,./ 0123456789 ABC"

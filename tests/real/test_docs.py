@@ -17,7 +17,14 @@ def blocks(page: str) -> list[str]:
     return _BLOCK.findall((ROOT / page).read_text())
 
 
-@pytest.mark.parametrize(("page", "at_least"), [("README.md", 3), ("docs/tests.md", 13), pytest.param("docs/machines.md", 13, marks=pytest.mark.guests)])
+@pytest.mark.parametrize(
+    ("page", "at_least"),
+    [
+        ("README.md", 3),
+        pytest.param("docs/tests.md", 13, marks=pytest.mark.guests),
+        pytest.param("docs/machines.md", 13, marks=pytest.mark.guests),
+    ],
+)
 def test_every_example_of_a_page_passes(inner: pytest.Pytester, page: str, at_least: int) -> None:
     inner.makepyfile(test_page="\n\n".join(blocks(page)))
     result = inner.runpytest_subprocess(*_OPTIONS)

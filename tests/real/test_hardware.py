@@ -155,6 +155,7 @@ def provisioner(install: Install, catalog: Catalog, vm_catalog: Catalog) -> Iter
     made.close()
 
 
+@pytest.mark.guests
 def test_a_machine_is_bottled_and_poured_on_kvm(provisioner: Provisioner, record: Path) -> None:
     spec = MachineSpec.resolve("debian-12", {})
     with provisioner.machine(spec) as machine:

@@ -79,7 +79,18 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
         assert not machine.path("/root/much").exists()
     assert provisioner.tally.restored >= 2
     provisioner.close()
-    assert not [path for path in vm_catalog.root.rglob("*") if path.lstat().st_uid != 0], "something in the catalog has changed hands"
+    assert not _of_others(vm_catalog.root), "something in the catalog has changed hands"
+
+
+def _of_others(root: Path) -> list[Path]:
+    """What is not root's in a folder in which other workers come and go."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            with suppress(FileNotFoundError):
+                if path.lstat().st_uid != 0:
+                    found.append(path)
+    return found
 
 
 # -- a container -----------------------------------------------------------------------------------------------------------------------
@@ -193,6 +204,7 @@ def container(
         assert Deadline(10).poll(removed), "something still runs in the container"
 
 
+@pytest.mark.guests
 def test_in_a_container_machines_run_and_the_doctor_says_what_is_degraded(container: Container, pytester: pytest.Pytester) -> None:
     doctor = container.run(sys.executable, "-c", "from pytest_vmbottle.cli import main; main()", "doctor", "--json")
     found: dict[str, Any] = {finding["topic"]: finding for finding in json.loads(doctor.stdout)}

@@ -39,6 +39,7 @@ def test_a_rebooted_clone_is_ready_again_with_what_was_on_its_disk(vm: Machine) 
         vm.exec(["true"])
 
 
+@pytest.mark.guests
 def test_a_power_cut_loses_what_was_not_written_out_and_the_machine_starts_from_the_rest(vm: Machine) -> None:
     vm.exec("echo synced > /root/lasting; sync")
     known, address, name = vm.exec(FACTS).stdout, vm.forward(22), vm.id

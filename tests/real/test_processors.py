@@ -60,6 +60,7 @@ def test_a_feature_that_qemu_does_not_know_is_told_in_its_own_words(vm_factory: 
         vm_factory("debian-12", cpu="max,+flying-carpet", fresh="boot")
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12", cpus=2, fresh="boot")
 def test_a_kernel_that_rewrites_its_code_goes_on_with_two_processors(vm: Machine) -> None:
     vm.exec("mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing")
