@@ -329,10 +329,21 @@ class SmolvmChannel(Channel):
         finally:
             process.close()
 
-    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> SmolvmTerminal:  # noqa: ARG002
-        """Start a user's login shell on a terminal (see `Channel.terminal`)."""
-        environment = (f"PATH={GUEST_PATH}", f"TERM={kind}", "LANG=C.UTF-8")
-        words = ("env", "-i", *environment, "/bin/sh", "-c", _LOGIN, "sh", user)
+    def terminal(
+        self,
+        *,
+        user: str,
+        kind: str,
+        size: tuple[int, int],
+        deadline: Deadline,  # noqa: ARG002
+        command: Command | None = None,
+    ) -> SmolvmTerminal:
+        """Start a user's login shell or a command on a terminal (see `Channel.terminal`)."""
+        environment: tuple[str, ...] = (f"PATH={GUEST_PATH}", f"TERM={kind}", "LANG=C.UTF-8")
+        words: tuple[str, ...] = ("/bin/sh", "-c", _LOGIN, "sh", user)
+        if command is not None:
+            environment, words = tuple(f"{name}={value}" for name, value in command.environment), command.argv
+        words = ("env", "-i", *environment, *words)
         return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), size)
 
     def close(self) -> None:
