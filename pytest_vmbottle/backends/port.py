@@ -94,7 +94,8 @@ class Start:
         keys: The keys that the seed carries.
         saved: A folder that `Instance.save` filled, to be restored; None to boot.
         building: Whether the restored machine will itself be saved; then its RAM is a private copy.
-        kept: Whether the machine ran before in the same folder, and continues with the disk there.
+        kept: Whether the machine ran before, and continues with its own disk, by default the one in its folder.
+        overlay: That disk, if it is in another folder. The machine gets a second name of the file, so that it stays.
         image: The image to start from without `saved`, if the backend has images of its own (`Backend.find_image`). Then there are no
             disks, no seed and no keys.
         forwards: Ports of the guest, each with the host port that should lead to it if it is still free.
@@ -111,6 +112,7 @@ class Start:
     saved: Path | None = None
     building: bool = False
     kept: bool = False
+    overlay: Path | None = None
     image: str = ""
     forwards: tuple[tuple[int, int], ...] = ()
 
@@ -227,6 +229,11 @@ class Instance(ABC):
     def stop(self) -> None:
         """End the machine and free its resources; may be called again."""
 
+    @property
+    def overlay(self) -> Path | None:
+        """File of the machine's own disk, on top of `Start.disks`; None, the default, if it has none in its folder."""
+        return None
+
     # -- how it is, without asking the guest -----------------------------------------------------------------------------------------
 
     @property
@@ -286,6 +293,14 @@ class Instance(ABC):
     def forward(self, port: int) -> tuple[str, int]:
         """Return the host's address and port that lead to a TCP port of the guest."""
         raise self.unsupported("does not forward ports")
+
+    def forward_from(self, here: int, port: int) -> None:
+        """Forward a chosen port of 127.0.0.1 to a TCP port of the guest.
+
+        Raises:
+            MachineError: It is in use.
+        """
+        raise self.unsupported("forwards ports that the system chooses, and no others")
 
     def ssh_access(self) -> SshAccess:
         """Return the address and keys that any SSH client needs to log in."""

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 import attrs
 
 from pytest_vmbottle.channels.guest_agent import AgentEnded, GuestAgent
-from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
+from pytest_vmbottle.channels.piecewise import PiecewiseProcess
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running
 from pytest_vmbottle.channels.ssh import SshChannel
 from pytest_vmbottle.errors import MachineDied, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
@@ -67,6 +68,14 @@ class AgentOrSsh(Channel):
         with self._told_from_the_end():
             channel, deadline = self._way(deadline)
             return channel.run(command, deadline=deadline)
+
+    def start(
+        self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
+    ) -> Running:
+        """Start a command without input (see `Channel.start`): over SSH if there is a login, else piece by piece."""
+        if (ssh := self.logged_in()) is not None:
+            return ssh.start(command, stdout=stdout, stderr=stderr, deadline=deadline)
+        return PiecewiseProcess(self, command, stdout=stdout, stderr=stderr)
 
     @contextmanager
     def _told_from_the_end(self) -> Iterator[None]:

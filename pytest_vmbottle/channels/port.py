@@ -144,14 +144,15 @@ class Channel(ABC):
         """
         raise Unsupported(f"this channel does not run {command.argv[0]!r} in the background: use exec, or systemd-run in the guest")
 
-    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> Terminal:
-        """Start a user's login shell on a terminal.
+    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline, command: Command | None = None) -> Terminal:
+        """Start a user's login shell on a terminal, or a command.
 
         Args:
             user: A user of the guest.
             kind: The kind of terminal: the variable `TERM`.
             size: Columns and lines.
             deadline: Deadline of its start.
+            command: The command to run in place of a shell; it has its own user.
 
         Raises:
             MachineError: The guest cannot be reached any more.

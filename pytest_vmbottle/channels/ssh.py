@@ -182,13 +182,15 @@ class SshChannel(Channel):
         """Run a command and write its standard output to a host file."""
         return self._execute(command, BytesIO(command.input), sink, deadline)
 
-    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline) -> SshTerminal:
-        """Start a login shell on a terminal (see `Channel.terminal`)."""
+    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline, command: Command | None = None) -> SshTerminal:
+        """Start a login shell or a command on a terminal (see `Channel.terminal`)."""
 
         def ask(session: paramiko.Channel) -> None:
             session.get_pty(kind, *size)
             # The login is always root's, whose key it is. For another user `runuser` needs no password and no key of his.
-            if user == "root":
+            if command is not None:
+                session.exec_command(_remote(command))
+            elif user == "root":
                 session.invoke_shell()
             else:
                 session.exec_command(shlex.join(["exec", "runuser", "-l", user]))

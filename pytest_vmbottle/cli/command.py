@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,7 @@ import click
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, SpecError, VMBottleError
 from pytest_vmbottle.host.signals import Interruption, left
 from pytest_vmbottle.host.sizes import parse_duration, parse_size
-from pytest_vmbottle.result import printable
+from pytest_vmbottle.shown import printable
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog.catalog import Catalog
@@ -24,6 +27,11 @@ CANNOT, INTERRUPTED = 3, 130
 """Exit statuses: this host cannot do it, and Ctrl-C."""
 SHORT = 12
 """Digits of a key that are shown."""
+_COLUMNS = 100
+"""Columns of a terminal that does not tell its width."""
+_NARROWEST = 8
+"""Columns that each column of a table has at least, if it needs them."""
+_GAP = "  "
 
 
 class Failure(click.ClickException):
@@ -39,25 +47,23 @@ class Cannot(Failure):
     exit_code = CANNOT
 
 
-class Commands(click.Group):
-    """Group whose commands report errors in a sentence and clean up when they are stopped."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command and report its errors."""
-        try:
-            # SIGTERM and SIGHUP end the command by an exception, so that locks, downloads and temporary files are cleaned up.
-            with Interruption(left, owned=True):
-                return super().invoke(ctx)
-        except VMBottleError as error:
-            # Scripts can tell by the status whether the host or the call was at fault.
-            raise (Cannot if isinstance(error, BackendUnavailable) else Failure)(str(error)) from error
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has had enough; click ends us quietly
-                raise
-            raise Failure(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)) from error
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+@contextmanager
+def reporting(ctx: click.Context) -> Iterator[None]:
+    """Run a command: report its errors in a sentence, and clean up when it is stopped."""
+    try:
+        # SIGTERM and SIGHUP end the command by an exception, so that locks, downloads and temporary files are cleaned up.
+        with Interruption(left, owned=True):
+            yield
+    except VMBottleError as error:
+        # Scripts can tell by the status whether the host or the call was at fault.
+        raise (Cannot if isinstance(error, BackendUnavailable) else Failure)(str(error)) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of our output has had enough; click ends us quietly
+            raise
+        raise Failure(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)) from error
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        ctx.exit(INTERRUPTED)
 
 
 # -- parameters and output -------------------------------------------------------------------------------------------------------------
@@ -110,11 +116,26 @@ def one_line(text: object) -> str:
 
 
 def show_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table with aligned columns."""
+    """Write a table with aligned columns, as wide as the terminal; in full where there is none."""
     lines = [tuple(head), *(tuple(map(one_line, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # A program reads all of it, a person would lose the columns in lines that wrap.
+    if sys.stdout.isatty():
+        widths = _narrowed(widths, shutil.get_terminal_size((_COLUMNS, 24)).columns - len(_GAP) * (len(widths) - 1))
     for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        click.echo(_GAP.join(_cut(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _narrowed(widths: Sequence[int], room: int) -> list[int]:
+    """Return widths that fit together, the widest columns narrowed first."""
+    narrowed = list(widths)
+    while sum(narrowed) > room and max(narrowed) > _NARROWEST:
+        narrowed[narrowed.index(max(narrowed))] -= 1
+    return narrowed
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def format_age(seconds: float) -> str:
@@ -185,12 +206,18 @@ def absolute(source: str) -> str:
     return str(Path(source).absolute()) if "/" in source and Path(source).exists() else source
 
 
-def catalog_root() -> Path:
-    """Return the catalog's folder, by option, environment or default."""
+def catalog_root(ctx: click.Context | None = None) -> Path:
+    """Return the catalog's folder, by option, environment or default.
+
+    Args:
+        ctx: The context to look in; by default the current one, which completion does not have.
+    """
+    given: Path | None = (ctx or click.get_current_context()).find_root().params.get("catalog")
+    if given is not None:
+        return given.expanduser()
     from pytest_vmbottle.catalog.catalog import default_root
 
-    given: Path | None = click.get_current_context().obj
-    return given.expanduser() if given is not None else default_root()
+    return default_root()
 
 
 def open_catalog(*, make: bool = True) -> Catalog:

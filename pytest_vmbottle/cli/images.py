@@ -14,11 +14,13 @@ import click
 from click.core import ParameterSource
 
 from pytest_vmbottle.cli.command import SHORT, Failure, as_packages, check_each, emit, examples, json_option, open_catalog, say, show_table
+from pytest_vmbottle.cli.completion import image_names, official_names, recipe_names
+from pytest_vmbottle.cli.groups import Group
 from pytest_vmbottle.errors import CatalogError, SpecError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import size_on_disk
 from pytest_vmbottle.host.sizes import format_size
-from pytest_vmbottle.result import printable
+from pytest_vmbottle.shown import printable
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog.catalog import Catalog
@@ -31,7 +33,8 @@ _BUILD_SECONDS = 3600.0
 
 
 @click.group(
-    epilog=examples("vmbottle image build debian-12", "vmbottle image pull fedora-44", "vmbottle image add disk.qcow2 --name mine")
+    cls=Group,
+    epilog=examples("vmbottle image build debian-12", "vmbottle image pull fedora-44", "vmbottle image add disk.qcow2 --name mine"),
 )
 def image() -> None:
     """Base images, from which machines start."""
@@ -73,18 +76,13 @@ def _images(catalog: Catalog) -> ImageStore:
     return ImageStore(catalog.images)
 
 
-def sweep(catalog: Catalog) -> None:
-    """Remove images that have no name and that nobody holds."""
-    _images(catalog).sweep()
-
-
 @image.command(
     epilog=examples(
         "vmbottle image build debian-12",
         "vmbottle image build debian-12 --include nginx,curl --name debian-web",
     )
 )
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=recipe_names)
 @click.option("--include", metavar="PKG,PKG", multiple=True, callback=as_packages, help="More packages to install in it.")
 @click.option("--name", help="Name of the image; by default the recipe's.")
 def build(*, recipe: str, include: list[str], name: str | None) -> None:
@@ -177,7 +175,7 @@ def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
         "vmbottle image pull https://example.org/disk.qcow2 --sha256 1f3a... --name mine",
     )
 )
-@click.argument("source", metavar="NAME|URL")
+@click.argument("source", metavar="NAME|URL", shell_complete=official_names)
 @click.option("--name", help="Name of the image; by default the official one's; needed with a URL.")
 @click.option("--sha256", help="With a URL: the digest that the file must have.")
 @click.option("--update", is_flag=True, help="Replace an image of this name if its content differs.")
@@ -388,7 +386,7 @@ def add(  # noqa: PLR0913 - an image has many parts
 
 
 @image.command("rm", epilog=examples("vmbottle image rm debian-web"))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=image_names)
 def remove_images(*, names: tuple[str, ...]) -> None:
     """Remove images. Packs that were built from them can no longer be used; they stay until they are pruned.
 
@@ -408,7 +406,7 @@ def remove_images(*, names: tuple[str, ...]) -> None:
 
 
 @image.command("verify", epilog=examples("vmbottle image verify", "vmbottle image verify debian-12"))
-@click.argument("names", metavar="[NAME...]", nargs=-1)
+@click.argument("names", metavar="[NAME...]", nargs=-1, shell_complete=image_names)
 def verify_images(*, names: tuple[str, ...]) -> None:
     """Read images, by default all, and compare them with their digests. The exit status is 1 if one differs."""
     store = _images(open_catalog(make=False))

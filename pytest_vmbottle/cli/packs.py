@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -28,8 +28,12 @@ from pytest_vmbottle.cli.command import (
     say,
     show_table,
 )
+from pytest_vmbottle.cli.completion import pack_keys
+from pytest_vmbottle.cli.groups import Group, Section
 from pytest_vmbottle.errors import PackCorrupt
 from pytest_vmbottle.host.files import size_on_disk
+from pytest_vmbottle.host.records import Damaged
+from pytest_vmbottle.host.records import read as read_record
 from pytest_vmbottle.host.signals import undisturbed
 from pytest_vmbottle.host.sizes import format_size
 
@@ -39,8 +43,25 @@ if TYPE_CHECKING:
 
 __all__ = ["pack"]
 
+# Facts that tell packs of one name apart, beside the kind, the memory and the backend, which have columns of their own.
+_FACTS: Mapping[str, Callable[[Any], str]] = {
+    "disk_size": lambda size: f"disk {format_size(size)}",
+    "image": lambda digest: f"image {digest[:_DIGITS]}",
+    "parent": lambda key: f"on {key[:_DIGITS]}" if key else "on its image",
+}
+_KEYWORDS = ("arch", "cpus", "cpu", "nested", "display", "network", "ports", "user_data", "env", "user")
+"""Keywords of their machines' specs that do the same."""
+_SPEC = "spec.json"
+"""File of a pack with the spec of its machine; that of `provision`, whose import takes long."""
+_DIGITS = 6
+"""Digits of a key that tell it apart from the few others of a table."""
 
-@click.group(epilog=examples("vmbottle pack ls", "vmbottle pack show 140eda", "vmbottle pack prune --older-than 7d --dry-run"))
+
+@click.group(
+    cls=Group,
+    later=[Section("Commands", "freeze", {"build": "Write a pack into a file that tests start from."})],
+    epilog=examples("vmbottle pack ls", "vmbottle pack show 140eda", "vmbottle pack prune --older-than 7d --dry-run"),
+)
 def pack() -> None:
     """Packs: prepared machines, of which tests get clones.
 
@@ -65,7 +86,7 @@ def list_packs(*, as_json: bool) -> None:
     if as_json:
         emit(records + [{"key": key, "damaged": str(error)} for key, error in damaged.items()])
     elif records:
-        show_table(("KEY", "KIND", "NAME", "AGE", "UNUSED", "SIZE", "MEMORY", "IN USE", "BACKEND"), map(_pack_row, records))
+        show_table(("KEY", "KIND", "NAME", "AGE", "UNUSED", "SIZE", "MEMORY", "IN USE", "BACKEND"), map(_pack_row, _told_apart(records)))
     elif not damaged:
         say("There are no packs yet: pytest makes them when tests need machines.")
     _mention_quarantine(catalog)
@@ -96,10 +117,31 @@ def _pack_record(catalog: Catalog, found: Pack, size: int) -> dict[str, Any]:
         "backend": about.backend,
         "image": about.image,
         "parent": about.parent,
+        "spec": _spec(found.path),
         "in_use": catalog.in_use(found.path),
         "path": str(found.path),
         "damaged": None,
     }
+
+
+def _told_apart(records: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield the packs' records for people: where several have one name, it is followed by the facts that differ among them."""
+    told = [_facts(record) for record in records]
+    for record, facts in zip(records, told, strict=True):
+        twins = [each for other, each in zip(records, told, strict=True) if other["name"] == record["name"]]
+        differs = [text for fact, text in facts.items() if len({each.get(fact) for each in twins}) > 1]
+        yield {**record, "name": f"{record['name']} ({', '.join(differs)})"} if differs else record
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    facts = {fact: show(record[fact]) for fact, show in _FACTS.items()}
+    return facts | {key: f"{key}={record['spec'][key]}" for key in _KEYWORDS if key in record["spec"]}
+
+
+def _spec(path: Path) -> Mapping[str, Any]:
+    with suppress(OSError, Damaged):  # packs of earlier versions have none
+        return read_record(path / _SPEC)
+    return {}
 
 
 def _pack_row(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -110,7 +152,7 @@ def _pack_row(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @pack.command(epilog=examples("vmbottle pack show 140eda", "vmbottle pack show 140eda --json"))
-@click.argument("key")
+@click.argument("key", shell_complete=pack_keys)
 @json_option
 def show(*, key: str, as_json: bool) -> None:
     """Show a pack, its files, and the packs below it."""
@@ -165,7 +207,7 @@ def _parents(catalog: Catalog, found: Pack) -> list[dict[str, Any]]:
 
 
 @pack.command("verify", epilog=examples("vmbottle pack verify", "vmbottle pack verify 140eda"))
-@click.argument("keys", metavar="[KEY...]", nargs=-1)
+@click.argument("keys", metavar="[KEY...]", nargs=-1, shell_complete=pack_keys)
 def verify_packs(*, keys: tuple[str, ...]) -> None:
     """Read packs, by default all, and compare them with their manifests. The exit status is 1 if one differs.
 
@@ -197,7 +239,7 @@ def _verify(path: Path) -> None:
 
 
 @pack.command("rm", epilog=examples("vmbottle pack rm 140eda", "vmbottle pack rm 140eda 573fc2"))
-@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True, shell_complete=pack_keys)
 def remove_packs(*, keys: tuple[str, ...]) -> None:
     """Remove packs. One that a test run uses, or that another pack depends on, is not removed."""
     from pytest_vmbottle.catalog import packs

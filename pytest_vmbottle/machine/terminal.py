@@ -7,7 +7,7 @@ import selectors
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
@@ -18,7 +18,7 @@ from pytest_vmbottle.host.signals import Interruption
 if TYPE_CHECKING:
     from pytest_vmbottle.channels.port import Channel, Terminal
 
-__all__ = ["LEAVE", "attach"]
+__all__ = ["LEAVE", "attach", "attach_to"]
 
 LEAVE = b"\x1d"
 """Ctrl-], as in telnet: leave the guest's terminal even if the guest does not answer."""
@@ -32,11 +32,7 @@ _SOBER = b"\x1b[0m\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?200
 def attach(
     channel: Channel, *, user: str = "root", stdin: TextIO | None = None, stdout: TextIO | None = None, seconds: float = 30
 ) -> int | None:
-    """Connect this terminal to a shell in the guest.
-
-    Return when the shell ends or the user leaves it. The terminal's settings are restored in any case.
-
-    Every key goes to the guest, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves the shell.
+    """Connect this terminal to a user's login shell in the guest (see `attach_to`).
 
     Args:
         channel: The channel to the guest.
@@ -52,13 +48,43 @@ def attach(
         MachineError: There is no terminal here.
         MachineDied: The connection was lost.
     """
+
+    def opened(kind: str, size: tuple[int, int]) -> Terminal:
+        return channel.terminal(user=user, kind=kind, size=size, deadline=Deadline(seconds))
+
+    return attach_to(opened, stdin=stdin, stdout=stdout)
+
+
+def attach_to(
+    opened: Callable[[str, tuple[int, int]], Terminal], *, stdin: TextIO | None = None, stdout: TextIO | None = None, welcome: bool = True
+) -> int | None:
+    """Connect this terminal to one in the guest.
+
+    Return when its program ends or the user leaves it. The terminal's settings are restored in any case.
+
+    Every key goes to the guest, Ctrl-C and Ctrl-D too, and so does the size of the window. Ctrl-] leaves the program.
+
+    Args:
+        opened: Function that opens the guest's terminal, given its kind and its size.
+        stdin: The terminal to read from; `sys.stdin` by default.
+        stdout: The terminal to write to; `sys.stdout` by default.
+        welcome: Whether to say how to leave.
+
+    Returns:
+        The program's status, -N for signal N; None if the user left it.
+
+    Raises:
+        MachineError: There is no terminal here.
+        MachineDied: The connection was lost.
+    """
     source, sink = _descriptor(stdin or sys.stdin), _descriptor(stdout or sys.stdout)
     # The guest's programs write for this terminal, so it gets the kind of it and not a guess.
     kind, size = os.environ.get("TERM", "") or "dumb", _size(sink)
     # The session is opened before the terminal is raw: an error of the login is printed on one that works.
-    with closing(channel.terminal(user=user, kind=kind, size=size, deadline=Deadline(seconds))) as session:
+    with closing(opened(kind, size)) as session:
         with _raw(source, sink):
-            _write(sink, _WELCOME)
+            if welcome:
+                _write(sink, _WELCOME)
             if not _join(session, source, sink, size):
                 return None
         status = session.status

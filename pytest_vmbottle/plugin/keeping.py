@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.settings import SETTINGS
-from pytest_vmbottle.standalone.client import Kept, packed
+from pytest_vmbottle.standalone.client import Kept
+from pytest_vmbottle.standalone.stored import Stored
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["keep"]
 
+_LABEL = "kept"
 _NAME = 32
 """Characters of a machine's name, before what makes it unique."""
 _PATIENCE = 15.0
@@ -44,12 +46,12 @@ def keep(session: Session, machine: Machine, test: str) -> str:
             "settings": _settings(session),
             # Without a LAN, whose switch is a thread of this process.
             "keywords": {"name": place.name, "source": str(machine.spec.image), "network": machine.spec.nat},
-            "snapshot": packed(snapshot),
             "seconds": session.options.keep_seconds,
             "memory_seconds": _PATIENCE,
         }
-        # It returns when the copy runs, so this machine may end from here on.
-        place.start(order, session.say)
+        # It returns when the copy runs, so this machine may end from here on. Without what was done beforehand: that is in the snapshot.
+        origin = session.provisioner(machine.backend).origin(machine.spec)
+        place.start(order, session.say, snapshot=Stored.of(snapshot, origin, _LABEL))
     except (VMBottleError, OSError) as error:
         # It must not hide the test's own error.
         return f"{machine.name} could not be kept: {str(error).partition(chr(10))[0]}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.images import Image
     from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["BackendOrigin", "DiskOrigin", "Origin"]
+__all__ = ["BackendOrigin", "DiskOrigin", "KeptOrigin", "Origin"]
 
 
 @attrs.frozen(kw_only=True)
@@ -179,3 +179,35 @@ class BackendOrigin(Origin):
         """Have the backend pack its image."""
         self.backend.pack_image(self.reference, dest, deadline=deadline)
         return True
+
+
+@attrs.frozen(kw_only=True)
+class KeptOrigin(Origin):
+    """Image of a machine that starts from its own files, so that the image need not be there any more."""
+
+    @classmethod
+    def of(cls, origin: Origin) -> Self:
+        """Keep the facts of an image."""
+        return cls(**{field.name: getattr(origin, field.name) for field in attrs.fields(Origin)})
+
+    def cold(self, spec: MachineSpec, folder: Path, *, building: bool = False) -> Start:  # noqa: ARG002
+        """Raise `SpecError`: the machine has a disk of its own."""
+        raise self._refusal(spec)
+
+    def from_pack(
+        self,
+        spec: MachineSpec,
+        pack: Pack,  # noqa: ARG002
+        beneath: Callable[[str], Pack],  # noqa: ARG002
+        *,
+        building: bool = False,  # noqa: ARG002
+    ) -> Start:
+        """Raise `SpecError`: the machine has a disk of its own."""
+        raise self._refusal(spec)
+
+    def pack_without_machine(self, dest: Path, *, deadline: Deadline) -> bool:  # noqa: ARG002
+        """Return false: nothing is packed for it."""
+        return False
+
+    def _refusal(self, spec: MachineSpec) -> SpecError:
+        return SpecError(f"the machine {spec.name!r} starts from its own disk, and not from the image {self.name}")

@@ -11,6 +11,7 @@ from pytest_vmbottle.backends.port import CannotSave
 from pytest_vmbottle.catalog import packs
 from pytest_vmbottle.catalog.packs import Manifest
 from pytest_vmbottle.errors import CatalogError, PackCorrupt, SpecError, VMBottleError
+from pytest_vmbottle.host import records
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.sizes import format_size
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from pytest_vmbottle.provision.pack_plan import Plan
     from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["PackBuilder"]
+__all__ = ["SPEC", "PackBuilder"]
+
+SPEC = "spec.json"
+"""File of a pack with the spec of its machine, for those who know its key only."""
 
 _DISK_ROOM = 64 << 20
 """Bytes that a pack without RAM is estimated to take."""
@@ -70,6 +74,10 @@ class PackBuilder:
         if origin.sha256 != pack.manifest.image:
             raise CatalogError(f"the disk {origin.name} was changed after the pack of {pack.manifest.name} was built from it: try again")
         return origin.from_pack(spec, pack, self._cache.checked, building=building)
+
+    def checked(self, key: str) -> Pack:
+        """Return a pack by its key, verified and held (see `PackCache.checked`)."""
+        return self._cache.checked(key)
 
     def quarantine(self, pack: Pack) -> None:
         """Quarantine a pack that could not be restored."""
@@ -134,6 +142,7 @@ class PackBuilder:
                 memory=plan.spec.memory,
                 disk_size=source.disk_size,
             )
+            records.write(staged / SPEC, plan.spec.plain_keywords())
             packs.seal(staged, manifest)
             with Holds() as holds:
                 holds.take(staged)  # before anybody else sees it, so that it cannot be pruned before it was ever used

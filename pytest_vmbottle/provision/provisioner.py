@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle.catalog.memory_budget import Budget
-from pytest_vmbottle.errors import BackendUnavailable, LaunchError, MachineError, SpecError, VMBottleError
+from pytest_vmbottle.errors import BackendUnavailable, CatalogError, LaunchError, MachineError, SpecError, VMBottleError
+from pytest_vmbottle.host import records
 from pytest_vmbottle.provision.context import Context, Settings, Tally
 from pytest_vmbottle.provision.image_resolver import ImageResolver
 from pytest_vmbottle.provision.launcher import Launcher
-from pytest_vmbottle.provision.pack_builder import PackBuilder
+from pytest_vmbottle.provision.pack_builder import SPEC, PackBuilder
+from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from pytest_vmbottle.backends.port import Backend, Capabilities, Start
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.lan import Lan, Lans
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.provision.origins import Origin
-    from pytest_vmbottle.spec import MachineSpec
 
 __all__ = ["Provisioner"]
 
@@ -66,12 +68,15 @@ class Provisioner:
         self._context.close()
 
     @contextmanager
-    def machine(self, spec: MachineSpec, *, start: Start | None = None, lans: Lans | None = None) -> Iterator[Machine]:
+    def machine(
+        self, spec: MachineSpec, *, start: Start | None = None, origin: Origin | None = None, lans: Lans | None = None
+    ) -> Iterator[Machine]:
         """Start a machine for a block, and yield it when it is ready.
 
         Args:
             spec: The machine's spec.
             start: The boot source, if it is not a pack of the catalog.
+            origin: The image that this boot source stands on, if it need not be there any more.
             lans: The private LANs of its test.
 
         Raises:
@@ -88,7 +93,7 @@ class Provisioner:
             with _infra(), self._context.explained():
                 # The share is for the machine that builds its pack too: that one has ended before this one begins.
                 stack.enter_context(self._share(spec))
-                machine = self._provide(spec, start, stack)
+                machine = self._provide(spec, partial(self._started, spec, start, origin), stack)
                 stack.enter_context(machine.lifecycle.on(lan) if lan else nullcontext())
             self.tally.waited += time.monotonic() - began
             # Outside of `_infra`: an error of a hook or of the test is not the machine's.
@@ -98,10 +103,26 @@ class Provisioner:
             finally:
                 self._stopping(machine)
 
+    def origin(self, spec: MachineSpec) -> Origin:
+        """Return the image at the bottom of machines of a spec, made or fetched if need be."""
+        return self._images.origin(spec)
+
     def pack(self, spec: MachineSpec) -> Pack:
         """Return the pack for machines of a spec, and build it if need be."""
         with self._share(spec):
             return self._builder.pack(spec, self._kind, self._images.origin(spec))
+
+    def pack_of_key(self, key: str) -> tuple[Pack, MachineSpec]:
+        """Return a pack by its key, verified and held, and the spec of its machine.
+
+        Raises:
+            CatalogError: It is damaged, or an earlier version made it, which did not write the spec down.
+        """
+        pack = self._builder.checked(key)
+        try:
+            return pack, MachineSpec(**records.read(pack.path / SPEC))
+        except FileNotFoundError:
+            raise CatalogError(f"the pack {key[:12]} was made by an earlier version: start {pack.manifest.name} in place of it") from None
 
     def start(self, spec: MachineSpec, pack: Pack) -> Start:
         """Return the boot source for machines of a spec, from their pack."""
@@ -126,7 +147,7 @@ class Provisioner:
             self.tally.queued += time.monotonic() - began
             yield
 
-    def _provide(self, spec: MachineSpec, start: Start | None, stack: ExitStack) -> Machine:
+    def _provide(self, spec: MachineSpec, started: Callable[[], AbstractContextManager[Machine]], stack: ExitStack) -> Machine:
         """Start a machine, and retry as often as the settings say.
 
         Retries happen only here, before anybody has the machine.
@@ -134,7 +155,7 @@ class Provisioner:
         failures: list[VMBottleError] = []
         while True:
             try:
-                machine = stack.enter_context(self._started(spec, start))
+                machine = stack.enter_context(started())
             except VMBottleError as error:
                 # An error that a second try cannot change, such as a wrong spec, is raised at once.
                 if error.lasting or len(failures) == self._settings.retries:
@@ -153,8 +174,8 @@ class Provisioner:
         first = str(error).splitlines()[0]
         self._settings.warn(f"the machine {spec.name!r} could not be provided and is tried again: {type(error).__name__}: {first}")
 
-    def _started(self, spec: MachineSpec, start: Start | None) -> AbstractContextManager[Machine]:
-        origin = self._images.origin(spec)
+    def _started(self, spec: MachineSpec, start: Start | None, origin: Origin | None) -> AbstractContextManager[Machine]:
+        origin = origin or self._images.origin(spec)
         if start:
             return self._launcher.machine(spec.name, spec, start, origin)
         cold = spec.fresh == "boot" or (not spec.steps and origin.is_quick)

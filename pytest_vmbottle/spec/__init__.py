@@ -3,6 +3,7 @@
 from pytest_vmbottle.spec.spec import (
     BOOT,
     POWER_IN_FIRST_BOOT,
+    PREPARATION,
     SIGNATURE,
     Content,
     File,
@@ -21,6 +22,7 @@ from pytest_vmbottle.spec.spec import (
 __all__ = [
     "BOOT",
     "POWER_IN_FIRST_BOOT",
+    "PREPARATION",
     "SIGNATURE",
     "Content",
     "File",

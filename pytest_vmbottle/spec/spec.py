@@ -654,6 +654,15 @@ class MachineSpec:
         # The source that was given, and not one of the defaults or a layer.
         return cls(**{**merged, "source": source})
 
+    def plain_keywords(self) -> dict[str, Any]:
+        """Return the keywords that make this spec again, as JSON has them, without what a disk has of it already: `PREPARATION`.
+
+        The source is the image, in place of layers, whose functions only their own project has.
+        """
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(MachineSpec) if field.name not in PREPARATION}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        return plain | {"source": str(self.image), "env": dict(self.env)}
+
     @property
     def image(self) -> str | Path:
         """The image at the bottom of the source."""

@@ -1,23 +1,28 @@
-"""Client side of machines that run without pytest: their records, and requests to their daemons.
+"""Client side of machines that run without pytest: what is in their folders, and requests to their daemons.
 
-Each machine has a folder `machines/NAME` in the catalog, with a record, a socket, the console and the log of its daemon. The
-daemon holds a lock on that folder as long as it lives, so that nobody takes a dead one for running.
+Each machine has a folder `machines/NAME` in the catalog::
+
+    record.json           its record
+    order.json            the daemon's instructions, to start it again
+    socket, keeper.log    the daemon's socket and log
+    console.log           the serial console
+    disk/                 its own disk (see `stored`)
+    snapshots/LABEL/      a snapshot of it
+
+The daemon holds a lock on that folder as long as it lives, so that nobody takes a dead one for running. The disk stays until the machine is
+removed.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
-import json
 import os
-import pickle
+import re
 import secrets
 import shutil
 import socket
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,183 +30,54 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from pytest_vmbottle.errors import BackendUnavailable, CatalogError, MachineError, SpecError, VMBottleError
-from pytest_vmbottle.host import records
+from pytest_vmbottle.errors import BackendUnavailable, CatalogError, MachineError, SpecError, Unsupported, VMBottleError
+from pytest_vmbottle.host import generations, records
 from pytest_vmbottle.host.deadline import Deadline
-from pytest_vmbottle.host.files import private_dir
+from pytest_vmbottle.host.files import private_dir, size_on_disk
 from pytest_vmbottle.host.locks import is_locked, tried, try_lock
-from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.result import CommandTimeout, Result, printable
+from pytest_vmbottle.standalone.line import Line, connect
+from pytest_vmbottle.standalone.record import ERROR, OFF, STARTING, STOPPED, Record
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.machine.snapshot import Snapshot
-    from pytest_vmbottle.spec import MachineSpec
+    from pytest_vmbottle.channels.port import Terminal
+    from pytest_vmbottle.standalone.stored import Stored
 
-__all__ = ["Kept", "Line", "Record", "all_kept", "find", "listen", "packed", "peer_is_us"]
+__all__ = ["DISK", "LABEL", "SNAPSHOTS", "Kept", "Record", "Saved", "all_kept", "find"]
 
-_STARTING, _RUNNING, _STOPPED, _OFF, _ERROR = "starting", "running", "stopped", "off", "error"
-_RECORD, _SOCKET, _LOG, _CONSOLE = "record.json", "socket", "keeper.log", "console.log"
+_RECORD, _ORDER, _LOG, _CONSOLE = "record.json", "order.json", "keeper.log", "console.log"
+DISK, SNAPSHOTS = "disk", "snapshots"
+"""Folders in a machine's folder."""
+_FACTS = "start.json"
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}")
+"""Name of a snapshot."""
+_STAYS = frozenset({DISK, SNAPSHOTS, _ORDER})
+"""Entries of the folder that a machine needs to start again."""
 _MOMENT = 1.0
 """Seconds within which a process that only looks at a folder releases it."""
 _UNWIND = 30.0
 """Seconds that a daemon may take to end a machine whose start was cancelled."""
-# Bytes of a message: far more than any request or answer has.
-_MAX_MESSAGE = 8 << 20
+_ENDING = 150.0
+"""Seconds for a machine's daemon to end when it is asked to; the guest's shutdown has a shorter limit."""
 # Errors that are raised again by their own kind. Only these, since the name comes from another process.
-_KINDS: dict[str, type[VMBottleError]] = {kind.__name__: kind for kind in (BackendUnavailable, CatalogError, MachineError, SpecError)}
+_KINDS: dict[str, type[VMBottleError]] = {
+    kind.__name__: kind for kind in (BackendUnavailable, CatalogError, MachineError, SpecError, Unsupported)
+}
 
 
 @attrs.frozen(kw_only=True)
-class Record:
-    """Record of a machine that runs, or ran, without pytest.
+class Saved:
+    """A snapshot of a machine without pytest.
 
     Attributes:
-        name: The machine's name.
-        source: The source that it was started from.
-        state: `"starting"`, `"running"`, `"stopped"`, `"off"`: the guest powered itself off, or `"error"`: it was lost, or ended otherwise
-            than asked.
-        reason: The reason why it does not run, or what is wrong with it; else empty.
-        since: The time when it got into this state, or was found dead, in seconds since 1970.
-        keeper: The process id of its daemon.
-        spec: Its main properties: `arch`, `cpus`, `memory`, `disk`, `network`, `user`.
-        backend: The backend that runs it.
-        id: An identifier that is unique on this host.
-        pid: The hypervisor's process id.
-        ports: Forwarded ports of the guest, with the host's ports on 127.0.0.1.
-        argv: The hypervisor's command line.
-        until: The time when it is ended, in seconds since 1970; None if it runs until it is stopped.
+        label: Its name.
+        created: The time when it was made, in seconds since 1970.
+        size: Bytes of its files on disk, RAM included; those that it shares with others count too.
     """
 
-    name: str
-    source: str
-    state: str = _STARTING
-    reason: str = ""
-    since: float = attrs.field(factory=time.time)
-    keeper: Identity | None = None
-    spec: Mapping[str, Any] = attrs.field(factory=dict)
-    backend: str = ""
-    id: str = ""
-    pid: int | None = None
-    ports: Mapping[str, int] = attrs.field(factory=dict)
-    argv: tuple[str, ...] = ()
-    until: float | None = None
-
-    @property
-    def is_on(self) -> bool:
-        """Tell whether the machine is starting or running."""
-        return self.state in (_STARTING, _RUNNING)
-
-    @classmethod
-    def read(cls, path: Path) -> Record:
-        """Read what `write` has written.
-
-        Raises:
-            FileNotFoundError: There is no record.
-            Damaged: The record is damaged.
-        """
-
-        def make(facts: Mapping[str, Any]) -> Record:
-            keeper = Identity(**facts["keeper"]) if facts["keeper"] else None
-            return cls(**{**facts, "keeper": keeper, "argv": tuple(facts["argv"])})
-
-        return records.read_as(path, make)
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically."""
-        keeper = None if self.keeper is None else self.keeper._asdict()
-        records.write(path, attrs.asdict(self) | {"keeper": keeper})
-
-
-class Line:
-    """A connection between two processes, with one JSON object per line.
-
-    Descriptors may come with the first object.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        """Take a connected unix socket."""
-        self._sock = sock
-        self._buffer = bytearray()
-        self.descriptors: list[int] = []
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when the other side has sent something, or is gone."""
-        return self._sock.fileno()
-
-    def send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-        """Send a message."""
-        data = json.dumps(message).encode() + b"\n"
-        sent = socket.send_fds(self._sock, [data], list(descriptors)) if descriptors else 0
-        if sent < len(data):  # whoever has got it all may have answered and gone, and then even nothing is a broken pipe
-            self._sock.sendall(data[sent:])
-
-    def receive(self) -> dict[str, Any] | None:
-        """Receive the next message; return None if the other side is gone.
-
-        Raises:
-            ValueError: The message is invalid.
-        """
-        while b"\n" not in self._buffer:
-            try:
-                data, descriptors, _, _ = socket.recv_fds(self._sock, 1 << 16, 3)
-            except ConnectionResetError:
-                return None
-            self.descriptors += descriptors
-            if not data:
-                return None
-            self._buffer += data
-            # A peer that never ends its message would fill the memory.
-            if len(self._buffer) > _MAX_MESSAGE:
-                raise ValueError("the message is incomplete")
-        text, _, rest = self._buffer.partition(b"\n")
-        self._buffer = bytearray(rest)
-        message = json.loads(text)
-        if not isinstance(message, dict):
-            raise ValueError("the message is not an object")  # noqa: TRY004 - it is a value that came from outside
-        return message
-
-    @property
-    def is_cut(self) -> bool:
-        """Tell whether the other side is gone.
-
-        To be asked only when no more messages are expected from it.
-        """
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def close(self) -> None:
-        """Close the connection, and the descriptors that came with it."""
-        self._sock.close()
-        while self.descriptors:
-            os.close(self.descriptors.pop())
-
-
-def peer_is_us(sock: socket.socket) -> bool:
-    """Tell whether the other end of a unix socket belongs to this user."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return bool(uid == os.geteuid())
-
-
-@contextmanager
-def _address(folder: int) -> Iterator[str]:
-    """Yield the address of the socket in an open folder.
-
-    It is short however deep the folder is, because an address holds 107 bytes only.
-    """
-    yield f"/proc/self/fd/{folder}/{_SOCKET}"
-
-
-def listen(folder: int) -> socket.socket:
-    """Create a socket in an open folder, to which this user's processes can connect."""
-    sock = socket.socket(socket.AF_UNIX)
-    with _address(folder) as address:
-        sock.bind(address)
-    sock.listen(16)
-    return sock
+    label: str
+    created: float
+    size: int
 
 
 class Kept:
@@ -236,9 +112,9 @@ class Kept:
         except FileNotFoundError:
             if not self.folder.is_dir():
                 raise
-            return Record(name=self.name, source="", state=_STARTING if held else _STOPPED, reason="" if held else "it never ran")
+            return Record(name=self.name, source="", state=STARTING if held else STOPPED, reason="" if held else "it never ran")
         except records.Damaged as error:
-            return Record(name=self.name, source="", state=_ERROR, reason=f"its record {self.folder / _RECORD} cannot be read: {error}")
+            return Record(name=self.name, source="", state=ERROR, reason=f"its record {self.folder / _RECORD} cannot be read: {error}")
         if record.is_on and not held:
             return self._found_dead(record)
         return record
@@ -248,9 +124,7 @@ class Kept:
 
         The time of the death is unknown. So the time when it was found is written down, and all later readers see the same.
         """
-        found = attrs.evolve(
-            record, state=_STOPPED, reason="its daemon died, and the machine with it", since=time.time(), ports={}, pid=None
-        )
+        found = record.ended(STOPPED, "its daemon died, and the machine with it")
         # It may be claimed anew or removed this moment, or cannot be written: then it is told all the same. A shared lock lets others look.
         with suppress(OSError, records.Damaged), tried(self.folder, shared=True) as is_ours:
             now = Record.read(self.folder / _RECORD) if is_ours else found
@@ -270,29 +144,51 @@ class Kept:
         """Tell whether its daemon lives."""
         return is_locked(self.folder, shared=True)
 
-    def claim(self) -> int:
-        """Create the folder and lock it, and return the descriptor that passes the lock on.
+    @property
+    def can_start_again(self) -> bool:
+        """Tell whether it has a disk of its own to start from."""
+        return (self.folder / DISK / _FACTS).exists()
+
+    @contextmanager
+    def claimed(self, *, again: bool) -> Iterator[int]:
+        """Lock the folder for a block, created if it is a new machine's; yield the descriptor that passes the lock on.
 
         Raises:
-            CatalogError: There is a machine of this name already.
+            CatalogError: The machine runs, or a new one would take the place of another one's disk.
         """
+        fd = self._try_lock(again=again)
+        if fd is None:
+            raise CatalogError(f"the machine {self.name!r} runs already" if again else self._taken(is_on=True))
+        try:
+            if not again and self.can_start_again:
+                raise CatalogError(self._taken(is_on=False))
+            self._tidy(_STAYS if again else frozenset())
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _try_lock(self, *, again: bool) -> int | None:
         # Until the folder is locked or taken: between its making and the lock somebody may remove it.
         while True:
-            private_dir(self.folder)
-            with suppress(FileNotFoundError):  # it is just being removed
-                fd = try_lock(self.folder, deadline=Deadline(_MOMENT))
-                break
-        if fd is None:
-            raise self._taken()
-        # Left behind by a machine of this name whose daemon has ended.
-        for left in self.folder.iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        return fd
+            if not again:
+                private_dir(self.folder)
+            try:
+                return try_lock(self.folder, deadline=Deadline(_MOMENT))
+            except FileNotFoundError:  # it is just being removed
+                if again:
+                    raise CatalogError(f"there is no machine {self.name!r} any more") from None
 
-    def _taken(self) -> CatalogError:
-        return CatalogError(
-            f"there is a machine {self.name!r} already: take another --name, or stop that one with `vmbottle machine stop {self.name}`"
-        )
+    def _tidy(self, stays: frozenset[str]) -> None:
+        """Remove what a machine of this name has left behind."""
+        for left in self.folder.iterdir():
+            if left.name not in stays:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+    def _taken(self, *, is_on: bool) -> str:
+        way = f"stop it with `vmbottle machine stop {self.name}`"
+        if not is_on:
+            way = f"start it with `vmbottle machine start {self.name}`, remove it with `vmbottle machine rm {self.name}`"
+        return f"there is a machine {self.name!r} already: {way}, or choose another name with --name"
 
     def discard(self) -> bool:
         """Remove the machine's folder; return false if its daemon lives."""
@@ -308,33 +204,101 @@ class Kept:
         """Wait until its daemon has ended; return whether it has by the deadline."""
         return bool(deadline.poll(lambda: not self.is_held, every=0.1, first=0.01))
 
+    # -- its snapshots ---------------------------------------------------------------------------------------------------------------
+
+    def snapshots(self) -> tuple[Saved, ...]:
+        """Return its snapshots, oldest first."""
+        there = self.folder / SNAPSHOTS
+        found = [path / _FACTS for path in (there.iterdir() if there.is_dir() else ()) if LABEL.fullmatch(path.name)]
+        return tuple(
+            # The time of the file that makes it complete: to read all facts would cost more than to look at them.
+            Saved(label=facts.parent.name, created=facts.stat().st_mtime, size=size_on_disk(facts.parent))
+            for facts in sorted((facts for facts in found if facts.exists()), key=lambda facts: facts.stat().st_mtime)
+        )
+
+    def snapshot_folder(self, label: str) -> Path:
+        """Return the folder of a snapshot.
+
+        Raises:
+            CatalogError: There is no such snapshot.
+        """
+        labels = [saved.label for saved in self.snapshots()]
+        if label not in labels:
+            raise CatalogError(f"the machine {self.name!r} has no snapshot {label!r} (there: {', '.join(labels) or 'none'})")
+        return self.folder / SNAPSHOTS / label
+
+    def forget(self, label: str) -> None:
+        """Remove a snapshot.
+
+        Raises:
+            CatalogError: There is none of this name, or the machine runs from it.
+        """
+        if not generations.remove(self.snapshot_folder(label)):
+            raise CatalogError(f"the machine {self.name!r} runs from the snapshot {label!r}, which is removed when it has ended")
+
     # -- its keeper ------------------------------------------------------------------------------------------------------------------
 
-    def start(self, order: Mapping[str, Any], say: Callable[[str], None]) -> Record:
-        """Start a daemon with the machine, and return when it is ready.
+    def start(self, order: Mapping[str, Any], say: Callable[[str], None], *, snapshot: Stored | None = None) -> Record:
+        """Start a daemon with a new machine, and return when it is ready.
 
         The daemon goes on when this process ends.
 
         Args:
-            order: The daemon's instructions: `catalog`, `folder`, `settings` and `keywords`, and perhaps `snapshot` (see `packed`),
-                `seconds`, after which the machine is ended, and `memory_seconds`, which it waits for memory at most.
+            order: The daemon's instructions: `catalog`, `folder`, `settings` and `keywords`, and perhaps `seconds`, after which the machine
+                is ended, and `memory_seconds`, which it waits for memory at most.
             say: Function that gets a line about long work.
+            snapshot: A snapshot to start from, in place of the source.
 
         Raises:
             CatalogError: There is a machine of this name already.
             VMBottleError: The machine could not be started; nothing is left of it.
         """
-        hold = self.claim()
+        with self.claimed(again=False) as hold:
+            try:
+                if snapshot is not None:
+                    snapshot.write(self.folder / SNAPSHOTS / snapshot.label)
+                    order = {**order, "label": snapshot.label}
+                return self._started(order, say, hold, Record(name=self.name, source=str(order["keywords"].get("source", ""))))
+            except BaseException:
+                self._tidy(frozenset())
+                # Under the lock, which ends with this block: nobody has the name in between.
+                self.folder.rmdir()
+                raise
+
+    def start_again(self, say: Callable[[str], None], *, label: str | None = None, settings: Mapping[str, str] | None = None) -> Record:
+        """Start a machine that is off, from its own disk or from one of its snapshots.
+
+        Args:
+            say: Function that gets a line about long work.
+            label: The snapshot to start from.
+            settings: Settings that differ from those of its first start.
+
+        Raises:
+            CatalogError: It runs, has no disk of its own, or no such snapshot.
+            VMBottleError: It could not be started; it is as it was.
+        """
+        before = self.record()
+        with self.claimed(again=True) as hold:
+            if label is not None:
+                self.snapshot_folder(label)
+            elif not self.can_start_again:
+                raise CatalogError(f"the machine {self.name!r} has no disk of its own to start from: {before.reason}")
+            order = records.read(self.folder / _ORDER)
+            order["settings"] = {**order["settings"], **(settings or {})}
+            try:
+                return self._started(order | {"label": label or ""}, say, hold, attrs.evolve(before, state=STARTING, reason=""))
+            except BaseException as error:
+                # It is as it was before, and can be started again.
+                self.note(before.ended(STOPPED, f"it could not be started: {printable(str(error)).partition(chr(10))[0]}"))
+                raise
+
+    def _started(self, order: Mapping[str, Any], say: Callable[[str], None], hold: int, record: Record) -> Record:
+        # A first record, so that the name is listed while the daemon imports its modules.
+        self.note(record)
+        # Secrets may be in it, as in the disk that lies beside it: both are this user's only.
+        records.write(self.folder / _ORDER, {key: value for key, value in order.items() if key != "label"})
+        process, line = self._spawn(hold)
         try:
-            # A first record, so that the name is listed while the daemon imports its modules.
-            Record(name=self.name, source=str(order["keywords"].get("source", ""))).write(self.folder / _RECORD)
-            process, line = self._spawn(hold)
-        except BaseException:
-            os.close(hold)
-            self.discard()
-            raise
-        try:
-            os.close(hold)  # the keeper has it
             line.send(order)
             # Then it is confirmed. The daemon ends a machine whose client hangs up before that.
             record = self._await_ready(line, say)
@@ -347,7 +311,6 @@ class Kept:
             # Without effect if it has ended. A daemon that hangs would keep the name for ever.
             process.kill()
             process.wait()
-            self.discard()
             raise
         line.close()
         process.returncode = 0  # it is on its own from now on, and nobody is to be warned that it still runs
@@ -410,33 +373,74 @@ class Kept:
         return _checked(message)
 
     def _connect(self) -> Line:
-        sock = socket.socket(socket.AF_UNIX)
         try:
-            # By a descriptor, which makes the address short. A link in its place is not followed.
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                with _address(folder) as address:
-                    sock.connect(address)
-            finally:
-                os.close(folder)
+            return connect(self.folder)
         except OSError as error:
-            sock.close()
             # No socket yet, or one whose daemon has ended: sockets are not removed with their process.
             if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
                 raise
             raise self._ended("is not running") from None
-        return Line(sock)
+
+    def terminal(  # noqa: PLR0913 - those of a command, and of its window
+        self,
+        *,
+        argv: Sequence[str] = (),
+        user: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        kind: str = "xterm-256color",
+        size: tuple[int, int] = (80, 24),
+    ) -> Terminal:
+        """Open a terminal in the guest.
+
+        Args:
+            argv: The command on it; by default a login shell.
+            user: The user who runs it; by default the machine's.
+            env: Variables of the command.
+            cwd: Its folder.
+            kind: The kind of terminal: the variable `TERM`.
+            size: Columns and lines.
+
+        Raises:
+            MachineError: The machine is not running.
+        """
+        # Only who opens a terminal pays for the channels that it is one of.
+        from pytest_vmbottle.standalone.terminal import RemoteTerminal  # noqa: PLC0415
+
+        request = {"verb": "terminal", "argv": argv, "user": user, "env": env or {}, "cwd": cwd, "kind": kind, "size": size}
+        return RemoteTerminal.open(self._connect(), request, checked=_checked)
 
     def _ended(self, what: str) -> MachineError:
         try:
             record = self.record()
         except FileNotFoundError:
             return MachineError(f"the machine {self.name!r} is gone", machine=self.name)
-        what = "is off" if record.state == _OFF else what
-        why = f": {record.reason}" if record.reason else ": it is still starting" if record.state == _STARTING else ""
+        what = "is off" if record.state == OFF else what
+        why = f": {record.reason}" if record.reason else ": it is still starting" if record.state == STARTING else ""
         return MachineError(f"the machine {self.name!r} {what}{why}", machine=self.name)
 
-    def kill(self) -> None:
+    def stop(self, *, now: bool = False) -> Record:
+        """Shut the machine down, or cut its power, and wait until it is off; return its record.
+
+        A daemon that hangs is killed. Nothing happens to a machine that does not run.
+
+        Raises:
+            MachineError: It is still starting: it ends with the process that starts it.
+        """
+        if self.is_held:
+            try:
+                self.ask({"verb": "stop", "now": now})
+            except MachineError:
+                # A daemon that is starting takes no requests yet.
+                if self.record().state == STARTING:
+                    raise
+            # The daemon's own limit for a shutdown is shorter, so one that is still there hangs.
+            if not self.wait(Deadline(_ENDING)):
+                self._kill()
+                self.wait(Deadline(_ENDING))
+        return self.record()
+
+    def _kill(self) -> None:
         """Kill a daemon that does not answer, and with it the machine."""
         record = self.record()
         # The lock and the identity together, because a process id alone may be another process by now.
@@ -451,20 +455,13 @@ def _checked(message: Mapping[str, Any]) -> Any:
     kind, text = message["error"], str(message.get("message", ""))
     if kind == CommandTimeout.__name__:
         raise CommandTimeout(Result(argv=tuple(message["argv"]), returncode=-9, stdout="", stderr=""), float(message["seconds"]))
-    # As text alone: its attributes stay with the daemon.
-    raise _KINDS.get(kind, VMBottleError)(text)
-
-
-def packed(snapshot: Snapshot) -> str:
-    """Return a snapshot for an order. Its layers are left out, because a daemon cannot import their functions."""
-    plain = attrs.evolve(snapshot, spec=attrs.evolve(snapshot.spec, source=snapshot.spec.image, **_mutable(snapshot.spec)))
-    # In text, because an order is JSON. Who reads it is a child of ours.
-    return base64.b64encode(pickle.dumps(plain)).decode()
-
-
-def _mutable(spec: MachineSpec) -> dict[str, Any]:
-    """Return the fields of a spec that it takes in another form than it has."""
-    return {"env": dict(spec.env), "files": dict(spec.files)}
+    if kind == ValueError.__name__:
+        raise ValueError(text)
+    if message.get("errno"):
+        # Of the kind that the number says, such as FileNotFoundError.
+        raise OSError(int(message["errno"]), text, message.get("filename"))
+    # As text alone: its attributes stay with the daemon. By the nearest kind that can be made of a text.
+    raise next((_KINDS[name] for name in message.get("kinds", [kind]) if name in _KINDS), VMBottleError)(text)
 
 
 def all_kept(machines: Path) -> tuple[Kept, ...]:

@@ -6,16 +6,13 @@ terminal, and serves requests of other processes by its socket, to which only th
 
 from __future__ import annotations
 
-import base64
 import os
-import pickle
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,22 +23,25 @@ import attrs
 from pytest_vmbottle import images
 from pytest_vmbottle.backends.make import make
 from pytest_vmbottle.backends.port import Backend, Start
+from pytest_vmbottle.catalog import packs
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.errors import BackendUnavailable, MachineDied, MachineError, Unsupported, VMBottleError
 from pytest_vmbottle.host.deadline import Deadline
-from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.signals import Interruption, left
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.machine.machine import Machine
-from pytest_vmbottle.machine.snapshot import Snapshot
 from pytest_vmbottle.provision import Provisioner, Settings
-from pytest_vmbottle.result import CommandTimeout
+from pytest_vmbottle.provision.origins import KeptOrigin, Origin
 from pytest_vmbottle.settings import Settings as Told
 from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec
-from pytest_vmbottle.standalone import client as kept
-from pytest_vmbottle.standalone.client import Kept, Line, Record
-from pytest_vmbottle.standalone.streams import connect
+from pytest_vmbottle.spec.pack_kind import PackKind
+from pytest_vmbottle.standalone.client import DISK, SNAPSHOTS, Kept
+from pytest_vmbottle.standalone.line import Line, listen, peer_is_us
+from pytest_vmbottle.standalone.orders import PACK, forwards, source_of, spec_keywords
+from pytest_vmbottle.standalone.record import ERROR, OFF, RUNNING, STOPPED, Record
+from pytest_vmbottle.standalone.requests import ANSWERED_BY_THE_GUEST, Requests, told
+from pytest_vmbottle.standalone.stored import Stored
 
 __all__ = ["Daemon", "keep", "main"]
 
@@ -53,49 +53,51 @@ _SHUTDOWN = 90.0
 """Seconds that a guest may take to power off."""
 _LAST_WORDS = 3.0
 """Seconds in which pending requests get their answers after the machine has ended."""
-_ANSWERED_BY_THE_GUEST = frozenset({"exec", "cp", "ssh", "freeze"})
 # For backends without an orderly shutdown. It sleeps first, so that the command is answered before the guest goes down.
-_SNAPSHOT = "snapshot"
-"""Folder in a machine's folder for the snapshot that it was started from."""
 _POWER_OFF = "(sleep 0.2; poweroff) >/dev/null 2>&1 </dev/null &"
-
-
-def _backend(name: str, told: Told, catalog: Catalog, say: Callable[[str], None]) -> Backend:
-    # No hook is asked: backends of plugins belong to pytest.
-    made = make(name, told, folder=catalog.root, warn=say)
-    if made is None:
-        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or use qemu or smolvm")
-    return made
 
 
 class Daemon:
     """A running machine, and the requests of other processes for it."""
 
-    def __init__(self, machine: Machine) -> None:
-        """Take a machine that is ready."""
-        self._machine = machine
+    def __init__(self, machine: Machine, place: Kept, record: Record, origin: Origin) -> None:
+        """Take a machine that is ready.
+
+        Args:
+            machine: The machine.
+            place: Its folder.
+            record: Its first record.
+            origin: The image at its bottom.
+        """
+        self._machine, self._place, self._record = machine, place, record
+        self._writing = threading.Lock()
         # Written by request threads and read by the main thread: an assignment is whole, and `_woken` tells of it.
         self._wish = ""
         self._woken = threading.Event()
         self._busy: set[threading.Thread] = set()
-        self._verbs: dict[str, Callable[[Line, Mapping[str, Any]], Any]] = {
-            "exec": self._exec,
-            "cp": self._cp,
-            "metrics": self._metrics,
-            "ssh": self._ssh,
-            "ssh-config": lambda *_: str(machine.ssh_config()),
-            # It only wakes the main thread, which ends the machine: the answer must come before the end.
-            "stop": self._stop,
-            "freeze": lambda *_: str(machine.snapshot("frozen").path),
-        }
+        self.requests = Requests(machine, place, origin, note=self.note)
+
+    def note(self, *, ports: Mapping[int, int] | None = None, **changed: Any) -> None:
+        """Write the record with other values of some fields, and with more ports."""
+        with self._writing:
+            changed["ports"] = {**self._record.ports, **{str(port): here for port, here in (ports or {}).items()}}
+            if "state" in changed:
+                changed["since"] = time.time()
+            self._record = self._place.note(attrs.evolve(self._record, **changed))
+
+    @property
+    def record(self) -> Record:
+        """The record as it was last written."""
+        return self._record
 
     # -- its end ---------------------------------------------------------------------------------------------------------------------
 
-    def watch(self, note: Callable[[str, str], object], seconds: float | None = None) -> tuple[str, str]:
+    def watch(self, seconds: float | None = None) -> tuple[str, str]:
         """Wait until the machine ends or is to be stopped; return its last state and the reason.
 
+        An end that nobody asked for is written into the record at once, and so is the trouble of a machine that still runs.
+
         Args:
-            note: Function that is called at once with an end that nobody asked for, and once with the trouble of a machine that still runs.
             seconds: Seconds after which it is ended, if nobody asked for that before.
         """
         told = False
@@ -103,22 +105,27 @@ class Daemon:
         until = None if seconds is None else time.time() + seconds
         while not self._woken.wait(_PACE):
             if until is not None and time.time() >= until:
-                return "stopped", f"it was ended after {seconds:.0f} s, as its test asked"
+                return STOPPED, f"it was ended after {seconds:.0f} s, as its test asked"
             trouble = self._trouble()
             if trouble is None:
                 continue
             if not told or trouble.exitcode is not None:
-                note(*_ending(trouble))
+                state, reason = _ending(trouble)
+                self.note(state=state, reason=reason)
                 told = True
             if trouble.exitcode is not None:
                 return _ending(trouble)
-        return "stopped", self._power_off()
+        return STOPPED, self._power_off()
 
     def _trouble(self) -> MachineDied | None:
-        try:
-            self._machine.lifecycle.instance.alive()
-        except MachineDied as error:
-            return error
+        # While it is restored it has no hypervisor for a moment, which is no end.
+        with self.requests.replacing:
+            try:
+                self._machine.lifecycle.instance.alive()
+            except MachineDied as error:
+                return error
+            except MachineError as error:  # a restore failed, and nothing is left to run
+                return MachineDied(str(error), exitcode=1)
         return None
 
     def _power_off(self) -> str:
@@ -143,8 +150,9 @@ class Daemon:
     def _is_off(self) -> bool:
         return self._machine.lifecycle.instance.exitcode is not None
 
-    def _stop(self, _: Line, request: Mapping[str, Any]) -> None:
-        self._wish = "cut" if request["now"] else self._wish or "off"
+    def _stop(self, *, now: bool) -> None:
+        # It only wakes the main thread, which ends the machine: the answer must come before the end.
+        self._wish = "cut" if now else self._wish or "off"
         self._woken.set()
 
     # -- what is asked ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ class Daemon:
         line = Line(sock)
         try:
             # Not by the socket's mode alone: the kernel tells who is at the other end.
-            if kept.peer_is_us(sock):
+            if peer_is_us(sock):
                 request = line.receive()
                 # No time-out from here on: the request may take as long as the client likes.
                 sock.settimeout(None)
@@ -190,17 +198,20 @@ class Daemon:
             self._busy.discard(threading.current_thread())
 
     def _answer(self, line: Line, request: Mapping[str, Any]) -> dict[str, Any]:
-        verb = request["verb"]
+        verb = request.get("verb")
         try:
+            if verb == "stop":
+                self._stop(now=request["now"])
+                return {"answer": None}
             # A channel notices the end of a machine late, so the hypervisor is asked first.
-            if verb in _ANSWERED_BY_THE_GUEST and (fate := self._fate()):
+            if verb in ANSWERED_BY_THE_GUEST and (fate := self._fate()):
                 raise fate
-            return {"answer": self._verbs[verb](line, request)}
+            return {"answer": self.requests.answer(line, request)}
         # What a request sees of a machine's end is often only its own connection. The hypervisor knows the cause.
         except MachineDied as error:
-            return _told(self._fate() or error)
+            return told(self._fate() or error)
         except Exception as error:
-            return _told(error)
+            return told(error)
 
     def _fate(self) -> MachineError | None:
         """Return the error of a guest that is off or in trouble, or None.
@@ -211,35 +222,8 @@ class Daemon:
         if trouble is None:
             return None
         state, reason = _ending(trouble)
-        what = "is off" if state == "off" else "does not answer any more"
+        what = "is off" if state == OFF else "does not answer any more"
         return MachineError(f"the machine {self._machine.name!r} {what}: {reason}", machine=self._machine.name)
-
-    def _exec(self, line: Line, request: Mapping[str, Any]) -> int:
-        """Run a command with the three descriptors that came with the request, and return its status."""
-        words, timeout = tuple(request["argv"]), request["timeout"]
-        # The descriptors stay open until the line is closed, after the answer.
-        with connect(self._machine, words, line.descriptors, env=request["env"], cwd=request["cwd"], user=request["user"]) as piped:
-            deadline = None if timeout is None else Deadline(timeout)
-            return piped.wait(cancelled=lambda: line.is_cut, deadline=deadline)
-
-    def _cp(self, _: Line, request: Mapping[str, Any]) -> None:
-        source, target = request["src"], request["dst"]
-        if request["to_guest"]:
-            self._machine.cp(Path(source), self._machine.path(target))
-        else:
-            self._machine.cp(self._machine.path(source), Path(target))
-
-    def _metrics(self, line: Line, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the machine's figures, with processor time over the last moment."""
-        # Processor time is a difference: this sample is its beginning.
-        self._machine.metrics()
-        Deadline(request["seconds"]).poll(lambda: line.is_cut)
-        return self._machine.metrics().figures
-
-    def _ssh(self, _: Line, __: Mapping[str, Any]) -> dict[str, Any]:
-        """Return address, user and keys for a login."""
-        access = self._machine.lifecycle.instance.ssh_access()
-        return {"address": access.address, "keys": attrs.asdict(access.keys), "user": self._machine.spec.user}
 
 
 def _first_line(error: BaseException) -> str:
@@ -247,27 +231,18 @@ def _first_line(error: BaseException) -> str:
 
 
 def _ending(error: MachineDied) -> tuple[str, str]:
-    return ("off", "the guest powered itself off") if error.exitcode == 0 else ("error", _first_line(error))
-
-
-def _told(error: Exception) -> dict[str, Any]:
-    """Encode an error for another process."""
-    message: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, CommandTimeout):
-        return message | {"argv": error.result.argv, "seconds": error.timeout}
-    if isinstance(error, VMBottleError):
-        return message
-    if isinstance(error, OSError):
-        parts = (error.filename, error.strerror or error)
-        return message | {"message": ": ".join(str(part) for part in parts if part)}
-    # A mistake of ours: its traceback is for the log, and the client gets a sentence.
-    if not isinstance(error, ValueError):
-        traceback.print_exception(error)
-        message["message"] = f"{type(error).__name__}: {error} (see keeper.log, the log of the machine's daemon)"
-    return message
+    return (OFF, "the guest powered itself off") if error.exitcode == 0 else (ERROR, _first_line(error))
 
 
 # -- the process -----------------------------------------------------------------------------------------------------------------------
+
+
+def _backend(name: str, told: Told, catalog: Catalog, say: Callable[[str], None]) -> Backend:
+    # No hook is asked: backends of plugins belong to pytest.
+    made = make(name, told, folder=catalog.root, warn=say)
+    if made is None:
+        raise BackendUnavailable(f"the command line knows no backend {name!r}", "Leave --backend out, or use qemu or smolvm")
+    return made
 
 
 def main() -> None:
@@ -301,11 +276,10 @@ def keep(place: Kept, hold: int, line: Line) -> int:
     with ExitStack() as stack:
         try:
             with _wanted(line) as confirmed:
-                machine, record = stack.enter_context(_provided(place, order, lambda words: line.send({"say": words})))
-                keeper = Daemon(machine)
-                server = stack.enter_context(kept.listen(hold))
-                keeper.listen(server)
-                place.note(record)
+                daemon = stack.enter_context(_provided(place, order, lambda words: line.send({"say": words})))
+                server = stack.enter_context(listen(hold))
+                daemon.listen(server)
+                daemon.note()
                 # The record is there by now, which the client reads next.
                 line.send({"answer": None})
                 confirmed.wait()
@@ -313,24 +287,27 @@ def keep(place: Kept, hold: int, line: Line) -> int:
             # First the machine is ended, so that nothing of it is left when the client reads the error.
             stack.close()
             with suppress(OSError):
-                line.send(_told(error))
+                line.send(told(error))
             return 1
-        state, reason = _watched(keeper, place, record, order.get("seconds"))
+        state, reason = _watched(daemon, order.get("seconds"))
         # After the watch and before the machine is removed, whose console and channels answers may need.
-        keeper.finish()
+        daemon.finish()
         _save_console(place)
-    shutil.rmtree(place.folder / _SNAPSHOT, ignore_errors=True)
+    if "seconds" in order:
+        # Kept for a while only, and nobody removes it afterwards. What it has said stays.
+        for name in (DISK, SNAPSHOTS):
+            shutil.rmtree(place.folder / name, ignore_errors=True)
     # Last of all, while the lock is still held: who sees no lock finds the final record.
-    place.note(attrs.evolve(record, state=state, reason=reason, since=time.time(), ports={}, pid=None))
+    place.note(daemon.record.ended(state, reason))
     return 0
 
 
-def _watched(keeper: Daemon, place: Kept, record: Record, seconds: float | None) -> tuple[str, str]:
+def _watched(daemon: Daemon, seconds: float | None) -> tuple[str, str]:
     try:
-        return keeper.watch(lambda state, reason: place.note(attrs.evolve(record, state=state, reason=reason, since=time.time())), seconds)
+        return daemon.watch(seconds)
     except SystemExit as error:
         number = int(error.code or 0) - 128
-        return "stopped", f"its daemon was ended by {signal.Signals(number).name}, and the machine with it"
+        return STOPPED, f"its daemon was ended by {signal.Signals(number).name}, and the machine with it"
 
 
 @contextmanager
@@ -354,12 +331,11 @@ def _wanted(line: Line) -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Machine, Record]]:
-    """Yield the running machine and its record."""
-    spec, start = _described(place, order)
+def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Daemon]:
+    """Yield the running machine with its requests."""
     catalog = Catalog(Path(order["catalog"]))
     told = Told.read(lambda setting: order["settings"].get(setting.name))
-    name = told.backend_for(spec.backend)
+    name = told.backend_for(order["keywords"].get("backend", "auto"))
     settings = Settings(
         timeout_factor=told.timeout_factor,
         rebuild_before=time.time() if told.rebuild else None,
@@ -373,50 +349,67 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
     )
     provisioner = Provisioner(catalog, _backend(name, told, catalog, say), name=name, settings=settings)
     try:
+        made_of = _made_of(place, order, provisioner, catalog)
         # The console is linked within the block of the machine, whose folder is gone after it.
-        with provisioner.machine(spec, start=start) as machine, _shown_console(place, machine):
-            yield machine, attrs.evolve(_record(place, machine), until=time.time() + order["seconds"] if "seconds" in order else None)
+        with provisioner.machine(made_of.spec, start=made_of.start, origin=made_of.origin) as machine, _shown_console(place, machine):
+            origin = made_of.origin or provisioner.origin(made_of.spec)
+            for port, here in forwards(order["keywords"]):
+                machine.lifecycle.instance.forward_from(here, port)
+            daemon = Daemon(machine, place, _record(place, machine, order), origin)
+            if not (made_of.start and made_of.start.kept):
+                daemon.requests.keep_disk()
+            yield daemon
+            _keep_without_file(place, machine, origin)
     finally:
         provisioner.close()
         catalog.close()
 
 
-def _described(place: Kept, order: Mapping[str, Any]) -> tuple[MachineSpec, Start | None]:
-    """Return what machine to start, and from what if it is not from its source."""
+@attrs.frozen(kw_only=True)
+class _MadeOf:
+    """The things that a machine is started with: its spec, and a boot source if it is not that of its spec."""
+
+    spec: MachineSpec
+    start: Start | None = None
+    origin: Origin | None = None
+
+
+def _made_of(place: Kept, order: Mapping[str, Any], provisioner: Provisioner, catalog: Catalog) -> _MadeOf:
     keywords = dict(order["keywords"])
-    if "snapshot" not in order:
-        return MachineSpec.resolve(_source(keywords.pop("source")), keywords), None
-    # Trusted, because it comes by the line from the process that started this one.
-    snapshot: Snapshot = pickle.loads(base64.b64decode(order["snapshot"]))  # noqa: S301
-    del keywords["source"]  # for people
-    return snapshot.of(**keywords), _own(snapshot, private_dir(place.folder / _SNAPSHOT))
+    source = str(keywords.pop("source"))
+    # Absent for a new machine, a snapshot's label, or empty for the machine's own disk.
+    label = order.get("label")
+    if label is not None:
+        stored = Stored.read(place.folder / (f"{SNAPSHOTS}/{label}" if label else DISK))
+        # The whole spec is stored: what was given for the first start alone was made into the disk then.
+        given = {} if place.can_start_again else keywords
+        return _MadeOf(spec=stored.spec(**{**spec_keywords(given), "name": place.name}), start=stored.start, origin=stored.origin)
+    if source.startswith(PACK):
+        pack, spec = provisioner.pack_of_key(packs.find(catalog.packs, source.removeprefix(PACK)).name.partition(".")[0])
+        spec = attrs.evolve(spec, **{"env": dict(spec.env), "files": {}, **spec_keywords(keywords)})
+        return _MadeOf(spec=spec, start=provisioner.start(spec, pack))
+    return _MadeOf(spec=MachineSpec.resolve(source_of(source, Path(order["folder"])), spec_keywords(keywords)))
 
 
-def _own(snapshot: Snapshot, folder: Path) -> Start:
-    """Return a snapshot as a boot source whose files this machine has itself.
-
-    The machine that it was made of ends with its test, and its folder with the run. So the files get a second name, which costs no room.
-    """
-    start, seed = snapshot.start, folder / "boot-seed"
-    for path in snapshot.path.iterdir():
-        os.link(path, folder / path.name)
-    # Not every backend has one.
-    if start.seed.exists():
-        os.link(start.seed, seed)
-    own = (attrs.evolve(disk, path=folder / disk.path.name) if disk.path.parent == snapshot.path else disk for disk in start.disks)
-    return attrs.evolve(start, saved=folder, seed=seed, disks=tuple(own))
+def _keep_without_file(place: Kept, machine: Machine, origin: Origin) -> None:
+    """Have a backend whose machines have no file of a disk here save the disk at the end, so that the machine can be started again."""
+    if machine.lifecycle.instance.overlay is not None:
+        return
+    folder = place.folder / f".{DISK}"
+    with suppress(VMBottleError, OSError):
+        folder.mkdir(mode=0o700)
+        machine.lifecycle.instance.save(folder, kind=PackKind.DISK, deadline=Deadline(_SHUTDOWN))
+        start = Start.own(saved=folder)
+        Stored(start=start, origin=KeptOrigin.of(origin), keywords=machine.spec.plain_keywords()).write(place.folder / DISK)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _source(text: str) -> str | Path:
-    return Path(text) if "/" in text else text
-
-
-def _record(place: Kept, machine: Machine) -> Record:
+def _record(place: Kept, machine: Machine, order: Mapping[str, Any]) -> Record:
     spec = machine.spec
     return Record(
         name=place.name,
         source=str(spec.image),
-        state="running",
+        state=RUNNING,
         keeper=Identity.of(os.getpid()),
         spec={name: getattr(spec, name) for name in ("arch", "cpus", "memory", "disk", "network", "user")},
         backend=machine.backend,
@@ -424,6 +417,7 @@ def _record(place: Kept, machine: Machine) -> Record:
         pid=machine.pid,
         ports={str(port): machine.forward(port)[1] for port in spec.ports},
         argv=tuple(getattr(machine.lifecycle.instance, "argv", ())),
+        until=time.time() + order["seconds"] if "seconds" in order else None,
     )
 
 

@@ -208,11 +208,13 @@ def test_metrics_have_both_sides(commands: Commands, web: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no OpenSSH client")
-def test_openssh_logs_in_with_the_configuration(commands: Commands, web: str) -> None:
-    config = commands.run("ssh-config", web).stdout.decode().strip()
-    ended = subprocess.run(["ssh", "-F", config, web, "echo $((6*7))"], capture_output=True, text=True, timeout=120, check=False)
+def test_openssh_logs_in_with_the_configuration_and_with_its_file(commands: Commands, web: str, tmp_path: Path) -> None:
+    path = commands.run("ssh-config", "--path", web).stdout.decode().strip()
+    (tmp_path / "cfg").write_bytes(commands.run("ssh-config", web).stdout)
 
-    assert (ended.returncode, ended.stdout) == (0, "42\n"), ended.stderr
+    for config in (path, tmp_path / "cfg"):
+        ended = subprocess.run(["ssh", "-F", config, web, "echo $((6*7))"], capture_output=True, text=True, timeout=120, check=False)
+        assert (ended.returncode, ended.stdout) == (0, "42\n"), ended.stderr
 
 
 def test_the_packs_and_the_image_of_a_machine_are_not_removed(commands: Commands, web: str) -> None:
@@ -291,6 +293,7 @@ def test_a_machine_that_powers_itself_off_is_off_and_one_that_is_killed_an_error
     commands.exec(name, "systemd-run", "sh", "-c", "sleep 1; poweroff")
     assert Deadline(120).poll(lambda: is_gone(started["keeper"]), every=0.2)
     off = commands.about(name)
+    commands.run("rm", name)
     pid = commands.start(name)["pid"]
     os.kill(pid, signal.SIGKILL)
     assert Deadline(60).poll(lambda: (commands.about(name) or {})["state"] == "error", every=0.2)

@@ -36,13 +36,15 @@ from pytest_vmbottle.host.files import copy_sparse, descriptor
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
-__all__ = ["CONSOLE", "Parts", "Programs", "QemuInstance", "Sockets", "make_overlay", "signal_hint"]
+__all__ = ["CONSOLE", "OVERLAY", "Parts", "Programs", "QemuInstance", "Sockets", "make_overlay", "signal_hint"]
 
 _GRACE = 10.0
 _MOMENT = 2.0
 """Seconds within which a QEMU whose monitor has closed ends."""
 _SAVED, _STATE = "saved.json", "state.bin"
 CONSOLE = "console.log"
+OVERLAY = "disk.qcow2"
+"""Name of a machine's own disk in its folder."""
 # Exclusive, so that nothing that stands there is written over, or through as a link.
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
@@ -151,6 +153,11 @@ class QemuInstance(Instance):
         return self._process.argv
 
     @property
+    def overlay(self) -> Path:
+        """File of the machine's own disk (see `Instance.overlay`)."""
+        return self._rundir / OVERLAY
+
+    @property
     def exitcode(self) -> int | None:
         """Exit status of QEMU: 0 after the guest powered off; None while it runs."""
         return self._process.exitcode
@@ -209,6 +216,12 @@ class QemuInstance(Instance):
         if found is None:
             raise MachineError(f"QEMU did not forward the guest's port {port}", machine=self._spec.name)
         return "127.0.0.1", found
+
+    def forward_from(self, here: int, port: int) -> None:
+        """Forward a chosen port (see `Instance.forward_from`)."""
+        self._forwards.keep([(port, here)])
+        if self.forward(port)[1] != here:
+            raise MachineError(f"the port {here} of this computer is in use, or may not be listened on", machine=self._spec.name)
 
     @property
     def forwards(self) -> Mapping[int, int]:
@@ -308,7 +321,7 @@ class QemuInstance(Instance):
         else:
             self._save_running(dest, kind, deadline)
         # After QEMU's end, which has flushed it. Moved, because the machine is over and a disk may be large.
-        shutil.move(self._rundir / "disk.qcow2", dest / "disk.qcow2")
+        shutil.move(self.overlay, dest / "disk.qcow2")
         make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
 
     def _save_running(self, dest: Path, kind: PackKind, deadline: Deadline) -> None:
@@ -366,7 +379,7 @@ class QemuInstance(Instance):
             # With all of its RAM: the pages of a clone may be in no file, since its mapping of the pack is private.
             self._migrate("migrate", dest / _STATE, PackKind.STREAM, deadline)
         # Only now: with the end of the migration QEMU has written its disks out, and does not touch them before it gets them back.
-        with descriptor(self._rundir / "disk.qcow2", os.O_RDONLY) as disk, descriptor(dest / "disk.qcow2", _NEW) as copy:
+        with descriptor(self.overlay, os.O_RDONLY) as disk, descriptor(dest / "disk.qcow2", _NEW) as copy:
             copy_sparse(disk, copy)
 
     def state(self) -> State:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import attrs
@@ -14,7 +15,7 @@ from pytest_vmbottle.backends.console import Recorder
 from pytest_vmbottle.backends.kernel_watch import KernelWatch
 from pytest_vmbottle.backends.port import Start
 from pytest_vmbottle.backends.qemu.command_line import Emulator, LaunchResources, command_line
-from pytest_vmbottle.backends.qemu.instance import CONSOLE, Parts, Programs, QemuInstance, Sockets, make_overlay, signal_hint
+from pytest_vmbottle.backends.qemu.instance import CONSOLE, OVERLAY, Parts, Programs, QemuInstance, Sockets, make_overlay, signal_hint
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.ram import Ram
@@ -77,13 +78,19 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
 
 def _lay_disk(source: Start, rundir: Path, img: Path) -> None:
     if source.kept:
+        if source.overlay is not None:
+            # A second name and no copy: what the guest writes is in the kept disk at once, however this process ends.
+            with suppress(FileExistsError):  # the machine was off for a while, and starts again in this folder
+                os.link(source.overlay, rundir / OVERLAY)
         return
+    # Anew and not over the old file, which has a second name if the machine is kept: nobody waits for it any more there.
+    (rundir / OVERLAY).unlink(missing_ok=True)
     if source.saved is None or source.building:
-        make_overlay(rundir / "disk.qcow2", source.disk_size, img)
+        make_overlay(rundir / OVERLAY, source.disk_size, img)
     else:
         # A copy of an empty qcow2 costs less than a run of qemu-img, and restores are on the path of every test.
-        shutil.copyfile(source.saved / "empty.qcow2", rundir / "disk.qcow2")
-    (rundir / "disk.qcow2").chmod(0o600)
+        shutil.copyfile(source.saved / "empty.qcow2", rundir / OVERLAY)
+    (rundir / OVERLAY).chmod(0o600)
 
 
 def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Sockets]:
@@ -96,7 +103,7 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
             name=rundir.name,
             ram=ram.path,
             share=not ram.private,
-            overlay=rundir / "disk.qcow2",
+            overlay=rundir / OVERLAY,
             disks=source.disks,
             seed=source.seed,
             kernel=source.kernel,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -28,14 +29,25 @@ from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.cli import main
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import size_on_disk
+from pytest_vmbottle.host.locks import try_lock
 from pytest_vmbottle.images import Image, ImageStore
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.spec import MachineSpec
-from pytest_vmbottle.standalone.client import Kept, Record
+from pytest_vmbottle.standalone.client import Kept
+from pytest_vmbottle.standalone.record import Record
 from pytest_vmbottle.testing import FakeBackend
 
-MACHINE_VERBS = ("start", "ls", "exec", "cp", "shell", "console", "metrics", "argv", "ssh-config", "stop", "rm")
+GROUPS = ("image", "pack", "machine")
 DAY = 86400.0
+
+
+def names(group: str) -> list[str]:
+    """The commands of a group."""
+    found = main.get_command(click.Context(main), group)
+    assert isinstance(found, click.Group)
+    return found.list_commands(click.Context(found))
+
+
 # As a shell starts it, whatever the process that runs these tests does with the signal.
 COMMAND = """
 import signal
@@ -144,9 +156,12 @@ def test_importing_the_command_imports_nothing_that_machines_need() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("doctor",), ("image",), ("pack",), *(("image", verb) for verb in ("build", "pull", "ls", "add", "rm", "verify"))]
-    + [("pack", verb) for verb in ("ls", "show", "verify", "rm", "prune")]
-    + [("machine",), *(("machine", verb) for verb in MACHINE_VERBS)],
+    [
+        (),
+        *((name,) for name in main.list_commands(click.Context(main)) if name != "serve"),
+        *((group, name) for group in GROUPS for name in names(group)),
+        ("help",),
+    ],
     ids="-".join,
 )
 def test_every_command_explains_itself_with_examples_and_makes_no_folder(words: tuple[str, ...], root: Path) -> None:
@@ -544,6 +559,25 @@ def test_packs_are_listed_oldest_first_with_what_they_take_in_blocks(stock: Stoc
     assert re.match(rf"{stock.web.key[:12]}  template  web +3 d ", first)
 
 
+def test_packs_of_one_name_are_told_apart_by_the_facts_that_differ(stock: Stock) -> None:
+    rewrite(stock.db, name="web", disk_size=8 << 30, image="f" * 64)
+    listed = done("pack", "ls")
+
+    assert re.search(rf"^{stock.db.key[:12]} +template +web \(disk 8.0 GiB, image ffffff\) ", listed, re.MULTILINE)
+    assert re.search(rf"^{stock.web.key[:12]} +template +web \(disk 1.0 MiB, image {stock.web.manifest.image[:6]}\) ", listed, re.MULTILINE)
+    assert "(" not in next(line for line in listed.splitlines() if line.startswith(stock.base.key[:12]))
+
+
+def test_packs_of_one_name_are_told_apart_by_the_machines_that_they_were_made_of(root: Path, disk: Path) -> None:
+    user = Provisioner(Catalog(root), FakeBackend(), name="fake", settings=Settings())
+    for cpus in (1, 2):
+        user.pack(MachineSpec.resolve(disk, {"cpus": cpus}))
+    user.close()
+
+    assert sorted(re.findall(r"\((cpus=\d)\)", done("pack", "ls"))) == ["cpus=1", "cpus=2"]
+    assert {record["spec"]["cpus"] for record in json.loads(done("pack", "ls", "--json"))} == {1, 2}
+
+
 @pytest.mark.usefixtures("used")
 def test_a_pack_that_a_run_holds_is_in_use() -> None:
     assert [record["in_use"] for record in json.loads(done("pack", "ls", "--json"))] == [True, True, True]
@@ -637,7 +671,9 @@ def test_who_only_looks_makes_no_catalog(tmp_path: Path, words: tuple[str, ...])
 
 def test_a_machine_of_qemu_that_is_to_be_packed_is_refused_before_it_is_stopped(tmp_path: Path) -> None:
     place = Kept(tmp_path / "catalog" / "machines" / "dev")
-    hold = place.claim()
+    place.folder.mkdir(parents=True)
+    hold = try_lock(place.folder, deadline=Deadline(10))
+    assert hold is not None
     place.note(Record(name="dev", source="debian-12", state="running", backend="qemu"))
     result = CliRunner().invoke(main, ["--catalog", str(tmp_path / "catalog"), "pack", "build", "--from-machine", "dev", "--yes"])
     os.close(hold)

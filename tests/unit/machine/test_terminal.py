@@ -33,7 +33,7 @@ class Far:
     def close(self): self.sock.close()
 
 class Channel:
-    def terminal(self, *, user, kind, size, deadline):
+    def terminal(self, *, user, kind, size, deadline, command=None):
         far = Far(socket.socket(fileno={fd}))
         far.send(b"%s on %s;" % (user.encode(), kind.encode()))
         return far

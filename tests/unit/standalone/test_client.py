@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.result import CommandTimeout
 from pytest_vmbottle.standalone import client as kept
-from pytest_vmbottle.standalone.client import Kept, Line, Record
+from pytest_vmbottle.standalone.client import Kept, Record
 
 
 @pytest.fixture
@@ -34,17 +33,22 @@ def record(**changes: Any) -> Record:
     )
 
 
-def test_a_record_is_read_as_it_was_written_while_its_keeper_lives(place: Kept) -> None:
-    hold = place.claim()
-    written = place.note(record(ports={"80": 4711}))
+def _claim(place: Kept) -> None:
+    """Has a keeper hold the machine for a moment."""
+    with place.claimed(again=False):
+        pass
 
-    assert place.is_held
-    assert place.record() == written
-    os.close(hold)
+
+def test_a_record_is_read_as_it_was_written_while_its_keeper_lives(place: Kept) -> None:
+    with place.claimed(again=False):
+        written = place.note(record(ports={"80": 4711}))
+
+        assert place.is_held
+        assert place.record() == written
 
 
 def test_a_record_whose_keeper_is_dead_is_never_one_of_a_running_machine(place: Kept) -> None:
-    os.close(place.claim())
+    _claim(place)
     place.note(record(ports={"80": 4711}))
     found = place.record()
 
@@ -53,7 +57,7 @@ def test_a_record_whose_keeper_is_dead_is_never_one_of_a_running_machine(place: 
 
 
 def test_a_machine_whose_keeper_died_is_stopped_since_that_was_found_and_stays_so(place: Kept) -> None:
-    os.close(place.claim())
+    _claim(place)
     place.note(record(since=1000.0))
     before = time.time()
     found = place.record()
@@ -64,7 +68,7 @@ def test_a_machine_whose_keeper_died_is_stopped_since_that_was_found_and_stays_s
 
 
 def test_a_dead_machine_is_told_of_by_who_may_not_write_its_record(place: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.close(place.claim())
+    _claim(place)
     place.note(record(since=1000.0))
 
     def refuse(*_: object) -> None:
@@ -76,7 +80,7 @@ def test_a_dead_machine_is_told_of_by_who_may_not_write_its_record(place: Kept, 
 
 
 def test_the_last_state_of_a_machine_stays_when_its_keeper_has_ended(place: Kept) -> None:
-    os.close(place.claim())
+    _claim(place)
     place.note(record(state="error", reason="QEMU ended with status 1"))
 
     assert place.record().reason == "QEMU ended with status 1"
@@ -84,7 +88,7 @@ def test_the_last_state_of_a_machine_stays_when_its_keeper_has_ended(place: Kept
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"name": 1', b'{"keeper": {"pid": 1}}'])
 def test_a_record_that_cannot_be_read_is_an_error_with_its_path_and_can_be_removed(place: Kept, content: bytes) -> None:
-    os.close(place.claim())
+    _claim(place)
     (place.folder / "record.json").write_bytes(content)
 
     assert place.record().state == "error"
@@ -94,22 +98,42 @@ def test_a_record_that_cannot_be_read_is_an_error_with_its_path_and_can_be_remov
 
 
 def test_a_name_is_claimed_once_and_again_when_its_keeper_is_gone(place: Kept) -> None:
-    hold = place.claim()
-    place.note(record())
-    with pytest.raises(CatalogError, match="vmbottle machine stop web"):
-        place.claim()
-    assert not place.discard()
-    os.close(hold)
-    again = place.claim()
+    with place.claimed(again=False):
+        place.note(record())
+        with pytest.raises(CatalogError, match="vmbottle machine stop web"), place.claimed(again=False):
+            pass
+        assert not place.discard()
+    with place.claimed(again=False):
+        assert list(place.folder.iterdir()) == []
 
-    assert list(place.folder.iterdir()) == []
-    os.close(again)
+
+def test_the_name_of_a_machine_with_a_disk_is_not_taken_by_a_new_one(place: Kept) -> None:
+    _claim(place)
+    place.note(record(state="stopped"))
+    disk = place.folder / "disk" / "start.json"
+    disk.parent.mkdir()
+    disk.touch()
+    with pytest.raises(CatalogError, match="vmbottle machine rm web"), place.claimed(again=False):
+        pass
+    with place.claimed(again=True):
+        pass
+
+    assert place.can_start_again
+
+
+def test_a_machine_that_is_gone_cannot_be_started_again(place: Kept) -> None:
+    with pytest.raises(FileNotFoundError):
+        place.start_again(print)
+    _claim(place)
+    place.note(record(state="stopped", reason="its disk was lost"))
+    with pytest.raises(CatalogError, match="its disk was lost"):
+        place.start_again(print)
+    assert place.record().state == "stopped"
 
 
 def test_a_hold_is_passed_on_to_a_child_and_ends_with_it(place: Kept) -> None:
-    hold = place.claim()
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(hold,))
-    os.close(hold)
+    with place.claimed(again=False) as hold:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(hold,))
 
     assert place.is_held
     assert not place.wait(Deadline(0))
@@ -121,21 +145,21 @@ def test_a_hold_is_passed_on_to_a_child_and_ends_with_it(place: Kept) -> None:
 
 
 def test_looking_does_not_keep_a_name_from_being_claimed(place: Kept) -> None:
-    os.close(place.claim())
+    _claim(place)
     looking = os.open(place.folder, os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    with pytest.raises(CatalogError):
-        place.claim()
+    with pytest.raises(CatalogError), place.claimed(again=False):
+        pass
     fcntl.flock(looking, fcntl.LOCK_UN)
 
-    os.close(place.claim())
+    _claim(place)
     os.close(looking)
 
 
 def test_an_unknown_name_is_told_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="'db'"):
         kept.find(tmp_path, "db")
-    os.close(Kept(tmp_path / "web").claim())
+    _claim(Kept(tmp_path / "web"))
     (tmp_path / ".aside").mkdir()
     with pytest.raises(CatalogError, match="web"):
         kept.find(tmp_path, "db")
@@ -145,7 +169,7 @@ def test_an_unknown_name_is_told_with_those_that_there_are(tmp_path: Path) -> No
 def test_a_machine_without_a_keeper_answers_with_why(place: Kept) -> None:
     with pytest.raises(MachineError, match="web"):
         place.ask({"verb": "metrics"})
-    os.close(place.claim())
+    _claim(place)
     place.note(record(state="stopped", reason="the guest powered off"))
     with pytest.raises(MachineError, match="the guest powered off"):
         place.ask({"verb": "metrics"})
@@ -154,71 +178,14 @@ def test_a_machine_without_a_keeper_answers_with_why(place: Kept) -> None:
         place.ask({"verb": "metrics"})
 
 
-def test_a_socket_is_reached_however_deep_its_folder_lies(tmp_path: Path) -> None:
-    place = Kept(tmp_path / ("long" * 40) / "web")
-    hold = place.claim()
-    with kept.listen(hold) as server:
-        line = place._connect()
-        accepted, _ = server.accept()
-        assert kept.peer_is_us(accepted)
-        line.close()
-        accepted.close()
-    os.close(hold)
-
-
-def test_a_line_carries_messages_of_any_size_and_descriptors(tmp_path: Path) -> None:
-    ours, theirs = map(Line, socket.socketpair())
-    (tmp_path / "file").write_text("content")
-    with (tmp_path / "file").open() as file:
-        ours.send({"verb": "exec", "argv": ["x" * 50_000]}, (file.fileno(),))
-        ours.send({"next": 1})
-    message = theirs.receive()
-
-    assert message is not None
-    assert len(message["argv"][0]) == 50_000
-    assert os.read(theirs.descriptors[0], 100) == b"content"
-    assert theirs.receive() == {"next": 1}
-    assert not theirs.is_cut
-    ours.close()
-    assert theirs.is_cut
-    assert theirs.receive() is None
-    theirs.close()
-    assert theirs.descriptors == []
-
-
-def test_an_answer_arrives_however_soon_its_sender_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = map(Line, socket.socketpair())
-    send = socket.send_fds
-
-    def answered(*words: Any) -> int:
-        sent = send(*words)
-        theirs.receive()
-        theirs.send({"answer": 1})
-        theirs.close()
-        return sent
-
-    monkeypatch.setattr(socket, "send_fds", answered)
-    ours.send({"verb": "exec"}, (0,))
-    assert ours.receive() == {"answer": 1}
-    ours.close()
-
-
-@pytest.mark.parametrize("data", [b"[]\n", b"nonsense\n", b"\xff\n"])
-def test_a_message_that_makes_no_sense_is_refused(data: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    ours.sendall(data)
-    line = Line(theirs)
-    with pytest.raises(ValueError, match=r"object|Expecting|decode"):
-        line.receive()
-    line.close()
-    ours.close()
-
-
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
         ({"error": "BackendUnavailable", "message": "no"}, BackendUnavailable),
         ({"error": "MachineError", "message": "no"}, MachineError),
+        ({"error": "GuestPanic", "kinds": ["GuestPanic", "MachineError"], "message": "no"}, MachineError),
+        ({"error": "FileNotFoundError", "errno": 2, "message": "no", "filename": "/x"}, FileNotFoundError),
+        ({"error": "ValueError", "message": "no"}, ValueError),
         ({"error": "CommandTimeout", "message": "no", "argv": ["a"], "seconds": 2.0}, CommandTimeout),
     ],
 )

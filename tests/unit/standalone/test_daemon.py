@@ -14,9 +14,11 @@ from pytest_vmbottle import MachineSpec
 from pytest_vmbottle.errors import GuestPanic, MachineDied, MachineError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.machine.machine import Machine
-from pytest_vmbottle.standalone import client as kept
+from pytest_vmbottle.provision.origins import KeptOrigin
 from pytest_vmbottle.standalone.client import Kept
 from pytest_vmbottle.standalone.daemon import Daemon
+from pytest_vmbottle.standalone.line import listen
+from pytest_vmbottle.standalone.record import Record
 from pytest_vmbottle.testing import FakeBackend, FakeInstance
 
 OFF = MachineDied("QEMU ended with status 0", exitcode=0)
@@ -57,13 +59,13 @@ class Held:
 def held(tmp_path: Path) -> Iterator[Held]:
     backend, spec = FakeBackend(), MachineSpec(source="debian-12", name="web")
     instance = Instance(backend, tmp_path, spec=spec)
-    keeper = Daemon(Machine(instance, spec=spec, id="web-1", backend="fake", channel=_channel(instance)))
     place = Kept(tmp_path / "machines" / "web")
-    hold = place.claim()
-    with kept.listen(hold) as server:
+    machine = Machine(instance, spec=spec, id="web-1", backend="fake", channel=_channel(instance))
+    origin = KeptOrigin(name="debian-12", sha256="0", key="0", prepared=True, awaits_boot=False, is_quick=False)
+    keeper = Daemon(machine, place, Record(name="web", source="debian-12", state="running"), origin)
+    with place.claimed(again=False) as hold, listen(hold) as server:
         keeper.listen(server)
         yield Held(backend, instance, keeper, place)
-    os.close(hold)
 
 
 def _channel(instance: FakeInstance) -> Any:
@@ -97,6 +99,29 @@ def test_a_panicked_machine_can_still_be_stopped(held: Held) -> None:
 @pytest.mark.parametrize(("end", "state"), [(OFF, "off"), (MachineDied("QEMU ended with status 1", exitcode=1), "error")])
 def test_an_end_that_nobody_asked_for_is_noted_at_once(held: Held, end: MachineDied, state: str) -> None:
     held.instance.end = end
-    noted: list[str] = []
-    assert held.keeper.watch(lambda state, _: noted.append(state))[0] == state
-    assert noted == [state]
+    assert held.keeper.watch()[0] == state
+    assert held.place.record().state == state
+
+
+def test_a_verb_that_there_is_not_is_refused_with_those_that_there_are(held: Held) -> None:
+    with pytest.raises(ValueError, match="snapshot"):
+        held.ask(verb="fly")
+
+
+def test_a_path_that_is_not_absolute_is_refused(held: Held) -> None:
+    with pytest.raises(ValueError, match="slash"):
+        held.ask(verb="mkdir", paths=["srv"])
+
+
+@pytest.mark.parametrize("label", ["", "../x", ".hidden", "a b", "x" * 62])
+def test_a_label_that_is_no_name_of_a_folder_is_refused(held: Held, label: str) -> None:
+    with pytest.raises(ValueError, match="label"):
+        held.ask(verb="snapshot", label=label)
+
+
+def test_a_machine_that_is_paused_is_told_as_paused(held: Held) -> None:
+    held.keeper.note(state="running")
+    held.ask(verb="pause")
+    assert held.place.record().state == "paused"
+    held.ask(verb="resume")
+    assert held.place.record().state == "running"
