@@ -139,8 +139,8 @@ def list_folder(*, name: str, paths: tuple[str, ...], depth: int, recursive: boo
 
 def _entry(entry: Mapping[str, Any]) -> str:
     letter, path = _LETTERS.get(entry["type"], "?"), one_line(entry["path"])
-    if entry.get("mtime") is None:  # it was removed while the folder was read
-        return f"{letter} {'':31}{path}"
+    if entry.get("mtime") is None:  # the guest tells the names only
+        return f"{letter} {path}"
     changed = datetime.fromtimestamp(entry["mtime"], UTC).isoformat(timespec="minutes")[:16]
     return f"{letter} {entry['mode'] & 0o7777:04o} {format_size(entry['size']):>8}  {changed}  {path}"
 

@@ -1,0 +1,1 @@
+"""Machines over HTTP: the service behind `vmbottle serve`."""
