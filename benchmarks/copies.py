@@ -27,7 +27,8 @@ import attrs
 
 from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog.catalog import Catalog, default_root
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.location import default_root
 from pytest_vmbottle.provision import Provisioner, Settings
 
 AIMS = {"large": 3, "many": 10}

@@ -20,7 +20,8 @@ import psutil
 
 from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog.catalog import Catalog, default_root
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.location import default_root
 from pytest_vmbottle.provision import Provisioner, Settings
 
 MINE = "/root/mine", "/dev/shm/mine"

@@ -32,7 +32,8 @@ from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.port import Start
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.backends.qemu.command_line import LaunchResources, command_line
-from pytest_vmbottle.catalog.catalog import Catalog, default_root
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.location import default_root
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.provision import Provisioner, Settings

@@ -25,7 +25,7 @@ import websocket
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pytest_vmbottle.catalog.catalog import default_root  # noqa: E402
+from pytest_vmbottle.catalog.location import default_root  # noqa: E402
 from pytest_vmbottle.host.files import private_dir  # noqa: E402
 from pytest_vmbottle.standalone.record import Record  # noqa: E402
 from tests.service.running import Service, serving  # noqa: E402

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.qemu import QemuBackend
-from pytest_vmbottle.catalog.catalog import Catalog, default_root
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.location import default_root
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.timeline import Timeline
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pytest_vmbottle.errors import (
-    BackendUnavailable,
-    CatalogError,
-    GuestPanic,
-    ImageMissing,
-    LaunchError,
-    MachineDied,
-    MachineError,
-    MachineTimeout,
-    PackCorrupt,
-    SmolvmError,
-    SpecError,
-    TransferError,
-    Unsupported,
-    VMBottleError,
-)
-from pytest_vmbottle.spec import Layer, MachineKeywords, MachineSpec, layer
-
 if TYPE_CHECKING:
     from pytest_vmbottle.backends.console import Console
+    from pytest_vmbottle.errors import (
+        BackendUnavailable,
+        CatalogError,
+        GuestPanic,
+        ImageMissing,
+        LaunchError,
+        MachineDied,
+        MachineError,
+        MachineTimeout,
+        PackCorrupt,
+        SmolvmError,
+        SpecError,
+        TransferError,
+        Unsupported,
+        VMBottleError,
+    )
     from pytest_vmbottle.guest.path import GuestPath
     from pytest_vmbottle.machine.machine import Machine, MachineFactory
     from pytest_vmbottle.machine.metrics import GuestSample, Sample
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.recording import Recording
     from pytest_vmbottle.machine.snapshot import Snapshot
     from pytest_vmbottle.result import CommandFailed, CommandTimeout, Match, Matches, Result
+    from pytest_vmbottle.spec import Layer, MachineKeywords, MachineSpec, layer
 
 __all__ = [
     "BackendUnavailable",
@@ -68,22 +67,40 @@ __all__ = [
     "layer",
 ]
 
-# What is only needed once there is a machine: pytest loads this module in every run, with machines or without.
+# Loaded when it is asked for: pytest loads this module in every run, and `vmbottle --help` needs nothing of it.
 _LATER = {
+    "BackendUnavailable": "errors",
+    "CatalogError": "errors",
     "CommandFailed": "result",
     "CommandTimeout": "result",
     "Console": "backends.console",
+    "GuestPanic": "errors",
     "GuestPath": "guest.path",
     "GuestSample": "machine.metrics",
+    "ImageMissing": "errors",
+    "LaunchError": "errors",
+    "Layer": "spec.spec",
     "Machine": "machine.machine",
+    "MachineDied": "errors",
+    "MachineError": "errors",
     "MachineFactory": "machine.machine",
+    "MachineKeywords": "spec.spec",
+    "MachineSpec": "spec.spec",
+    "MachineTimeout": "errors",
     "Match": "result",
     "Matches": "result",
+    "PackCorrupt": "errors",
     "Process": "machine.process",
     "Recording": "machine.recording",
     "Result": "result",
     "Sample": "machine.metrics",
+    "SmolvmError": "errors",
     "Snapshot": "machine.snapshot",
+    "SpecError": "errors",
+    "TransferError": "errors",
+    "Unsupported": "errors",
+    "VMBottleError": "errors",
+    "layer": "spec.spec",
 }
 
 

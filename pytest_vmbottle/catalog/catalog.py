@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import platformdirs
-
 from pytest_vmbottle.catalog.ledger import Ledger
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.host import generations, locks, records, supervisor
@@ -34,7 +32,7 @@ from pytest_vmbottle.host.deadline import Deadline, Reminder
 from pytest_vmbottle.host.files import atomic_file, private_dir, sync_dir
 from pytest_vmbottle.host.supervisor import Identity, Reaped, Record, Supervisor
 
-__all__ = ["Catalog", "default_reason", "default_root"]
+__all__ = ["Catalog"]
 
 _LONG_WAIT = 2.0
 """Seconds until a process that waits for a lock is first told so."""
@@ -43,51 +41,6 @@ _MOMENT = 0.5
 _STALE = 600.0
 """Seconds after which a temporary file belongs to a process that was killed before it renamed the file."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")
-
-
-_LASTING = (Path("/var/tmp"), Path("/tmp"))  # noqa: S108 - a folder there is only used if it is ours alone: see _check_ours
-"""Public folders, the one that survives a boot first."""
-
-
-def default_root() -> Path:
-    """Return the default folder of the catalog.
-
-    It is in the user's cache folder or, if that cannot be written, in a public one.
-    """
-    usual, name = _usual(), f"pytest-vmbottle-{os.geteuid()}"
-    if usual is not None and _can_be_made(usual):
-        return usual
-    return next((folder / name for folder in _LASTING if _can_be_made(folder)), usual or _LASTING[0] / name)
-
-
-def default_reason() -> str:
-    """Return why the default is not in the user's cache folder; empty if it is there.
-
-    Containers may have a read-only home.
-    """
-    usual = _usual()
-    if usual is None:
-        return "this user has no home folder"
-    return "" if _can_be_made(usual) else f"{usual.parent} cannot be written"
-
-
-def _usual() -> Path | None:
-    """Return the place in the user's cache folder.
-
-    None for a container's user without a name and without HOME.
-    """
-    try:
-        folder = platformdirs.user_cache_path("pytest-vmbottle")
-    except RuntimeError:
-        return None
-    # HOME may be relative or empty in a container.
-    return folder if folder.is_absolute() else None
-
-
-def _can_be_made(folder: Path) -> bool:
-    """Tell whether a folder is writable or could be made, with its missing parents."""
-    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))  # noqa: PTH110 - where we may not look, Path raises
-    return os.access(there, os.W_OK | os.X_OK)
 
 
 class Catalog:

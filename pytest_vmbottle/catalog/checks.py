@@ -6,7 +6,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from pytest_vmbottle.catalog.catalog import Catalog, default_reason, default_root
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.location import default_reason, default_root
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.host import resources
 from pytest_vmbottle.host.findings import Answer, Check, degraded, missing, ok

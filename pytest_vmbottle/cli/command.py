@@ -215,7 +215,7 @@ def catalog_root(ctx: click.Context | None = None) -> Path:
     given: Path | None = (ctx or click.get_current_context()).find_root().params.get("catalog")
     if given is not None:
         return given.expanduser()
-    from pytest_vmbottle.catalog.catalog import default_root
+    from pytest_vmbottle.catalog.location import default_root
 
     return default_root()
 

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import filelock
-
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.host.deadline import Deadline
 
@@ -30,6 +28,9 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         """Take the path; nothing is locked yet, and the file's folder must exist."""
+        # Here and not above: only those who look at a folder's lock, as `machine ls` does, need not wait for its import.
+        import filelock
+
         self._path, self._before = path, _inode(path)
         self._lock = filelock.FileLock(path, mode=0o600, poll_interval=0.01)
 
@@ -45,7 +46,7 @@ class FileLock:
             # An attempt may have got the file and then waited in vain for the holder of a removed one: it goes on from there.
             if not self._lock.is_locked:
                 self._lock.acquire(timeout=deadline.remaining)
-        except filelock.Timeout:
+        except TimeoutError:  # filelock.Timeout
             return False
         except OSError as error:
             raise CatalogError(f"the lock {self._path} cannot be taken: {error.strerror}") from error

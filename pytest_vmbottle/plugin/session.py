@@ -80,7 +80,8 @@ class Session:
     def catalog(self) -> Catalog:
         """The catalog, opened on first use."""
         # Imported here and not above: a suite without machines pays nothing for what they need (psutil, paramiko, asyncio).
-        from pytest_vmbottle.catalog.catalog import Catalog, default_root
+        from pytest_vmbottle.catalog.catalog import Catalog
+        from pytest_vmbottle.catalog.location import default_root
 
         if self._catalog is None:
             given = self.options.catalog
@@ -274,7 +275,7 @@ class Session:
         return {self._describe_host(name): None for name in sorted(self.wanted or {self.options.backend_for()})}
 
     def _describe_host(self, name: str) -> str:
-        from pytest_vmbottle.catalog.catalog import default_reason
+        from pytest_vmbottle.catalog.location import default_reason
 
         try:
             able = self.provisioner(name).capabilities

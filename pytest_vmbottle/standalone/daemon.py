@@ -408,7 +408,8 @@ def _record(place: Kept, machine: Machine, order: Mapping[str, Any]) -> Record:
     spec = machine.spec
     return Record(
         name=place.name,
-        source=str(spec.image),
+        # As it was asked for: a layer's machine is of the layer, and not of its image.
+        source=str(order["keywords"].get("source", spec.image)),
         state=RUNNING,
         keeper=Identity.of(os.getpid()),
         spec={name: getattr(spec, name) for name in ("arch", "cpus", "memory", "disk", "network", "user")},

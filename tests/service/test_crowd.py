@@ -32,6 +32,7 @@ def web(service: Service) -> Iterator[str]:
     service.ask("DELETE", f"/vms/{name}")
 
 
+@pytest.mark.timeout(1800)
 def test_fifty_clients_at_once_each_get_their_own_answer(service: Service, web: str) -> None:
     def client(number: int) -> str:
         if number % 2:
@@ -102,6 +103,7 @@ def test_two_services_serve_one_catalog_at_the_same_time(service: Service, vm_ca
         assert service.get(f"/vms/{name}").json.get("state", "gone") in ("gone", "error")
 
 
+@pytest.mark.timeout(1800)
 def test_a_machine_is_stopped_started_again_from_its_disk_and_cleaned(service: Service) -> None:
     name = f"life{os.getpid()}"
     service.create(name)

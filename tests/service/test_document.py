@@ -62,6 +62,7 @@ def _aim(case: Any, name: str) -> None:
         case.path_parameters["id"] = name if case.operation.method.upper() != "DELETE" else "nobody"
 
 
+@pytest.mark.timeout(3600)
 def test_no_request_makes_the_service_fail_or_answer_otherwise_than_its_document_says(service: Service, web: str) -> None:
     document = service.get("/openapi.json").json
     # The token comes with all of them: other tests leave it out.

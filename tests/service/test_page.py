@@ -50,6 +50,7 @@ def shows(page: Page, pattern: str) -> None:
     page.locator("#terminal .xterm-rows").filter(has_text=re.compile(pattern)).wait_for()
 
 
+@pytest.mark.timeout(1200)
 def test_a_machine_is_created_used_and_stopped(page: Page, service: Service) -> None:
     name = f"page{os.getpid()}"
     log_in(page, service.url, "0" * 32)

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from pytest_vmbottle import CatalogError
-from pytest_vmbottle.catalog import catalog as catalog_module
-from pytest_vmbottle.catalog.catalog import Catalog, default_reason, default_root
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.location import default_reason, default_root
 from pytest_vmbottle.host import locks
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.generations import SNAPSHOTS
@@ -193,7 +193,7 @@ def test_a_user_without_a_home_has_no_cache_folder(monkeypatch: pytest.MonkeyPat
 
 
 def test_where_nothing_can_be_written_the_default_is_what_it_always_was(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_module, "_LASTING", (no_cache,))
+    monkeypatch.setattr("pytest_vmbottle.catalog.location._LASTING", (no_cache,))
 
     assert default_root() == no_cache / "pytest-vmbottle"
     with pytest.raises(CatalogError, match="--vm-catalog"):

@@ -17,7 +17,10 @@ from pytest_vmbottle.cli.groups import Group, Section
 from pytest_vmbottle.settings import SETTINGS
 
 # Besides those that `import pytest_vmbottle` loads.
-FOR_HELP = {f"pytest_vmbottle.{name}" for name in ("cli", "cli.groups", "cli.command", "cli.machines", "host.signals")}
+FOR_HELP = {
+    f"pytest_vmbottle.{name}"
+    for name in ("cli", "cli.groups", "cli.command", "cli.machines", "errors", "host", "host.signals", "host.sizes", "shown")
+}
 MOST_FOR_LISTING = 30
 LOADED = """
 import json, sys

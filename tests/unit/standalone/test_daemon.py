@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +47,8 @@ class Held:
 
     def ask(self, **request: object) -> object:
         """Return the keeper's answer."""
-        with Path(os.devnull).open("r+b") as nothing:
+        # A file and not /dev/null, with which a command has no input, and needs no channel with streams.
+        with tempfile.TemporaryFile() as nothing:
             return self.place.ask(request, [nothing.fileno()] * 3)
 
     def exec(self) -> object:
