@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -11,12 +12,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import attrs
 
 from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, VMBottleError
+from pytest_vmbottle.guest.path import raise_for
 from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.files import descriptor
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.result import CommandTimeout
 from pytest_vmbottle.standalone import terminal
@@ -37,6 +40,7 @@ ANSWERED_BY_THE_GUEST = frozenset(
 """Verbs that a guest which is off or in trouble cannot answer."""
 _LOGIN = 60.0
 """Seconds for the first terminal: without KVM the guest's part of the key exchange takes several."""
+_READ = 'exec cat -- "$1"'
 _PLACED = ".vmbottle-"
 # Everything lies in the guest before the first file gets its final name, so a full disk or a lost connection changes nothing.
 _PUT = """
@@ -162,11 +166,14 @@ class Requests:
 
     def _read(self, line: Line, request: Mapping[str, Any]) -> None:
         path = self._path(request["path"])
-        if stat.S_ISDIR(path.stat().st_mode):
-            raise IsADirectoryError(21, "Is a directory", str(path))
-        with self._scratch() as folder:
-            self._machine.cp(path, folder / "read")
-            _send(folder / "read", line)
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+        with self._scratch() as folder, (folder / "read").open("w+b") as file:
+            # The content alone, and no copy of the file: a copy of a symbolic link would be a link to a file of this computer.
+            raise_for(self._machine.guest.fetch(_READ, str(path), sink=file, size=found.st_size), path)
+            file.seek(0)
+            _pass_on(file, line)
 
     def _write(self, line: Line, request: Mapping[str, Any]) -> int:
         with self._scratch() as folder:
@@ -191,7 +198,7 @@ class Requests:
             self._machine.cp(Path(request["src"]), staged)
             put = self._machine.exec(["sh", "-c", _PUT, "sh", str(staged), str(dest), "clean" if request.get("clean") else ""], check=False)
             if not put.ok:
-                raise OSError(5, put.stderr.strip() or "the files could not be put into their folder", str(dest))
+                raise OSError(errno.EIO, put.stderr.strip() or "the files could not be put into their folder", str(dest))
         finally:
             staged.rmtree(missing_ok=True)
 
@@ -285,8 +292,13 @@ def _label(request: Mapping[str, Any]) -> str:
 
 
 def _send(file: Path, line: Line) -> None:
-    """Write a file to the descriptor that came with a request."""
-    with file.open("rb") as source, open(line.descriptors[0], "wb", closefd=False) as sink:
+    """Write a file that this process has made to the descriptor that came with a request."""
+    with descriptor(file, os.O_RDONLY) as fd, open(fd, "rb", closefd=False) as source:
+        _pass_on(source, line)
+
+
+def _pass_on(source: BinaryIO, line: Line) -> None:
+    with open(line.descriptors[0], "wb", closefd=False) as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
 
 

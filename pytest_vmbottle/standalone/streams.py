@@ -41,8 +41,16 @@ class _Sink:
         self._ready = select.poll()
         # The descriptor may block, and must stay so: its open file is the client's as well, which has not asked for O_NONBLOCK.
         self._ready.register(fd, select.POLLOUT)
+        self._watched = select.poll()
+        self._watched.register(fd, 0)
         self.given_up = False
         self.ended = threading.Event()
+
+    def look(self) -> None:
+        """Give up if nobody can read any more what is written: a command that says nothing would not notice."""
+        # Asked for nothing: poll(2) reports errors in any case. Of a pipe that is the end of its readers.
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in self._watched.poll(0)):
+            self.given_up = True
 
     def write(self, data: bytes) -> None:
         """Write all of `data`; no data is the end."""
@@ -86,6 +94,8 @@ class Piped:
             # The end of the command is not the end of its output, part of which may not be written yet.
             if status is not None and all(sink.ended.is_set() or sink.given_up for sink in self._sinks):
                 return status
+            for sink in self._sinks:
+                sink.look()
             late = deadline is not None and deadline.expired
             # In each of these cases nobody can take the output any more, or wants to.
             if late or cancelled() or any(sink.given_up for sink in self._sinks):

@@ -184,6 +184,25 @@ def test_what_is_read_written_and_listed_is_told_with_the_errors_of_the_guest(we
     assert not list(web.folder.glob(".copy-*"))
 
 
+def test_a_link_in_the_guest_leads_to_a_file_of_the_guest(web: Kept, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the host")
+    sh(web, f"ln -sf {tmp_path}/secret /srv/link; ln -sf /etc/hostname /srv/other", tmp_path)
+    with (tmp_path / "target").open("w+b") as file:
+        with pytest.raises(FileNotFoundError):
+            web.ask({"verb": "read", "path": "/srv/link"}, [file.fileno()])
+        web.ask({"verb": "read", "path": "/srv/other"}, [file.fileno()])
+    assert (tmp_path / "target").read_text() == sh(web, "cat /etc/hostname", tmp_path)
+
+
+def test_a_silent_command_ends_when_nobody_reads_it_any_more(web: Kept) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with Path(os.devnull).open("rb") as nothing:
+        request: dict[str, Any] = {"verb": "exec", "argv": ["sleep", "4711"], "env": {}, "cwd": None, "user": None, "timeout": 400}
+        assert web.ask(request, [nothing.fileno(), write, write]) != 0
+    os.close(write)
+
+
 def test_a_terminal_has_the_size_of_its_window_and_the_status_of_its_program(web: Kept) -> None:
     session = web.terminal(argv=["sh", "-c", "read x; stty size; exit 5"], size=(99, 20))
     session.resize(120, 40)
