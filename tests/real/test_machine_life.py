@@ -115,6 +115,7 @@ def test_a_command_gets_the_keys_of_a_terminal_when_asked_to(commands: Commands,
         assert person.watches(running) == 0
 
 
+@pytest.mark.guests
 def test_a_machine_is_paused_and_rebooted(commands: Commands, web: str) -> None:
     before = boot_id(commands, web)
     commands.run("pause", web)

@@ -91,7 +91,8 @@ def _ordered(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
     """Has machines only be ordered, by commands that are told nothing by the environment."""
     ordered: list[Mapping[str, Any]] = []
 
-    def start(self: Kept, order: Mapping[str, Any], _: object) -> Record:
+    def start(self: Kept, order: Mapping[str, Any], _: object, *, snapshot: object) -> Record:
+        assert snapshot is None
         ordered.append(order)
         return Record(name=self.name, source="debian-12")
 

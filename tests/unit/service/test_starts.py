@@ -76,8 +76,8 @@ def test_a_machine_is_started_once_at_a_time(tmp_path: Path) -> None:
 def test_a_start_that_is_cancelled_has_no_process_any_more_and_is_no_failure(tmp_path: Path) -> None:
     async def work() -> tuple[int, bool, Record | None]:
         starts = Starts(1)
-        starts.begin(Record(name="web", source="x"), new(tmp_path, "debian-12"))
         before = set(psutil.Process().children())
+        starts.begin(Record(name="web", source="x"), new(tmp_path, "debian-12"))
         while not (children := list(set(psutil.Process().children()) - before)):
             await asyncio.sleep(0.01)
         cancelled = await starts.cancel("web")
@@ -101,12 +101,12 @@ def test_a_start_that_is_cancelled_before_it_has_begun_is_no_start_any_more(tmp_
 
 def test_starts_beyond_their_number_wait_and_can_be_cancelled(tmp_path: Path) -> None:
     async def work() -> tuple[int, list[str]]:
-        starts = Starts(1)
+        starts, before = Starts(1), set(psutil.Process().children())
         for number in range(3):
             starts.begin(Record(name=f"web{number}", source="x"), new(tmp_path, "debian-12"))
-        while not psutil.Process().children():
+        while not (children := set(psutil.Process().children()) - before):
             await asyncio.sleep(0.01)
-        running = len(psutil.Process().children())
+        running = len(children)
         names = [record.name for record in starts]
         await starts.cancel_all()
         assert not list(starts)

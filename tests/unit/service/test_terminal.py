@@ -40,12 +40,17 @@ def test_only_what_is_exactly_a_control_message_is_not_typed(text: str, control:
     assert control_of(text) == control
 
 
+_HEEDS_CTRL_C = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
 class LocalTerminal(Terminal):
     """A program of this computer on a terminal."""
 
     def __init__(self, *argv: str) -> None:
         self._end, its = pty.openpty()
         # `setsid` gives the program the terminal, so that Ctrl-C on it is a signal.
+        # A shell starts what runs in the background with SIGINT ignored, and everything below that inherits it.
+        argv = ("python3", "-c", _HEEDS_CTRL_C, *argv)
         self.process = subprocess.Popen(["setsid", "--ctty", *argv], stdin=its, stdout=its, stderr=its)
         os.close(its)
         self.closed = False
