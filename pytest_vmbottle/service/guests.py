@@ -198,7 +198,7 @@ async def _lines(found: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
     responses={200: {"description": "Its outcome; events while it runs with `Accept: text/event-stream`.", "content": {_EVENTS: _TEXT}}},
 )
 async def execute_sh(request: Request, name: Name, command: Command) -> Any:
-    """Run a command to its end, or its time-out. If the client hangs up, it ends when it next writes something."""
+    """Run a command to its end, or its time-out. If the client hangs up, it ends too."""
     machines = machines_of(request)
     executions = Executions(await machines.kept(name), machines.long)
     if _wants(request, _EVENTS):

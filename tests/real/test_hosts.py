@@ -83,7 +83,7 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
 
 
 def _of_others(root: Path) -> list[Path]:
-    """What is not root's in a folder in which other workers come and go."""
+    """Files of others than root in a folder in which workers come and go."""
     found = []
     for folder, folders, files in os.walk(root):
         for path in (Path(folder, name) for name in (*folders, *files)):

@@ -48,7 +48,7 @@ def remove(place: Kept) -> None:
 
 
 def sh(place: Kept, script: str, tmp_path: Path) -> str:
-    """What a script in the guest prints."""
+    """Run a script in the guest, and return its output."""
     with (tmp_path / "out").open("w+b") as out, Path(os.devnull).open("rb") as nothing:
         request: dict[str, Any] = {"verb": "exec", "argv": ["sh", "-ec", script], "env": {}, "cwd": None, "user": None, "timeout": 120}
         assert place.ask(request, [nothing.fileno(), out.fileno(), out.fileno()]) == 0

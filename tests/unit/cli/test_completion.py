@@ -52,7 +52,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def completed(words: str) -> list[str]:
-    """What the shell gets for a line whose last word is incomplete, as kind and text."""
+    """Complete the last word of a line, and return kinds and texts as the shell gets them."""
     variables = {"_VMBOTTLE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     result = CliRunner().invoke(main, prog_name="vmbottle", env=variables)
     assert result.stderr == ""
