@@ -72,7 +72,7 @@ class Executions:
         """Run a command, and yield its output as server-sent events while it runs.
 
         The events are `stdout` and `stderr` with a `text`, then `exit` with `returncode`, `timed_out` and `seconds`, or `error` with a
-        problem. If the client hangs up, the command ends when it next writes something.
+        problem. If the client hangs up, the command ends too.
         """
         began = time.monotonic()
         try:
