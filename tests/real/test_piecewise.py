@@ -69,6 +69,13 @@ def test_much_output_loses_nothing(session_vm: Machine) -> None:
     assert err.split()[0].decode() == hashlib.sha256(out).hexdigest()
 
 
+def test_many_small_pieces_are_no_end_of_the_output(session_vm: Machine) -> None:
+    """Reading them is cut short again and again, of which the guest's tools may warn in between."""
+    status, out, err = ran(session_vm, "dd", "if=/dev/zero", "bs=1000", "count=5000", "status=none")
+
+    assert (status, out, err) == (0, bytes(5_000_000), b"")
+
+
 def test_output_comes_while_the_command_runs_and_what_outlives_it_is_waited_for(session_vm: Machine) -> None:
     with started(session_vm, "sh", "-c", "echo first; sleep 3; (sleep 3; echo late) & echo last") as command:
         assert Deadline(LIMIT).poll(lambda: bytes(command.out) == b"first\n", every=0.05)

@@ -41,6 +41,9 @@ status=
 drain() {
   # dd tells an empty FIFO (EAGAIN, status 1) from one without writers (status 0). After 64 pieces it has not seen the end.
   pieces=$(LC_ALL=C dd if="$1" iflag=nonblock bs=65536 count=64 2>&1 >&3) || return 1
+  # Some versions warn of a short read in a line of its own, before the one that counts: "12+34 records in".
+  pieces=${pieces%% records in*} pieces=${pieces##*
+}
   whole=${pieces%%+*} rest=${pieces#*+}
   [ $((whole + ${rest%% *})) -lt 64 ]
 }
