@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-__all__ = ["is_gone", "leave_out", "line", "process"]
+__all__ = ["is_gone", "leave_out", "line", "open_files", "process"]
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], folder: Path, marker: str) -> None:
@@ -31,6 +31,15 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def open_files() -> set[str]:
+    """What this process has open, with descriptors: others may be closed meanwhile, so their number tells nothing."""
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one by which they are listed, and what another thread has closed
+            found.add(f"{path.name}: {path.readlink()}")
+    return found
 
 
 @contextmanager

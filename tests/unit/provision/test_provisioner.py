@@ -48,6 +48,7 @@ from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.provision.pack_plan import build_spec
 from pytest_vmbottle.spec.pack_kind import PackKind
 from pytest_vmbottle.testing import FakeBackend, FakeInstance
+from tests.conftest import open_files
 
 IMAGE = "debian-12"
 Make = Callable[..., Provisioner]
@@ -822,11 +823,12 @@ def test_packs_in_use_are_held_until_the_provisioner_is_closed(make: Make, catal
     pour(provisioner)
     pack = named(catalog, IMAGE)
     assert not catalog.discard(pack)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = {held for held in open_files() if str(pack) in held}
     provisioner.close()
     provisioner.close()
 
-    assert len(list(Path("/proc/self/fd").iterdir())) < before
+    assert before
+    assert not before & open_files()
     assert catalog.discard(pack)
 
 
