@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import secrets
-import shutil
 import socket
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from pytest_vmbottle.backends.qemu.command_line import LaunchResources, command_
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.catalog.location import default_root
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
+from pytest_vmbottle.disks.overlay import write_overlay
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.provision import Provisioner, Settings
 
@@ -126,12 +126,12 @@ class Floor:
         """A machine that runs again; its monitor and its agent."""
         with tempfile.TemporaryDirectory(prefix="vmbottle-floor-") as folder, ExitStack() as stack:
             rundir = Path(folder)
-            shutil.copyfile(self._saved / "empty.qcow2", rundir / "disk.qcow2")
+            write_overlay(rundir / "disk.qcow2", size=self._start.disk_size)
             state = stack.enter_context((self._saved / "state.bin").open("rb"))
             self.began = time.perf_counter()
             pairs = [tuple(stack.enter_context(sock) for sock in socket.socketpair()) for _ in ("qmp", "agent", "waker", "console")]
             ours, ports = [pair[0] for pair in pairs], tuple(pair[1].fileno() for pair in pairs)
-            argv = command_line(self._backend.programs(self._spec.arch).emulator, self._spec, self._wiring(rundir, ports))
+            argv = command_line(self._backend.emulator(self._spec.arch), self._spec, self._wiring(rundir, ports))
             process = subprocess.Popen(argv, pass_fds=ports, cwd="/", stdin=subprocess.DEVNULL)
             stack.callback(process.wait)
             stack.callback(process.kill)

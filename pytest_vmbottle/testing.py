@@ -147,7 +147,7 @@ class FakeInstance(Instance):
         """Write files that have the right names and no meaning."""
         # Names that `catalog.packs` and restores look for.
         running = {PackKind.TEMPLATE: ("ram.img", "state.bin"), PackKind.STREAM: ("state.bin",), PackKind.DISK: ()}
-        for name in ("disk.qcow2", "empty.qcow2", *running[kind]):
+        for name in ("disk.qcow2", *running[kind]):
             # Random, so that two packs differ as those of real machines do.
             (dest / name).write_text(secrets.token_hex(16))
         self.stop()
@@ -184,7 +184,7 @@ class FakeInstance(Instance):
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:  # noqa: ARG002
         """Write files that have the right names and no meaning."""
-        for name in ("disk.qcow2", "empty.qcow2", "state.bin"):
+        for name in ("disk.qcow2", "state.bin"):
             (dest / name).write_text(secrets.token_hex(16))
 
     def stop(self) -> None:

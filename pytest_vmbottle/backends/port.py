@@ -27,6 +27,7 @@ __all__ = [
     "Capabilities",
     "Chord",
     "Console",
+    "DataDisk",
     "Disk",
     "Instance",
     "NotPlugged",
@@ -80,6 +81,30 @@ class Disk:
 
 
 @attrs.frozen(kw_only=True)
+class DataDisk:
+    """A disk beside the root disk, with an overlay of its own.
+
+    Attributes:
+        name: Its name and serial number.
+        size: Bytes of the disk that the guest sees.
+        disks: The images its overlay lies on, lowest first; none for a disk that was empty at first.
+        saved: Whether the saved state of the machine has it.
+        overlay: The file that its overlay is to be, as `Start.overlay`; None for a new one.
+    """
+
+    name: str
+    size: int
+    disks: tuple[Disk, ...] = ()
+    saved: bool = False
+    overlay: Path | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of its file in the folder of a machine, a pack or a snapshot."""
+        return f"disk-{self.name}.qcow2"
+
+
+@attrs.frozen(kw_only=True)
 class Start:
     """Boot source of a machine: disks, kernel, or a saved state.
 
@@ -99,6 +124,7 @@ class Start:
         image: The image to start from without `saved`, if the backend has images of its own (`Backend.find_image`). Then there are no
             disks, no seed and no keys.
         forwards: Ports of the guest, each with the host port that should lead to it if it is still free.
+        data: The disks beside the root disk, in the order of their ports: those that the saved state has come first.
     """
 
     disks: tuple[Disk, ...]
@@ -115,6 +141,12 @@ class Start:
     overlay: Path | None = None
     image: str = ""
     forwards: tuple[tuple[int, int], ...] = ()
+    data: tuple[DataDisk, ...] = ()
+
+    @property
+    def images(self) -> tuple[Disk, ...]:
+        """All images that are read: those of the root disk and of the others."""
+        return (*self.disks, *(disk for each in self.data for disk in each.disks))
 
     @classmethod
     def own(cls, *, image: str = "", saved: Path | None = None, building: bool = False) -> Start:
@@ -365,6 +397,41 @@ class Instance(ABC):
             NotPlugged: It cannot take a disk now.
         """
         raise self.unsupported("cannot plug in disks")
+
+    @property
+    def data(self) -> tuple[DataDisk, ...]:
+        """The disks beside the root disk; none by default."""
+        return ()
+
+    def plug_disk(self, disk: DataDisk) -> None:
+        """Plug in one more disk, which stays.
+
+        It takes a moment until the guest sees it.
+
+        Raises:
+            NotPlugged: It cannot take another disk.
+        """
+        raise self.unsupported("has no disks beside the root disk")
+
+    def unplug_disk(self, name: str, *, deadline: Deadline) -> None:
+        """Remove a disk, and its file.
+
+        Raises:
+            NotPlugged: There is no such disk, or the guest did not release it by the deadline.
+        """
+        raise self.unsupported("has no disks beside the root disk")
+
+    def record_writes(self, name: str, folder: Path) -> AbstractContextManager[Path]:
+        """Record everything that the guest writes to a disk, for the length of a block, which gets the log (`read_log`).
+
+        Args:
+            name: The disk, `"root"` for the root disk.
+            folder: A private folder; it gets the log, and a copy of the disk's own file as it is at the beginning: `DataDisk.file`.
+
+        Raises:
+            MachineError: There is no such disk.
+        """
+        raise self.unsupported("cannot record what is written to a disk")
 
     def screenshot(self) -> bytes:
         """Return a screenshot as PNG."""

@@ -42,6 +42,7 @@ class Manifest:
         backend: The backend that made it, with version and accelerator.
         memory: Bytes of RAM of its machine.
         disk_size: Bytes of the disk that its machine sees.
+        disks: Bytes of each disk beside that one, by name.
         created: The time when it was made, in seconds since 1970.
         files: The digest of each file (see `sparse_digest`).
         check: The value of `body()` when it was written, by which a damaged manifest is noticed.
@@ -57,6 +58,7 @@ class Manifest:
     backend: str
     memory: int
     disk_size: int
+    disks: Mapping[str, int] = attrs.field(factory=dict)
     created: float = attrs.field(factory=time.time)
     files: Mapping[str, str] = attrs.field(factory=dict)
     check: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -10,7 +11,7 @@ from pytest_vmbottle.cli.command import Failure, examples, open_catalog, say
 from pytest_vmbottle.cli.completion import snapshot_labels
 from pytest_vmbottle.cli.kept import ask, find_all, find_machine, name_argument, names_argument
 
-__all__ = ["pause", "power_cut", "reboot", "remove", "restore", "resume", "snapshot", "stop"]
+__all__ = ["pause", "plug_disk", "power_cut", "reboot", "remove", "restore", "resume", "snapshot", "stop", "unplug_disk"]
 
 
 @click.command(epilog=examples("vmbottle machine stop web", "vmbottle machine stop --now web db"))
@@ -81,6 +82,26 @@ def pause(*, names: tuple[str, ...]) -> None:
 def resume(*, names: tuple[str, ...]) -> None:
     """Let paused machines go on."""
     _ask_each(names, "resume")
+
+
+@click.command("plug-disk", epilog=examples("vmbottle machine plug-disk web spare 1G", "vmbottle machine plug-disk web data ./data.qcow2"))
+@name_argument
+@click.argument("disk")
+@click.argument("source", metavar="SIZE|PATH")
+def plug_disk(*, name: str, disk: str, source: str) -> None:
+    """Plug one more disk into a running machine, as /dev/disk/by-id/virtio-DISK.
+
+    It is empty and of this size, or a disk image, which is not written to. The machine keeps it until it is pulled out.
+    """
+    ask(name, "plug-disk", disk=disk, source=str(Path(source).absolute()) if "/" in source else source)
+
+
+@click.command("unplug-disk", epilog=examples("vmbottle machine unplug-disk web spare"))
+@name_argument
+@click.argument("disk")
+def unplug_disk(*, name: str, disk: str) -> None:
+    """Pull a disk out of a running machine, with everything on it, as if by its cable."""
+    ask(name, "unplug-disk", disk=disk)
 
 
 def _label(_: click.Context, __: click.Parameter, value: str) -> str:

@@ -65,6 +65,8 @@ _SECTIONS = (
             "pause": "Stop the processors of machines; their clocks stand still until `resume`.",
             "resume": "Let paused machines go on.",
             "power-cut": "Cut the power of machines: their guests lose what they had not yet written to their disks.",
+            "plug-disk": "Plug one more disk into a running machine, as /dev/disk/by-id/virtio-DISK.",
+            "unplug-disk": "Pull a disk out of a running machine, with everything on it, as if by its cable.",
             "snapshot": "Save a running machine, with its RAM, under a LABEL.",
             "restore": "Set a machine back to one of its snapshots; a stopped one is started from it.",
         },

@@ -33,6 +33,11 @@ def _files(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ..
     return {guest: {"host": str(path)} for guest, path in files.items()}
 
 
+def _disks(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    # The daemon works in another folder, hence whole paths; a slash tells a path from a size.
+    return {name: str(Path(value).absolute()) if "/" in value else value for name, value in pairs(ctx, parameter, values).items()}
+
+
 def _ports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[int | list[int]]:
     ports: list[int | list[int]] = []
     for value in values:
@@ -71,6 +76,13 @@ KEYWORDS: dict[str, _Decorator] = {
     "nested": click.option("--nested", is_flag=True, help="Let it run virtual machines itself, by KVM."),
     "memory": click.option("--memory", metavar="SIZE", help="RAM, such as 512M or 2G; 1G by default."),
     "disk": click.option("--disk", metavar="SIZE", help="Size of its disk; by default the image's own."),
+    "disks": click.option(
+        "--disks",
+        multiple=True,
+        metavar="NAME=SIZE|PATH",
+        callback=_disks,
+        help="Disk beside that one: an empty one of this size, or a disk image, which is not written to.",
+    ),
     "display": click.option("--display", is_flag=True, help="Give it a screen and a keyboard, for `screenshot` and `send-keys`."),
     "network": click.option(
         "--network",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from pytest_vmbottle.backends.port import Disk, Instance, Start, State
+from pytest_vmbottle.backends.port import DataDisk, Disk, Instance, Start, State
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
 from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
@@ -24,6 +24,7 @@ from pytest_vmbottle.host.ownership import Owner
 from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.machine import pcap
 from pytest_vmbottle.machine.bulk import Bulk
+from pytest_vmbottle.machine.disks import await_disks
 from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
@@ -167,6 +168,11 @@ class Lifecycle:
         return self._channel
 
     @property
+    def folder(self) -> Path:
+        """The machine's folder, which goes with it; raise `MachineError` if it is unknown."""
+        return self._relaunchable().folder
+
+    @property
     def boot_source(self) -> Start:
         """The boot source of the current instance: what the machine's own disk stands on."""
         return self._current or self._relaunchable().start
@@ -248,6 +254,18 @@ class Lifecycle:
     def _died(self, message: str) -> MachineDied:
         tail = self.instance.console.tail(20)
         return MachineDied(f"the machine {self._spec.name} {message}", machine=self._spec.name, console_tail=tail)
+
+    def plug_disk(self, disk: DataDisk, deadline: Deadline) -> None:
+        """Plug in a disk, and wait until the guest has it."""
+        channel = self.channel
+        self.instance.plug_disk(disk)
+        self._current = attrs.evolve(self.boot_source, data=self.instance.data)
+        await_disks(channel, [disk.name], deadline)
+
+    def unplug_disk(self, name: str, deadline: Deadline) -> None:
+        """Remove a disk."""
+        self.instance.unplug_disk(name, deadline=deadline)
+        self._current = attrs.evolve(self.boot_source, data=self.instance.data)
 
     def _relaunchable(self) -> Relauncher:
         self.check_owner()
@@ -404,7 +422,10 @@ class Lifecycle:
             packs.seal(folder, self._manifest(folder.name, name))
             # A backend with images of its own has no disks in the start, and finds its own in the folder.
             disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()
-            start = attrs.evolve(origin, disks=disks, saved=folder, kept=False, building=False)
+            data = tuple(
+                attrs.evolve(disk, disks=(*disk.disks, Disk(path=folder / disk.file)), saved=True, overlay=None) for disk in origin.data
+            )
+            start = attrs.evolve(origin, disks=disks, data=data, saved=folder, kept=False, building=False)
             return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
         # Ctrl-C too: half a snapshot may be a gigabyte that nobody would remove before the machine ends.
         except BaseException as error:
@@ -435,6 +456,7 @@ class Lifecycle:
             backend=relauncher.backend,
             memory=self._spec.memory,
             disk_size=relauncher.start.disk_size,
+            disks={disk.name: disk.size for disk in self.boot_source.data},
         )
 
     def restore(self, snapshot: Snapshot | None) -> None:

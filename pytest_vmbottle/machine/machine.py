@@ -19,6 +19,7 @@ from pytest_vmbottle.host import resources as host
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.machine import keyboard, openssh
+from pytest_vmbottle.machine.disks import new_disk
 from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
 from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
 from pytest_vmbottle.machine.metrics import Meter, Sample
@@ -45,6 +46,8 @@ _SPARE = 10.0
 _ANSWER = 5.0
 """Seconds for the guest to answer a question about itself."""
 _LOGIN_TIME = 60.0
+_PLUG_TIME = 30.0
+"""Seconds for a guest to take or to release a disk; an emulated one takes 0.2 s."""
 _MAX_PORT = 65535
 _WORD, _WORDS = 4 << 10, 64
 """Characters of a word, and words of a command, that the timeline has."""
@@ -902,6 +905,46 @@ class Machine:
         if place is None:
             raise MachineError('it is not on a private LAN: write network="lan" in its mark', machine=self.name)
         place.impair(delay=delay, loss=loss)
+
+    # -- disks -----------------------------------------------------------------------------------------------------------------------
+
+    @recorded("power")
+    def plug_disk(self, name: str, source: int | str | Path) -> None:
+        """Plug in one more disk, and return when the guest has it: `/dev/disk/by-id/virtio-NAME`.
+
+        It stays when the machine is rebooted or off, and is in its snapshots.
+
+        Args:
+            name: Its serial number: a letter, then at most 19 letters, digits, `-` or `_`.
+            source: As for `disks` in the mark: the size of an empty disk, or the path of a disk image, which is not written to.
+
+        Raises:
+            SpecError: The name or the size is invalid, or the path leads to no disk image.
+            MachineError: The machine has a disk of this name, no port for another one, or is off or paused.
+
+        Example:
+            >>> vm.plug_disk("spare", "64M")
+            >>> vm.exec("blockdev --getsize64 /dev/disk/by-id/virtio-spare").stdout.strip()
+            '67108864'
+        """
+        self.lifecycle.plug_disk(new_disk(name, source), Deadline(_PLUG_TIME * self._factor))
+
+    @recorded("power")
+    def unplug_disk(self, name: str) -> None:
+        """Pull out a disk, with everything on it, as if by its cable.
+
+        A guest that still uses it gets errors: unmount it first.
+
+        Raises:
+            MachineError: There is no such disk, the guest does not release it, or the machine is off.
+
+        Example:
+            >>> vm.plug_disk("spare", "64M")
+            >>> vm.unplug_disk("spare")
+            >>> vm.path("/dev/disk/by-id/virtio-spare").exists()
+            False
+        """
+        self.lifecycle.unplug_disk(name, Deadline(_PLUG_TIME * self._factor))
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 

@@ -60,5 +60,5 @@ class Snapshot(Pack):
         Raises:
             CatalogError: A file is gone.
         """
-        if not all(path.exists() for path in (self.path, self.start.seed, *(disk.path for disk in self.start.disks))):
+        if not all(path.exists() for path in (self.path, self.start.seed, *(disk.path for disk in self.start.images))):
             raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it is removed with the machine that it was made of")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 import attrs
@@ -18,6 +18,7 @@ from pytest_vmbottle.spec import MachineKeywords, MachineSpec, Source
 if TYPE_CHECKING:
     from pytest_vmbottle.backends.port import Start
     from pytest_vmbottle.catalog.catalog import Catalog
+    from pytest_vmbottle.machine.crash_explorer import CrashLog
     from pytest_vmbottle.machine.lan import Lans
     from pytest_vmbottle.machine.machine import Machine, MachineFactory
     from pytest_vmbottle.machine.snapshot import Snapshot
@@ -105,6 +106,27 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_
             return _enter(request, stack, spec, _vm_lans)
 
         yield make
+
+
+@pytest.fixture
+def crash_explorer(request: pytest.FixtureRequest) -> Iterator[Callable[[Machine, str], AbstractContextManager[CrashLog]]]:
+    """Context manager `crash_explorer(vm, disk)` that records a disk's writes, and gives the states that a crash could leave it in."""
+    from pytest_vmbottle.machine.crash_explorer import record_crashes
+
+    @contextmanager
+    def make(spec: MachineSpec, start: Start) -> Iterator[Machine]:
+        with ExitStack() as own:
+            yield _enter(request, own, spec, None, start)
+
+    with ExitStack() as stack:
+
+        @contextmanager
+        def explore(vm: Machine, disk: str) -> Iterator[CrashLog]:
+            with record_crashes(vm, disk, make) as log:
+                stack.callback(log.close)
+                yield log
+
+        yield explore
 
 
 @pytest.fixture(scope="class")

@@ -18,6 +18,7 @@ from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.images import check_again
+from pytest_vmbottle.machine.disks import await_disks
 from pytest_vmbottle.machine.lifecycle import CAPTURE, CAPTURES, Relauncher
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.machine.sampler import Sampler
@@ -152,7 +153,7 @@ class Launcher:
 
         Files in users' own folders are not held.
         """
-        folders = [disk.path.parent for disk in start.disks] + ([start.saved] if start.saved else [])
+        folders = [disk.path.parent for disk in start.images] + ([start.saved] if start.saved else [])
         with self._context.explained():
             holds.take(*(folder for folder in folders if self._context.catalog.root in folder.parents))
 
@@ -160,7 +161,7 @@ class Launcher:
         self, spec: MachineSpec, start: Start, remains: Remains, deadline: Deadline, await_boot: _AwaitBoot
     ) -> tuple[Instance, Channel]:
         context, rundir = self._context, remains.folder
-        for disk in start.disks:
+        for disk in start.images:
             # Nobody keeps others from writing to a disk in its own place, nor a guest of another run: its header is read each time.
             if context.catalog.root not in disk.path.parents:
                 check_again(disk.path, disk.format)
@@ -178,6 +179,8 @@ class Launcher:
                 await_boot(instance, channel, deadline)
             elif not start.building:
                 context.tally.restored += 1
+            # Those that a saved state has were there before.
+            await_disks(channel, [disk.name for disk in start.data if not (start.saved and disk.saved)], deadline)
         # Ctrl-C too: nobody else knows of this instance yet.
         except BaseException:
             instance.stop()

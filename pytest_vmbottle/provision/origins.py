@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import attrs
 
-from pytest_vmbottle.backends.port import Disk, Start
+from pytest_vmbottle.backends.port import DataDisk, Disk, Start
 from pytest_vmbottle.channels.port import Keys
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host import records
 from pytest_vmbottle.host.sizes import format_size
+from pytest_vmbottle.machine.disks import new_disk
 from pytest_vmbottle.provision.seed import write_seed
 from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
     from pytest_vmbottle.backends.port import Backend, OwnImage
     from pytest_vmbottle.catalog.packs import Pack
@@ -94,20 +95,21 @@ class DiskOrigin(Origin):
         size, keys = self._disk_size(spec), new_keys()
         write_seed(folder / "seed.iso", hostname=spec.name, keys=keys, user_data=spec.user_data)
         records.write(folder / "keys.json", attrs.asdict(keys), version=0)
-        return self._start(spec, folder, size=size, building=building)
+        start = self._start(spec, folder, size=size, building=building)
+        return attrs.evolve(start, data=tuple(new_disk(name, source) for name, source in spec.disks))
 
     def from_pack(self, spec: MachineSpec, pack: Pack, beneath: Callable[[str], Pack], *, building: bool = False) -> Start:
         """Return the boot source for the chain of disks down to the image, with the seed and keys of the first boot."""
-        disks = [Disk(path=pack.path / "disk.qcow2")]
-        base = pack
-        while base.manifest.parent is not None:
-            base = beneath(base.manifest.parent)
-            disks.append(Disk(path=base.path / "disk.qcow2"))
+        chain = [pack]
+        while chain[-1].manifest.parent is not None:
+            chain.append(beneath(chain[-1].manifest.parent))
+        # Found from the top down, but `Start` has the lowest first.
+        chain.reverse()
         saved = None if pack.manifest.kind == PackKind.DISK else pack.path
         # The seed and the keys are those of the first boot, deep in the chain: a later seed would be another instance to cloud-init.
-        first = self._start(spec, base.path, size=pack.manifest.disk_size, building=building)
-        # Found from the top down, but `Start` has the lowest first.
-        return attrs.evolve(first, disks=(*first.disks, *reversed(disks)), saved=saved)
+        first = self._start(spec, chain[0].path, size=pack.manifest.disk_size, building=building)
+        disks = (Disk(path=each.path / "disk.qcow2") for each in chain)
+        return attrs.evolve(first, disks=(*first.disks, *disks), saved=saved, data=_data_disks(spec, chain))
 
     def _start(self, spec: MachineSpec, folder: Path, *, size: int, building: bool) -> Start:
         return Start(
@@ -211,3 +213,20 @@ class KeptOrigin(Origin):
 
     def _refusal(self, spec: MachineSpec) -> SpecError:
         return SpecError(f"the machine {spec.name!r} starts from its own disk, and not from the image {self.name}")
+
+
+def _data_disks(spec: MachineSpec, chain: Iterable[Pack]) -> tuple[DataDisk, ...]:
+    """Return the disks beside the root disk: those that the highest pack has first, then those that are new."""
+    wanted, found = dict(spec.disks), dict[str, DataDisk]()
+    for pack in chain:
+        for name, size in pack.manifest.disks.items():
+            disk = found.get(name) or _packed_disk(name, size, wanted.get(name, size))
+            found[name] = attrs.evolve(disk, disks=(*disk.disks, Disk(path=pack.path / disk.file)))
+    return (*found.values(), *(new_disk(name, source) for name, source in wanted.items() if name not in found))
+
+
+def _packed_disk(name: str, size: int, wanted: int | Path) -> DataDisk:
+    disk = attrs.evolve(new_disk(name, wanted), saved=True)
+    if disk.size != size:
+        raise SpecError(f"disks={{{name!r}: {format_size(disk.size)}}}: a layer has made this disk with {format_size(size)}")
+    return disk

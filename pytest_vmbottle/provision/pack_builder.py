@@ -141,6 +141,7 @@ class PackBuilder:
                 backend=context.label(plan.spec),
                 memory=plan.spec.memory,
                 disk_size=source.disk_size,
+                disks={disk.name: disk.size for disk in source.data},
             )
             records.write(staged / SPEC, plan.spec.plain_keywords())
             packs.seal(staged, manifest)

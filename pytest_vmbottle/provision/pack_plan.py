@@ -93,6 +93,7 @@ def build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
         launch["network"] = True  # where packages come from
     # The last one wins: a layer must not boot otherwise than the machines that are restored from it.
     keywords = {**launch, **own, **boots}
+    keywords["disks"] = step.disks
     keywords["network"] = keywords["network"] is True  # a LAN is what a machine joins when it is cloned
     return MachineSpec(source=step.source, **keywords)
 

@@ -34,6 +34,7 @@ __all__ = [
     "MachineSpec",
     "Source",
     "check_keywords",
+    "disk_source",
     "ends_first_boot",
     "is_mode",
     "layer",
@@ -58,6 +59,7 @@ class MachineKeywords(TypedDict, total=False):
     nested: bool
     memory: int | str
     disk: int | str | None
+    disks: Mapping[str, int | str | Path]
     display: bool
     network: bool | str | Sequence[str]
     capture: bool
@@ -75,9 +77,9 @@ class MachineKeywords(TypedDict, total=False):
 
 
 SIGNATURE = (
-    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, display=False, "
-    "network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', fresh='restore', "
-    "reset='none', timeout=120, panic='fail')"
+    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, disks={}, "
+    "display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', "
+    "fresh='restore', reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
 PREPARATION = frozenset({"packages", "files", "run"})
@@ -110,6 +112,10 @@ _ENDS_GUEST = re.compile(
 _MAX_CPUS = 64
 _MAX_MODE = 0o7777
 _MAX_PORT = 65535
+_MAX_DISKS = 6
+"""Most disks beside the root disk: as many as every backend has ports for."""
+# A serial number of virtio has 20 bytes (VIRTIO_BLK_ID_BYTES), and udev makes a file name of it.
+_DISK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 _MIB = 1 << 20  # QEMU rounds a machine's memory to pages; a file for it must have the very same size
 _MIN_MEMORY = 16 * _MIB
 
@@ -241,6 +247,35 @@ def _memory(value: object) -> int:
 
 def _disk(value: object) -> int | None:
     return None if value is None else _size("disk", value)
+
+
+def _disks(value: object) -> tuple[tuple[str, int | Path], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise _fail("disks", value, "takes a mapping from names to sizes such as '1G', or to the paths of disk images")
+    # Also pairs, which is what this returns.
+    found = [(name, disk_source(name, source)) for name, source in pairs]
+    if len(found) > _MAX_DISKS:
+        raise _fail("disks", [name for name, _ in found], f"takes at most {_MAX_DISKS} disks")
+    return tuple(sorted(found, key=lambda pair: pair[0]))
+
+
+def disk_source(name: object, source: object) -> int | Path:
+    """Return what a disk beside the root disk is made from: its bytes, or the path of a disk image.
+
+    Raises:
+        SpecError: The name or the source is invalid.
+    """
+    if not isinstance(name, str) or not _DISK_NAME.fullmatch(name) or name == "root":
+        raise _fail("disks", name, "is not the name of a disk: a letter, then at most 19 letters, digits, - or _; 'root' is the root disk")
+    # A path is told from a size by its slash, since a file may be called 1G.
+    if isinstance(source, Path) or (isinstance(source, str) and "/" in source):
+        return Path(source).absolute()
+    size = _size("disks", source)
+    if size < _MIB:
+        raise _fail("disks", {name: source}, "is less than 1 MiB: a number means bytes; write a string such as '512M'")
+    # Whole sectors, as every disk has.
+    return -(-size // 512) * 512
 
 
 def _display(value: object) -> bool:
@@ -420,6 +455,11 @@ class Layer:
         return (*below, self)
 
     @property
+    def disks(self) -> dict[str, int | Path]:
+        """The disks beside the root disk, of the whole chain."""
+        return {name: source for step in self.chain for name, source in _disks(step.keywords.get("disks", {}))}
+
+    @property
     def image(self) -> str | Path:
         """The image at the bottom."""
         bottom = self.chain[0].source
@@ -438,7 +478,8 @@ class Layer:
         """
         # Contents and not times: a fresh checkout of the same files must find the packs of the one before.
         depends = [_content(path, skipped) for path in self.depends]
-        return digest(_function_source(self), depends, self.version, _prepared(self.keywords, skipped))
+        disks = [(name, _content(source, skipped) if isinstance(source, Path) else source) for name, source in self.disks.items()]
+        return digest(_function_source(self), depends, self.version, _prepared(self.keywords, skipped), disks)
 
 
 def layer(
@@ -573,6 +614,7 @@ class MachineSpec:
         nested: Whether the guest can itself run virtual machines, by KVM.
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
+        disks: Disks beside it by name: the bytes of one that is empty at first, or the path of a disk image.
         display: Whether the machine has a screen and a keyboard.
         network: True for NAT, False for forwarded ports only, the only networks (CIDR) that it may reach, or the name of a private LAN that
             the machines of one test share.
@@ -598,6 +640,7 @@ class MachineSpec:
     nested: bool = attrs.field(default=False, converter=_nested)
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
+    disks: tuple[tuple[str, int | Path], ...] = attrs.field(factory=dict, converter=_disks)
     display: bool = attrs.field(default=False, converter=_display)
     network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     capture: bool = attrs.field(default=False, converter=_capture)
@@ -648,9 +691,11 @@ class MachineSpec:
         merged = dict(defaults or {})
         for below in source.chain if isinstance(source, Layer) else ():
             # Preparation belongs to the layer that names it; a layer above would otherwise do it again.
-            merged.update({key: value for key, value in below.keywords.items() if key not in PREPARATION})
+            merged.update({key: value for key, value in below.keywords.items() if key not in PREPARATION | {"disks"}})
         merged.update(keywords)
         check_keywords(merged)
+        # The disks of layers are in their packs, so a mark adds to them.
+        merged["disks"] = {**(source.disks if isinstance(source, Layer) else {}), **dict(_disks(merged.get("disks", {})))}
         # The source that was given, and not one of the defaults or a layer.
         return cls(**{**merged, "source": source})
 
@@ -661,7 +706,8 @@ class MachineSpec:
         """
         fields = {field.name: getattr(self, field.name) for field in attrs.fields(MachineSpec) if field.name not in PREPARATION}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-        return plain | {"source": str(self.image), "env": dict(self.env)}
+        disks = {name: str(source) if isinstance(source, Path) else source for name, source in self.disks}
+        return plain | {"source": str(self.image), "env": dict(self.env), "disks": disks}
 
     @property
     def image(self) -> str | Path:
@@ -676,7 +722,8 @@ class MachineSpec:
         # No empty step: it would be a pack of its own with the same content.
         if not any(own.values()):
             return below
-        return (*below, Layer(source=self.source, function=None, keywords=own, name="prepared"))
+        # With the disks, which commands may want to format.
+        return (*below, Layer(source=self.source, function=None, keywords={**own, "disks": dict(self.disks)}, name="prepared"))
 
     def boot_digest(self) -> str:
         """Return a digest of everything that a guest is booted with.

@@ -86,6 +86,7 @@ class Requests:
             "metrics": self._metrics,
             "mkdir": self._mkdir,
             "pause": self._pause,
+            "plug-disk": lambda _, request: machine.plug_disk(request["disk"], request["source"]),
             "read": self._read,
             "reboot": lambda *_: machine.reboot(),
             "restore": self._restore,
@@ -97,6 +98,7 @@ class Requests:
             "ssh-config": lambda *_: str(machine.ssh_config()),
             "terminal": self._terminal,
             "type": lambda _, request: machine.send_keys(*request["text"]),
+            "unplug-disk": lambda _, request: machine.unplug_disk(request["disk"]),
             "upload": self._upload,
             "write": self._write,
         }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from cattrs.preconf.json import make_converter
 
-from pytest_vmbottle.backends.port import Disk, Start
+from pytest_vmbottle.backends.port import DataDisk, Disk, Start
 from pytest_vmbottle.catalog import packs
 from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.host import records
@@ -64,7 +64,10 @@ class Stored:
         overlay = machine.lifecycle.instance.overlay
         if overlay is None:
             return None
-        start = attrs.evolve(machine.lifecycle.boot_source, saved=None, kept=True, overlay=overlay, building=False)
+        source = machine.lifecycle.boot_source
+        # All of them are in one folder, each under its own name.
+        data = tuple(attrs.evolve(disk, overlay=overlay.with_name(disk.file)) for disk in source.data)
+        start = attrs.evolve(source, saved=None, kept=True, overlay=overlay, data=data, building=False)
         return cls(start=start, origin=KeptOrigin.of(origin), keywords=machine.spec.plain_keywords())
 
     @classmethod
@@ -141,17 +144,25 @@ def _linked(start: Start, here: Path, final: Path) -> Start:
             os.link(path, here / folder.name / path.name)
         return final / folder.name
 
-    def linked_disk(disk: Disk, number: int) -> Disk:
+    def linked_disk(disk: Disk, name: str) -> Disk:
         # A snapshot's own disk is linked with the snapshot.
         in_saved = disk.path.parent == start.saved
-        path = final / disk.path.parent.name / disk.path.name if in_saved else link(disk.path, f"disk-{number}{disk.path.suffix}")
+        path = final / disk.path.parent.name / disk.path.name if in_saved else link(disk.path, f"{name}{disk.path.suffix}")
         return attrs.evolve(disk, path=path)
+
+    def linked_data(disk: DataDisk) -> DataDisk:
+        return attrs.evolve(
+            disk,
+            disks=tuple(linked_disk(each, f"{disk.name}-{number}") for number, each in enumerate(disk.disks)),
+            overlay=link(disk.overlay, disk.file) if disk.overlay is not None else None,
+        )
 
     saved = linked_saved(start.saved) if start.saved is not None else None
     return attrs.evolve(
         start,
         saved=saved,
-        disks=tuple(linked_disk(disk, number) for number, disk in enumerate(start.disks)),
+        disks=tuple(linked_disk(disk, f"disk-{number}") for number, disk in enumerate(start.disks)),
+        data=tuple(map(linked_data, start.data)),
         overlay=link(start.overlay, _OVERLAY) if start.overlay is not None else None,
         kernel=link(start.kernel, start.kernel.name) if start.kernel is not None else None,
         initrd=link(start.initrd, start.initrd.name) if start.initrd is not None else None,

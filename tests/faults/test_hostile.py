@@ -28,7 +28,7 @@ from pytest_vmbottle import CatalogError, Machine, MachineSpec, MachineTimeout
 from pytest_vmbottle.backends.port import Disk, Start
 from pytest_vmbottle.backends.qemu.command_line import Emulator, board_of
 from pytest_vmbottle.backends.qemu.features import probe_features
-from pytest_vmbottle.backends.qemu.instance import Programs, QemuInstance
+from pytest_vmbottle.backends.qemu.instance import QemuInstance
 from pytest_vmbottle.backends.qemu.launch import start
 from pytest_vmbottle.backends.qemu.qmp import QmpFailed
 from pytest_vmbottle.catalog.catalog import Catalog
@@ -48,15 +48,14 @@ SPEC = MachineSpec(source="any", memory="32M", arch="x86_64")
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     binary, board = Path(shutil.which("qemu-system-x86_64") or ""), board_of("x86_64")
     dialect = probe_features(binary, workdir=tmp_path_factory.mktemp("dialect"))
-    emulator = Emulator(binary=binary, board=board, accelerator=board.tcg, dialect=dialect)
-    return Programs(emulator=emulator, img=Path(shutil.which("qemu-img") or ""))
+    return Emulator(binary=binary, board=board, accelerator=board.tcg, dialect=dialect)
 
 
 @pytest.fixture
-def begin(programs: Programs, catalog: Catalog, tmp_path: Path) -> Begin:
+def begin(emulator: Emulator, catalog: Catalog, tmp_path: Path) -> Begin:
     """Starts a machine in the test's catalog."""
     disk, seed, keys = tmp_path / "disk.raw", tmp_path / "seed.iso", new_keys()
     disk.write_bytes(HALT.ljust(1 << 20, b"\0"))
@@ -68,7 +67,7 @@ def begin(programs: Programs, catalog: Catalog, tmp_path: Path) -> Begin:
             disks=(Disk(path=disk, format="raw"),), disk_size=1 << 20, kernel=None, initrd=None, cmdline="", seed=seed, keys=keys
         )
         with catalog.rundir(name) as rundir:
-            instance = start(programs, SPEC, source=source, rundir=rundir, deadline=Deadline(60))
+            instance = start(emulator, SPEC, source=source, rundir=rundir, deadline=Deadline(60))
             try:
                 yield instance
             finally:

@@ -18,7 +18,6 @@ from pytest_vmbottle.backends.qemu import proof
 from pytest_vmbottle.backends.qemu.checks import QemuChecks
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
 from pytest_vmbottle.backends.qemu.features import Features, probe_features
-from pytest_vmbottle.backends.qemu.instance import Programs
 from pytest_vmbottle.backends.qemu.launch import start
 from pytest_vmbottle.backends.qemu.processor import accelerator_for
 from pytest_vmbottle.errors import BackendUnavailable
@@ -37,7 +36,6 @@ from pytest_vmbottle.spec.pack_kind import PackKind
 __all__ = ["Proof", "QemuBackend", "find_program"]
 
 _converter = make_converter()
-_IMG = ("qemu-img", "qemu-utils")
 
 
 def find_program(name: str, package: str) -> Path:
@@ -189,26 +187,21 @@ class QemuBackend(Backend):
         """
         return self._prover(host_arch()).prove_again()
 
-    def programs(self, arch: str) -> Programs:
-        """Return the programs for machines of an architecture.
+    def emulator(self, arch: str) -> Emulator:
+        """Return the QEMU for machines of an architecture.
 
         Raises:
-            BackendUnavailable: A program is missing, or runs no guest.
+            BackendUnavailable: It is missing, or runs no guest.
         """
         if arch != host_arch() and self._wanted not in ("auto", "tcg"):
             reason = f"{self._wanted} cannot run {arch} guests on this {host_arch()} host: they need emulation"
             raise BackendUnavailable(reason, "Allow emulation: --vm-accel auto")
-        return Programs(emulator=self._emulator(arch), img=find_program(*_IMG))
-
-    def _emulator(self, arch: str) -> Emulator:
         emulator = self._prover(arch).emulator
         return emulator if self._account is None else _run_as(self._account, emulator)
 
     def probe(self) -> Capabilities:
         """Return the capabilities of QEMU on this host (see `Backend.probe`)."""
         known = self.proof
-        # Only to raise: without qemu-img no machine gets a disk.
-        find_program(*_IMG)
         works = {
             PackKind.TEMPLATE: "a machine was restored from its RAM file and continued",
             PackKind.STREAM: "a machine was restored and continued",
@@ -231,22 +224,21 @@ class QemuBackend(Backend):
             wanted=self._wanted,
             account=self._account,
             prove=lambda: self.prove_again().verdicts,
-            emulator=lambda: self._emulator(host_arch()),
+            emulator=lambda: self.emulator(host_arch()),
             probe=self.probe,
             broken=lambda: self.proof.broken,
             chosen=chosen,
         ).all()
 
-    def _programs(self, spec: MachineSpec) -> Programs:
-        """Return the programs, with the processor that a machine asks for."""
-        programs = self.programs(spec.arch)
+    def _emulator(self, spec: MachineSpec) -> Emulator:
+        """Return the QEMU, with the processor that a machine asks for."""
+        emulator = self.emulator(spec.arch)
         version = self._prover(spec.arch).proof.version
-        accelerator = accelerator_for(spec, programs.emulator.accelerator, version=version)
-        return attrs.evolve(programs, emulator=attrs.evolve(programs.emulator, accelerator=accelerator))
+        return attrs.evolve(emulator, accelerator=accelerator_for(spec, emulator.accelerator, version=version))
 
     def fingerprint(self, spec: MachineSpec) -> str:
         """Return a digest of a pack's dependencies besides its spec (see `Backend.fingerprint`)."""
-        emulator, version = self._programs(spec).emulator, self._prover(spec.arch).proof.version
+        emulator, version = self._emulator(spec), self._prover(spec.arch).proof.version
         # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
         processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
@@ -262,7 +254,7 @@ class QemuBackend(Backend):
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:
         """Start a machine (see `Backend.launch`)."""
-        return start(self._programs(spec), spec, source=source, rundir=rundir, deadline=deadline)
+        return start(self._emulator(spec), spec, source=source, rundir=rundir, deadline=deadline)
 
 
 def _run_as(account: Account, emulator: Emulator) -> Emulator:

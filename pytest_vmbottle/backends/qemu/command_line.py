@@ -7,11 +7,12 @@ and `incoming`, and anything added here must change `FORMAT`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle.backends.port import GUEST_MAC, Disk
+from pytest_vmbottle.backends.port import GUEST_MAC, DataDisk, Disk
 from pytest_vmbottle.backends.qemu.features import Features
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host.account import Account
@@ -19,23 +20,27 @@ from pytest_vmbottle.spec import MachineSpec
 
 __all__ = [
     "BOARDS",
+    "DISK_PORTS",
     "FORMAT",
     "HVF",
     "KVM",
     "LAN_PORT",
     "NETDEV",
     "NIC",
+    "ROOT_DISK",
     "SCRATCH_PORT",
     "Accelerator",
     "Board",
+    "DataSlot",
     "Emulator",
     "LaunchResources",
     "board_of",
     "command_line",
+    "overlay_node",
     "sandbox",
 ]
 
-FORMAT = 4
+FORMAT = 5
 """Version of the command line, part of every fingerprint.
 
 Packs made with another processor or another set of devices are not restored.
@@ -43,6 +48,10 @@ Packs made with another processor or another set of devices are not restored.
 
 SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 """Empty PCI Express ports for devices that are plugged in while the machine runs: a disk, and a network card."""
+DISK_PORTS = tuple(f"disk{number}" for number in range(6))
+"""Ports for disks beside the root disk."""
+ROOT_DISK = "root"
+"""Id of the root disk, of its device."""
 
 NIC = "nic"
 """Id of the network card by which the host reaches a guest."""
@@ -159,6 +168,44 @@ class Emulator:
 
 
 @attrs.frozen(kw_only=True)
+class DataSlot:
+    """A disk beside the root disk, where it is.
+
+    Attributes:
+        disk: The disk.
+        port: Its port, of `DISK_PORTS`.
+        file: The file of its overlay.
+    """
+
+    disk: DataDisk
+    port: str
+    file: Path
+
+    @property
+    def node(self) -> str:
+        """Name of its block node, on which filters may lie."""
+        return f"node-{self.port}"
+
+    @property
+    def device(self) -> str:
+        """Id of its device."""
+        return f"data-{self.port}"
+
+    def device_options(self) -> dict[str, str]:
+        """Return the arguments of its device."""
+        # Errors go to the guest. By default QEMU would stop the machine where the host's disk is full.
+        return {
+            "driver": "virtio-blk-pci",
+            "id": self.device,
+            "bus": self.port,
+            "drive": self.node,
+            "serial": self.disk.name,
+            "werror": "report",
+            "rerror": "report",
+        }
+
+
+@attrs.frozen(kw_only=True)
 class LaunchResources:
     """Host resources that a machine's command line refers to.
 
@@ -169,6 +216,7 @@ class LaunchResources:
         share: Whether the guest's writes go to that file, or stay private to the process.
         overlay: The only disk that is written to.
         disks: The disks below the overlay, lowest first.
+        data: The disks beside it that are there from the beginning.
         seed: The cloud-init ISO.
         kernel, initrd, cmdline: Files and command line for a direct boot; None and empty to boot by firmware.
         firmware: A firmware file that replaces QEMU's default firmware.
@@ -182,6 +230,7 @@ class LaunchResources:
     share: bool
     overlay: Path
     disks: tuple[Disk, ...]
+    data: tuple[DataSlot, ...] = ()
     seed: Path
     kernel: Path | None
     initrd: Path | None
@@ -222,6 +271,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: LaunchResources)
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
         *_ports(),
+        *_data(wiring),
         *(board.display if spec.display else ()),  # the last, so that what all machines have is where it is in all of them
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
@@ -248,23 +298,28 @@ def _memory(spec: MachineSpec, wiring: LaunchResources, dialect: Features) -> li
     return ["-object", backend]
 
 
-def _disks(wiring: LaunchResources) -> list[str]:
+def overlay_node(name: str, file: Path, disks: Iterable[Disk]) -> dict[str, object]:
+    """Return the arguments of a block node for an overlay with the disks below it, lowest first."""
     # The chain is spelled out. No image's header says what lies beneath it, so none can point QEMU at another file of this host.
     backing: dict[str, object] | None = None
-    for disk in wiring.disks:
+    for disk in disks:
         below = {"backing": backing} if disk.format == "qcow2" else {}
         source = {"driver": "file", "filename": str(disk.path), "read-only": True}
         backing = {"driver": disk.format, "read-only": True, "file": source, **below}
-    overlay = {
+    return {
         "driver": "qcow2",
-        "node-name": "disk0",
-        "file": {"driver": "file", "filename": str(wiring.overlay)},
+        "node-name": name,
+        "file": {"driver": "file", "filename": str(file)},
         "backing": backing,
         # What a guest trims leaves the overlay, and so the pack that is made of it.
         "discard": "unmap",
         # What the guest flushes need not survive the host: an overlay lives as long as its machine, and a pack is synced when published.
         "cache": {"no-flush": True},
     }
+
+
+def _disks(wiring: LaunchResources) -> list[str]:
+    overlay = overlay_node("disk0", wiring.overlay, wiring.disks)
     seed = {
         "driver": "raw",
         "node-name": "seed0",
@@ -272,7 +327,7 @@ def _disks(wiring: LaunchResources) -> list[str]:
         "file": {"driver": "file", "filename": str(wiring.seed), "read-only": True},
     }
     return [
-        *("-blockdev", json.dumps(overlay), "-device", "virtio-blk-pci,drive=disk0,id=root"),
+        *("-blockdev", json.dumps(overlay), "-device", f"virtio-blk-pci,drive=disk0,id={ROOT_DISK}"),
         *("-blockdev", json.dumps(seed), "-device", "virtio-blk-pci,drive=seed0,id=seed"),
     ]
 
@@ -306,6 +361,22 @@ def _ports() -> list[str]:
     return [
         *("-device", f"pcie-root-port,id={SCRATCH_PORT},chassis=1,slot=1"),
         *("-device", f"pcie-root-port,id={LAN_PORT},chassis=2,slot=2"),
+        *(
+            word
+            for number, port in enumerate(DISK_PORTS, 3)
+            for word in ("-device", f"pcie-root-port,id={port},chassis={number},slot={number}")
+        ),
+    ]
+
+
+def _data(wiring: LaunchResources) -> list[str]:
+    return [
+        word
+        for slot in wiring.data
+        for word in (
+            *("-blockdev", json.dumps(overlay_node(slot.node, slot.file, slot.disk.disks))),
+            *("-device", ",".join(f"{key}={value}" for key, value in slot.device_options().items())),
+        )
     ]
 
 

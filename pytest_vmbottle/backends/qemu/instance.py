@@ -16,10 +16,11 @@ import attrs
 
 from pytest_vmbottle.backends.console import Console, Recorder
 from pytest_vmbottle.backends.kernel_watch import KernelWatch
-from pytest_vmbottle.backends.port import CannotSave, Chord, Instance, NotPlugged, SshAccess, Start, State
+from pytest_vmbottle.backends.port import CannotSave, Chord, DataDisk, Instance, NotPlugged, SshAccess, Start, State
 from pytest_vmbottle.backends.qemu import capture, display
 from pytest_vmbottle.backends.qemu.after_restore import AfterRestore
-from pytest_vmbottle.backends.qemu.command_line import NIC, Emulator
+from pytest_vmbottle.backends.qemu.command_line import NIC, DataSlot, Emulator
+from pytest_vmbottle.backends.qemu.data_disks import DataDisks
 from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.guest_channels import GuestChannels, Host
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
@@ -30,13 +31,12 @@ from pytest_vmbottle.backends.qemu.ram import RAM_FILE, Ram
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
 from pytest_vmbottle.errors import GuestPanic, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host import records
-from pytest_vmbottle.host.commands import run_tool
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import copy_sparse, descriptor
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
-__all__ = ["CONSOLE", "OVERLAY", "Parts", "Programs", "QemuInstance", "Sockets", "make_overlay", "signal_hint"]
+__all__ = ["CONSOLE", "OVERLAY", "Parts", "QemuInstance", "Saved", "Sockets", "signal_hint"]
 
 _GRACE = 10.0
 _MOMENT = 2.0
@@ -49,14 +49,6 @@ OVERLAY = "disk.qcow2"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
 """Most free bytes of a file system that counts as full."""
-
-
-@attrs.frozen(kw_only=True)
-class Programs:
-    """The programs that make machines and their disks."""
-
-    emulator: Emulator
-    img: Path
 
 
 @attrs.frozen
@@ -75,7 +67,7 @@ class Sockets:
 
 
 @attrs.frozen(kw_only=True)
-class _Saved:
+class Saved:
     """Facts about a saved machine besides its state, in its folder.
 
     Attributes:
@@ -83,21 +75,22 @@ class _Saved:
         nonce: The secret that identifies it after a restore.
         agent: Whether it has a guest agent.
         login: See `GuestAgent.login`.
+        ports: The port of each disk beside the root disk, by the disk's name.
     """
 
     kind: PackKind
     nonce: str
     agent: bool
     login: int | None
+    ports: Mapping[str, str] = attrs.field(factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> _Saved:
-        return records.read_as(
-            folder / _SAVED,
-            lambda facts: cls(kind=PackKind(facts["kind"]), nonce=facts["nonce"], agent=facts["agent"], login=facts.get("login")),
-        )
+    def read(cls, folder: Path) -> Saved:
+        """Read the facts in a folder."""
+        return records.read_as(folder / _SAVED, lambda facts: cls(**{**facts, "kind": PackKind(facts["kind"])}))
 
     def write(self, folder: Path) -> None:
+        """Write the facts into a folder."""
         # Without a checksum of its own, because the pack's manifest has one of each file.
         records.write(folder / _SAVED, attrs.asdict(self), version=0)
 
@@ -113,6 +106,7 @@ class Parts:
     watch: KernelWatch
     ram: Ram
     rundir: Path
+    data: tuple[DataSlot, ...]
 
 
 class QemuInstance(Instance):
@@ -120,9 +114,9 @@ class QemuInstance(Instance):
 
     hypervisor = "QEMU"
 
-    def __init__(self, spec: MachineSpec, source: Start, *, programs: Programs, parts: Parts) -> None:
+    def __init__(self, spec: MachineSpec, source: Start, *, emulator: Emulator, parts: Parts) -> None:
         """Take over the resources that `start` has made."""
-        self._spec, self._source, self._programs = spec, source, programs
+        self._spec, self._source, self._emulator = spec, source, emulator
         self._process, self._qmp, self._ram, self._rundir = parts.process, parts.qmp, parts.ram, parts.rundir
         self.console = Console(parts.rundir / CONSOLE, ended=lambda: self._process.exitcode is not None)
         self._recorder = parts.recorder
@@ -139,6 +133,7 @@ class QemuInstance(Instance):
         )
         self._waker = AfterRestore(parts.lines.waker)
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
+        self._data = DataDisks(parts.qmp, parts.data, root=self.overlay, account=emulator.account, alive=self.alive)
         self._cable = NIC
         self._forwards = Forwards(self._monitor)
 
@@ -270,14 +265,31 @@ class QemuInstance(Instance):
     def disk(self, file: int, *, serial: str, writable: bool, deadline: Deadline) -> AbstractContextManager[Callable[[], int]]:
         """Plug in a disk for the length of a block (see `Instance.disk`)."""
         # Without ACPI hot-plug a guest waits 5 s before it releases a device.
-        if not self._programs.emulator.board.quick_hotplug:
+        if not self._emulator.board.quick_hotplug:
             raise NotPlugged(f"guests for {self._spec.arch} take too long to release a disk")
         return self._disk_port.disk(file, serial=serial, writable=writable, deadline=deadline)
+
+    @property
+    def data(self) -> tuple[DataDisk, ...]:
+        """The disks beside the root disk."""
+        return tuple(slot.disk for slot in self._data.slots)
+
+    def plug_disk(self, disk: DataDisk) -> None:
+        """Plug in one more disk (see `Instance.plug_disk`)."""
+        self._data.plug(disk)
+
+    def unplug_disk(self, name: str, *, deadline: Deadline) -> None:
+        """Remove a disk (see `Instance.unplug_disk`)."""
+        self._data.unplug(name, deadline)
+
+    def record_writes(self, name: str, folder: Path) -> AbstractContextManager[Path]:
+        """Record what the guest writes to a disk (see `Instance.record_writes`)."""
+        return self._data.recorded(name, folder)
 
     def capture(self, file: Path) -> None:
         """Record the traffic of the card (see `Instance.capture`)."""
         with self._asked("record network traffic"):
-            capture.begin(self._qmp, file, self._programs.emulator.account)
+            capture.begin(self._qmp, file, self._emulator.account)
 
     def end_capture(self) -> None:
         """Stop recording (see `Instance.end_capture`)."""
@@ -298,17 +310,21 @@ class QemuInstance(Instance):
                 raise MachineError("the guest did not release its second network card", machine=self._spec.name)
         self._cable = NIC
 
-    def restore(self, folder: Path, *, deadline: Deadline) -> None:
+    def restore(self, folder: Path, saved: Saved, *, deadline: Deadline) -> None:
         """Load a saved state, let it run, and set the guest's clock."""
-        saved = _Saved.read(folder)
         self._migrate("migrate-incoming", folder / _STATE, saved.kind, deadline)
         self._qmp.execute("cont", deadline=deadline)
         # Before any channel is used: no command may see the old clock, or draw the random numbers that other clones draw.
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
         self._channels.adopt(has_agent=saved.agent, login=saved.login, deadline=deadline)
 
+    def attach(self, slots: Iterable[DataSlot]) -> None:
+        """Plug in disks whose overlays are in the machine's folder, since its saved state does not have them."""
+        for slot in slots:
+            self._data.attach(slot)
+
     def _migrate(self, verb: Literal["migrate", "migrate-incoming"], file: Path, kind: PackKind, deadline: Deadline) -> None:
-        dialect = self._programs.emulator.dialect
+        dialect = self._emulator.dialect
         self._qmp.migrate(verb, file, capabilities=dialect.capabilities(kind), by_name=dialect.state_files, deadline=deadline)
 
     def save(self, dest: Path, *, kind: PackKind, deadline: Deadline) -> None:
@@ -321,8 +337,8 @@ class QemuInstance(Instance):
         else:
             self._save_running(dest, kind, deadline)
         # After QEMU's end, which has flushed it. Moved, because the machine is over and a disk may be large.
-        shutil.move(self.overlay, dest / "disk.qcow2")
-        make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
+        for file in (self.overlay, *(slot.file for slot in self._data.slots)):
+            shutil.move(file, dest / file.name)
 
     def _save_running(self, dest: Path, kind: PackKind, deadline: Deadline) -> None:
         self._channels.has_agent = None  # whoever built on this machine may have installed it, or taken it away
@@ -338,7 +354,7 @@ class QemuInstance(Instance):
             with descriptor(dest / RAM_FILE, _NEW) as file:
                 # Through the descriptor: the RAM may be a memfd, which has no name that could be moved.
                 copy_sparse(self._ram.fd, file)
-        _Saved(kind=kind, nonce=nonce, agent=bool(self._channels.has_agent), login=self._channels.agent.login).write(dest)
+        self._saved(kind, nonce).write(dest)
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
         """Write the machine with all of its RAM into a folder; it continues (see `Instance.snapshot`)."""
@@ -354,8 +370,11 @@ class QemuInstance(Instance):
                 raise OSError(errno.ENOSPC if _is_full(dest) else errno.EIO, str(error)) from error
             # The guest's clock stood still while the machine was written.
             self._waker.wake(nonce, deadline=deadline)
-        make_overlay(dest / "empty.qcow2", self._source.disk_size, self._programs.img)
-        _Saved(kind=PackKind.STREAM, nonce=nonce, agent=bool(self._channels.has_agent), login=self._channels.agent.login).write(dest)
+        self._saved(PackKind.STREAM, nonce).write(dest)
+
+    def _saved(self, kind: PackKind, nonce: str) -> Saved:
+        ports = {slot.disk.name: slot.port for slot in self._data.slots}
+        return Saved(kind=kind, nonce=nonce, agent=bool(self._channels.has_agent), login=self._channels.agent.login, ports=ports)
 
     @contextmanager
     def _nothing_plugged(self, deadline: Deadline) -> Iterator[None]:
@@ -379,8 +398,9 @@ class QemuInstance(Instance):
             # With all of its RAM: the pages of a clone may be in no file, since its mapping of the pack is private.
             self._migrate("migrate", dest / _STATE, PackKind.STREAM, deadline)
         # Only now: with the end of the migration QEMU has written its disks out, and does not touch them before it gets them back.
-        with descriptor(self.overlay, os.O_RDONLY) as disk, descriptor(dest / "disk.qcow2", _NEW) as copy:
-            copy_sparse(disk, copy)
+        for file in (self.overlay, *(slot.file for slot in self._data.slots)):
+            with descriptor(file, os.O_RDONLY) as disk, descriptor(dest / file.name, _NEW) as copy:
+                copy_sparse(disk, copy)
 
     def state(self) -> State:
         """Return the state: off if QEMU ended by itself without complaint."""
@@ -482,10 +502,3 @@ def signal_hint(status: int) -> str:
 
 def _is_full(folder: Path) -> bool:
     return shutil.disk_usage(folder).free < _FULL
-
-
-def make_overlay(path: Path, size: int, img: Path) -> None:
-    """Make an empty disk to be used as an overlay."""
-    made = run_tool([img, "create", "-q", "-f", "qcow2", path, str(size)], timeout=30)
-    if not made.ok:
-        raise MachineError(f"{img} could not make a disk at {path}: {made.output.strip() or 'it took longer than 30 s'}")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import socket
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import attrs
 
 from pytest_vmbottle.backends.console import Recorder
 from pytest_vmbottle.backends.kernel_watch import KernelWatch
-from pytest_vmbottle.backends.port import Start
-from pytest_vmbottle.backends.qemu.command_line import Emulator, LaunchResources, command_line
-from pytest_vmbottle.backends.qemu.instance import CONSOLE, OVERLAY, Parts, Programs, QemuInstance, Sockets, make_overlay, signal_hint
+from pytest_vmbottle.backends.port import Disk, Start
+from pytest_vmbottle.backends.qemu.command_line import DataSlot, Emulator, LaunchResources, command_line
+from pytest_vmbottle.backends.qemu.data_disks import lay_overlay, slots
+from pytest_vmbottle.backends.qemu.instance import CONSOLE, OVERLAY, Parts, QemuInstance, Saved, Sockets, signal_hint
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.ram import Ram
@@ -35,7 +34,7 @@ _UNKNOWN_PROCESSOR = re.compile(r"unable to find CPU model|-cpu\.\S+' not found"
 """Message of QEMU, from 7.2 to 10.0 at least, for an unknown model or feature."""
 
 
-def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
+def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
     """Start a machine, restored and awake or just booting.
 
     Raises:
@@ -43,14 +42,18 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
         LaunchError: QEMU did not start.
         MachineError: The saved state could not be restored, or the guest did not answer.
     """
-    _lay_disk(source, rundir, programs.img)
+    saved = Saved.read(source.saved) if source.saved is not None else None
+    data = slots(source, saved.ports if saved is not None else {}, rundir)
+    _lay_disks(source, data, rundir)
+    # A saved state has its own disks, and no others: those that are new come in when it runs.
+    first = data if saved is None else tuple(slot for slot in data if slot.disk.saved)
     # Made before QEMU starts, so that its cursor begins at the end of an earlier run's console.
     watch = KernelWatch(rundir / CONSOLE)
     with ExitStack() as undo:
-        ram = Ram(spec, source, rundir, programs.emulator.account)
+        ram = Ram(spec, source, rundir, emulator.account)
         # Callbacks run in reverse, so QEMU is killed before its RAM is closed.
         undo.callback(ram.close)
-        process, lines = _spawn(programs.emulator, spec, source, ram, rundir)
+        process, lines = _spawn(emulator, spec, source, ram, rundir, first)
         undo.callback(lines.close)
         undo.callback(process.kill)
         recorder = Recorder(lines.console, rundir / CONSOLE)
@@ -59,41 +62,33 @@ def start(programs: Programs, spec: MachineSpec, *, source: Start, rundir: Path,
             qmp = Qmp(lines.qmp, deadline=Deadline(min(_GREETING, deadline.remaining)))
         except QmpFailed as error:
             raise _not_launched(process, spec) from error
-        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, watch=watch, ram=ram, rundir=rundir)
-        instance = QemuInstance(spec, source, programs=programs, parts=parts)
+        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, watch=watch, ram=ram, rundir=rundir, data=first)
+        instance = QemuInstance(spec, source, emulator=emulator, parts=parts)
         undo.callback(instance.stop)
         # Before anybody has the instance, and could be told another number.
         instance.keep_forwards()
-        if source.saved is not None:
+        if source.saved is not None and saved is not None:
             try:
-                instance.restore(source.saved, deadline=deadline)
+                instance.restore(source.saved, saved, deadline=deadline)
             except QmpFailed as error:
                 # A machine that died while loading explains more than the monitor's error does.
                 instance.alive()
                 raise MachineError(f"the saved state cannot be restored: {error}\n{process.output}", machine=spec.name) from error
+            instance.attach(slot for slot in data if not slot.disk.saved)
         # All went well: the instance owns everything now, and nothing is undone.
         undo.pop_all()
     return instance
 
 
-def _lay_disk(source: Start, rundir: Path, img: Path) -> None:
-    if source.kept:
-        if source.overlay is not None:
-            # A second name and no copy: what the guest writes is in the kept disk at once, however this process ends.
-            with suppress(FileExistsError):  # the machine was off for a while, and starts again in this folder
-                os.link(source.overlay, rundir / OVERLAY)
-        return
-    # Anew and not over the old file, which has a second name if the machine is kept: nobody waits for it any more there.
-    (rundir / OVERLAY).unlink(missing_ok=True)
-    if source.saved is None or source.building:
-        make_overlay(rundir / OVERLAY, source.disk_size, img)
-    else:
-        # A copy of an empty qcow2 costs less than a run of qemu-img, and restores are on the path of every test.
-        shutil.copyfile(source.saved / "empty.qcow2", rundir / OVERLAY)
-    (rundir / OVERLAY).chmod(0o600)
+def _lay_disks(source: Start, data: tuple[DataSlot, ...], rundir: Path) -> None:
+    lay_overlay(rundir / OVERLAY, size=source.disk_size, kept=source.kept, own=source.overlay)
+    for slot in data:
+        lay_overlay(slot.file, size=slot.disk.size, kept=source.kept, own=slot.disk.overlay)
 
 
-def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path) -> tuple[QemuProcess, Sockets]:
+def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
+    emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path, data: tuple[DataSlot, ...]
+) -> tuple[QemuProcess, Sockets]:
     with ExitStack() as theirs, ExitStack() as ours:
         # Connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
         pairs = [socket.socketpair() for _ in range(4)]
@@ -105,6 +100,7 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
             share=not ram.private,
             overlay=rundir / OVERLAY,
             disks=source.disks,
+            data=data,
             seed=source.seed,
             kernel=source.kernel,
             initrd=source.initrd,
@@ -130,10 +126,18 @@ def _spawn(emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundi
 
 def _lend(loans: PassedFds, wiring: LaunchResources) -> LaunchResources:
     """Return the resources as a QEMU gets them that may open none of the files by itself."""
+
+    def below(disks: tuple[Disk, ...]) -> tuple[Disk, ...]:
+        return tuple(attrs.evolve(disk, path=loans.disk(disk.path)) for disk in disks)
+
+    def slot(each: DataSlot) -> DataSlot:
+        return attrs.evolve(each, file=loans.disk(each.file, writable=True), disk=attrs.evolve(each.disk, disks=below(each.disk.disks)))
+
     return attrs.evolve(
         wiring,
+        data=tuple(map(slot, wiring.data)),
         overlay=loans.disk(wiring.overlay, writable=True),
-        disks=tuple(attrs.evolve(disk, path=loans.disk(disk.path)) for disk in wiring.disks),
+        disks=below(wiring.disks),
         seed=loans.disk(wiring.seed),
         kernel=loans.file(wiring.kernel) if wiring.kernel is not None else None,
         initrd=loans.file(wiring.initrd) if wiring.initrd is not None else None,

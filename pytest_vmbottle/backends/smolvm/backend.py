@@ -218,6 +218,7 @@ class SmolvmBackend(Backend):
             "nested=True: smolvm's machines cannot run virtual machines": spec.nested,
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
             "disk=: the disk of a smolvm machine cannot be given a size": spec.disk is not None,
+            "disks=: smolvm machines have no disks beside their own": bool(spec.disks),
             f"arch={spec.arch!r}: smolvm runs only guests of this host's architecture, {host_arch()}": spec.arch != host_arch(),
         }
         return next((why for why, applies in cannot.items() if applies), None)

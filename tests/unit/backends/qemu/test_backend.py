@@ -19,16 +19,16 @@ PLAIN = Features(sandbox=True, exit_with_parent=False, readonly_ram=False, state
 
 
 def test_another_architecture_is_never_run_by_the_hosts_own_accelerator(tmp_path: Path) -> None:
-    assert QemuBackend(proofs=tmp_path).programs(OTHER).emulator.accelerator == BOARDS[OTHER].tcg
+    assert QemuBackend(proofs=tmp_path).emulator(OTHER).accelerator == BOARDS[OTHER].tcg
     with pytest.raises(BackendUnavailable, match="kvm"):
-        QemuBackend(accelerator="kvm", proofs=tmp_path).programs(OTHER)
+        QemuBackend(accelerator="kvm", proofs=tmp_path).emulator(OTHER)
 
 
 def test_a_missing_qemu_for_another_architecture_is_told_with_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(BackendUnavailable, match=f"qemu-system-{OTHER}") as caught:
-        QemuBackend(proofs=tmp_path).programs(OTHER)
+        QemuBackend(proofs=tmp_path).emulator(OTHER)
     assert BOARDS[OTHER].package in caught.value.remedy
 
 

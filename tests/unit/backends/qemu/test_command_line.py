@@ -12,8 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_vmbottle import MachineSpec
-from pytest_vmbottle.backends.port import Disk
-from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, LAN_PORT, SCRATCH_PORT, Emulator, LaunchResources, command_line
+from pytest_vmbottle.backends.port import DataDisk, Disk
+from pytest_vmbottle.backends.qemu.command_line import (
+    BOARDS,
+    DISK_PORTS,
+    HVF,
+    KVM,
+    LAN_PORT,
+    SCRATCH_PORT,
+    DataSlot,
+    Emulator,
+    LaunchResources,
+    command_line,
+)
 from pytest_vmbottle.backends.qemu.features import Features
 
 WIRING = LaunchResources(
@@ -203,14 +214,29 @@ def test_a_machine_has_what_a_clone_needs_to_be_itself() -> None:
 
 
 @pytest.mark.parametrize("arch", sorted(BOARDS))
-def test_every_machine_has_two_empty_ports_that_the_guest_can_tell_apart(arch: str) -> None:
+def test_every_machine_has_empty_ports_that_the_guest_can_tell_apart(arch: str) -> None:
     emulator = attrs.evolve(EMULATOR, board=BOARDS[arch])
     argv = command_line(emulator, MachineSpec(source="x", arch=arch), WIRING)
     ports = [dict(part.split("=") for part in value.split(",")[1:]) for value in values(argv, "-device") if "pcie-root-port" in value]
 
-    assert [port["id"] for port in ports] == [SCRATCH_PORT, LAN_PORT]
-    assert len({port["chassis"] for port in ports}) == len({port["slot"] for port in ports}) == 2
-    assert not [value for value in values(argv, "-device") if f"bus={SCRATCH_PORT}" in value or f"bus={LAN_PORT}" in value]
+    assert [port["id"] for port in ports] == [SCRATCH_PORT, LAN_PORT, *DISK_PORTS]
+    assert len({port["chassis"] for port in ports}) == len({port["slot"] for port in ports}) == len(ports)
+    assert not [value for value in values(argv, "-device") if any(f"bus={port['id']}" in value for port in ports)]
+
+
+def test_a_disk_beside_the_root_disk_is_in_its_port_under_its_name_and_gets_errors_itself() -> None:
+    disk = DataDisk(name="data", size=1 << 20, disks=(Disk(path=Path("/base,1"), format="raw"),))
+    argv = command_line(
+        EMULATOR,
+        MachineSpec(source="x", arch="x86_64"),
+        attrs.evolve(WIRING, data=(DataSlot(disk=disk, port=DISK_PORTS[2], file=Path("/own,1")),)),
+    )
+    (device,) = [value for value in values(argv, "-device") if "serial=data" in value]
+    (node,) = [node for node in map(json.loads, values(argv, "-blockdev")) if node["node-name"] in device]
+
+    assert {f"bus={DISK_PORTS[2]}", "werror=report", "rerror=report"} <= set(device.split(","))
+    assert (node["file"]["filename"], node["backing"]["file"]["filename"]) == ("/own,1", "/base,1")
+    assert node["backing"]["read-only"] is True
 
 
 def test_a_display_is_added_behind_all_other_devices_and_shown_nowhere() -> None:
