@@ -134,6 +134,7 @@ def test_rsync_brings_a_tree_and_then_only_what_changed(config: Path, session_vm
     assert [line.split(maxsplit=1)[1] for line in second.stdout.splitlines()] == ["sub dir/file"]
 
 
+@pytest.mark.guests
 def test_ansible_finds_the_machine_by_its_name(config: Path, tmp_path: Path) -> None:
     ansible = Path(sys.executable).with_name("ansible")
     env = {
@@ -264,6 +265,7 @@ def test_without_a_terminal_a_shell_says_how_to_have_one(session_vm: Machine, tm
         session_vm.shell(stdin=file, stdout=file)
 
 
+@pytest.mark.guests
 def test_a_test_run_with_s_can_stop_for_a_shell(vm_catalog: Catalog, tmp_path: Path, person: Person) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest\n@pytest.mark.vm('debian-12')\ndef test_it(vm):\n    assert vm.shell() == 5\n    assert vm.path('/seen').exists()\n"

@@ -63,6 +63,7 @@ def test_what_was_synced_before_it_was_acknowledged_survives_every_crash(vm: Mac
     assert "of" in log.summary
 
 
+@pytest.mark.guests
 @pytest.mark.vm(notebook, disks={"data": "32M"})
 def test_what_was_not_synced_is_found_to_be_lost_and_the_state_is_told_and_comes_back(vm: Machine, crash_explorer: Explorer) -> None:
     log = recorded(vm, crash_explorer)

@@ -68,6 +68,7 @@ def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, t
 
 @pytest.mark.vm("debian-12", display=True)
 @of({name: MACHINES[name] for name in sorted(WITH_A_DISPLAY)})
+@pytest.mark.guests
 def test_the_example_of_a_machine_with_a_display_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
     run(test, vm=vm, tmp_path=tmp_path)
 

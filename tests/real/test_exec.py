@@ -130,7 +130,8 @@ def test_a_timeout_also_kills_what_shed_its_environment_user_and_session_and_say
     shedding = (
         "env -i setsid sleep 4711 & sudo -u nobody sleep 4711 & su -s /bin/sh nobody -c 'sleep 4711' & (setsid sh -c 'sleep 4711 &' &)"
     )
-    usual = either.exec("sudo -u nobody true; su -s /bin/sh nobody -c true").duration
+    # The second time: the first one reads much from the disk.
+    usual = [either.exec("sudo -u nobody true; su -s /bin/sh nobody -c true").duration for _ in range(2)][-1]
     with pytest.raises(CommandTimeout, match="background") as caught:
         either.exec(f"{shedding}\necho started", timeout=max(5, 10 * usual))  # on a busy host a guest may be this slow
     assert caught.value.result.stdout == "started\n"
@@ -160,6 +161,7 @@ def test_what_no_command_can_be_given_is_refused_before_sending(either: Machine,
         either.exec(["echo", word])
 
 
+@pytest.mark.guests
 def test_a_hundred_megabytes_of_output_are_cut_with_a_mark_in_bounded_memory(either: Machine) -> None:
     either.exec(["true"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -186,6 +186,7 @@ def test_machines_that_never_booted_leave_what_they_said(tmp_path: Path, vm_cata
         assert any("SeaBIOS" in event["text"] for event in test.events() if event["kind"] == "console")
 
 
+@pytest.mark.guests
 def test_the_machine_of_a_failed_test_lives_on_for_a_while(tmp_path: Path, vm_catalog: Catalog) -> None:
     (tmp_path / "test_it.py").write_text(KEPT)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
@@ -212,6 +213,7 @@ def test_the_machine_of_a_failed_test_lives_on_for_a_while(tmp_path: Path, vm_ca
     assert stopped.returncode == 0, stopped.stderr
 
 
+@pytest.mark.guests
 def test_a_kept_machine_ends_when_its_time_is_over(tmp_path: Path, vm_catalog: Catalog) -> None:
     (tmp_path / "test_it.py").write_text(KEPT.replace("test_kept", "test_brief"))
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

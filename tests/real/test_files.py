@@ -91,6 +91,7 @@ _SLOW = settings(max_examples=3, deadline=None, suppress_health_check=list(Healt
 
 @_SLOW
 @given(files=st.dictionaries(NAMES, st.binary(max_size=200), min_size=5, max_size=20))
+@pytest.mark.parametrize("either", ["agent", pytest.param("ssh", marks=pytest.mark.guests)], indirect=True)
 def test_files_of_any_name_and_content_are_in_the_guest_what_they_were(either: Machine, place: str, files: dict[bytes, bytes]) -> None:
     folder = either.path(place) / os.fsdecode(next(iter(files)))
     either.write_files({folder / os.fsdecode(name): content for name, content in files.items()}, clean=True)
@@ -104,6 +105,7 @@ def test_files_of_any_name_and_content_are_in_the_guest_what_they_were(either: M
     assert path.stat().st_size == 2 * len(content)
 
 
+@pytest.mark.parametrize("either", ["agent", pytest.param("ssh", marks=pytest.mark.guests)], indirect=True)
 def test_the_verbs_of_pathlib_work_in_a_guest(either: Machine, place: str) -> None:
     folder = either.path(place) / os.fsdecode(b"\xff -n\n")
     (folder / "a" / "b").mkdir(mode=0o750, parents=True)

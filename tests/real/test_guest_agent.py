@@ -53,6 +53,7 @@ def fettered(vm: Machine) -> None:
 
 
 @pytest.mark.vm(fettered)
+@pytest.mark.guests
 def test_an_agent_that_is_forbidden_to_run_commands_is_not_the_channel(vm: Machine) -> None:
     assert type(vm.lifecycle.channel) is SshChannel
     assert vm.exec(["systemctl", "is-active", "qemu-guest-agent"]).stdout == "active\n"

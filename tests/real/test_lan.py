@@ -92,6 +92,7 @@ def test_clones_on_one_lan_see_each_other_by_name_and_nothing_else(vms: dict[str
 
 @pytest.mark.vm("debian-12", name="web", network="lan")
 @pytest.mark.vm("debian-12", name="db", network="lan")
+@pytest.mark.guests
 def test_a_lan_carries_much_and_is_cut_lossy_and_slow_as_one_likes(vms: dict[str, Machine]) -> None:
     web, db = vms["web"], vms["db"]
     db.exec(["systemd-run", "python3", "-c", _ECHO, str(4 * _MIB)])
@@ -117,6 +118,7 @@ def test_a_lan_carries_much_and_is_cut_lossy_and_slow_as_one_likes(vms: dict[str
 
 
 @pytest.mark.vm("debian-12")
+@pytest.mark.guests
 def test_lans_of_one_name_in_two_tests_at_once_are_two_lans(vm: Machine, vm_factory: MachineFactory) -> None:
     vm.name = "mine"
     other, third = (vm_factory("debian-12", name=name) for name in ("other", "third"))
@@ -149,6 +151,7 @@ def test_a_guest_without_the_program_ip_is_told_what_it_lacks_and_stays_off_the_
 
 @pytest.mark.vm("debian-12", name="web", network="lan")
 @pytest.mark.vm("debian-12", name="db", network="lan")
+@pytest.mark.guests
 def test_a_machine_is_on_its_lan_again_after_a_snapshot_and_a_restore(vms: dict[str, Machine]) -> None:
     web, db = vms["web"], vms["db"]
     before = db.snapshot("before")

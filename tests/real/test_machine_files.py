@@ -50,6 +50,7 @@ def below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.mark.guests
 def test_a_slash_at_the_end_of_the_source_is_the_contents_of_the_folder_both_ways(
     commands: Commands, web: str, site: Path, tmp_path: Path
 ) -> None:

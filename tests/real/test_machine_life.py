@@ -148,6 +148,7 @@ def test_a_machine_goes_back_to_a_snapshot_running_or_not_and_others_start_from_
     assert b"other" not in commands.run("snapshots", web).stdout
 
 
+@pytest.mark.guests
 def test_a_machine_that_is_off_starts_again_as_it_was_with_what_was_written_to_its_disk(commands: Commands, web: str) -> None:
     commands.exec(web, "sh", "-c", "echo synced > /root/note; sync; echo lost > /root/note")
     commands.run("power-cut", web)

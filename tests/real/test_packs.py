@@ -187,6 +187,7 @@ def repository(tmp_path: Path) -> Iterator[int]:
         server.shutdown()
 
 
+@pytest.mark.guests
 def test_packages_of_a_mark_are_installed_beforehand_and_the_machine_stays_closed(repository: int, vm_factory: MachineFactory) -> None:
     @layer("debian-12", version=repository)
     def sourced(vm: Machine) -> None:
@@ -240,6 +241,7 @@ OWN_DATA = """#cloud-config-archive
 
 
 @pytest.mark.vm("debian-12", fresh="boot", disk="9G", cpus=2, user_data=OWN_DATA)
+@pytest.mark.guests
 def test_a_cold_machine_boots_with_keys_of_its_own_and_what_its_mark_says(vm: Machine, vm_factory: MachineFactory) -> None:
     poured = vm_factory("debian-12")
     facts = "cat /proc/sys/kernel/random/boot_id /etc/ssh/ssh_host_ed25519_key.pub /root/.ssh/authorized_keys"

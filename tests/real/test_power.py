@@ -16,6 +16,7 @@ pytestmark = pytest.mark.vm("debian-12")
 FACTS = "cat /etc/ssh/ssh_host_ed25519_key.pub /etc/machine-id; hostname; cat /root/lasting; ls /dev/shm"
 
 
+@pytest.mark.guests
 def test_a_rebooted_clone_is_ready_again_with_what_was_on_its_disk(vm: Machine) -> None:
     vm.exec("echo synced > /root/lasting")
     known, address = vm.exec(FACTS).stdout, vm.forward(22)

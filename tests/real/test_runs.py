@@ -246,6 +246,7 @@ def own_image(vm_catalog: Catalog, tmp_path: Path) -> Iterator[Callable[[str, st
         store.remove(name)
 
 
+@pytest.mark.guests
 def test_a_guest_that_panics_is_told_at_once_with_its_console(
     inner: pytest.Pytester, own_image: Callable[[str, str], None], machines_of: Find, vm_catalog: Catalog
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_guest_that_panics_is_told_at_once_with_its_console(
     assert not [pid for pid in machines_of(vm_catalog.root) if "panicking" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+@pytest.mark.guests
 def test_a_guest_that_never_comes_up_is_told_at_its_deadline_with_its_console(
     inner: pytest.Pytester, own_image: Callable[[str, str], None]
 ) -> None:

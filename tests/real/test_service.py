@@ -404,6 +404,7 @@ def test_a_start_that_sigterm_cuts_short_leaves_nothing(service: Service, web: s
     assert service.state(web) == "running"
 
 
+@pytest.mark.guests
 def test_an_upload_that_sigterm_cuts_short_leaves_nothing(service: Service, web: str, vm_catalog: Catalog, tmp_path: Path) -> None:
     with serving(vm_catalog.root, tmp_path) as other, closing(other.connect()) as connection:
         connection.putrequest("PUT", f"/vms/{web}/files?path=/srv/cut")

@@ -96,6 +96,7 @@ def test_a_machine_is_poured_into_the_same_machine_as_often_as_one_likes(vm_cata
     provisioner.close()
 
 
+@pytest.mark.guests
 def test_what_a_test_holds_of_a_machine_follows_it_to_its_snapshot(vm: Machine, tmp_path: Path) -> None:
     (tmp_path / "much").write_bytes(os.urandom(2 << 20))
     vm.cp(tmp_path / "much", vm.path("/root"))  # over a disk, which no snapshot may have

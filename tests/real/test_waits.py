@@ -86,6 +86,7 @@ def test_a_command_that_hangs_does_not_outlast_the_wait(session_vm: Machine) -> 
     assert session_vm.exec(["pgrep", "-f", "sleep 4713"], check=False).stdout == ""
 
 
+@pytest.mark.guests
 def test_a_port_that_only_the_guest_itself_can_reach_is_not_taken_for_one_that_the_host_can(session_vm: Machine) -> None:
     session_vm.exec("systemd-run python3 -m http.server --bind 127.0.0.1 8124; systemd-run python3 -m http.server 8125")
     session_vm.wait_for_port(8124)
