@@ -31,6 +31,7 @@ from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.backends.port import Start
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.backends.qemu.command_line import LaunchResources, command_line
+from pytest_vmbottle.backends.qemu.disks import slots
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.catalog.location import default_root
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
@@ -153,8 +154,7 @@ class Floor:
             name="floor",
             ram=self._saved / "ram.img",
             share=False,
-            overlay=rundir / "disk.qcow2",
-            disks=start.disks,
+            disks=slots(start, {}, rundir, track_root=False),
             seed=start.seed,
             kernel=start.kernel,
             initrd=start.initrd,

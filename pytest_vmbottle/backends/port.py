@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 
@@ -29,7 +29,9 @@ __all__ = [
     "Console",
     "DataDisk",
     "Disk",
+    "DiskErrors",
     "Instance",
+    "Loss",
     "NotPlugged",
     "OwnImage",
     "SshAccess",
@@ -182,6 +184,27 @@ class NotPlugged(MachineError):
     """The machine cannot take a device now; everything else works."""
 
 
+Loss = Literal["unflushed", "torn"]
+"""What a disk loses with its power: all that no flush had followed; or of the first write of that the second half, and the rest."""
+
+
+@attrs.frozen(kw_only=True)
+class DiskErrors:
+    """Which requests to a disk fail.
+
+    Attributes:
+        on: Which kind.
+        after: How many of this kind succeed first.
+        count: How many fail then; None for all.
+        sectors: The sectors (of 512 bytes) to which they fail; None for all.
+    """
+
+    on: Literal["read", "write", "flush"]
+    after: int = 0
+    count: int | None = None
+    sectors: range | None = None
+
+
 Chord = tuple[str, ...]
 """Keys that are pressed together, by QEMU's names (QKeyCode in qapi/ui.json)."""
 
@@ -301,6 +324,14 @@ class Instance(ABC):
     def cut(self) -> None:
         """End the machine at once, as if its plug was pulled; by default as `stop` does."""
         self.stop()
+
+    def cut_losing(self, loss: Loss) -> None:
+        """End the machine at once, and take from its tracked disks what they had not flushed.
+
+        Raises:
+            MachineError: No disk is tracked; the machine runs on.
+        """
+        raise self.unsupported("cannot tell what a disk has lost when its power is cut")
 
     def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
         """Write the machine, RAM included, into the empty folder `dest`.
@@ -432,6 +463,30 @@ class Instance(ABC):
             MachineError: There is no such disk.
         """
         raise self.unsupported("cannot record what is written to a disk")
+
+    def disk_errors(self, name: str, errors: DiskErrors) -> AbstractContextManager[None]:
+        """Have requests to a disk fail (EIO), for the length of a block.
+
+        Raises:
+            MachineError: There is no such disk.
+        """
+        raise self.unsupported("cannot have a disk fail")
+
+    def slow_disk(self, name: str, *, iops: float, bytes_per_second: float) -> AbstractContextManager[None]:
+        """Have a disk take no more than so much in a second, for the length of a block; 0 is no limit.
+
+        Raises:
+            MachineError: There is no such disk.
+        """
+        raise self.unsupported("cannot slow down a disk")
+
+    def lying_disk(self, name: str) -> AbstractContextManager[None]:
+        """Count no flush of a tracked disk as one, for the length of a block; see `cut_losing`.
+
+        Raises:
+            MachineError: There is no such disk, or it is not tracked.
+        """
+        raise self.unsupported("cannot tell what a disk has lost when its power is cut")
 
     def screenshot(self) -> bytes:
         """Return a screenshot as PNG."""

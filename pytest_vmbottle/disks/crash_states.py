@@ -14,7 +14,6 @@ from math import gcd
 
 import attrs
 
-from pytest_vmbottle.disks.overlay import LARGEST
 from pytest_vmbottle.disks.write_log import SECTOR, Entry
 
 __all__ = ["KINDS", "CrashState", "WriteHistory"]
@@ -22,6 +21,7 @@ __all__ = ["KINDS", "CrashState", "WriteHistory"]
 KINDS = ("cut", "torn", "reordered")
 """Kinds of states: what came last is missing; the last one is torn too; others are missing."""
 
+_WHOLE = 4096
 _TEXT = re.compile(r"w(?P<upto>\d+)(?:-u(?P<last>\d+)|-x(?P<mask>[0-9a-f]+))?(?P<torn>-t)?")
 
 
@@ -79,8 +79,8 @@ class WriteHistory:
 
     @cached_property
     def block(self) -> int:
-        """Bytes of the largest block of which all writes are multiples."""
-        common = gcd(*(number for write in self.writes for number in (write.sector, write.count)), LARGEST // SECTOR)
+        """Bytes of the largest block of which all writes are multiples, at most 4096: what disks write as a whole, or not at all."""
+        common = gcd(*(number for write in self.writes for number in (write.sector, write.count)), _WHOLE // SECTOR)
         return (common & -common) * SECTOR
 
     def unflushed(self, upto: int) -> list[int]:
@@ -111,6 +111,13 @@ class WriteHistory:
             for index in range(count):
                 found[first + index] = None if write.data is None else write.data + index * self.block
         return found
+
+    def after_power_cut(self, *, torn: bool = False) -> CrashState:
+        """Return the state after the last write, without all that no flush has followed; with half of the first one of that, if torn."""
+        upto = len(self.writes)
+        unflushed = [number for number in range(self._safe + 1, upto + 1) if not self.writes[number - 1].fua]
+        kept = unflushed[:1] if torn else []
+        return CrashState(upto=upto, lost=frozenset(unflushed) - frozenset(kept), torn=bool(kept))
 
     # -- all of them -----------------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import attrs
 
@@ -20,9 +21,13 @@ from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
 from pytest_vmbottle.errors import MachineError, SpecError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
-from pytest_vmbottle.machine.switch import Impairment, Port, Switch
+from pytest_vmbottle.machine.switch import Cable, Impairment, Port, Switch
 
-__all__ = ["Lan", "LanMember", "Lans"]
+__all__ = ["DIRECTIONS", "Direction", "Lan", "LanMember", "Lans", "impairment_of"]
+
+Direction = Literal["in", "out"]
+DIRECTIONS: tuple[Direction, ...] = ("in", "out")
+"""Directions of a machine's cable: to the machine, and from it."""
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +44,30 @@ _TELL = read_script(__package__, "lan_tell.sh")
 _SETTLE = read_script(__package__, "lan_settle.sh")
 
 
+def impairment_of(**values: float) -> Impairment:
+    """Return an impairment, checked.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+    for name, value in values.items():
+        if name in ("delay", "jitter"):
+            if not 0 <= value <= _MAX_DELAY:
+                raise ValueError(f"{name}={value!r}: takes seconds from 0 to {_MAX_DELAY:g}")
+        elif name == "bandwidth":
+            if value < 0:
+                raise ValueError(f"{name}={value!r}: takes bytes in a second, or 0 for no limit")
+        elif not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r}: takes a probability from 0 to 1")
+    return Impairment(**values)
+
+
 class LanMember:
     """A machine's membership of a LAN.
 
     Attributes:
         name: The machine's name, which is its host name there.
+        cables: The two directions of its cable.
         address: Its IPv4 address.
         mac: The MAC address of its card.
     """
@@ -58,7 +82,7 @@ class LanMember:
         # The instance that has the card: after a start or a restore it is another one, which has none.
         self._plugged: Instance | None = None
         self._port: Port | None = None
-        self._impairment = Impairment()
+        self.cables: Mapping[Direction, Cable] = {direction: Cable() for direction in DIRECTIONS}
 
     def settle(self) -> None:
         """Plug in the machine's card and configure it in the guest.
@@ -80,20 +104,28 @@ class LanMember:
         """Write the names of all machines on the LAN to the guest's hosts file."""
         self._script(_TELL, self._lan.hosts)
 
-    def impair(self, *, delay: float, loss: float) -> None:
-        """Set delay and loss of the machine's cable; zeros make it a perfect one.
+    def impair(self, impairment: Impairment, directions: Iterable[Direction] = DIRECTIONS) -> None:
+        """Set what becomes of the frames on the machine's cable.
+
+        Args:
+            impairment: What becomes of them.
+            directions: In which directions.
+        """
+        for direction in directions:
+            # Of the cable and not of the port: a restart plugs in a new port, which gets the same cable.
+            self.cables[direction].impairment = impairment
+
+    def cut_off(self, names: Iterable[str], directions: Iterable[Direction]) -> frozenset[tuple[str, str]]:
+        """Have no frame pass between the machine and others; return the pairs that were cut anew, for `join`.
 
         Raises:
-            ValueError: The delay or the loss is out of range.
+            ValueError: There is no such machine on the LAN.
         """
-        if not 0 <= delay <= _MAX_DELAY:
-            raise ValueError(f"delay={delay!r}: takes seconds from 0 to {_MAX_DELAY:g}")
-        if not 0 <= loss <= 1:
-            raise ValueError(f"loss={loss!r}: takes a probability from 0 to 1")
-        # Kept here too: a restart plugs in a new port, which takes the setting over.
-        self._impairment = Impairment(delay=delay, loss=loss)
-        if self._port is not None:
-            self._port.impairment = self._impairment
+        return self._lan.cut(self.name, names, directions)
+
+    def join(self, cuts: frozenset[tuple[str, str]]) -> None:
+        """Let frames pass again."""
+        self._lan.switch.cuts -= cuts
 
     def unplug(self) -> None:
         """Unplug the card from the machine, until `settle` is called.
@@ -115,8 +147,8 @@ class LanMember:
 
     def _plug(self, instance: Instance) -> None:
         self.leave()
-        port, wire = self._lan.switch.connect()
-        port.impairment = self._impairment
+        port, wire = self._lan.switch.connect(self.name)
+        port.outgoing, port.incoming = self.cables["out"], self.cables["in"]
         # Noted before it is used, so that `leave` finds it if the card cannot be plugged in.
         self._port = port
         # The hypervisor has its own copy of the descriptor afterwards.
@@ -204,6 +236,19 @@ class Lan:
         if address is None:
             raise SpecError(f"the LAN {self.name!r} has no free address left")
         return LanMember(self, name, ipaddress.IPv4Interface(f"{address}/{self._prefix}"), body=body)
+
+    def cut(self, name: str, others: Iterable[str], directions: Iterable[Direction]) -> frozenset[tuple[str, str]]:
+        """Have no frame pass between a machine and others (see `LanMember.cut_off`)."""
+        known, names, ways = {place.name for place in self._places}, tuple(others), tuple(directions)
+        strange = sorted(set(names) - known)
+        if strange or name in names:
+            there = ", ".join(sorted(known - {name}))
+            raise ValueError(f"{', '.join(strange) or name} is no other machine on the LAN {self.name!r}, which has {there}")
+        wanted = {(name, other) if way == "out" else (other, name) for other in names for way in ways}
+        # Only those: what another fault has cut stays cut when this one ends.
+        new = frozenset(wanted) - self.switch.cuts
+        self.switch.cuts |= new
+        return new
 
     def close(self) -> None:
         """Stop the switch."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from pytest_vmbottle.backends.port import DataDisk, Disk, Instance, Start, State
+from pytest_vmbottle.backends.port import DataDisk, Disk, Instance, Loss, Start, State
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
 from pytest_vmbottle.errors import CatalogError, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
@@ -107,6 +107,7 @@ class Lifecycle:
         self._relauncher = relauncher
         self._current = None if relauncher is None else relauncher.start
         self._forwards: dict[int, int] = {}
+        self._overlay: Path | None = None
         self._factor = factor
         self.place: LanMember | None = None
 
@@ -141,6 +142,10 @@ class Lifecycle:
         """
         self.check_owner()
         return self._on
+
+    def runs_on(self, instance: Instance) -> bool:
+        """Tell whether the machine is on, and still the same instance."""
+        return self._instance is instance and instance.exitcode is None
 
     @property
     def pid(self) -> int:
@@ -322,10 +327,14 @@ class Lifecycle:
             raise self._late("power off", deadline)
         self._retire()
 
-    def cut(self) -> None:
-        """Cut the power at once."""
+    def cut(self, lose: Loss | None) -> None:
+        """Cut the power at once, and take from tracked disks what is to be lost."""
         # A machine that has died can be cut too: it may be a guest that panicked, in a QEMU that still runs.
-        self._powered(dead=True).cut()
+        powered = self._powered(dead=True)
+        if lose is None:
+            powered.cut()
+        else:
+            powered.cut_losing(lose)
         self._retire()
 
     def start(self, deadline: Deadline | None) -> None:
@@ -334,7 +343,20 @@ class Lifecycle:
         if self.state not in (State.OFF, State.DIED):
             raise self._error(f"is not off, it is {self.state}")
         # From its disk alone: a saved RAM belongs to the disk of the moment when it was saved.
-        self._relaunch(attrs.evolve(self.boot_source, saved=None, kept=True), deadline)
+        self._relaunch(self._set_aside(attrs.evolve(self.boot_source, saved=None, kept=True)), deadline)
+
+    def _set_aside(self, start: Start) -> Start:
+        """Return a boot source with the overlays of tracked disks as images, so that logs of writes begin with empty overlays."""
+        folder = self._relaunchable().folder
+
+        def aside(name: str) -> Disk:
+            moved = folder / f"{name.removesuffix('.qcow2')}-{secrets.token_hex(4)}.qcow2"
+            (folder / name).rename(moved)
+            return Disk(path=moved)
+
+        data = tuple(attrs.evolve(disk, disks=(*disk.disks, aside(disk.file)), overlay=None) for disk in start.data)
+        root = (aside(self._overlay.name),) if self._spec.track_writes and self._overlay is not None else ()
+        return attrs.evolve(start, data=data, disks=(*start.disks, *root), overlay=None if root else start.overlay)
 
     def stop(self) -> None:
         """End the machine for good; may be called again.
@@ -349,6 +371,7 @@ class Lifecycle:
         if self._instance is not None:
             # Before the instance is stopped: afterwards nobody can ask it for its ports or its panic.
             self._forwards.update(self._instance.forwards)
+            self._overlay = self._instance.overlay
             self._last_panic = self.panic
             self._instance.stop()
             self._instance, self._paused = None, False
@@ -382,6 +405,19 @@ class Lifecycle:
                 yield
             finally:
                 self.place = None
+
+    @property
+    def lan_place(self) -> LanMember:
+        """The machine's place on a private LAN.
+
+        Raises:
+            MachineError: It is on none, or belongs to another process.
+        """
+        # A forked child has a copy of the switch without its thread: it would set what nobody looks at.
+        self.check_owner()
+        if self.place is None:
+            raise MachineError('it is not on a private LAN: write network="lan" in its mark', machine=self._spec.name)
+        return self.place
 
     def _settle(self) -> None:
         """Connect the machine to its LAN again, after a boot or as another instance."""

@@ -20,7 +20,9 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.machine import keyboard, openssh
 from pytest_vmbottle.machine.disks import new_disk
+from pytest_vmbottle.machine.faults import Faults
 from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
+from pytest_vmbottle.machine.lan import impairment_of
 from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
 from pytest_vmbottle.machine.metrics import Meter, Sample
 from pytest_vmbottle.machine.process import Process
@@ -721,20 +723,26 @@ class Machine:
         self.lifecycle.start(self._deadline(timeout))
 
     @recorded("power")
-    def power_cut(self) -> None:
+    def power_cut(self, lose: Literal["unflushed", "torn"] | None = None) -> None:
         """Cut the power: the machine is off at once.
 
-        Data that the guest had not written out (`sync`) is lost, as on real hardware.
+        What the guest still had in its own memory is lost (`sync` writes it out). What it had given to its disks stays, unless `lose` says
+        otherwise.
+
+        Args:
+            lose: `"unflushed"` takes from the tracked disks all that they had not been told to flush, as real disks lose what is in their
+                caches; `"torn"` leaves of that the first half of the first write. Tracked are the disks of `disks=`, and the root disk with
+                `track_writes=True` in the mark.
 
         Raises:
-            MachineError: The machine is off already.
+            MachineError: The machine is off already, or no disk is tracked.
 
         Example:
             >>> vm.power_cut()
             >>> vm.state
             <State.OFF: 'off'>
         """
-        self.lifecycle.cut()
+        self.lifecycle.cut(lose)
 
     @recorded("power")
     def pause(self) -> None:
@@ -884,7 +892,7 @@ class Machine:
     def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
         """Set delay and loss of the machine's cable to its private LAN.
 
-        They hold from now on, in both directions; `impair()` removes them.
+        They hold from now on, in both directions; `impair()` removes them. `faults.network` has more of the kind.
 
         Args:
             delay: Seconds by which each frame is delayed, up to 60; a round trip takes twice that longer.
@@ -899,12 +907,7 @@ class Machine:
             >>> vms["one"].exec(["bash", "-c", "exec 3<>/dev/tcp/two/22"]).duration > 0.2
             True
         """
-        # A forked child has a copy of the switch without its thread: it would set an impairment that nobody looks at.
-        self.lifecycle.check_owner()
-        place = self.lifecycle.place
-        if place is None:
-            raise MachineError('it is not on a private LAN: write network="lan" in its mark', machine=self.name)
-        place.impair(delay=delay, loss=loss)
+        self.lifecycle.lan_place.impair(impairment_of(delay=delay, loss=loss))
 
     # -- disks -----------------------------------------------------------------------------------------------------------------------
 
@@ -945,6 +948,17 @@ class Machine:
             False
         """
         self.lifecycle.unplug_disk(name, Deadline(_PLUG_TIME * self._factor))
+
+    @cached_property
+    def faults(self) -> Faults:
+        """Faults that begin and end while the machine runs, each for the length of a `with` block; several at once, if need be.
+
+        Example:
+            >>> with vm.faults.disk_full("/srv", leave="1M"), vm.faults.slow_disk("root", iops=100):
+            ...     vm.exec("head -c 8M /dev/zero > /srv/file", check=False).ok
+            False
+        """
+        return Faults(self.lifecycle)
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 

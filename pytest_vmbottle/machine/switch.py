@@ -21,7 +21,7 @@ import attrs
 
 from pytest_vmbottle.machine.pcap import PcapFile
 
-__all__ = ["Impairment", "Port", "Switch"]
+__all__ = ["Cable", "Impairment", "Port", "Switch"]
 
 _MAX_FRAME = 72 << 10
 """Larger than the largest frame that QEMU sends (NET_BUFSIZE in include/net/net.h)."""
@@ -37,15 +37,79 @@ _random = SystemRandom()
 
 @attrs.frozen(kw_only=True)
 class Impairment:
-    """Delay and loss of a port's cable, in each direction.
+    """What becomes of the frames in one direction of a cable.
 
     Attributes:
         delay: Seconds by which a frame is delayed.
+        jitter: Seconds by which that is more or less, at random; frames may overtake each other.
         loss: Probability that a frame is lost, 0 to 1.
+        duplicate: Probability that it comes twice.
+        reorder: Probability that it is held back, so that later ones come first.
+        corrupt: Probability that one of its bits is wrong.
+        bandwidth: Bytes in a second; 0 is no limit.
     """
 
     delay: float = 0.0
+    jitter: float = 0.0
     loss: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    corrupt: float = 0.0
+    bandwidth: float = 0.0
+
+    def passed(self, frame: bytes) -> list[tuple[float, bytes]]:
+        """Return what comes of a frame: nothing, or it, perhaps twice, each time with its delay in seconds."""
+        if self == _PERFECT:
+            return [(0.0, frame)]
+        if _chance(self.loss):
+            return []
+        copies = 1 + _chance(self.duplicate)
+        return [(self._delayed(), _with_wrong_bit(frame) if _chance(self.corrupt) else frame) for _ in range(copies)]
+
+    def _delayed(self) -> float:
+        held = max(self.delay, _HELD) if _chance(self.reorder) else 0.0
+        return max(0.0, self.delay + held + self.jitter * _random.uniform(-1, 1))
+
+
+_PERFECT = Impairment()
+_HELD = 0.02
+"""Seconds by which a frame is held back at least to come out of order."""
+
+
+def _chance(probability: float) -> bool:
+    # Drawn only where it matters: a LAN carries many frames.
+    return probability > 0 and _random.random() < probability
+
+
+def _with_wrong_bit(frame: bytes) -> bytes:
+    # Behind the addresses, so that the frame still arrives, and its checksums are what notices.
+    place = _random.randrange(8 * min(len(frame) - 1, 2 * _ADDRESS + 2), 8 * len(frame))
+    return frame[: place // 8] + bytes([frame[place // 8] ^ 1 << place % 8]) + frame[place // 8 + 1 :]
+
+
+@attrs.define(eq=False)
+class Cable:
+    """One direction of a cable.
+
+    Attributes:
+        impairment: What becomes of its frames; may be set at any time, from any thread.
+    """
+
+    impairment: Impairment = _PERFECT
+    _free: float = 0.0
+
+    def passed(self, frame: bytes) -> list[tuple[float, bytes]]:
+        """Return what comes of a frame, as `Impairment.passed` does, with the time that the frames before it take."""
+        impairment = self.impairment
+        came = impairment.passed(frame)
+        if not impairment.bandwidth:
+            return came
+        now = time.monotonic()
+        slow = []
+        for delay, copy in came:
+            self._free = max(now, self._free) + len(copy) / impairment.bandwidth
+            slow.append((self._free - now + delay, copy))
+        return slow
 
 
 @attrs.define(eq=False)
@@ -53,12 +117,16 @@ class Port:
     """A machine's port at the switch.
 
     Attributes:
+        name: The machine's name.
         wire: The switch's end of the cable.
-        impairment: Delay and loss of the cable; may be set at any time, from any thread.
+        outgoing: The direction from the machine.
+        incoming: The direction to it.
     """
 
+    name: str
     wire: socket.socket
-    impairment: Impairment = attrs.field(factory=Impairment)
+    outgoing: Cable = attrs.field(factory=Cable)
+    incoming: Cable = attrs.field(factory=Cable)
     _waiting: list[tuple[float, int, bytes]] = attrs.field(factory=list)
     _bytes: int = 0
     # A heap is not stable: frames that are due at the same moment are ordered by their number.
@@ -67,17 +135,12 @@ class Port:
 
     def accept(self, frame: bytes, delay: float) -> None:
         """Queue a frame for this port, to be sent after `delay` seconds."""
-        # Full or lossy: the frame is dropped, as a real switch does. A guest that does not read must not fill the host's memory.
-        if self._bytes + len(frame) <= _MAX_WAITING and not self.lossy():
-            due = time.monotonic() + delay + self.impairment.delay
-            # Frames that are due at the same time keep their order: TCP takes reordered frames for lost ones.
-            heapq.heappush(self._waiting, (due, next(self._order), frame))
-            self._bytes += len(frame)
-
-    def lossy(self) -> bool:
-        """Tell whether this cable loses the present frame (a random draw)."""
-        loss = self.impairment.loss
-        return loss > 0 and _random.random() < loss
+        for more, copy in self.incoming.passed(frame):
+            # Full: the frame is dropped, as a real switch does. A guest that does not read must not fill the host's memory.
+            if self._bytes + len(copy) <= _MAX_WAITING:
+                # Frames that are due at the same time keep their order: TCP takes reordered frames for lost ones.
+                heapq.heappush(self._waiting, (time.monotonic() + delay + more, next(self._order), copy))
+                self._bytes += len(copy)
 
     def due(self) -> float | None:
         """Return the time at which the next frame is due.
@@ -106,6 +169,9 @@ class Switch:
     It sends a frame to the port where the target address was last seen, or else to all other ports.
 
     The thread sleeps while there is nothing to forward.
+
+    Attributes:
+        cuts: Pairs of names: what the first machine sends does not come to the second one. To be replaced, not changed.
     """
 
     def __init__(self, name: str) -> None:
@@ -119,17 +185,18 @@ class Switch:
         self._woken.settimeout(0)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._running = True
+        self.cuts: frozenset[tuple[str, str]] = frozenset()
         self._record: PcapFile | None = None
         self._thread = threading.Thread(target=self._run, name=f"vmbottle-lan-{name}", daemon=True)
         self._thread.start()
 
-    def connect(self) -> tuple[Port, socket.socket]:
-        """Add a port; return it and the caller's end of its cable."""
+    def connect(self, name: str) -> tuple[Port, socket.socket]:
+        """Add a port for a machine; return it and the caller's end of its cable."""
         # Datagrams, because each is a frame and keeps its boundaries.
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         # Without blocking: one machine that does not read must not hold up the thread, and with it the whole LAN.
         ours.settimeout(0)
-        port = Port(ours)
+        port = Port(name, ours)
         # The caller gets the port before the thread has it. Frames wait in the socket until then.
         self._ask(lambda: self._add(port))
         return port, theirs
@@ -223,10 +290,10 @@ class Switch:
                 with suppress(OSError):  # a full disk must not stop the LAN
                     self._record.write(frame)
             # Recorded before the loss, so that the recording has what the machine sent.
-            if not port.lossy():
-                self._forward(port, frame)
+            for delay, copy in port.outgoing.passed(frame):
+                self._forward(port, copy, delay)
 
-    def _forward(self, port: Port, frame: bytes) -> None:
+    def _forward(self, port: Port, frame: bytes, delay: float) -> None:
         target, source = frame[:_ADDRESS], frame[_ADDRESS : 2 * _ADDRESS]
         # A hostile guest may send from ever new addresses, and the table must not grow without end.
         if source in self._addresses or len(self._addresses) < _MAX_ADDRESSES:
@@ -234,9 +301,9 @@ class Switch:
         # The lowest bit of the first byte marks groups, broadcast among them (IEEE 802.3): those go to all.
         known = None if target[0] & _GROUP_BIT else self._addresses.get(target)
         for other in self._ports if known is None else (known,):
-            if other is not port:
+            if other is not port and (port.name, other.name) not in self.cuts:
                 # The sender's delay; `accept` adds the receiver's, as of two cables in a row.
-                other.accept(frame, port.impairment.delay)
+                other.accept(frame, delay)
 
     def _give(self, port: Port) -> None:
         """Send the frames that are due, and watch for writability only while the machine does not read."""

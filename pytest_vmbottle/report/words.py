@@ -101,6 +101,10 @@ def _verb(event: Event) -> str:
     return " ".join(filter(None, (as_text(event.get("verb")), as_text(event.get("path")), *words)))
 
 
+def _fault(event: Event) -> str:
+    return f"{_verb(event)} {as_text(event.get('state'))}"
+
+
 def _phase(event: Event) -> str:
     return f"{as_text(event.get('phase'))} {as_text(event.get('state'))}"
 
@@ -124,6 +128,7 @@ _WORDS: Mapping[str, Callable[[Event], str]] = {
     "spawn": _spawn,
     "exit": _exit,
     **dict.fromkeys(("file", "copy", "search", "wait", "power", "snapshot", "network", "screen"), _verb),
+    "fault": _fault,
     "phase": _phase,
     "metrics": _metrics,
 }

@@ -60,6 +60,7 @@ class MachineKeywords(TypedDict, total=False):
     memory: int | str
     disk: int | str | None
     disks: Mapping[str, int | str | Path]
+    track_writes: bool
     display: bool
     network: bool | str | Sequence[str]
     capture: bool
@@ -78,8 +79,8 @@ class MachineKeywords(TypedDict, total=False):
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, disks={}, "
-    "display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, user='root', "
-    "fresh='restore', reset='none', timeout=120, panic='fail')"
+    "track_writes=False, display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, "
+    "user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
 PREPARATION = frozenset({"packages", "files", "run"})
@@ -276,6 +277,12 @@ def disk_source(name: object, source: object) -> int | Path:
         raise _fail("disks", {name: source}, "is less than 1 MiB: a number means bytes; write a string such as '512M'")
     # Whole sectors, as every disk has.
     return -(-size // 512) * 512
+
+
+def _track_writes(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _fail("track_writes", value, "takes True (a power cut can take from the root disk what it had not flushed) or False")
+    return value
 
 
 def _display(value: object) -> bool:
@@ -615,6 +622,7 @@ class MachineSpec:
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
         disks: Disks beside it by name: the bytes of one that is empty at first, or the path of a disk image.
+        track_writes: Whether all writes to the root disk are written down, as those to `disks` are, so that a power cut can lose some.
         display: Whether the machine has a screen and a keyboard.
         network: True for NAT, False for forwarded ports only, the only networks (CIDR) that it may reach, or the name of a private LAN that
             the machines of one test share.
@@ -641,6 +649,7 @@ class MachineSpec:
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
     disks: tuple[tuple[str, int | Path], ...] = attrs.field(factory=dict, converter=_disks)
+    track_writes: bool = attrs.field(default=False, converter=_track_writes)
     display: bool = attrs.field(default=False, converter=_display)
     network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     capture: bool = attrs.field(default=False, converter=_capture)

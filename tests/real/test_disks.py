@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -19,9 +21,7 @@ def shelf(vm: Machine) -> None:
 
 
 @pytest.mark.vm("debian-12", disks={"data": "32M", "other": "64M"})
-def test_a_machine_has_its_disks_by_name_from_the_start_in_a_snapshot_and_after_the_power_was_cut(
-    vm: Machine, vm_factory: MachineFactory
-) -> None:
+def test_a_machine_has_its_disks_by_name_from_the_start_and_in_a_snapshot(vm: Machine, vm_factory: MachineFactory) -> None:
     assert vm.exec(f"blockdev --getsize64 {BY_ID}data {BY_ID}other").stdout.split() == [str(32 << 20), str(64 << 20)]
     vm.exec(f"mkfs.ext4 -q {BY_ID}data; mount {BY_ID}data /mnt; echo one > /mnt/state; sync")
     before = vm.snapshot("before")
@@ -29,14 +29,65 @@ def test_a_machine_has_its_disks_by_name_from_the_start_in_a_snapshot_and_after_
     other = vm_factory(before)
     assert other.path("/mnt/state").read_text() == "one\n"
     other.exec("echo three > /mnt/state; sync")
-    vm.power_cut()
-    vm.start()
-    assert vm.exec(f"mount {BY_ID}data /mnt; cat /mnt/state").stdout == "two\n"
     vm.restore(before)
     assert vm.path("/mnt/state").read_text() == "one\n"
     vm.restore()
     # As the test got it: nothing was written to the disk yet.
     assert vm.exec(["blkid", f"{BY_ID}data"], check=False).returncode == 2
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12", disks={"data": "32M"})
+def test_a_machine_has_its_disks_after_its_power_was_cut_and_in_a_snapshot_of_then(vm: Machine) -> None:
+    vm.exec(f"mkfs.ext4 -q {BY_ID}data; mount {BY_ID}data /mnt; echo one > /mnt/state; sync")
+    for number in range(2):
+        vm.power_cut()
+        vm.start()
+        assert vm.exec(f"mount {BY_ID}data /mnt; cat /mnt/state").stdout == "one\n", number
+    then = vm.snapshot("then")
+    vm.exec("echo two > /mnt/state; sync")
+    vm.restore(then)
+    assert vm.path("/mnt/state").read_text() == "one\n"
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12", disks={"data": "32M"}, track_writes=True)
+def test_a_power_cut_loses_what_was_not_flushed_if_that_is_wanted_and_what_was_is_there(vm: Machine) -> None:
+    """Twice, since the second time the disks stand on what the first one left."""
+    vm.exec(f"mkfs.ext4 -q {BY_ID}data; mount {BY_ID}data /mnt; echo flushed > /mnt/state; sync")
+    for number in range(2):
+        vm.exec(f"echo {number} >> /mnt/state; echo {number} >> /root/state; sync")
+        # Over the file system, and in no cache of the guest: only the loss makes it whole again.
+        vm.exec(f"dd if=/dev/zero of={BY_ID}data bs=1M count=30 oflag=direct")
+        vm.power_cut(lose="unflushed")
+        vm.start()
+        vm.exec(f"mount {BY_ID}data /mnt")
+        kept = "".join(f"{each}\n" for each in range(number + 1))
+        assert (vm.path("/mnt/state").read_text(), vm.path("/root/state").read_text()) == (f"flushed\n{kept}", kept)
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12", disks={"data": "32M"})
+@pytest.mark.parametrize(("lose", "lies", "found"), [(None, "", 2), ("unflushed", "", 0), ("torn", "", 1), ("unflushed", "lies", -1)])
+def test_what_a_power_cut_leaves_of_a_disk(vm: Machine, lose: Literal["unflushed", "torn"] | None, lies: str, found: int) -> None:
+    """A pattern that is flushed, and over it another one that is not: its first half, of two blocks, or none is there."""
+    fill = f"import os; fd = os.open('{BY_ID}data', os.O_RDWR | os.O_DIRECT); import mmap; m = mmap.mmap(-1, 8192); m.write(b'%s' * 8192); "
+    one, two = (fill % letter + "os.pwritev(fd, [m], 0)" for letter in "ab")
+    with vm.faults.lying_disk("data") if lies else nullcontext():
+        vm.exec(["python3", "-c", f"{one}; os.fsync(fd)"])
+    vm.exec(["python3", "-c", two])
+    vm.power_cut(lose=lose)
+    vm.start()
+    read = vm.exec(f"head -c 8192 {BY_ID}data | tr '\\0' 0").stdout
+    expected = {2: "b" * 8192, 0: "a" * 8192, 1: "b" * 4096 + "a" * 4096, -1: "0" * 8192}[found]
+    assert read == expected
+
+
+@pytest.mark.vm("debian-12")
+def test_without_a_tracked_disk_a_power_cut_cannot_lose_more_and_says_so(vm: Machine) -> None:
+    with pytest.raises(MachineError, match="track_writes"):
+        vm.power_cut(lose="unflushed")
+    assert vm.exec(["true"]).ok
 
 
 @pytest.mark.vm(shelf, disks={"more": "16M"})

@@ -169,6 +169,7 @@ def test_interrupted(interrupted, vm):
 """
 
 
+@pytest.mark.guests
 def test_machines_that_never_booted_leave_what_they_said(tmp_path: Path, vm_catalog: Catalog) -> None:
     (tmp_path / "test_it.py").write_text(BOOTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

@@ -32,6 +32,7 @@ def test_commands_go_on_whatever_becomes_of_the_agent(vm: Machine) -> None:
     assert vm.exec("cat /proc/self/cgroup").stdout == "0::/vmbottle\n"
 
 
+@pytest.mark.guests
 def test_a_machine_without_its_agent_can_be_written_down_and_restored(vm: Machine) -> None:
     with pytest.raises(AgentEnded):
         vm.exec("systemctl stop qemu-guest-agent", timeout=300)

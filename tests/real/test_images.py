@@ -78,7 +78,7 @@ def launched(catalog: Catalog, disk: Disk, folder: Path) -> Iterator[tuple[QemuI
 def test_a_raw_disk_that_begins_like_a_qcow2_is_raw_to_qemu_and_what_it_names_stays_closed(
     vm_catalog: Catalog, tmp_path: Path, qemu_img_runs: Callable[[], list[str]]
 ) -> None:
-    """QEMU is told the format of every disk in the chain; qemu-img never gets to see one that is not our own."""
+    """QEMU is told the format of every disk in the chain, and qemu-img gets to see none."""
     secret, disk = tmp_path / "secret", tmp_path / "disk.raw"
     secret.write_bytes(bytes(MIB))
     disk.write_bytes(evil(secret).ljust(2 * MIB, b"\0"))
@@ -90,4 +90,4 @@ def test_a_raw_disk_that_begins_like_a_qcow2_is_raw_to_qemu_and_what_it_names_st
     assert files == {str(rundir / "disk.qcow2"), str(disk), str(tmp_path / "seed.iso")}
     assert str(disk) in opened
     assert str(secret) not in opened
-    assert qemu_img_runs() == [f"create -q -f qcow2 {rundir / 'disk.qcow2'} {2 * MIB}"]
+    assert qemu_img_runs() == []

@@ -288,6 +288,7 @@ def test_a_machine_is_shut_down_remembered_and_removed(commands: Commands, name:
     assert not (commands.root / "machines" / name).exists()
 
 
+@pytest.mark.guests
 def test_a_machine_that_powers_itself_off_is_off_and_one_that_is_killed_an_error(commands: Commands, name: str) -> None:
     started = commands.start(name)
     commands.exec(name, "systemd-run", "sh", "-c", "sleep 1; poweroff")

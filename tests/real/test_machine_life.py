@@ -128,6 +128,7 @@ def test_a_machine_is_paused_and_rebooted(commands: Commands, web: str) -> None:
     assert boot_id(commands, web) != before
 
 
+@pytest.mark.guests
 def test_a_machine_goes_back_to_a_snapshot_running_or_not_and_others_start_from_it(commands: Commands, web: str, name: str) -> None:
     commands.exec(web, "sh", "-c", "echo first > /root/note")
     commands.run("snapshot", web, "clean")

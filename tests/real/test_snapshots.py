@@ -52,6 +52,7 @@ def test_restoring_twice_gives_the_same_state_twice_and_ram_is_part_of_it(vm: Ma
     assert not vm.path("/root/state").exists()
 
 
+@pytest.mark.guests
 def test_a_snapshot_of_a_restored_machine_stands_on_the_one_before(vm: Machine) -> None:
     vm.exec("echo one > /root/one; sync")
     one = vm.snapshot("one")

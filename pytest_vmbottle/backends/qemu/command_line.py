@@ -14,6 +14,7 @@ import attrs
 
 from pytest_vmbottle.backends.port import GUEST_MAC, DataDisk, Disk
 from pytest_vmbottle.backends.qemu.features import Features
+from pytest_vmbottle.disks.write_log import SECTOR
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host.account import Account
 from pytest_vmbottle.spec import MachineSpec
@@ -31,12 +32,12 @@ __all__ = [
     "SCRATCH_PORT",
     "Accelerator",
     "Board",
-    "DataSlot",
+    "DiskSlot",
     "Emulator",
     "LaunchResources",
     "board_of",
     "command_line",
-    "overlay_node",
+    "log_node",
     "sandbox",
 ]
 
@@ -168,41 +169,54 @@ class Emulator:
 
 
 @attrs.frozen(kw_only=True)
-class DataSlot:
-    """A disk beside the root disk, where it is.
+class DiskSlot:
+    """A disk of a machine, where it is.
 
     Attributes:
         disk: The disk.
-        port: Its port, of `DISK_PORTS`.
+        port: Its port, of `DISK_PORTS`; empty for the root disk, which has none.
         file: The file of its overlay.
+        log: The file that gets everything that is written to it (see `read_log`); None if nobody wants to know.
     """
 
     disk: DataDisk
     port: str
     file: Path
+    log: Path | None = None
 
     @property
     def node(self) -> str:
-        """Name of its block node, on which filters may lie."""
-        return f"node-{self.port}"
+        """Name of the block node of its overlay."""
+        return f"node-{self.port}" if self.port else "disk0"
+
+    @property
+    def top(self) -> str:
+        """Name of the block node that its device uses as long as no filter lies between."""
+        return self.node if self.log is None else f"track-{self.node}"
 
     @property
     def device(self) -> str:
         """Id of its device."""
-        return f"data-{self.port}"
+        return f"data-{self.port}" if self.port else ROOT_DISK
 
     def device_options(self) -> dict[str, str]:
         """Return the arguments of its device."""
+        options = {"driver": "virtio-blk-pci", "drive": self.top, "id": self.device}
+        if not self.port:
+            return options
         # Errors go to the guest. By default QEMU would stop the machine where the host's disk is full.
-        return {
-            "driver": "virtio-blk-pci",
-            "id": self.device,
-            "bus": self.port,
-            "drive": self.node,
-            "serial": self.disk.name,
-            "werror": "report",
-            "rerror": "report",
-        }
+        return options | {"bus": self.port, "serial": self.disk.name, "werror": "report", "rerror": "report"}
+
+    def nodes(self) -> list[dict[str, object]]:
+        """Return the arguments of its block nodes, the lowest one first."""
+        nodes = [_overlay_node(self.node, self.file, self.disk.disks)]
+        return nodes if self.log is None else [*nodes, log_node(self.top, self.node, self.log)]
+
+
+def log_node(name: str, below: str, log: Path) -> dict[str, object]:
+    """Return the arguments of a block node that writes all requests down in a file."""
+    file = {"driver": "file", "filename": str(log), "cache": {"no-flush": True}}
+    return {"driver": "blklogwrites", "node-name": name, "file": below, "log": file, "log-sector-size": SECTOR}
 
 
 @attrs.frozen(kw_only=True)
@@ -214,9 +228,7 @@ class LaunchResources:
     Attributes:
         ram: The file of the guest's RAM.
         share: Whether the guest's writes go to that file, or stay private to the process.
-        overlay: The only disk that is written to.
-        disks: The disks below the overlay, lowest first.
-        data: The disks beside it that are there from the beginning.
+        disks: The disks that are there from the beginning, the root disk first.
         seed: The cloud-init ISO.
         kernel, initrd, cmdline: Files and command line for a direct boot; None and empty to boot by firmware.
         firmware: A firmware file that replaces QEMU's default firmware.
@@ -228,9 +240,7 @@ class LaunchResources:
     name: str
     ram: Path
     share: bool
-    overlay: Path
-    disks: tuple[Disk, ...]
-    data: tuple[DataSlot, ...] = ()
+    disks: tuple[DiskSlot, ...]
     seed: Path
     kernel: Path | None
     initrd: Path | None
@@ -271,7 +281,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: LaunchResources)
         *(("-device", "vmgenid,guid=auto,id=genid") if dialect.vmgenid else ()),
         *("-device", "pvpanic-pci,id=panic"),
         *_ports(),
-        *_data(wiring),
+        *(word for slot in wiring.disks[1:] for word in _plugged(slot)),
         *(board.display if spec.display else ()),  # the last, so that what all machines have is where it is in all of them
         *_boot(wiring),
         *(("-incoming", "defer") if wiring.incoming else ()),
@@ -298,7 +308,7 @@ def _memory(spec: MachineSpec, wiring: LaunchResources, dialect: Features) -> li
     return ["-object", backend]
 
 
-def overlay_node(name: str, file: Path, disks: Iterable[Disk]) -> dict[str, object]:
+def _overlay_node(name: str, file: Path, disks: Iterable[Disk]) -> dict[str, object]:
     """Return the arguments of a block node for an overlay with the disks below it, lowest first."""
     # The chain is spelled out. No image's header says what lies beneath it, so none can point QEMU at another file of this host.
     backing: dict[str, object] | None = None
@@ -319,7 +329,6 @@ def overlay_node(name: str, file: Path, disks: Iterable[Disk]) -> dict[str, obje
 
 
 def _disks(wiring: LaunchResources) -> list[str]:
-    overlay = overlay_node("disk0", wiring.overlay, wiring.disks)
     seed = {
         "driver": "raw",
         "node-name": "seed0",
@@ -327,9 +336,14 @@ def _disks(wiring: LaunchResources) -> list[str]:
         "file": {"driver": "file", "filename": str(wiring.seed), "read-only": True},
     }
     return [
-        *("-blockdev", json.dumps(overlay), "-device", f"virtio-blk-pci,drive=disk0,id={ROOT_DISK}"),
+        *_plugged(wiring.disks[0]),
         *("-blockdev", json.dumps(seed), "-device", "virtio-blk-pci,drive=seed0,id=seed"),
     ]
+
+
+def _plugged(slot: DiskSlot) -> list[str]:
+    nodes = [word for node in slot.nodes() for word in ("-blockdev", json.dumps(node))]
+    return [*nodes, "-device", ",".join(f"{key}={value}" for key, value in slot.device_options().items())]
 
 
 def _channels(wiring: LaunchResources, board: Board) -> list[str]:
@@ -366,17 +380,6 @@ def _ports() -> list[str]:
             for number, port in enumerate(DISK_PORTS, 3)
             for word in ("-device", f"pcie-root-port,id={port},chassis={number},slot={number}")
         ),
-    ]
-
-
-def _data(wiring: LaunchResources) -> list[str]:
-    return [
-        word
-        for slot in wiring.data
-        for word in (
-            *("-blockdev", json.dumps(overlay_node(slot.node, slot.file, slot.disk.disks))),
-            *("-device", ",".join(f"{key}={value}" for key, value in slot.device_options().items())),
-        )
     ]
 
 

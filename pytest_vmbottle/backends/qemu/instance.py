@@ -16,11 +16,11 @@ import attrs
 
 from pytest_vmbottle.backends.console import Console, Recorder
 from pytest_vmbottle.backends.kernel_watch import KernelWatch
-from pytest_vmbottle.backends.port import CannotSave, Chord, DataDisk, Instance, NotPlugged, SshAccess, Start, State
+from pytest_vmbottle.backends.port import CannotSave, Chord, DataDisk, DiskErrors, Instance, Loss, NotPlugged, SshAccess, Start, State
 from pytest_vmbottle.backends.qemu import capture, display
 from pytest_vmbottle.backends.qemu.after_restore import AfterRestore
-from pytest_vmbottle.backends.qemu.command_line import NIC, DataSlot, Emulator
-from pytest_vmbottle.backends.qemu.data_disks import DataDisks
+from pytest_vmbottle.backends.qemu.command_line import NIC, DiskSlot, Emulator
+from pytest_vmbottle.backends.qemu.disks import OVERLAY, Disks
 from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.guest_channels import GuestChannels, Host
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
@@ -36,15 +36,13 @@ from pytest_vmbottle.host.files import copy_sparse, descriptor
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
-__all__ = ["CONSOLE", "OVERLAY", "Parts", "QemuInstance", "Saved", "Sockets", "signal_hint"]
+__all__ = ["CONSOLE", "Parts", "QemuInstance", "Saved", "Sockets", "signal_hint"]
 
 _GRACE = 10.0
 _MOMENT = 2.0
 """Seconds within which a QEMU whose monitor has closed ends."""
 _SAVED, _STATE = "saved.json", "state.bin"
 CONSOLE = "console.log"
-OVERLAY = "disk.qcow2"
-"""Name of a machine's own disk in its folder."""
 # Exclusive, so that nothing that stands there is written over, or through as a link.
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
@@ -106,7 +104,7 @@ class Parts:
     watch: KernelWatch
     ram: Ram
     rundir: Path
-    data: tuple[DataSlot, ...]
+    disks: tuple[DiskSlot, ...]
 
 
 class QemuInstance(Instance):
@@ -133,7 +131,7 @@ class QemuInstance(Instance):
         )
         self._waker = AfterRestore(parts.lines.waker)
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
-        self._data = DataDisks(parts.qmp, parts.data, root=self.overlay, account=emulator.account, alive=self.alive)
+        self._disks = Disks(parts.qmp, parts.disks, account=emulator.account, alive=self.alive)
         self._cable = NIC
         self._forwards = Forwards(self._monitor)
 
@@ -272,19 +270,35 @@ class QemuInstance(Instance):
     @property
     def data(self) -> tuple[DataDisk, ...]:
         """The disks beside the root disk."""
-        return tuple(slot.disk for slot in self._data.slots)
+        return self._disks.data
 
     def plug_disk(self, disk: DataDisk) -> None:
         """Plug in one more disk (see `Instance.plug_disk`)."""
-        self._data.plug(disk)
+        self._disks.plug(disk)
 
     def unplug_disk(self, name: str, *, deadline: Deadline) -> None:
         """Remove a disk (see `Instance.unplug_disk`)."""
-        self._data.unplug(name, deadline)
+        self._disks.unplug(name, deadline)
 
     def record_writes(self, name: str, folder: Path) -> AbstractContextManager[Path]:
         """Record what the guest writes to a disk (see `Instance.record_writes`)."""
-        return self._data.recorded(name, folder)
+        return self._disks.recorded(name, folder)
+
+    @contextmanager
+    def disk_errors(self, name: str, errors: DiskErrors) -> Iterator[None]:
+        """Have requests to a disk fail (see `Instance.disk_errors`)."""
+        with self._asked("put a fault on a disk"), self._disks.errors(name, errors):
+            yield
+
+    @contextmanager
+    def slow_disk(self, name: str, *, iops: float, bytes_per_second: float) -> Iterator[None]:
+        """Limit what a disk takes in a second (see `Instance.slow_disk`)."""
+        with self._asked("put a fault on a disk"), self._disks.slow(name, iops=iops, bytes_per_second=bytes_per_second):
+            yield
+
+    def lying_disk(self, name: str) -> AbstractContextManager[None]:
+        """Count no flush of a disk as one (see `Instance.lying_disk`)."""
+        return self._disks.lying(name)
 
     def capture(self, file: Path) -> None:
         """Record the traffic of the card (see `Instance.capture`)."""
@@ -318,10 +332,10 @@ class QemuInstance(Instance):
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
         self._channels.adopt(has_agent=saved.agent, login=saved.login, deadline=deadline)
 
-    def attach(self, slots: Iterable[DataSlot]) -> None:
+    def attach(self, slots: Iterable[DiskSlot]) -> None:
         """Plug in disks whose overlays are in the machine's folder, since its saved state does not have them."""
         for slot in slots:
-            self._data.attach(slot)
+            self._disks.attach(slot)
 
     def _migrate(self, verb: Literal["migrate", "migrate-incoming"], file: Path, kind: PackKind, deadline: Deadline) -> None:
         dialect = self._emulator.dialect
@@ -337,8 +351,8 @@ class QemuInstance(Instance):
         else:
             self._save_running(dest, kind, deadline)
         # After QEMU's end, which has flushed it. Moved, because the machine is over and a disk may be large.
-        for file in (self.overlay, *(slot.file for slot in self._data.slots)):
-            shutil.move(file, dest / file.name)
+        for slot in self._disks.slots:
+            shutil.move(slot.file, dest / slot.file.name)
 
     def _save_running(self, dest: Path, kind: PackKind, deadline: Deadline) -> None:
         self._channels.has_agent = None  # whoever built on this machine may have installed it, or taken it away
@@ -373,8 +387,8 @@ class QemuInstance(Instance):
         self._saved(PackKind.STREAM, nonce).write(dest)
 
     def _saved(self, kind: PackKind, nonce: str) -> Saved:
-        ports = {slot.disk.name: slot.port for slot in self._data.slots}
-        return Saved(kind=kind, nonce=nonce, agent=bool(self._channels.has_agent), login=self._channels.agent.login, ports=ports)
+        agent = self._channels.agent
+        return Saved(kind=kind, nonce=nonce, agent=bool(self._channels.has_agent), login=agent.login, ports=self._disks.ports)
 
     @contextmanager
     def _nothing_plugged(self, deadline: Deadline) -> Iterator[None]:
@@ -398,8 +412,8 @@ class QemuInstance(Instance):
             # With all of its RAM: the pages of a clone may be in no file, since its mapping of the pack is private.
             self._migrate("migrate", dest / _STATE, PackKind.STREAM, deadline)
         # Only now: with the end of the migration QEMU has written its disks out, and does not touch them before it gets them back.
-        for file in (self.overlay, *(slot.file for slot in self._data.slots)):
-            with descriptor(file, os.O_RDONLY) as disk, descriptor(dest / file.name, _NEW) as copy:
+        for slot in self._disks.slots:
+            with descriptor(slot.file, os.O_RDONLY) as disk, descriptor(dest / slot.file.name, _NEW) as copy:
                 copy_sparse(disk, copy)
 
     def state(self) -> State:
@@ -445,8 +459,14 @@ class QemuInstance(Instance):
             self.alive()
 
     def cut(self) -> None:
-        """Kill QEMU; writes that it had not passed to the host's kernel are lost, as with a disk's cache."""
+        """Kill QEMU; what it had passed to the host's kernel stays, also what the guest had not flushed."""
         self._process.kill()
+
+    def cut_losing(self, loss: Loss) -> None:
+        """Kill QEMU, and take from the tracked disks what they had not flushed (see `Instance.cut_losing`)."""
+        self._disks.check_tracked()
+        self.cut()
+        self._disks.lose(loss)
 
     def _shut_down(self, deadline: Deadline) -> None:
         ended = self.shut_down(deadline=deadline)

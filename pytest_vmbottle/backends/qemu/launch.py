@@ -11,10 +11,10 @@ import attrs
 
 from pytest_vmbottle.backends.console import Recorder
 from pytest_vmbottle.backends.kernel_watch import KernelWatch
-from pytest_vmbottle.backends.port import Disk, Start
-from pytest_vmbottle.backends.qemu.command_line import DataSlot, Emulator, LaunchResources, command_line
-from pytest_vmbottle.backends.qemu.data_disks import lay_overlay, slots
-from pytest_vmbottle.backends.qemu.instance import CONSOLE, OVERLAY, Parts, QemuInstance, Saved, Sockets, signal_hint
+from pytest_vmbottle.backends.port import Start
+from pytest_vmbottle.backends.qemu.command_line import DiskSlot, Emulator, LaunchResources, command_line
+from pytest_vmbottle.backends.qemu.disks import lay_disks, slots
+from pytest_vmbottle.backends.qemu.instance import CONSOLE, Parts, QemuInstance, Saved, Sockets, signal_hint
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.ram import Ram
@@ -43,10 +43,10 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
         MachineError: The saved state could not be restored, or the guest did not answer.
     """
     saved = Saved.read(source.saved) if source.saved is not None else None
-    data = slots(source, saved.ports if saved is not None else {}, rundir)
-    _lay_disks(source, data, rundir)
+    disks = slots(source, saved.ports if saved is not None else {}, rundir, track_root=spec.track_writes)
+    lay_disks(disks, kept=source.kept)
     # A saved state has its own disks, and no others: those that are new come in when it runs.
-    first = data if saved is None else tuple(slot for slot in data if slot.disk.saved)
+    first = disks if saved is None else tuple(slot for slot in disks if slot.disk.saved)
     # Made before QEMU starts, so that its cursor begins at the end of an earlier run's console.
     watch = KernelWatch(rundir / CONSOLE)
     with ExitStack() as undo:
@@ -62,7 +62,7 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
             qmp = Qmp(lines.qmp, deadline=Deadline(min(_GREETING, deadline.remaining)))
         except QmpFailed as error:
             raise _not_launched(process, spec) from error
-        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, watch=watch, ram=ram, rundir=rundir, data=first)
+        parts = Parts(process=process, qmp=qmp, lines=lines, recorder=recorder, watch=watch, ram=ram, rundir=rundir, disks=first)
         instance = QemuInstance(spec, source, emulator=emulator, parts=parts)
         undo.callback(instance.stop)
         # Before anybody has the instance, and could be told another number.
@@ -74,20 +74,14 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
                 # A machine that died while loading explains more than the monitor's error does.
                 instance.alive()
                 raise MachineError(f"the saved state cannot be restored: {error}\n{process.output}", machine=spec.name) from error
-            instance.attach(slot for slot in data if not slot.disk.saved)
+            instance.attach(slot for slot in disks if not slot.disk.saved)
         # All went well: the instance owns everything now, and nothing is undone.
         undo.pop_all()
     return instance
 
 
-def _lay_disks(source: Start, data: tuple[DataSlot, ...], rundir: Path) -> None:
-    lay_overlay(rundir / OVERLAY, size=source.disk_size, kept=source.kept, own=source.overlay)
-    for slot in data:
-        lay_overlay(slot.file, size=slot.disk.size, kept=source.kept, own=slot.disk.overlay)
-
-
 def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
-    emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path, data: tuple[DataSlot, ...]
+    emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path, disks: tuple[DiskSlot, ...]
 ) -> tuple[QemuProcess, Sockets]:
     with ExitStack() as theirs, ExitStack() as ours:
         # Connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
@@ -98,9 +92,7 @@ def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
             name=rundir.name,
             ram=ram.path,
             share=not ram.private,
-            overlay=rundir / OVERLAY,
-            disks=source.disks,
-            data=data,
+            disks=disks,
             seed=source.seed,
             kernel=source.kernel,
             initrd=source.initrd,
@@ -127,17 +119,18 @@ def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
 def _lend(loans: PassedFds, wiring: LaunchResources) -> LaunchResources:
     """Return the resources as a QEMU gets them that may open none of the files by itself."""
 
-    def below(disks: tuple[Disk, ...]) -> tuple[Disk, ...]:
-        return tuple(attrs.evolve(disk, path=loans.disk(disk.path)) for disk in disks)
-
-    def slot(each: DataSlot) -> DataSlot:
-        return attrs.evolve(each, file=loans.disk(each.file, writable=True), disk=attrs.evolve(each.disk, disks=below(each.disk.disks)))
+    def lent(slot: DiskSlot) -> DiskSlot:
+        below = tuple(attrs.evolve(disk, path=loans.disk(disk.path)) for disk in slot.disk.disks)
+        return attrs.evolve(
+            slot,
+            disk=attrs.evolve(slot.disk, disks=below),
+            file=loans.disk(slot.file, writable=True),
+            log=loans.disk(slot.log, writable=True) if slot.log is not None else None,
+        )
 
     return attrs.evolve(
         wiring,
-        data=tuple(map(slot, wiring.data)),
-        overlay=loans.disk(wiring.overlay, writable=True),
-        disks=below(wiring.disks),
+        disks=tuple(map(lent, wiring.disks)),
         seed=loans.disk(wiring.seed),
         kernel=loans.file(wiring.kernel) if wiring.kernel is not None else None,
         initrd=loans.file(wiring.initrd) if wiring.initrd is not None else None,

@@ -12,7 +12,7 @@ import pytest
 from pytest_vmbottle.channels.port import Channel, Command, Finished
 from pytest_vmbottle.errors import MachineError, SpecError, Unsupported
 from pytest_vmbottle.host.deadline import Deadline
-from pytest_vmbottle.machine.lan import Lan, LanGuest, Lans
+from pytest_vmbottle.machine.lan import Lan, LanGuest, Lans, impairment_of
 from pytest_vmbottle.testing import FakeBackend, FakeChannel, FakeInstance
 
 
@@ -75,7 +75,7 @@ def test_frames_go_from_one_machines_card_to_the_others(lan: Lan, machines: list
         one.wires[0].send(b"\xff" * 20)
         two.wires[0].settimeout(5)
         assert two.wires[0].recv(100) == b"\xff" * 20
-        web.impair(delay=0, loss=1)
+        web.impair(impairment_of(loss=1))
         one.wires[0].send(b"\xff" * 20)
         two.wires[0].settimeout(0.2)
         with pytest.raises(TimeoutError):
@@ -148,7 +148,7 @@ def test_a_machine_that_was_started_anew_gets_a_new_card_and_the_same_address(la
     now = [old]
     body = LanGuest(instance=lambda: now[0], channel=lambda: now[0].channel(deadline=Deadline(1)), factor=1.0)
     with lan.joined("web", body) as place, lan.joined("db", other.body):
-        place.impair(delay=0.3, loss=0)
+        place.impair(impairment_of(delay=0.3))
         place.settle()
         assert len(old.macs) == 1  # the same machine keeps its card
         now[0] = new
@@ -171,9 +171,9 @@ def test_a_card_that_was_taken_out_comes_back_when_the_machine_settles(lan: Lan,
 
 
 @pytest.mark.parametrize(("delay", "loss"), [(-1, 0), (61, 0), (0, -0.1), (0, 1.1), (float("nan"), 0), (0, float("nan"))])
-def test_impairments_that_make_no_sense_are_refused(lan: Lan, machines: list[Cabled], delay: float, loss: float) -> None:
-    with lan.joined("web", machines[0].body) as place, pytest.raises(ValueError, match=r"delay|loss"):
-        place.impair(delay=delay, loss=loss)
+def test_impairments_that_make_no_sense_are_refused(delay: float, loss: float) -> None:
+    with pytest.raises(ValueError, match=r"delay|loss"):
+        impairment_of(delay=delay, loss=loss)
 
 
 def test_the_switches_end_with_the_lans() -> None:

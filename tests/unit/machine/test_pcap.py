@@ -58,7 +58,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 def test_a_switch_records_each_frame_once_however_many_get_it(tmp_path: Path) -> None:
     switch = Switch("lan")
     try:
-        wires = [switch.connect()[1] for _ in range(3)]
+        wires = [switch.connect("vm")[1] for _ in range(3)]
         switch.capture(tmp_path / "lan.pcap")
         frame = b"\xff" * 6 + b"\x52" * 6 + b"hello to everybody"
         wires[0].send(frame)

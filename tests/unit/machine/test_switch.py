@@ -29,14 +29,32 @@ def switch() -> Iterator[Switch]:
         yield switch
 
 
+NAMES = ("one", "two", "three")
+
+
 @pytest.fixture
 def plugged(switch: Switch) -> Iterator[list[tuple[Port, socket.socket]]]:
     """Three machines' ends of their cables."""
     with ExitStack() as stack:
-        made = [switch.connect() for _ in range(3)]
+        made = [switch.connect(name) for name in NAMES]
         for _, wire in made:
             stack.enter_context(wire).settimeout(5)
         yield made
+
+
+def impair(port: Port, impairment: Impairment) -> None:
+    """Have a cable do this in both directions."""
+    port.outgoing.impairment = port.incoming.impairment = impairment
+
+
+def received(wire: socket.socket, seconds: float = 0.5) -> list[bytes]:
+    """What comes until nothing comes any more."""
+    wire.settimeout(seconds)
+    frames = []
+    with suppress(TimeoutError):
+        while True:
+            frames.append(wire.recv(2000))
+    return frames
 
 
 def silent(wire: socket.socket) -> bool:
@@ -92,17 +110,17 @@ def test_what_is_too_short_for_a_frame_goes_nowhere(plugged: Plugged) -> None:
 @pytest.mark.parametrize("impaired", [0, 1])
 def test_a_bad_cable_loses_frames_in_both_directions_until_it_is_good_again(plugged: Plugged, impaired: int) -> None:
     (_, one), (_, two), _ = plugged
-    plugged[impaired][0].impairment = Impairment(loss=1.0)
+    impair(plugged[impaired][0], Impairment(loss=1.0))
     one.send(frame(EVERYBODY, mac(1)))
     assert silent(two)
-    plugged[impaired][0].impairment = Impairment()
+    impair(plugged[impaired][0], Impairment())
     one.send(frame(EVERYBODY, mac(1)))
     assert two.recv(100)
 
 
 def test_some_of_the_frames_get_through_a_cable_that_loses_half(plugged: Plugged) -> None:
     (port, one), (_, two), _ = plugged
-    port.impairment = Impairment(loss=0.5)
+    impair(port, Impairment(loss=0.5))
     for number in range(400):
         one.send(frame(mac(2), mac(1), number.to_bytes(2)))
         time.sleep(0.0002)
@@ -116,12 +134,67 @@ def test_some_of_the_frames_get_through_a_cable_that_loses_half(plugged: Plugged
 
 def test_delays_of_both_cables_add_up_and_keep_the_order(plugged: Plugged) -> None:
     (first, one), (second, two), _ = plugged
-    first.impairment, second.impairment = Impairment(delay=0.2), Impairment(delay=0.1)
+    impair(first, Impairment(delay=0.2))
+    impair(second, Impairment(delay=0.1))
     began = time.monotonic()
     for number in range(5):
         one.send(frame(mac(2), mac(1), bytes([number])))
     assert [two.recv(100)[-1] for _ in range(5)] == list(range(5))
     assert time.monotonic() - began >= 0.3
+
+
+def test_each_direction_of_a_cable_is_impaired_by_itself(plugged: Plugged) -> None:
+    (port, one), (_, two), _ = plugged
+    port.incoming.impairment = Impairment(loss=1.0)
+    one.send(frame(EVERYBODY, mac(1)))
+    assert two.recv(100)
+    two.send(frame(mac(1), mac(2)))
+    assert silent(one)
+
+
+def test_a_cable_duplicates_and_corrupts_frames_but_for_their_addresses(plugged: Plugged) -> None:
+    (port, one), (_, two), _ = plugged
+    port.outgoing.impairment = Impairment(duplicate=1.0, corrupt=1.0)
+    sent = frame(mac(2), mac(1), b"x" * 100)
+    one.send(sent)
+    copies = received(two)
+    assert len(copies) == 2
+    for copy in copies:
+        assert copy[:12] == sent[:12]
+        assert sum((ours ^ theirs).bit_count() for ours, theirs in zip(copy, sent, strict=True)) == 1
+
+
+def test_frames_that_are_held_back_and_those_with_jitter_come_out_of_order(plugged: Plugged) -> None:
+    (port, one), (_, two), _ = plugged
+    for impairment in (Impairment(reorder=0.3), Impairment(delay=0.05, jitter=0.05)):
+        port.outgoing.impairment = impairment
+        for number in range(50):
+            one.send(frame(mac(2), mac(1), bytes([number])))
+            time.sleep(0.001)
+        numbers = [copy[-1] for copy in received(two)]
+        assert sorted(numbers) == list(range(50))
+        assert numbers != sorted(numbers)
+
+
+def test_a_narrow_cable_carries_so_many_bytes_in_a_second(plugged: Plugged) -> None:
+    (port, one), (_, two), _ = plugged
+    port.outgoing.impairment = Impairment(bandwidth=50_000)
+    began = time.monotonic()
+    for _ in range(25):
+        one.send(frame(mac(2), mac(1), b"x" * 986))
+    for _ in range(25):
+        two.recv(2000)
+    assert time.monotonic() - began >= 0.49
+
+
+def test_what_is_cut_off_from_a_machine_reaches_all_others(switch: Switch, plugged: Plugged) -> None:
+    (_, one), (_, two), (_, three) = plugged
+    switch.cuts = frozenset({(NAMES[0], NAMES[1])})
+    one.send(frame(EVERYBODY, mac(1)))
+    assert three.recv(100)
+    assert silent(two)
+    two.send(frame(mac(1), mac(2)))
+    assert one.recv(100)
 
 
 def test_a_machine_that_reads_slowly_gets_all_that_fits_and_holds_up_nobody(plugged: Plugged) -> None:
@@ -173,7 +246,7 @@ def test_an_idle_or_blocked_switch_uses_no_processor(plugged: Plugged) -> None:
     for _ in range(1000):  # more than the second machine's socket takes
         one.send(frame(EVERYBODY, mac(1), b"x" * 1000))
         three.recv(2000)
-    port.impairment = Impairment(delay=50)
+    impair(port, Impairment(delay=50))
     one.send(frame(EVERYBODY, mac(1)))
     before = time.process_time()
     time.sleep(0.5)
@@ -194,7 +267,7 @@ def test_a_switch_that_was_held_up_sleeps_again(plugged: Plugged) -> None:
 
 def test_the_thread_and_the_cables_end_with_the_switch() -> None:
     switch = Switch("ends")
-    port, wire = switch.connect()
+    port, wire = switch.connect("vm")
     switch.close()
     switch.close()
     assert port.wire.fileno() == -1
@@ -204,7 +277,7 @@ def test_the_thread_and_the_cables_end_with_the_switch() -> None:
 
 def test_two_switches_have_nothing_to_do_with_each_other(plugged: Plugged) -> None:
     with closing(Switch("test")) as other:
-        _, elsewhere = other.connect()
+        _, elsewhere = other.connect("vm")
         with elsewhere:
             plugged[0][1].send(frame(EVERYBODY, mac(1)))
             assert plugged[1][1].recv(100)

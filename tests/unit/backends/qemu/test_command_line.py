@@ -20,19 +20,25 @@ from pytest_vmbottle.backends.qemu.command_line import (
     KVM,
     LAN_PORT,
     SCRATCH_PORT,
-    DataSlot,
+    DiskSlot,
     Emulator,
     LaunchResources,
     command_line,
 )
 from pytest_vmbottle.backends.qemu.features import Features
 
+
+def root(overlay: str | Path, *below: Disk) -> DiskSlot:
+    """The root disk."""
+    return DiskSlot(disk=DataDisk(name="root", size=1 << 30, disks=below), port="", file=Path(overlay))
+
+
+BELOW = (Disk(path=Path("/img/base.raw"), format="raw"), Disk(path=Path("/packs/a/disk.qcow2")), Disk(path=Path("/packs/b/disk.qcow2")))
 WIRING = LaunchResources(
     name="vm-1",
     ram=Path("/run/ram"),
     share=True,
-    overlay=Path("/run/overlay.qcow2"),
-    disks=(Disk(path=Path("/img/base.raw"), format="raw"), Disk(path=Path("/packs/a/disk.qcow2")), Disk(path=Path("/packs/b/disk.qcow2"))),
+    disks=(root("/run/overlay.qcow2", *BELOW),),
     seed=Path("/packs/a/seed.iso"),
     kernel=Path("/img/vmlinuz"),
     initrd=Path("/img/initrd"),
@@ -103,7 +109,7 @@ def test_the_whole_chain_of_disks_is_spelled_out_read_only_with_its_formats_belo
 
 
 def test_a_qcow2_at_the_bottom_is_told_to_have_nothing_beneath_it() -> None:
-    overlay = json.loads(values(line(disks=(Disk(path=Path("/img/base.qcow2")),)), "-blockdev")[0])
+    overlay = json.loads(values(line(disks=(root("/own", Disk(path=Path("/img/base.qcow2"))),)), "-blockdev")[0])
 
     assert "backing" in overlay["backing"]
     assert overlay["backing"]["backing"] is None
@@ -136,8 +142,8 @@ PATHS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["
 
 @given(PATHS)
 def test_no_path_splits_an_option(path: Path) -> None:
-    argv = line(ram=path, overlay=path, disks=(Disk(path=path),), seed=path, kernel=path, initrd=path)
-    plain = line(disks=(Disk(path=Path("/y")),))
+    argv = line(ram=path, disks=(root(path, Disk(path=path)),), seed=path, kernel=path, initrd=path)
+    plain = line(disks=(root("/x", Disk(path=Path("/y"))),))
 
     assert len(argv) == len(plain)
     assert json.loads(values(argv, "-object")[0])["mem-path"] == str(path)
@@ -226,11 +232,7 @@ def test_every_machine_has_empty_ports_that_the_guest_can_tell_apart(arch: str) 
 
 def test_a_disk_beside_the_root_disk_is_in_its_port_under_its_name_and_gets_errors_itself() -> None:
     disk = DataDisk(name="data", size=1 << 20, disks=(Disk(path=Path("/base,1"), format="raw"),))
-    argv = command_line(
-        EMULATOR,
-        MachineSpec(source="x", arch="x86_64"),
-        attrs.evolve(WIRING, data=(DataSlot(disk=disk, port=DISK_PORTS[2], file=Path("/own,1")),)),
-    )
+    argv = line(disks=(*WIRING.disks, DiskSlot(disk=disk, port=DISK_PORTS[2], file=Path("/own,1"))))
     (device,) = [value for value in values(argv, "-device") if "serial=data" in value]
     (node,) = [node for node in map(json.loads, values(argv, "-blockdev")) if node["node-name"] in device]
 
@@ -252,3 +254,12 @@ def test_an_aarch64_machine_with_a_display_has_a_keyboard_of_its_own() -> None:
     argv = command_line(emulator, MachineSpec(source="x", arch="aarch64", display=True), WIRING)
 
     assert values(argv, "-device")[-2:] == ["virtio-gpu-pci,id=screen", "virtio-keyboard-pci,id=keyboard"]
+
+
+def test_a_tracked_disk_has_a_log_of_its_writes_between_its_overlay_and_its_device() -> None:
+    tracked = attrs.evolve(root("/own", Disk(path=Path("/base"))), log=Path("/own.log"))
+    argv = line(disks=(tracked,))
+    overlay, log = (json.loads(value) for value in values(argv, "-blockdev")[:2])
+
+    assert (log["driver"], log["file"], log["log"]["filename"]) == ("blklogwrites", overlay["node-name"], "/own.log")
+    assert f"drive={log['node-name']}" in next(value for value in values(argv, "-device") if "id=root" in value)

@@ -1,0 +1,160 @@
+"""Faults, each seen inside a guest, and gone afterwards."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_vmbottle import Machine, MachineError
+from pytest_vmbottle.report.words import describe_event
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.machine.faults import Fault
+
+pytestmark = pytest.mark.vm("debian-12", disks={"data": "64M"})
+DISK = "/dev/disk/by-id/virtio-data"
+
+
+def _last_event(vm: Machine) -> str:
+    return next(describe_event(event) for event in reversed(vm.lifecycle.timeline.events()) if event["kind"] == "fault")
+
+
+def ended(fault: Fault) -> float:
+    """Seconds that the end of a fault takes."""
+    began = time.monotonic()
+    fault.stop()
+    return time.monotonic() - began
+
+
+def written(vm: Machine, *options: str) -> str:
+    """What a program gets that writes to the disk: nothing, or an error."""
+    done = vm.exec(["dd", "if=/dev/zero", f"of={DISK}", "bs=4k", "count=1", "oflag=direct", "status=none", *options], check=False)
+    return done.stderr.strip().rpartition(": ")[2]
+
+
+def test_requests_to_a_disk_fail_as_long_as_is_said_and_only_those(session_vm: Machine) -> None:
+    vm, faults = session_vm, session_vm.faults
+    with faults.disk_errors("data", on="write"):
+        assert written(vm) == "Input/output error"
+        assert vm.exec(["dd", f"if={DISK}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"]).ok
+    assert written(vm) == ""
+    with faults.disk_errors("data", on="write", after=2, count=1):
+        assert [written(vm) for _ in range(4)] == ["", "", "Input/output error", ""]
+    with faults.disk_errors("data", on="write", after=1):
+        assert [written(vm) for _ in range(3)] == ["", "Input/output error", "Input/output error"]
+    with faults.disk_errors("data", on="write", sectors=range(80, 88)):
+        assert [written(vm, f"seek={block}") for block in (9, 10, 11)] == ["", "Input/output error", ""]
+    vm.exec(["udevadm", "settle"])  # which looks at a disk that was written to
+    with faults.disk_errors("data", on="read", count=1):
+        read = ["dd", f"if={DISK}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"]
+        assert [vm.exec(read, check=False).returncode for _ in range(2)] == [1, 0]
+    fault = faults.disk_errors("data", on="flush").start()
+    assert written(vm, "conv=fsync") == "Input/output error"
+    assert ended(fault) < 0.5
+    assert written(vm, "conv=fsync") == ""
+
+
+def test_faults_end_with_an_exception_and_lie_upon_each_other(session_vm: Machine) -> None:
+    vm = session_vm
+
+    def fail() -> None:
+        with vm.faults.slow_disk("data", iops=5), vm.faults.disk_errors("data", on="write", after=3):
+            began = time.monotonic()
+            assert [written(vm) for _ in range(4)] == ["", "", "", "Input/output error"]
+            assert time.monotonic() - began > 0.3
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    slow = vm.exec(["dd", "if=/dev/zero", f"of={DISK}", "bs=4k", "count=10", "oflag=direct"]).duration
+    with vm.faults.slow_disk("data", latency=0.2):
+        assert vm.exec(["dd", "if=/dev/zero", f"of={DISK}", "bs=4k", "count=10", "oflag=direct"]).duration > max(1.5, slow)
+    assert written(vm) == ""
+
+
+@pytest.mark.guests
+def test_a_file_system_is_full_of_data_or_of_files_and_the_machine_goes_on(session_vm: Machine) -> None:
+    vm = session_vm
+    vm.exec(f"mkfs.ext4 -q -F -N 256 {DISK}; mount {DISK} /mnt")
+    full = vm.faults.disk_full("/mnt").start()
+    assert "No space left" in vm.exec("head -c 100000 /dev/zero > /mnt/file", check=False).stderr
+    assert ended(full) < 0.5
+    assert vm.exec("head -c 1000000 /dev/zero > /mnt/file && rm /mnt/file").ok
+    with vm.faults.disk_full("/mnt", leave="8M"):
+        assert 7 << 20 < int(vm.exec("stat -f -c %f /mnt").stdout) * int(vm.exec("stat -f -c %S /mnt").stdout) < 9 << 20
+    inodes = vm.faults.inodes_full("/mnt").start()
+    assert "No space left" in vm.exec("touch /mnt/file", check=False).stderr
+    assert ended(inodes) < 0.5
+    assert vm.exec("touch /mnt/file").ok
+    with pytest.raises(MachineError, match="/nothing"):
+        vm.faults.disk_full("/nothing").start()
+    vm.exec("umount /mnt; ! ls -A /mnt | grep .")
+
+
+@pytest.mark.guests
+def test_time_goes_forward_and_back_and_is_right_again(session_vm: Machine) -> None:
+    vm = session_vm
+
+    def off() -> float:
+        return float(vm.exec("date +%s.%N").stdout) - time.time()
+
+    before, monotonic = off(), float(vm.exec("cut -d' ' -f1 /proc/uptime").stdout)
+    for jump in (86400, -86400):
+        with vm.faults.clock(jump=jump):
+            assert abs(off() - before - jump) < 5
+        assert abs(off() - before) < 2
+    with vm.faults.clock(rate=1.1):
+        wall = off()
+        time.sleep(3)
+        assert off() - wall > 0.2
+    assert abs(off() - before) < 2
+    assert 0 < float(vm.exec("cut -d' ' -f1 /proc/uptime").stdout) - monotonic < 600
+    with vm.faults.freeze(1.5):
+        assert off() - before < -1
+
+
+@pytest.mark.guests
+def test_memory_and_processors_are_short(session_vm: Machine) -> None:
+    vm, loop = session_vm, ["python3", "-c", "for number in range(3000000): pass"]
+    with vm.faults.memory_pressure(leave="128M"):
+        assert int(vm.exec("awk '/MemAvailable/ {print $2}' /proc/meminfo").stdout) < 200_000
+        assert "memory_pressure leave=" in _last_event(vm)
+        assert vm.exec("python3 -c \"b'x' * (900 << 20)\"", check=False, timeout=300).returncode != 0
+    assert int(vm.exec("awk '/MemAvailable/ {print $2}' /proc/meminfo").stdout) > 300_000
+    usual = min(vm.exec(loop).duration for _ in range(2))
+    for fault in (vm.faults.cpu_throttle(25), vm.faults.cpu_steal(75)):
+        with fault:
+            assert vm.exec(loop).duration > 1.7 * usual
+        assert min(vm.exec(loop).duration for _ in range(3)) < 1.7 * usual
+
+
+@pytest.mark.guests
+def test_processes_stop_go_on_and_end(session_vm: Machine) -> None:
+    vm = session_vm
+    vm.exec("systemd-run --unit=lonely -p OOMPolicy=continue sleep 4711")
+    with vm.faults.process("lonely").pause():
+        assert vm.exec("ps -o stat= -C sleep").stdout.startswith("T")
+    assert not vm.exec("ps -o stat= -C sleep").stdout.startswith("T")
+    vm.faults.process("lonely").oom()
+    assert vm.exec("systemctl is-active lonely", check=False).stdout.strip() != "active"
+    pid = int(vm.exec("sleep 4712 >/dev/null 2>&1 & echo $!").stdout)
+    vm.faults.process(pid).kill()
+    assert vm.exec(f"kill -0 {pid}", check=False).returncode == 1
+    with pytest.raises(MachineError, match="no-such"):
+        vm.faults.process("no-such").kill()
+
+
+@pytest.mark.guests
+def test_a_fault_is_gone_with_its_machine_and_its_end_does_nothing_then(vm: Machine) -> None:
+    with vm.faults.disk_errors("data", on="write"), vm.faults.clock(jump=86400), vm.faults.memory_pressure(leave="128M"):
+        vm.restore()
+        assert written(vm) == ""
+        assert abs(float(vm.exec("date +%s").stdout) - time.time()) < 60
+        now = float(vm.exec("date +%s.%N").stdout)
+    assert abs(float(vm.exec("date +%s.%N").stdout) - now) < 60
+    with vm.faults.clock(jump=3600), vm.faults.disk_errors("data", on="write"):
+        vm.power_cut()
+    vm.start()
+    assert written(vm) == ""
