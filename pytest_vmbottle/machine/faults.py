@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypedDict, Unpack
 
 from pytest_vmbottle.backends.port import DiskErrors, Instance
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pytest_vmbottle.machine.lifecycle import Lifecycle
-    from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.machine.switch import Impairment
 
 __all__ = ["Fault", "Faults", "ProcessFaults"]
@@ -39,6 +38,12 @@ _MOST_RULES = 4096
 """Most errors that are counted, and most sectors: each is a rule of QEMU's."""
 _RATES = 0.9, 1.1
 """What adjtimex(2) takes."""
+
+
+class _Named(Protocol):
+    """A machine, which has a name."""
+
+    name: str
 
 
 class NetworkFaults(TypedDict, total=False):
@@ -198,7 +203,7 @@ class Faults:
 
         Example:
             >>> with vm.faults.disk_full("/srv"):
-            ...     vm.exec("echo text > /srv/file", check=False).stderr.strip().rpartition(": ")[2]
+            ...     vm.exec("head -c 9 /dev/zero > /srv/file", check=False).stderr.strip().rpartition(": ")[2]
             'No space left on device'
         """
         free = parse_size(leave) if isinstance(leave, str) else leave
@@ -240,7 +245,7 @@ class Faults:
         told = {"direction": direction, **impairment}
         return self._fault("network", lambda _: _impaired(place, wanted, _directions(direction)), **told)
 
-    def partition(self, *others: Machine | str, direction: Literal["both", "in", "out"] = "both") -> Fault:
+    def partition(self, *others: _Named | str, direction: Literal["both", "in", "out"] = "both") -> Fault:
         """Have no frame pass between the machine and others on its private LAN.
 
         For groups, begin one for each machine of a group, with the machines of the other one.
@@ -346,8 +351,8 @@ class Faults:
         """Return the faults of a unit of systemd, or of a process by its number in the guest.
 
         Example:
-            >>> with vm.faults.process("cron").pause():
-            ...     vm.exec("ps -o stat= -C cron").stdout[0]
+            >>> with vm.faults.process("ssh").pause():
+            ...     vm.exec("ps -o stat= -C sshd").stdout[0]
             'T'
         """
         return ProcessFaults(self, self._lifecycle, target)

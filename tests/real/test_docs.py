@@ -22,7 +22,9 @@ def blocks(page: str) -> list[str]:
     [
         ("README.md", 3),
         pytest.param("docs/tests.md", 13, marks=pytest.mark.guests),
-        pytest.param("docs/machines.md", 13, marks=pytest.mark.guests),
+        pytest.param("docs/machines.md", 14, marks=pytest.mark.guests),
+        pytest.param("docs/faults.md", 2, marks=pytest.mark.guests),
+        pytest.param("docs/crashes.md", 1, marks=pytest.mark.guests),
     ],
 )
 def test_every_example_of_a_page_passes(inner: pytest.Pytester, page: str, at_least: int) -> None:

@@ -8,19 +8,24 @@ import re
 import socket
 import stat
 import subprocess
+import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
 from pytest_vmbottle import GuestPath, Machine
+from pytest_vmbottle.machine.faults import Faults
 
 WITHOUT = {"Machine.shell": "takes a terminal: it is tested with one"}
 """Members without an example, and why."""
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""
 ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
-KNOWN = {"Path": Path, "PurePosixPath": PurePosixPath, "re": re, "socket": socket, "stat": stat, "subprocess": subprocess}
+KNOWN = {"time": time, "Path": Path, "PurePosixPath": PurePosixPath, "re": re, "socket": socket, "stat": stat, "subprocess": subprocess}
+
+
+FAULTS_ON_A_LAN = {"Faults.network", "Faults.partition"}
 
 
 def examples(kind: type) -> dict[str, doctest.DocTest]:
@@ -34,7 +39,7 @@ def examples(kind: type) -> dict[str, doctest.DocTest]:
     return found
 
 
-PATHS, MACHINES = examples(GuestPath), examples(Machine)
+PATHS, MACHINES, FAULTS = examples(GuestPath), examples(Machine), examples(Faults)
 
 
 def run(test: doctest.DocTest, **known: Any) -> None:
@@ -64,6 +69,21 @@ def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machi
 @of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY | BOOTED_AGAIN})
 def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
     run(test, vm=vm, tmp_path=tmp_path)
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12")
+@of({name: test for name, test in FAULTS.items() if name not in FAULTS_ON_A_LAN})
+def test_the_example_of_a_fault_is_right(test: doctest.DocTest, session_vm: Machine) -> None:
+    run(test, vm=session_vm)
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12", name="one", network="lan")
+@pytest.mark.vm("debian-12", name="two", network="lan")
+@of({name: FAULTS[name] for name in sorted(FAULTS_ON_A_LAN)})
+def test_the_example_of_a_fault_on_a_lan_is_right(test: doctest.DocTest, vms: dict[str, Machine]) -> None:
+    run(test, vms=vms)
 
 
 @pytest.mark.vm("debian-12", display=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle.backends.port import Capabilities
+from pytest_vmbottle.backends.port import Capabilities, DataDisk
 from pytest_vmbottle.backends.qemu import proof
-from pytest_vmbottle.backends.qemu.command_line import BOARDS, Board, Emulator, LaunchResources, board_of, command_line
+from pytest_vmbottle.backends.qemu.command_line import BOARDS, Board, DiskSlot, Emulator, LaunchResources, board_of, command_line
 from pytest_vmbottle.backends.qemu.features import Features
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host.account import Account
@@ -128,10 +128,23 @@ def _devices(board: Board) -> list[str]:
     # Read off a real command line, so that the two never differ. Nothing is opened: the files and descriptors in it only fill their places.
     least = Features(sandbox=False, exit_with_parent=False, readonly_ram=False, state_files=False, mapped_ram=False, vmgenid=False)
     emulator = Emulator(binary=Path(), board=board, accelerator=board.tcg, dialect=least)
-    files = dict.fromkeys(("ram", "overlay", "seed", "console"), Path())
-    lines = dict.fromkeys(("qmp", "agent", "waker"), 0)
-    boot = {"disks": (), "kernel": None, "initrd": None, "cmdline": "", "share": True, "incoming": False}
-    argv = command_line(emulator, MachineSpec(source="any", arch=board.arch), LaunchResources(name="any", **files, **lines, **boot))  # type: ignore[arg-type]
+    root = DiskSlot(disk=DataDisk(name="root", size=0), port="", file=Path())
+    resources = LaunchResources(
+        name="any",
+        ram=Path(),
+        share=True,
+        disks=(root,),
+        seed=Path(),
+        kernel=None,
+        initrd=None,
+        cmdline="",
+        qmp=0,
+        agent=0,
+        waker=0,
+        console=0,
+        incoming=False,
+    )
+    argv = command_line(emulator, MachineSpec(source="any", arch=board.arch), resources)
     return sorted({value.partition(",")[0] for option, value in pairwise(argv) if option == "-device"})
 
 

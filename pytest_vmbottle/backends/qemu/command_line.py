@@ -343,7 +343,8 @@ def _disks(wiring: LaunchResources) -> list[str]:
 
 def _plugged(slot: DiskSlot) -> list[str]:
     nodes = [word for node in slot.nodes() for word in ("-blockdev", json.dumps(node))]
-    return [*nodes, "-device", ",".join(f"{key}={value}" for key, value in slot.device_options().items())]
+    driver, *options = slot.device_options().items()
+    return [*nodes, "-device", ",".join([driver[1], *(f"{key}={value}" for key, value in options)])]
 
 
 def _channels(wiring: LaunchResources, board: Board) -> list[str]:

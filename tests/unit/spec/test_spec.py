@@ -268,6 +268,7 @@ KEYWORDS = {
     "memory": "2G",
     "display": True,
     "disks": {"data": "1G", "other": 1 << 20},
+    "track_writes": True,
     "capture": True,
     "ports": [80, 443],
     "env": {"A": "1", "B": "2", "C": "3"},
@@ -293,7 +294,8 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
 
 
 @pytest.mark.parametrize(
-    "keyword", ["cpus", "cpu", "nested", "memory", "disks", "display", "capture", "ports", "env", "files", "user_data", "run", "user"]
+    "keyword",
+    ["cpus", "cpu", "nested", "memory", "disks", "track_writes", "display", "capture", "ports", "env", "files", "user_data", "run", "user"],
 )
 def test_every_keyword_makes_another_spec_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
     bare = MachineSpec.resolve("debian-12", {})
