@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import secrets
 import signal
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.lifecycle import Lifecycle
     from pytest_vmbottle.machine.switch import Impairment
 
-__all__ = ["Fault", "Faults", "ProcessFaults"]
+__all__ = ["Clock", "Fault", "Faults", "ProcessFaults"]
 
 _HOLD, _END = read_script(__package__, "fault.py"), read_script(__package__, "fault_end.sh")
-_PATIENCE = 120.0
-"""Seconds for a guest to begin a fault: to fill a disk, for example."""
+_PATIENCE = 600.0
+"""Seconds for a guest to begin a fault: to fill a disk, or to go from timer to timer."""
 _SLICE = 0.05
 """Seconds of which processors get a part."""
 _MOST_RULES = 4096
@@ -106,7 +107,7 @@ class Fault:
         _note(self._lifecycle, self._name, state, self._told)
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._is_on else self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
@@ -368,6 +369,60 @@ class Faults:
         """
         told = {"target": target, "name": name, "error": error, "when": when}
         return self._in_guest("syscall", "syscall", target, name, error, when, **told)
+
+
+class Clock:
+    """The wall clock of a guest. What is done to it is done at once, and undone at the end of a `with` block, or by `stop`."""
+
+    def __init__(self, faults: Faults, now: Callable[[], float]) -> None:
+        """Take the machine's faults, and a function that asks for the guest's time."""
+        self._faults, self._now = faults, now
+
+    def set(self, when: dt.datetime) -> Fault:
+        """Set the clock; what time it is there without a zone is UTC.
+
+        Example:
+            >>> with vm.clock.set(dt.datetime(2038, 1, 19)):
+            ...     vm.exec("date -u +%F").stdout.strip()
+            '2038-01-19'
+        """
+        aware = when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)
+        return self._faults.clock(jump=aware.timestamp() - self._now()).start()
+
+    def advance(self, **span: float) -> Fault:
+        """Set the clock forward, or back, by a step; timers that are due in between run once, or not at all.
+
+        Args:
+            span: As for `datetime.timedelta`: `days=`, `hours=`, ...
+
+        Example:
+            >>> with vm.clock.advance(days=400):
+            ...     vm.exec("date +%s").stdout > str(time.time() + 399 * 86400)
+            True
+        """
+        return self._faults.clock(jump=dt.timedelta(**span).total_seconds()).start()
+
+    def fast_forward(self, **span: float) -> Fault:
+        """Set the clock forward from timer to timer, those of systemd and of cron, so that each runs once and in its order.
+
+        It waits until what a timer has started has ended, 30 s at most.
+
+        Args:
+            span: As for `datetime.timedelta`: `days=`, `hours=`, ...
+
+        Raises:
+            ValueError: The span is not above 0.
+
+        Example:
+            >>> _ = vm.exec("systemd-run --on-calendar=daily --unit=mine sh -c 'date +%F >> /srv/days'")
+            >>> with vm.clock.fast_forward(days=3):
+            ...     len(set(vm.path("/srv/days").read_text().split()))
+            3
+        """
+        seconds = dt.timedelta(**span).total_seconds()
+        if seconds <= 0:
+            raise ValueError(f"fast_forward({span}): takes a time above 0")
+        return self._faults._in_guest("clock.fast_forward", "forward", seconds, seconds=seconds).start()  # noqa: SLF001 - of one piece
 
 
 class ProcessFaults:

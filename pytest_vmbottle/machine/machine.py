@@ -20,7 +20,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.machine import keyboard, openssh
 from pytest_vmbottle.machine.disks import new_disk
-from pytest_vmbottle.machine.faults import Faults
+from pytest_vmbottle.machine.faults import Clock, Faults
 from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
 from pytest_vmbottle.machine.lan import impairment_of
 from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
@@ -47,6 +47,7 @@ _SPARE = 10.0
 """Extra seconds after which a search is killed if the guest has not ended it."""
 _ANSWER = 5.0
 """Seconds for the guest to answer a question about itself."""
+_DATE = ("date", "+%s.%N")
 _LOGIN_TIME = 60.0
 _PLUG_TIME = 30.0
 """Seconds for a guest to take or to release a disk; an emulated one takes 0.2 s."""
@@ -959,6 +960,17 @@ class Machine:
             False
         """
         return Faults(self.lifecycle)
+
+    @cached_property
+    def clock(self) -> Clock:
+        """The guest's wall clock, which can be set.
+
+        Example:
+            >>> with vm.clock.advance(days=1):
+            ...     vm.exec("date +%s").stdout > str(time.time() + 86000)
+            True
+        """
+        return Clock(self.faults, lambda: float(self.guest.run(_DATE, self.guest.command(_DATE), Deadline(_ANSWER)).stdout))
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import doctest
 import inspect
 import re
@@ -15,14 +16,23 @@ from typing import Any
 import pytest
 
 from pytest_vmbottle import GuestPath, Machine
-from pytest_vmbottle.machine.faults import Faults
+from pytest_vmbottle.machine.faults import Clock, Faults
 
 WITHOUT = {"Machine.shell": "takes a terminal: it is tested with one"}
 """Members without an example, and why."""
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""
 ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
-KNOWN = {"time": time, "Path": Path, "PurePosixPath": PurePosixPath, "re": re, "socket": socket, "stat": stat, "subprocess": subprocess}
+KNOWN = {
+    "dt": dt,
+    "time": time,
+    "Path": Path,
+    "PurePosixPath": PurePosixPath,
+    "re": re,
+    "socket": socket,
+    "stat": stat,
+    "subprocess": subprocess,
+}
 
 
 FAULTS_ON_A_LAN = {"Faults.network", "Faults.partition"}
@@ -39,7 +49,7 @@ def examples(kind: type) -> dict[str, doctest.DocTest]:
     return found
 
 
-PATHS, MACHINES, FAULTS = examples(GuestPath), examples(Machine), examples(Faults)
+PATHS, MACHINES, FAULTS = examples(GuestPath), examples(Machine), examples(Faults) | examples(Clock)
 
 
 def run(test: doctest.DocTest, **known: Any) -> None:

@@ -158,3 +158,17 @@ def test_a_fault_is_gone_with_its_machine_and_its_end_does_nothing_then(vm: Mach
         vm.power_cut()
     vm.start()
     assert written(vm) == ""
+
+
+@pytest.mark.guests
+def test_thirty_days_of_timers_each_come_once_and_in_order(vm: Machine) -> None:
+    before = float(vm.exec("date +%s.%N").stdout)
+    vm.exec("systemd-run --on-calendar='*-*-* 03:00:00' --unit=early sh -c 'date +\"%F early\" >> /srv/days'")
+    vm.exec("systemd-run --on-calendar='*-*-* 15:30:00' --unit=late sh -c 'date +\"%F late\" >> /srv/days'")
+    began = time.monotonic()
+    with vm.clock.fast_forward(days=30):
+        lines = vm.path("/srv/days").read_text().splitlines()
+        assert float(vm.exec("date +%s.%N").stdout) - before > 30 * 86400 - 1
+    assert len(lines) == len(set(lines)) == 60
+    assert lines == sorted(lines)
+    assert abs(float(vm.exec("date +%s.%N").stdout) - before - (time.monotonic() - began)) < 5

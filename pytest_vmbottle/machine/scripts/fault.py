@@ -5,12 +5,15 @@ The fault ends, and with it the process that holds it, by SIGTERM.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import ctypes
+import datetime as dt
 import errno
 import glob
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,12 +220,147 @@ def traced(pid: str) -> bool:
     return True
 
 
+NAMES = {
+    name.lower(): number
+    for names in (calendar.month_abbr, ("sun", "mon", "tue", "wed", "thu", "fri", "sat"))
+    for number, name in enumerate(names)
+}
+SHORT = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *"}
+SHORT["@yearly"] = SHORT["@annually"] = "0 0 1 1 *"
+LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+UNIT_PATIENCE = 10
+
+
+def field(text: str, low: int, high: int) -> set[int]:
+    """Return the numbers of a field of a crontab (crontab(5))."""
+    found: set[int] = set()
+    for part in text.lower().split(","):
+        span, _, step = part.partition("/")
+        first, _, last = span.partition("-")
+        if span == "*":
+            first, last = str(low), str(high)
+        begin = NAMES[first] if first in NAMES else int(first)
+        end = NAMES[last] if last in NAMES else int(last or (high if step else begin))
+        found.update(range(begin, end + 1, int(step or 1)))
+    return found
+
+
+class Job:
+    """A line of a crontab."""
+
+    def __init__(self, line: str) -> None:
+        """Read the line."""
+        words = line.split()
+        words = (SHORT.get(words[0], words[0]) if words[0].startswith("@") else " ".join(words[:5])).split()
+        self.minutes, self.hours, self.days, self.months, weekdays = (field(word, *limits) for word, limits in zip(words, LIMITS))
+        self.weekdays = {number % 7 for number in weekdays}
+        # With a star in one of the two, both must fit; else one of them is enough.
+        self.both = words[2].startswith("*") or words[4].startswith("*")
+
+    def falls_on(self, day: dt.date) -> bool:
+        """Tell whether the job runs on a day."""
+        fits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
+        return day.month in self.months and (all(fits) if self.both else any(fits))
+
+    def after(self, now: float, end: float) -> float:
+        """Return the next time at which it runs; `end` if that is later."""
+        day = dt.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)  # noqa: DTZ006 - cron goes by local time
+        while day.timestamp() < end:
+            if self.falls_on(day.date()):
+                for hour in sorted(self.hours):
+                    for minute in sorted(self.minutes):
+                        due = day.replace(hour=hour, minute=minute).timestamp()
+                        if due > now:
+                            return min(due, end)
+            day += dt.timedelta(days=1)
+        return end
+
+
+def jobs() -> list[Job]:
+    """Return the jobs of cron."""
+    found = []
+    for path in ["/etc/crontab", *glob.glob("/etc/cron.d/*"), *glob.glob("/var/spool/cron/crontabs/*")]:
+        with contextlib.suppress(OSError), open(path, errors="replace") as file:
+            for line in file:
+                # Neither comments nor variables; what cron itself does not understand is not run either.
+                if re.match(r"\s*[\d*@]", line):
+                    with contextlib.suppress(ValueError, IndexError):
+                        found.append(Job(line))
+    return found
+
+
+def timers() -> dict[str, tuple[float, str]]:
+    """Return when each timer of systemd that goes by the wall clock elapses, and the unit that it starts."""
+    asked = ["systemctl", "show", "--property=Id,Unit,NextElapseUSecRealtime", "*.timer"]
+    utc = {**os.environ, "TZ": "UTC", "LC_ALL": "C"}
+    shown = subprocess.run(asked, check=False, stdout=subprocess.PIPE, universal_newlines=True, env=utc)
+    found = {}
+    for unit in shown.stdout.split("\n\n"):
+        each = dict(line.split("=", 1) for line in unit.splitlines() if line)
+        # Others go by how long the system has run, which nothing here changes.
+        with contextlib.suppress(ValueError, KeyError):
+            due = dt.datetime.strptime(each["NextElapseUSecRealtime"], "%a %Y-%m-%d %H:%M:%S UTC").replace(tzinfo=dt.timezone.utc)
+            found[each["Id"]] = (due.timestamp(), each["Unit"])
+    return found
+
+
+def finish(due: float, before: dict[str, tuple[float, str]], slow: set[str]) -> None:
+    """Wait until the timers that were due have started their units, and these have ended; once only for those that take long."""
+    late = {unit: starts for unit, (when, starts) in before.items() if when <= due and unit not in slow}
+    until = time.monotonic() + UNIT_PATIENCE
+    while late and time.monotonic() < until:
+        now = timers()
+        waiting = [unit for unit in late if unit in now and now[unit][0] <= due]
+        states = subprocess.run(["systemctl", "is-active", *late.values()], check=False, stdout=subprocess.PIPE, universal_newlines=True)
+        if not waiting and not set(states.stdout.split()) & {"activating", "deactivating", "reloading"}:
+            # Days pass in seconds, and systemd counts starts by these (StartLimitBurst=). What has failed stays so.
+            fine = [unit for unit, state in zip(late.values(), states.stdout.split()) if state != "failed"]
+            if fine:
+                subprocess.run(["systemctl", "reset-failed", *fine], check=False, stderr=subprocess.DEVNULL)
+            return
+        time.sleep(0.05)
+    slow.update(late)
+
+
+def wake_cron() -> bool:
+    """Have cron look at the clock: it sleeps to the next minute, unless a signal comes; return whether there is a cron."""
+    found = False
+    for path in glob.glob("/proc/[0-9]*/comm"):
+        with contextlib.suppress(OSError), open(path) as file:
+            if file.read().strip() in ("cron", "crond"):
+                os.kill(int(path.split("/")[2]), signal.SIGCHLD)
+                found = True
+    return found
+
+
+@contextlib.contextmanager
+def forward(seconds: str) -> Iterator[None]:
+    """Set the wall clock forward from timer to timer, so that each runs once and in order."""
+    began, moved = time.time(), 0.0
+    end, crontab, slow = began + float(seconds), jobs() if wake_cron() else [], set[str]()
+    try:
+        while time.time() < end:
+            now, known = time.time(), timers()
+            due = min([end, *(when for when, _ in known.values() if when > now), *(job.after(now, end) for job in crontab)])
+            step = max(0.0, due - time.time()) + 0.001
+            time.clock_settime(time.CLOCK_REALTIME, time.time() + step)
+            moved += step
+            wake_cron()
+            finish(due, known, slow)
+            if any(abs(job.after(due - 1, end) - due) < 1 for job in crontab):
+                time.sleep(1.2)  # cron starts what is due within a second
+        yield
+    finally:
+        time.clock_settime(time.CLOCK_REALTIME, time.time() - moved)
+
+
 FAULTS: dict[str, Callable[..., ContextManager[None]]] = {
     "disk_full": disk_full,
     "inodes_full": inodes_full,
     "memory": memory,
     "cpu": cpu,
     "jump": jump,
+    "forward": forward,
     "rate": rate,
     "pause": pause,
     "syscall": syscall,
