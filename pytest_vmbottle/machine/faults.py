@@ -90,18 +90,19 @@ class Fault:
         """
         if self._is_on:
             raise RuntimeError(f"the fault {self._name} has begun already")
-        instance = self._lifecycle.instance
-        with ExitStack() as stack:
-            stack.callback(self._note, "ended")
-            stack.enter_context(self._begin(instance))
-            self._note("began")
-            self._under_way, self._is_on = stack.pop_all(), True
+        self._under_way.enter_context(self._begin(self._lifecycle.instance))
+        self._is_on = True
+        self._note("began")
         return self
 
     def stop(self) -> None:
         """End it; may be called again."""
-        self._is_on = False
-        self._under_way.close()
+        if self._is_on:
+            self._is_on = False
+            try:
+                self._under_way.close()
+            finally:
+                self._note("ended")
 
     def _note(self, state: str) -> None:
         _note(self._lifecycle, self._name, state, self._told)
@@ -261,8 +262,8 @@ class Faults:
 
         Example:
             >>> with vms["one"].faults.partition("two"):
-            ...     vms["one"].exec(["ping", "-c1", "-W1", "two"], check=False).ok
-            False
+            ...     vms["one"].exec(["timeout", "2", "bash", "-c", "exec 3<>/dev/tcp/two/22"], check=False).returncode
+            124
         """
         names = [other if isinstance(other, str) else other.name for other in others]
         if not names:

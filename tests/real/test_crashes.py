@@ -78,3 +78,69 @@ def test_what_was_not_synced_is_found_to_be_lost_and_the_state_is_told_and_comes
     with pytest.raises(AssertionError) as again, state.machine() as after:
         look(after, state)
     assert str(state) in again.value.__notes__[0]
+
+
+SQL = """#!/usr/bin/python3
+import sqlite3, sys
+base = sqlite3.connect('/data/base', isolation_level=None)
+if sys.argv[1] == 'count':
+    assert base.execute('PRAGMA integrity_check').fetchone() == ('ok',)
+    print(base.execute('SELECT count(*) FROM sqlite_master').fetchone()[0] and base.execute('SELECT count(*) FROM entries').fetchone()[0])
+else:
+    base.execute('PRAGMA journal_mode=' + sys.argv[1])
+    base.execute('PRAGMA synchronous=' + sys.argv[2])
+    base.execute('CREATE TABLE IF NOT EXISTS entries (number)')
+    base.execute('INSERT INTO entries VALUES (?)', sys.argv[3:])
+"""
+
+
+@layer("debian-12", depends=["test_crashes.py"])
+def ledger(vm: Machine) -> None:
+    """Has a program that puts rows into a database of SQLite."""
+    vm.path("/data").mkdir()
+    vm.write_files({"/usr/local/bin/sql": SQL}, mode=0o755)
+
+
+@pytest.mark.guests
+@pytest.mark.vm(ledger, disks={"data": "32M"})
+@pytest.mark.parametrize(
+    ("journal", "synchronous", "most"),
+    [("DELETE", "OFF", 10), ("DELETE", "FULL", 1), ("DELETE", "EXTRA", 0), ("WAL", "FULL", 0)],
+)
+def test_sqlite_keeps_what_its_documentation_promises(
+    vm: Machine, crash_explorer: Explorer, journal: str, synchronous: str, most: int
+) -> None:
+    """https://www.sqlite.org/pragma.html#pragma_synchronous: with FULL the end of a journal's life is not synced, with EXTRA it is."""
+    vm.exec(f"mkfs.ext4 -q {DISK}; mount {DISK} /data; sql {journal} {synchronous} 0; sync")
+    with crash_explorer(vm, "data") as log:
+        for number in range(1, 11):
+            vm.exec(["sql", journal, synchronous, str(number)])
+            log.mark(number)
+    lost: dict[str, int] = {}
+    for state in log.states(limit=40):
+        with state.machine() as after:
+            found = after.exec(f"mount {DISK} /data; sql count 2>&1", check=False)
+            # A file that was not synced may be anything, and no database either.
+            rows = int(found.stdout) if found.ok else 0
+        lost[state.text] = max(0, state.acknowledged + 1 - rows)
+    worst = max(lost, key=lambda text: lost[text])
+    assert lost[worst] <= most, (worst, log.summary)
+    if synchronous == "OFF":
+        assert lost[worst] > 1, log.summary
+        with log.state(worst).machine() as after:
+            again = after.exec(f"mount {DISK} /data; sql count 2>&1", check=False)
+        assert log.state(worst).acknowledged + 1 - (int(again.stdout) if again.ok else 0) == lost[worst]
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12")
+def test_a_root_disk_is_booted_as_a_crash_left_it(vm: Machine, crash_explorer: Explorer) -> None:
+    with crash_explorer(vm, "root") as log:
+        for number in range(3):
+            vm.exec(f"echo {number} >> /root/lines; sync /root/lines; sync")
+            log.mark(number)
+    last = list(log.states(limit=30))[-1]
+    with last.machine(boot=True) as after:
+        assert len(after.exec("cat /root/lines 2>/dev/null || true").stdout.splitlines()) >= last.acknowledged
+    with pytest.raises(ValueError, match="boot=True"), last.machine():
+        pass

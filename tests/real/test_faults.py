@@ -172,3 +172,73 @@ def test_thirty_days_of_timers_each_come_once_and_in_order(vm: Machine) -> None:
     assert len(lines) == len(set(lines)) == 60
     assert lines == sorted(lines)
     assert abs(float(vm.exec("date +%s.%N").stdout) - before - (time.monotonic() - began)) < 5
+
+
+ECHO = """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("", 7))
+print("ready", flush=True)
+while True:
+    data, who = server.recvfrom(2000)
+    open("/srv/came", "ab").write(data[:1])
+    server.sendto(data, who)
+"""
+ASK = """
+import socket, sys, time
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.connect((sys.argv[1], 7))
+client.settimeout(0.05)
+sent, count = {}, int(sys.argv[2])
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    if len(sent) < count:
+        sent[len(sent)] = time.monotonic()
+        client.send(bytes([len(sent) - 1]) + bytes(999))
+        until = time.monotonic() + 3
+    try:
+        number = client.recv(2000)[0]
+        print(number, time.monotonic() - sent[number])
+    except (OSError, KeyError):
+        pass
+"""
+
+
+@pytest.mark.guests
+@pytest.mark.vm("debian-12", name="one", network="lan")
+@pytest.mark.vm("debian-12", name="two", network="lan")
+def test_a_bad_cable_is_measured_between_two_guests(vms: dict[str, Machine]) -> None:
+    one, two = vms["one"], vms["two"]
+    server = two.spawn(["python3", "-c", ECHO])
+    assert next(iter(server.stdout)) == "ready\n"
+
+    def asked(count: int = 5) -> list[tuple[int, float]]:
+        """Replies to datagrams: their numbers, in the order in which they came, and the seconds that each took."""
+        said = one.exec(["python3", "-c", ASK, "two", str(count)]).stdout
+        return [(int(number), float(seconds)) for number, seconds in (line.split() for line in said.splitlines())]
+
+    asked(1)
+    assert sorted(number for number, _ in asked()) == list(range(5))
+    with two.faults.network(delay=0.2, direction="in"):
+        assert min(seconds for _, seconds in asked()) > 0.2
+    with two.faults.network(delay=0.2), one.faults.network(loss=0.5, direction="out"):
+        replies = asked(40)
+        assert 5 < len(replies) < 35
+        assert min(seconds for _, seconds in replies) > 0.4
+    with two.faults.network(duplicate=1.0, direction="out"):
+        assert sorted(number for number, _ in asked(3)) == [0, 0, 1, 1, 2, 2]
+    with one.faults.network(corrupt=1.0, direction="out"):
+        assert asked() == []
+    with one.faults.network(delay=0.1, jitter=0.1):
+        numbers = [number for number, _ in asked(20)]
+        assert sorted(numbers) == list(range(20)) != numbers
+    with two.faults.network(bandwidth=5000, direction="in"):
+        assert max(seconds for _, seconds in asked()) > 0.5
+    for fault in (one.faults.partition(two), two.faults.partition("one", direction="in")):
+        with fault:
+            assert asked() == []
+        assert len(asked()) == 5
+    came = two.path("/srv/came").stat().st_size
+    with two.faults.partition(one, direction="out"):
+        assert asked() == []
+    assert two.path("/srv/came").stat().st_size == came + 5, "the other way was open"

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +61,8 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
     backend = QemuBackend(account=account, proofs=vm_catalog.proofs)
     provisioner = Provisioner(vm_catalog, backend, name="qemu", settings=Settings())
     (tmp_path / "much").write_bytes(os.urandom(3 << 20))
-    with provisioner.machine(MachineSpec.resolve("debian-12", {"display": True})) as machine:
-        assert machine.screenshot(tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
-
-    with provisioner.machine(MachineSpec.resolve("debian-12", {})) as machine:
+    with provisioner.machine(MachineSpec.resolve("debian-12", {"disks": {"data": "16M"}, "track_writes": True})) as machine:
+        assert machine.exec("blockdev --getsize64 /dev/disk/by-id/virtio-data").stdout == f"{16 << 20}\n"
         status = Path(f"/proc/{machine.pid}/status").read_text()
         assert f"Uid:\t{account.uid}\t{account.uid}\t{account.uid}\t{account.uid}\n" in status
         assert f"Gid:\t{account.gid}\t{account.gid}\t{account.gid}\t{account.gid}\n" in status
@@ -80,6 +78,14 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
     assert provisioner.tally.restored >= 2
     provisioner.close()
     assert not _of_others(vm_catalog.root), "something in the catalog has changed hands"
+
+
+@pytest.mark.guests
+def test_a_qemu_that_owns_nothing_makes_screenshots(vm_catalog: Catalog, tmp_path: Path) -> None:
+    backend = QemuBackend(account=Account.parse("nobody"), proofs=vm_catalog.proofs)
+    spec = MachineSpec.resolve("debian-12", {"display": True})
+    with closing(Provisioner(vm_catalog, backend, name="qemu", settings=Settings())) as provisioner, provisioner.machine(spec) as machine:
+        assert machine.screenshot(tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
 
 
 def _of_others(root: Path) -> list[Path]:

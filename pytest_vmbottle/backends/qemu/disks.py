@@ -253,9 +253,9 @@ class Disks:
                 self._restack(name, sorted([*stack, added], key=lambda each: each.rank))
             yield
         finally:
-            # The machine may be gone, and with it all filters.
-            with suppress(QmpFailed), self.stopped():
-                if name in self._plugged:
+            # The machine may be gone, and with it all filters; or the disk, which another one may have followed.
+            if added in self._filters.get(name, []):
+                with suppress(QmpFailed), self.stopped():
                     self._restack(name, [each for each in self._filters[name] if each is not added])
 
     def _restack(self, name: str, wanted: list[_Filter]) -> None:
