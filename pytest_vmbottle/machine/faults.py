@@ -124,11 +124,11 @@ class Faults:
         """Take the machine."""
         self._lifecycle = lifecycle
 
-    def _fault(self, name: str, begin: Callable[[Instance], AbstractContextManager[object]], **told: object) -> Fault:
-        return Fault(self._lifecycle, name, {key: value for key, value in told.items() if value is not None}, begin)
+    def _fault(self, fault: str, begin: Callable[[Instance], AbstractContextManager[object]], /, **told: object) -> Fault:
+        return Fault(self._lifecycle, fault, {key: value for key, value in told.items() if value is not None}, begin)
 
-    def _in_guest(self, name: str, verb: str, *words: object, **told: object) -> Fault:
-        return self._fault(name, lambda instance: _held(instance, self._lifecycle, verb, *map(str, words)), **told)
+    def _in_guest(self, fault: str, verb: str, /, *words: object, **told: object) -> Fault:
+        return self._fault(fault, lambda instance: _held(instance, self._lifecycle, verb, *map(str, words)), **told)
 
     # -- disks -----------------------------------------------------------------------------------------------------------------------
 
