@@ -404,9 +404,10 @@ class Clock:
         return self._faults.clock(jump=dt.timedelta(**span).total_seconds()).start()
 
     def fast_forward(self, **span: float) -> Fault:
-        """Set the clock forward from timer to timer, those of systemd and of cron, so that each runs once and in its order.
+        """Set the clock forward from timer to timer of systemd, so that each runs as often as it would, and in order.
 
-        It waits until what a timer has started has ended, 30 s at most.
+        It waits until what a timer has started has ended, 10 s at most; for what took longer once it does not wait again. Jobs of cron are
+        passed over.
 
         Args:
             span: As for `datetime.timedelta`: `days=`, `hours=`, ...

@@ -5,7 +5,6 @@ The fault ends, and with it the process that holds it, by SIGTERM.
 
 from __future__ import annotations
 
-import calendar
 import contextlib
 import ctypes
 import datetime as dt
@@ -13,7 +12,6 @@ import errno
 import glob
 import mmap
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -226,71 +224,7 @@ def traced(pid: str) -> bool:
     return True
 
 
-MONTHS, WEEKDAYS = calendar.month_abbr[1:], ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-NAMES = {name.lower(): number for names, low in ((MONTHS, 1), (WEEKDAYS, 0)) for number, name in enumerate(names, low)}
-SHORT = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *"}
-SHORT["@yearly"] = SHORT["@annually"] = "0 0 1 1 *"
-LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 UNIT_PATIENCE = 10
-CRON_AHEAD = 1.5
-
-
-def field(text: str, low: int, high: int) -> set[int]:
-    """Return the numbers of a field of a crontab (crontab(5))."""
-    found: set[int] = set()
-    for part in text.lower().split(","):
-        span, _, step = part.partition("/")
-        first, _, last = span.partition("-")
-        if span == "*":
-            first, last = str(low), str(high)
-        begin = NAMES[first] if first in NAMES else int(first)
-        end = NAMES[last] if last in NAMES else int(last or (high if step else begin))
-        found.update(range(begin, end + 1, int(step or 1)))
-    return found
-
-
-class Job:
-    """A line of a crontab."""
-
-    def __init__(self, line: str) -> None:
-        """Read the line."""
-        words = line.split()
-        words = (SHORT.get(words[0], words[0]) if words[0].startswith("@") else " ".join(words[:5])).split()
-        self.minutes, self.hours, self.days, self.months, weekdays = (field(word, *limits) for word, limits in zip(words, LIMITS))
-        self.weekdays = {number % 7 for number in weekdays}
-        # With a star in one of the two, both must fit; else one of them is enough.
-        self.both = words[2].startswith("*") or words[4].startswith("*")
-
-    def falls_on(self, day: dt.date) -> bool:
-        """Tell whether the job runs on a day."""
-        fits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
-        return day.month in self.months and (all(fits) if self.both else any(fits))
-
-    def after(self, now: float, end: float) -> float:
-        """Return the next time at which it runs; `end` if that is later."""
-        day = dt.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)  # noqa: DTZ006 - cron goes by local time
-        while day.timestamp() < end:
-            if self.falls_on(day.date()):
-                for hour in sorted(self.hours):
-                    for minute in sorted(self.minutes):
-                        due = day.replace(hour=hour, minute=minute).timestamp()
-                        if due > now:
-                            return min(due, end)
-            day += dt.timedelta(days=1)
-        return end
-
-
-def jobs() -> list[Job]:
-    """Return the jobs of cron."""
-    found = []
-    for path in ["/etc/crontab", *glob.glob("/etc/cron.d/*"), *glob.glob("/var/spool/cron/crontabs/*")]:
-        with contextlib.suppress(OSError), open(path, errors="replace") as file:
-            for line in file:
-                # Neither comments nor variables; what cron itself does not understand is not run either.
-                if re.match(r"\s*[\d*@]", line):
-                    with contextlib.suppress(ValueError, IndexError):
-                        found.append(Job(line))
-    return found
 
 
 def timers() -> dict[str, tuple[float, str]]:
@@ -326,53 +260,19 @@ def finish(due: float, before: dict[str, tuple[float, str]], slow: set[str]) -> 
     slow.update(late)
 
 
-def cron() -> set[str]:
-    """Return the processes of cron."""
-    found = set()
-    for path in glob.glob("/proc/[0-9]*/comm"):
-        with contextlib.suppress(OSError), open(path) as file:
-            if file.read().strip() in ("cron", "crond"):
-                found.add(path.split("/")[2])
-    return found
-
-
-def run_cron(due: float) -> None:
-    """Let the minute begin in which a job of cron is due, and wait for what cron starts.
-
-    It is started anew, since it sleeps up to a minute, and then passes over what was due in between.
-    """
-    subprocess.run(["systemctl", "try-restart", "cron.service", "crond.service"], check=False, stderr=subprocess.DEVNULL)
-    while time.time() < due + 1.5:
-        time.sleep(0.05)
-    until = time.monotonic() + UNIT_PATIENCE
-    while time.monotonic() < until:
-        parents = set()
-        for path in glob.glob("/proc/[0-9]*/stat"):
-            with contextlib.suppress(OSError), open(path) as file:
-                parents.add(file.read().rpartition(")")[2].split()[1])
-        if not parents & cron():
-            return
-        time.sleep(0.05)
-
-
 @contextlib.contextmanager
 def forward(seconds: str) -> Iterator[None]:
     """Set the wall clock forward from timer to timer, so that each runs once and in order."""
     slow: set[str] = set()
     began, moved = time.time(), 0.0
-    end, crontab = began + float(seconds), jobs() if cron() else []
+    end = began + float(seconds)
     try:
         while time.time() < end:
             now, known = time.time(), timers()
-            by_cron = min([end, *(job.after(now, end) for job in crontab)])
-            due = min([by_cron, *(when for when, _ in known.values() if when > now)])
-            # A job of cron is due when its minute begins, which cron has to see.
-            ahead = CRON_AHEAD if due == by_cron < end else -0.001
-            step = max(0.0, due - ahead - time.time())
+            due = min([end, *(when for when, _ in known.values() if when > now)])
+            step = max(0.0, due - time.time()) + 0.001
             shift(step)
             moved += step
-            if due == by_cron < end:
-                run_cron(due)
             finish(due, known, slow)
         yield
     finally:
