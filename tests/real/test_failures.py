@@ -46,13 +46,17 @@ def test_silent(vm):
     vm.pause()
     raise RuntimeError("it is paused")
 
-@pytest.mark.vm("debian-12", display=True)
-def test_screen(vm):
-    assert False
-
 @pytest.mark.vm("debian-12")
 def test_panic(vm):
     vm.exec("echo c > /proc/sysrq-trigger")
+"""
+
+SCREEN = """
+import pytest
+
+@pytest.mark.vm("debian-12", display=True)
+def test_screen(vm):
+    assert False
 """
 
 
@@ -81,10 +85,14 @@ def command(words: list[str], folder: Path, catalog: Catalog) -> subprocess.Comp
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory, vm_catalog: Catalog) -> Failed:
     """Output and artifacts of a run whose tests fail."""
-    folder = tmp_path_factory.mktemp("failures")
-    (folder / "test_it.py").write_text(TESTS)
+    return run_of(TESTS, tmp_path_factory.mktemp("failures"), vm_catalog)
+
+
+def run_of(tests: str, folder: Path, catalog: Catalog) -> Failed:
+    """Run tests that fail; return the output, and the artifacts of each."""
+    (folder / "test_it.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    done = command(["pytest", "-p", "no:cacheprovider", "--color=no"], folder, vm_catalog)
+    done = command(["pytest", "-p", "no:cacheprovider", "--color=no"], folder, catalog)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     return done.stdout, {test.nodeid.partition("::")[2]: test for test in read_run(folder / "vmbottle-artifacts")}
 
@@ -140,8 +148,9 @@ def test_a_guest_that_cannot_answer_is_told_with_what_it_said_before(failed: Fai
     assert not (tests["test_silent"].folder / "vm" / "journal.txt").exists()
 
 
-def test_a_machine_with_a_display_leaves_its_screen(failed: Failed) -> None:
-    assert (failed[1]["test_screen"].folder / "vm" / "screenshot.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.guests
+def test_a_machine_with_a_display_leaves_its_screen(tmp_path: Path, vm_catalog: Catalog) -> None:
+    assert (run_of(SCREEN, tmp_path, vm_catalog)[1]["test_screen"].folder / "vm" / "screenshot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_panic_is_told_as_what_it_is(failed: Failed) -> None:

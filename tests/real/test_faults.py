@@ -21,11 +21,12 @@ def _last_event(vm: Machine) -> str:
     return next(describe_event(event) for event in reversed(vm.lifecycle.timeline.events()) if event["kind"] == "fault")
 
 
-def ended(fault: Fault) -> float:
-    """Seconds that the end of a fault takes."""
+def ends_at_once(vm: Machine, fault: Fault) -> bool:
+    """End a fault; tell whether that took less than half a second, or than a few commands on a computer where these take long."""
     began = time.monotonic()
     fault.stop()
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    return took < max(0.5, 5 * vm.exec(["true"]).duration)
 
 
 def written(vm: Machine, *options: str) -> str:
@@ -52,7 +53,7 @@ def test_requests_to_a_disk_fail_as_long_as_is_said_and_only_those(session_vm: M
         assert [vm.exec(read, check=False).returncode for _ in range(2)] == [1, 0]
     fault = faults.disk_errors("data", on="flush").start()
     assert written(vm, "conv=fsync") == "Input/output error"
-    assert ended(fault) < 0.5
+    assert ends_at_once(vm, fault)
     assert written(vm, "conv=fsync") == ""
 
 
@@ -80,13 +81,13 @@ def test_a_file_system_is_full_of_data_or_of_files_and_the_machine_goes_on(sessi
     vm.exec(f"mkfs.ext4 -q -F -N 256 {DISK}; mount {DISK} /mnt")
     full = vm.faults.disk_full("/mnt").start()
     assert "No space left" in vm.exec("head -c 100000 /dev/zero > /mnt/file", check=False).stderr
-    assert ended(full) < 0.5
+    assert ends_at_once(vm, full)
     assert vm.exec("head -c 1000000 /dev/zero > /mnt/file && rm /mnt/file").ok
     with vm.faults.disk_full("/mnt", leave="8M"):
         assert 7 << 20 < int(vm.exec("stat -f -c %f /mnt").stdout) * int(vm.exec("stat -f -c %S /mnt").stdout) < 9 << 20
     inodes = vm.faults.inodes_full("/mnt").start()
     assert "No space left" in vm.exec("touch /mnt/file", check=False).stderr
-    assert ended(inodes) < 0.5
+    assert ends_at_once(vm, inodes)
     assert vm.exec("touch /mnt/file").ok
     with pytest.raises(MachineError, match="/nothing"):
         vm.faults.disk_full("/nothing").start()
