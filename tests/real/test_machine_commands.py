@@ -145,6 +145,9 @@ def test_output_comes_as_it_is_made_and_goes_on_until_its_reader_has_enough(comm
         running.stdin.write(b"more\n")
         running.stdin.flush()
         assert running.stdout.readline() == b"more\n"
+        running.stdin.close()
+        # To its end, before the output is closed: a command whose reader has gone is ended.
+        assert running.stdout.read() == b""
     assert running.returncode == 0
 
     with commands.begin("exec", web, "--", "yes", "endless", stdout=subprocess.PIPE) as endless:
