@@ -1,4 +1,4 @@
-"""How long it takes to look at what a crash leaves: `python benchmarks/crash.py [STATES]`, on an otherwise idle computer.
+"""Time to look at what a crash leaves: `python benchmarks/crash.py [STATES]`, on an otherwise idle computer.
 
 A database of SQLite on ext4 is written to while the disk is recorded; then states are looked at in one clone, each by mounting the disk and
 counting rows. Prints the seconds of each step, by median, and how long 200 states take.

@@ -22,6 +22,7 @@ from pytest_vmbottle.spec.pack_kind import PackKind
 
 __all__ = [
     "GUEST_MAC",
+    "ROOT_DISK",
     "Backend",
     "CannotSave",
     "Capabilities",
@@ -39,6 +40,8 @@ __all__ = [
     "State",
 ]
 
+ROOT_DISK = "root"
+"""Name of the root disk."""
 GUEST_MAC = "52:54:00:12:34:56"
 """MAC address of the network card by which the host reaches a guest; each machine has a network of its own."""
 
@@ -185,12 +188,12 @@ class NotPlugged(MachineError):
 
 
 Loss = Literal["unflushed", "torn"]
-"""What a disk loses with its power: all that no flush had followed; or of the first write of that the second half, and the rest."""
+"""Loss of a disk with its power: all that no flush had followed; or of the first write of that the second half, and the rest."""
 
 
 @attrs.frozen(kw_only=True)
 class DiskErrors:
-    """Which requests to a disk fail.
+    """Requests to a disk that fail.
 
     Attributes:
         on: Which kind.

@@ -27,7 +27,7 @@ _TEXT = re.compile(r"w(?P<upto>\d+)(?:-u(?P<last>\d+)|-x(?P<mask>[0-9a-f]+))?(?P
 
 @attrs.frozen(kw_only=True)
 class CrashState:
-    """Which of a disk's writes, numbered from 1, are there after a crash.
+    """Writes of a disk, numbered from 1, that are there after a crash.
 
     Attributes:
         upto: The last write before the crash.
@@ -48,7 +48,7 @@ class CrashState:
 
     @property
     def losses(self) -> int:
-        """How many writes are missing, or in part."""
+        """Number of writes that are missing, or in part."""
         return len(self.lost) + self.torn
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from pytest_vmbottle.backends.port import DataDisk, Disk, Start
+from pytest_vmbottle.backends.port import ROOT_DISK, DataDisk, Disk, Start
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.disks.crash_states import CrashState, WriteHistory
 from pytest_vmbottle.disks.overlay import write_overlay
@@ -35,8 +35,6 @@ _PATIENCE = 20.0
 """Seconds for a checker to release a disk, before another one takes its place."""
 _SHRINKS = 40
 """Most states that are tried to find one with fewer losses."""
-ROOT = "root"
-"""Name of the root disk."""
 
 
 @contextmanager
@@ -61,7 +59,7 @@ def record_crashes(vm: Machine, disk: str, make: MakeMachine) -> Iterator[CrashL
 
 @attrs.frozen
 class AfterCrash:
-    """What a crash left of a disk.
+    """State of a disk after a crash.
 
     Attributes:
         text: A short name, by which `CrashLog.state` returns the same one.
@@ -220,7 +218,7 @@ class CrashLog:
     @contextmanager
     def machine(self, state: AfterCrash, *, boot: bool) -> Iterator[Machine]:
         """Start a machine with the disk of a state (see `AfterCrash.machine`)."""
-        if boot is not (self._name == ROOT):
+        if boot is not (self._name == ROOT_DISK):
             raise ValueError("a root disk is looked at with boot=True, and another disk without it")
         image = self._written(state)
         try:
@@ -237,7 +235,7 @@ class CrashLog:
         image = self._file.with_name(f"{state.text}.qcow2")
         image.unlink(missing_ok=True)
         content = self._history.content(self._history.state(state.text))
-        size = self._source.disk_size if self._name == ROOT else self._data.size
+        size = self._source.disk_size if self._name == ROOT_DISK else self._data.size
         with self._file.open("rb") as data:
             write_overlay(image, size=size, block=self._history.block, blocks=content, data=data)
         return image

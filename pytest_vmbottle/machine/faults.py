@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Clock", "Fault", "Faults", "ProcessFaults"]
 
 _HOLD, _END = read_script(__package__, "fault.py"), read_script(__package__, "fault_end.sh")
+_KILL, _OOM = read_script(__package__, "process_kill.sh"), read_script(__package__, "process_oom.sh")
 _PATIENCE = 600.0
 """Seconds for a guest to begin a fault: to fill a disk, or to go from timer to timer."""
 _SLICE = 0.05
@@ -461,23 +462,6 @@ class ProcessFaults:
 
 def _note(lifecycle: Lifecycle, name: str, state: str, told: Mapping[str, object]) -> None:
     lifecycle.timeline.note("fault", verb=name, args=[f"{key}={value}" for key, value in told.items()], state=state)
-
-
-# Arguments: a unit or a process, then a signal. `pids` are its processes.
-_PIDS = """
-case $1 in *[!0-9]*) group=$(systemctl show -p ControlGroup --value "$1") ;; *) group= pids=$1 ;; esac
-[ -z "$group" ] || pids=$(find "/sys/fs/cgroup$group" -name cgroup.procs -exec cat {} +)
-[ -n "$pids" ] || { echo "there are no processes of $1" >&2; exit 1; }
-"""
-_KILL = _PIDS + 'exec kill -s "$2" $pids\n'
-_OOM = (
-    _PIDS
-    + """
-for pid in $pids; do echo 1000 >"/proc/$pid/oom_score_adj"; done
-echo f >/proc/sysrq-trigger
-while :; do for pid in $pids; do kill -0 "$pid" 2>/dev/null || exit 0; done; sleep 0.05; done
-"""
-)
 
 
 @contextmanager

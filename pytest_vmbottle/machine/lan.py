@@ -38,6 +38,7 @@ _NETWORK = ipaddress.ip_network("10.77.0.0/16")
 # Statuses of the scripts lan_spare.sh and lan_settle.sh.
 _NO_IP, _NO_ADDRESS = 3, 4
 _MAX_DELAY = 60.0
+_IMPAIRMENTS = tuple(field.name for field in attrs.fields(Impairment))
 
 _SPARE = read_script(__package__, "lan_spare.sh")
 _TELL = read_script(__package__, "lan_tell.sh")
@@ -51,6 +52,8 @@ def impairment_of(**values: float) -> Impairment:
         ValueError: A value is out of range.
     """
     for name, value in values.items():
+        if name not in _IMPAIRMENTS:
+            raise ValueError(f"{name}= is nothing that a cable can have; it takes {', '.join(_IMPAIRMENTS)}")
         if name in ("delay", "jitter"):
             if not 0 <= value <= _MAX_DELAY:
                 raise ValueError(f"{name}={value!r}: takes seconds from 0 to {_MAX_DELAY:g}")

@@ -247,14 +247,16 @@ def _memory(value: object) -> int:
 
 
 def _disk(value: object) -> int | None:
+    if isinstance(value, Mapping):
+        raise _fail("disk", value, "takes the size of the root disk; did you mean 'disks'?")
     return None if value is None else _size("disk", value)
 
 
 def _disks(value: object) -> tuple[tuple[str, int | Path], ...]:
-    pairs = value.items() if isinstance(value, Mapping) else value
-    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
-        raise _fail("disks", value, "takes a mapping from names to sizes such as '1G', or to the paths of disk images")
     # Also pairs, which is what this returns.
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):  # noqa: PLR2004 - a pair
+        raise _fail("disks", value, "takes a mapping from names to sizes such as '1G', or to the paths of disk images")
     found = [(name, disk_source(name, source)) for name, source in pairs]
     if len(found) > _MAX_DISKS:
         raise _fail("disks", [name for name, _ in found], f"takes at most {_MAX_DISKS} disks")
@@ -272,7 +274,13 @@ def disk_source(name: object, source: object) -> int | Path:
     # A path is told from a size by its slash, since a file may be called 1G.
     if isinstance(source, Path) or (isinstance(source, str) and "/" in source):
         return Path(source).absolute()
-    size = _size("disks", source)
+    try:
+        size = _size("disks", source)
+    except SpecError:
+        # With its name, since there may be several.
+        raise _fail(
+            "disks", {name: source}, "takes a size such as '512M' or '2G', or the path of a disk image, with a slash in it"
+        ) from None
     if size < _MIB:
         raise _fail("disks", {name: source}, "is less than 1 MiB: a number means bytes; write a string such as '512M'")
     # Whole sectors, as every disk has.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 
-from pytest_vmbottle.backends.port import GUEST_MAC, DataDisk, Disk
+from pytest_vmbottle.backends.port import GUEST_MAC, ROOT_DISK, DataDisk, Disk
 from pytest_vmbottle.backends.qemu.features import Features
 from pytest_vmbottle.disks.write_log import SECTOR
 from pytest_vmbottle.errors import BackendUnavailable
@@ -28,7 +28,6 @@ __all__ = [
     "LAN_PORT",
     "NETDEV",
     "NIC",
-    "ROOT_DISK",
     "SCRATCH_PORT",
     "Accelerator",
     "Board",
@@ -51,8 +50,6 @@ SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
 """Empty PCI Express ports for devices that are plugged in while the machine runs: a disk, and a network card."""
 DISK_PORTS = tuple(f"disk{number}" for number in range(6))
 """Ports for disks beside the root disk."""
-ROOT_DISK = "root"
-"""Id of the root disk, of its device."""
 
 NIC = "nic"
 """Id of the network card by which the host reaches a guest."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import attrs
 
-from pytest_vmbottle.backends.port import DataDisk, Disk, DiskErrors, Loss, NotPlugged, Start
-from pytest_vmbottle.backends.qemu.command_line import DISK_PORTS, ROOT_DISK, DiskSlot, log_node
+from pytest_vmbottle.backends.port import ROOT_DISK, DataDisk, Disk, DiskErrors, Loss, NotPlugged, Start
+from pytest_vmbottle.backends.qemu.command_line import DISK_PORTS, DiskSlot, log_node
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.disks.crash_states import WriteHistory
 from pytest_vmbottle.disks.overlay import write_overlay

@@ -182,3 +182,8 @@ def test_the_switches_end_with_the_lans() -> None:
         _ = lans["a"]
         assert set(threading.enumerate()) > before
     assert set(threading.enumerate()) <= before
+
+
+def test_a_misspelt_impairment_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"los=.*loss.*bandwidth"):
+        impairment_of(los=0.1)
