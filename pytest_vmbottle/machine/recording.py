@@ -110,6 +110,8 @@ class Recording:
             raise RuntimeError("a recording can be started only once: call vm.record() for another one")
         # Two threads: a guest that answers late must not delay the host's samples.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch_guest, self._watch_host)]
+        # The beginning, before anybody asks the guest: no answer is older than the first sample.
+        self._take()
         for thread in self._threads:
             thread.start()
 
@@ -129,9 +131,9 @@ class Recording:
 
     def _watch_host(self) -> None:
         due = time.monotonic()
-        while self._take():
+        while True:
             due = max(due + self._every, time.monotonic())  # what was missed is not made up for
-            if self._over.wait(due - time.monotonic()):
+            if self._over.wait(due - time.monotonic()) or not self._take():
                 return
 
     def _take(self) -> bool:

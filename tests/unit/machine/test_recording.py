@@ -53,6 +53,21 @@ def test_a_recording_has_samples_in_order_from_the_beginning_to_the_end(sleeper:
     assert not recording.lost
 
 
+class SlowHost(Meter):
+    """A meter on a host that takes its time, with a guest that answers at once."""
+
+    def host(self) -> Sample | None:
+        time.sleep(0.1)
+        return super().host()
+
+
+def test_no_answer_of_the_guest_is_older_than_the_first_sample(sleeper: subprocess.Popen[bytes]) -> None:
+    with Recording(SlowHost(sleeper.pid, load()), every=0.02) as recording:
+        assert Deadline(30).poll(lambda: any(sample.guest for sample in recording.samples), every=0.02)
+
+    assert all(sample.guest.time >= recording.samples[0].time for sample in recording.samples if sample.guest)
+
+
 def test_a_guest_that_never_answers_leaves_no_gap_in_the_hosts_figures(sleeper: subprocess.Popen[bytes]) -> None:
     answer = threading.Event()
 
