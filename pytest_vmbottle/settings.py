@@ -145,6 +145,15 @@ SETTINGS = (
     Setting("keep-for", "2h", "How long such a machine lives", metavar="DURATION", tests_only=True),
     Setting("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", meaning="off", flag=True, tests_only=True),
     Setting(
+        "baselines",
+        "",
+        "File of the instruction counts that `vm_benchmark` compares with",
+        meaning="vm-baselines.json in pytest's root folder",
+        metavar="FILE",
+        tests_only=True,
+    ),
+    Setting("new-baselines", "", "Store the counts of this run as the baselines", meaning="off", flag=True, tests_only=True),
+    Setting(
         "smolvm-images",
         "",
         "References that replace image names with smolvm; an empty one is smolvm's own Alpine",
@@ -175,6 +184,8 @@ class Settings:
         keep: Whose machines live on after the run: `never`, `failed` or `always`.
         keep_seconds: Seconds that they live.
         fail_on_leak: Whether a run that leaves something behind fails.
+        baselines: The file of instruction counts; empty for the default.
+        new_baselines: Whether the counts of this run replace those in it.
         images: References by image name, for a backend with images of its own.
     """
 
@@ -193,6 +204,8 @@ class Settings:
     keep: str
     keep_seconds: float
     fail_on_leak: bool
+    baselines: str
+    new_baselines: bool
     images: Mapping[str, str]
 
     def backend_for(self, asked: str = "auto") -> str:
@@ -314,5 +327,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "keep": ("keep", str),
     "keep_seconds": ("keep-for", parse_duration),
     "fail_on_leak": ("fail-on-leak", _is_yes),
+    "baselines": ("baselines", str),
+    "new_baselines": ("new-baselines", _is_yes),
     "images": ("smolvm-images", parse_pairs),
 }

@@ -30,6 +30,7 @@ _TROUBLE = re.compile(
     rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ((?:Kernel panic - not syncing|BUG: |Oops: |general protection fault|kernel BUG at "
     rb"|Internal error: |Unable to handle kernel |double fault: |(?P<oops>Oops\b)|(?P<hung>INFO: task ))[^\r\n]*)"
 )
+_HUNG = "INFO: task "
 _PANIC = re.compile(rb"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? (Kernel panic - not syncing[^\r\n]*)")
 # The kernel counts its oopses. Without a colon the word alone proves nothing; with this number behind it, it is the kernel's.
 _OOPS = re.compile(rb" \[#\d")
@@ -45,8 +46,14 @@ class KernelWatch:
         powered_off: Whether its kernel has powered off or restarted in order.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Begin at the current end: what is there is from an earlier instance of the same machine."""
+    def __init__(self, path: Path, *, hung_tasks: bool = True) -> None:
+        """Begin at the current end: what is there is from an earlier instance of the same machine.
+
+        Args:
+            path: The file of the console's output.
+            hung_tasks: Whether a hung task is trouble. Where the guest's time runs ahead while its disk is at work, it is not.
+        """
+        self._hung_tasks = hung_tasks
         self._cursor = Cursor(path)
         self._cursor.read()
         self._rest = b""
@@ -75,6 +82,8 @@ class KernelWatch:
     def _judge(self, text: bytes) -> None:
         self.powered_off = self.powered_off or any(words in text for words in _POWERED_OFF)
         for line in troubles(text):
+            if line.startswith(_HUNG) and not self._hung_tasks:
+                continue
             # A line that arrived in two parts is judged twice: the second time it is whole.
             if self.trouble is None or line.startswith(self.trouble):  # the rest of the line may have come only now
                 self.trouble = line

@@ -22,6 +22,7 @@ from pytest_vmbottle.spec.pack_kind import PackKind
 
 __all__ = [
     "GUEST_MAC",
+    "NANOSECONDS_PER_INSTRUCTION",
     "ROOT_DISK",
     "Backend",
     "CannotSave",
@@ -68,6 +69,9 @@ class Capabilities:
     pack_reason: str
     emulated: bool
 
+
+NANOSECONDS_PER_INSTRUCTION = 2
+"""How long each instruction takes on the clocks of a guest with `cpu_clock="instructions"`; a power of two (`-icount shift=`)."""
 
 _NO_KEYS = Keys(user_private="", user_public="", host_private="", host_public="")
 

@@ -141,6 +141,7 @@ WITHOUT_OPTION = {
     "name": "an option of its own beside those of the spec, since `run` and `start` take it differently",
     "backend": "a setting, whose option is made from the table of the settings",
     "capture": "recorded for the artifacts of a test, which a machine without one does not have",
+    "cpu_clock": "for tests that count instructions",
     "track_writes": "for what a power cut of a test is to lose",
     "reset": "about machines that several tests share",
 }

@@ -41,18 +41,25 @@ _HELD = "the command itself had ended, but a background process of it held its o
 # status are the command's own.
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = read_script(__package__, "as_user.sh")
+_IN_GROUP = 'echo $$ >"/sys/fs/cgroup$1/cgroup.procs" && shift && exec "$@"'
 
 
 class GuestShell(Shell):
-    """Runner of commands in a machine's guest."""
+    """Runner of commands in a machine's guest.
+
+    Attributes:
+        control_group: The control group that commands are put into, by its path below the root of all; empty for none.
+    """
 
     def __init__(self, lifecycle: Lifecycle, spec: MachineSpec, *, factor: float) -> None:
         """Take the machine's lifecycle, its spec, and the factor of time-outs."""
         self._lifecycle, self._spec, self._factor = lifecycle, spec, factor
         self.timeline = lifecycle.timeline
+        self.control_group = ""
 
     @property
-    def _channel(self) -> Channel:
+    def channel(self) -> Channel:
+        """The channel for commands, of the present instance."""
         return self._lifecycle.channel
 
     def spawn(self, argv: tuple[str, ...], prepared: Command) -> Process:
@@ -61,7 +68,7 @@ class GuestShell(Shell):
         # Not over the guest agent, which has no streams: it returns all output at the end of a command.
         channel = self._lifecycle.bulk_channel(Deadline(_LOGIN_TIME * self._factor))
         return Process(
-            channel, prepared, argv=argv, killer=self._channel, factor=self._factor, ended=lambda status: self._told(argv, status)
+            channel, prepared, argv=argv, killer=self.channel, factor=self._factor, ended=lambda status: self._told(argv, status)
         )
 
     def _told(self, argv: tuple[str, ...], status: int) -> None:
@@ -78,7 +85,11 @@ class GuestShell(Shell):
         # Asked first, because channels notice the end of a machine late, and then say nothing of its cause.
         self._lifecycle.alive()
         began = time.monotonic()
-        finished = self.spawn(argv, prepared).relay(stream, deadline.seconds) if stream else self._channel.run(prepared, deadline=deadline)
+        if stream or self.control_group:
+            # What is measured is not asked whether it has ended: each question of the guest agent's interrupts it.
+            finished = self.spawn(argv, prepared).relay(stream or _nothing, deadline.seconds)
+        else:
+            finished = self.channel.run(prepared, deadline=deadline)
         result = self._result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
             raise CommandTimeout(result, deadline.seconds)
@@ -115,17 +126,19 @@ class GuestShell(Shell):
         who = user or self._spec.user
         if who != "root":
             words = ("/bin/sh", "-c", _AS_USER, "sh", who, *words)
+        if self.control_group:
+            words = ("/bin/sh", "-c", _IN_GROUP, "sh", self.control_group, *words)
         data = content.encode() if isinstance(content, str) else content or b""
         return Command(argv=words, env=tuple(environment.items()), input=data)
 
     def kill(self, command: Command) -> None:
         """End a command and all its descendants."""
-        self._channel.run(command.killer(), deadline=Deadline(_KILL_TIME))
+        self.channel.run(command.killer(), deadline=Deadline(_KILL_TIME))
 
     # Internal scripts run as the spec's user as well, so that paths and copies have that user's rights.
     def script(self, text: str, *words: str) -> Result:
         """Run a shell script with arguments for `GuestPath`; never raise for its status."""
-        return self._carry(lambda command, deadline: self._channel.run(command, deadline=deadline), text, words)
+        return self._carry(lambda command, deadline: self.channel.run(command, deadline=deadline), text, words)
 
     def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
         """Run a script with `size` bytes of a host file as its input.
@@ -135,7 +148,7 @@ class GuestShell(Shell):
         # Small data goes with the command: a disk, or a login by SSH, costs more than it saves.
         if size < BULK:
             content = source.read(size)
-            return self._carry(lambda command, deadline: self._channel.run(command, deadline=deadline), text, words, content)
+            return self._carry(lambda command, deadline: self.channel.run(command, deadline=deadline), text, words, content)
         return self._carry(
             lambda command, deadline: self._lifecycle.bulk.put(source, size, command, deadline=deadline, framed=framed), text, words
         )
@@ -187,10 +200,14 @@ class GuestShell(Shell):
         question = Command(argv=("/bin/sh", "-c", guestlog.KILLS), env=(("PATH", GUEST_PATH),))
         # The remark is a help; the command's own outcome must not be lost because of it.
         with suppress(MachineError):
-            said = self._channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout.decode(errors="replace")
+            said = self.channel.run(question, deadline=Deadline(_ANSWER * self._factor)).stdout.decode(errors="replace")
             processes = ", ".join(guestlog.killed(said, duration))
             return processes and f"the guest's OOM killer ended process {processes}"
         return ""
+
+
+def _nothing(_: str) -> None:
+    """Take a line of output."""
 
 
 def _environment() -> dict[str, str]:

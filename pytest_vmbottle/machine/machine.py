@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO, TypeVar, Unpack, overload
@@ -22,6 +23,7 @@ from pytest_vmbottle.machine import keyboard, openssh
 from pytest_vmbottle.machine.disks import new_disk
 from pytest_vmbottle.machine.faults import Clock, Faults
 from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
+from pytest_vmbottle.machine.instructions import Instructions, count_instructions
 from pytest_vmbottle.machine.lan import impairment_of
 from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
 from pytest_vmbottle.machine.metrics import Meter, Sample
@@ -252,6 +254,28 @@ class Machine:
         if input is not None and not prepared.input:
             process.stdin.close()
         return process
+
+    def count_instructions(self) -> AbstractContextManager[Instructions]:
+        """Count the instructions that the commands of a `with` block take in the guest, with all that they start.
+
+        The machine needs `cpu_clock="instructions"` in its mark. The count hardly depends on the host, its load, or what else the guest
+        does, so that a small difference is one of the software; see docs/instructions.md.
+
+        Returns:
+            A context manager that gives an `Instructions`, whose `total` is known at the end of the block.
+
+        Raises:
+            MachineError: The machine's clocks follow those of the host, or its guest has no control groups of version 2.
+
+        Example:
+            >>> with vm.count_instructions() as count:
+            ...     _ = vm.exec(["sort", "/etc/services"])
+            >>> count.total > 100_000
+            True
+        """
+        if self.spec.cpu_clock != "instructions":
+            raise MachineError('its instructions are not counted: write cpu_clock="instructions" in the mark', machine=self.name)
+        return count_instructions(self.guest)
 
     # -- files -----------------------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.lan import Lans
     from pytest_vmbottle.machine.machine import Machine, MachineFactory
     from pytest_vmbottle.machine.snapshot import Snapshot
+    from pytest_vmbottle.plugin.baselines import Benchmark
     from pytest_vmbottle.provision import Provisioner
 
 
@@ -127,6 +128,20 @@ def crash_explorer(request: pytest.FixtureRequest) -> Iterator[Callable[[Machine
                 yield log
 
         yield explore
+
+
+@pytest.fixture
+def vm_benchmark(request: pytest.FixtureRequest) -> Benchmark:
+    """Function `vm_benchmark(vm, command, limit=0.3)` that fails if a command takes more instructions (percent) than its baseline."""
+    from pytest_vmbottle.plugin.baselines import Baselines, Benchmark
+
+    session = request.config.stash[SESSION]
+
+    def emulator_of(vm: Machine) -> str:
+        return f"{session.provisioner(vm.spec.backend).capabilities.version}, {vm.spec.arch}"
+
+    baselines = Baselines(session.baselines_file, renew=session.options.new_baselines)
+    return Benchmark(baselines=baselines, test=request.node.nodeid, emulator_of=emulator_of, say=session.say)
 
 
 @pytest.fixture(scope="class")

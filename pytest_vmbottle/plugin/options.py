@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options"]
 
-_FOLDERS = ("catalog", "output")
+_PATHS = ("catalog", "output", "baselines")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,12 +74,12 @@ class Options(Settings):
 
 
 def _in_ini(config: pytest.Config, setting: Setting) -> object:
-    """Return the ini file's value; a folder there is seen from the root folder, wherever pytest was started."""
+    """Return the ini file's value; a path there is seen from the root folder, wherever pytest was started."""
     value = config.getini(setting.ini)
     if setting.pairs:
         return "\n".join(value or ())
     # An absolute path stays as it is: `/` of two paths takes the second one then.
-    return config.rootpath / Path(value).expanduser() if setting.name in _FOLDERS and value else value
+    return config.rootpath / Path(value).expanduser() if setting.name in _PATHS and value else value
 
 
 def _defaults(lines: list[str]) -> dict[str, Any]:

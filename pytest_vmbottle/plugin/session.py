@@ -161,6 +161,12 @@ class Session:
         given = self.options.output
         return self.config.invocation_params.dir / Path(given).expanduser() if given else self.config.rootpath / "vmbottle-artifacts"
 
+    @property
+    def baselines_file(self) -> Path:
+        """The file of the instruction counts that tests are compared with."""
+        given = self.options.baselines
+        return self.config.invocation_params.dir / Path(given).expanduser() if given else self.config.rootpath / "vm-baselines.json"
+
     @cached_property
     def artifacts(self) -> Artifacts:
         """The writer of this run's artifacts."""

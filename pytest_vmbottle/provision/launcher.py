@@ -106,7 +106,7 @@ class Launcher:
 
     def patience(self, spec: MachineSpec, origin: Origin) -> float:
         """Return the seconds that a machine may take to start here."""
-        emulated = spec.arch != host_arch() or self._context.capabilities.emulated
+        emulated = spec.arch != host_arch() or spec.cpu_clock == "instructions" or self._context.capabilities.emulated
         factor = (_EMULATED_FACTOR if emulated else 1.0) * (1.0 if origin.prepared else _FOREIGN_FACTOR)
         return spec.timeout * self._context.settings.timeout_factor * factor
 

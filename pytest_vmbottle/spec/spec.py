@@ -56,6 +56,7 @@ class MachineKeywords(TypedDict, total=False):
     arch: str | None
     cpus: int
     cpu: str | None
+    cpu_clock: Literal["host", "instructions"]
     nested: bool
     memory: int | str
     disk: int | str | None
@@ -78,14 +79,14 @@ class MachineKeywords(TypedDict, total=False):
 
 
 SIGNATURE = (
-    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, nested=False, memory='1G', disk=None, disks={}, "
-    "track_writes=False, display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, env={}, "
-    "user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
+    "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, cpu_clock='host', nested=False, memory='1G', disk=None, "
+    "disks={}, track_writes=False, display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, "
+    "env={}, user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
 PREPARATION = frozenset({"packages", "files", "run"})
 # Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
-BOOT = frozenset({"arch", "backend", "cpus", "cpu", "nested", "memory", "disk", "display", "user_data"})
+BOOT = frozenset({"arch", "backend", "cpus", "cpu", "cpu_clock", "nested", "memory", "disk", "display", "user_data"})
 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
@@ -171,6 +172,14 @@ def _cpu(value: object) -> str | None:
         if not _CPU_FEATURE.fullmatch(feature):
             raise _fail("cpu", value, f"{takes}; {feature!r} is not a feature")
     return value
+
+
+def _cpu_clock(value: object) -> Literal["host", "instructions"]:
+    if value == "host":
+        return "host"
+    if value == "instructions":
+        return "instructions"
+    raise _fail("cpu_clock", value, "takes 'host', or 'instructions' (time passes with the instructions that the processor has run)")
 
 
 def _nested(value: object) -> bool:
@@ -626,6 +635,7 @@ class MachineSpec:
         arch: The guest's architecture, as `uname -m` says it.
         cpus: Virtual processors.
         cpu: The model of its processors and their features, as QEMU's option `-cpu` takes them; None for the best on this host.
+        cpu_clock: What moves its clocks: `"host"`, the time of the host, or `"instructions"`, those that its processor has run.
         nested: Whether the guest can itself run virtual machines, by KVM.
         memory: Bytes of RAM.
         disk: Bytes of the root disk, or None for the image's own size.
@@ -653,6 +663,7 @@ class MachineSpec:
     arch: str = attrs.field(default=None, converter=_arch)
     cpus: int = attrs.field(default=1, converter=_cpus)
     cpu: str | None = attrs.field(default=None, converter=_cpu)
+    cpu_clock: Literal["host", "instructions"] = attrs.field(default="host", converter=_cpu_clock)
     nested: bool = attrs.field(default=False, converter=_nested)
     memory: int = attrs.field(default=1 << 30, converter=_memory)
     disk: int | None = attrs.field(default=None, converter=_disk)
@@ -683,6 +694,9 @@ class MachineSpec:
         if self.nested and self.arch != "x86_64":
             takes = f"works only in x86_64 guests, and this guest is {self.arch}: write arch='x86_64'"
             wrong.append(_fail("nested", self.nested, takes))
+        if self.cpu_clock == "instructions" and (self.cpus > 1 or self.nested):
+            takes = "counts the instructions of one processor, without virtual machines in the guest: leave out cpus= and nested="
+            wrong.append(_fail("cpu_clock", self.cpu_clock, takes))
         if wrong:
             raise SpecError("\n  ".join(map(str, wrong)))
 

@@ -63,7 +63,7 @@ def inner(pytester: pytest.Pytester, vm_catalog: Catalog, monkeypatch: pytest.Mo
     return pytester
 
 
-@pytest.fixture(params=["agent", "ssh"])
+@pytest.fixture(params=["agent", pytest.param("ssh", marks=pytest.mark.guests)])
 def either(request: pytest.FixtureRequest, session_vm: Machine) -> Machine:
     """The session's machine, spoken to over one channel and then over the other."""
     instance = session_vm.lifecycle.instance

@@ -54,6 +54,7 @@ def test_a_user_with_a_password_cannot_log_in_with_it(config: Path, session_vm: 
     assert "Authentications that can continue: publickey\n" in refused.stderr.replace("\r", "")
 
 
+@pytest.mark.guests
 def test_scp_and_sftp_copy_both_ways(config: Path, session_vm: Machine, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(256)))
     to, fro = run("scp", "-F", config, tmp_path / "a", "vm:/root/a"), run("scp", "-F", config, "vm:/root/a", tmp_path / "b")
@@ -109,6 +110,7 @@ def guests_rsync(session_vm: Machine, tmp_path: Path) -> str:
     return f"/opt/rsync/{loader} --library-path /opt/rsync /opt/rsync/rsync"
 
 
+@pytest.mark.guests
 def test_rsync_brings_a_tree_and_then_only_what_changed(config: Path, session_vm: Machine, tmp_path: Path, guests_rsync: str) -> None:
     tree = tmp_path / "tree"
     (tree / "sub dir").mkdir(parents=True)
@@ -169,6 +171,7 @@ def test_testinfra_asks_the_machine(session_vm: Machine) -> None:
     assert host.run("exit 3").rc == 3
 
 
+@pytest.mark.guests
 def test_testinfra_connects_by_the_configuration_too(config: Path) -> None:
     import testinfra
 
@@ -251,6 +254,7 @@ def test_a_shell_is_left_by_a_key_although_the_guest_does_not_answer(session_vm:
         session_vm.lifecycle.instance.resume()
 
 
+@pytest.mark.guests
 def test_a_shell_whose_machine_ends_says_so_and_gives_the_terminal_back(vm: Machine, person: Person) -> None:
     shell = Shell(vm, person)
     person.sees("#")
@@ -329,6 +333,7 @@ FAILS = """
 """
 
 
+@pytest.mark.guests
 def test_the_machine_of_a_failed_test_can_be_looked_at_from_the_debugger(inner: pytest.Pytester, person: Person) -> None:
     inner.makepyfile(FAILS)
     terminal = person.terminal

@@ -158,6 +158,7 @@ def test_a_guest_that_keeps_the_disk_is_waited_for_and_loses_it_before_the_next_
     assert plugged(session_vm) == NOTHING
 
 
+@pytest.mark.guests
 def test_an_ordinary_user_copies_too(session_vm: Machine, tmp_path: Path) -> None:
     spec = attrs.evolve(session_vm.spec, env={}, files={}, user="nobody")
     ordinary = Machine(session_vm.lifecycle.instance, spec, id="x", backend="qemu", channel=session_vm.lifecycle.channel)

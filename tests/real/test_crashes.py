@@ -53,7 +53,7 @@ def count(after: Machine) -> int:
 def test_what_was_synced_before_it_was_acknowledged_survives_every_crash(vm: Machine, crash_explorer: Explorer) -> None:
     log = recorded(vm, crash_explorer, "--sync")
     seen = set()
-    for state in log.states(limit=12):
+    for state in log.states(limit=6):
         with state.machine() as after:
             found = count(after)
         assert found >= state.acknowledged

@@ -77,6 +77,7 @@ def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machi
 
 @pytest.mark.vm("debian-12")
 @of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY | BOOTED_AGAIN})
+@pytest.mark.guests
 def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
     run(test, vm=vm, tmp_path=tmp_path)
 
@@ -106,5 +107,6 @@ def test_the_example_of_a_machine_with_a_display_is_right(test: doctest.DocTest,
 @pytest.mark.vm("debian-12", name="one", network="lan")
 @pytest.mark.vm("debian-12", name="two", network="lan")
 @of({name: MACHINES[name] for name in sorted(ON_A_LAN)})
+@pytest.mark.guests
 def test_the_example_of_machines_on_a_lan_is_right(test: doctest.DocTest, vms: dict[str, Machine]) -> None:
     run(test, vms=vms)

@@ -91,7 +91,6 @@ _SLOW = settings(max_examples=3, deadline=None, suppress_health_check=list(Healt
 
 @_SLOW
 @given(files=st.dictionaries(NAMES, st.binary(max_size=200), min_size=5, max_size=20))
-@pytest.mark.parametrize("either", ["agent", pytest.param("ssh", marks=pytest.mark.guests)], indirect=True)
 def test_files_of_any_name_and_content_are_in_the_guest_what_they_were(either: Machine, place: str, files: dict[bytes, bytes]) -> None:
     folder = either.path(place) / os.fsdecode(next(iter(files)))
     either.write_files({folder / os.fsdecode(name): content for name, content in files.items()}, clean=True)
@@ -105,7 +104,6 @@ def test_files_of_any_name_and_content_are_in_the_guest_what_they_were(either: M
     assert path.stat().st_size == 2 * len(content)
 
 
-@pytest.mark.parametrize("either", ["agent", pytest.param("ssh", marks=pytest.mark.guests)], indirect=True)
 def test_the_verbs_of_pathlib_work_in_a_guest(either: Machine, place: str) -> None:
     folder = either.path(place) / os.fsdecode(b"\xff -n\n")
     (folder / "a" / "b").mkdir(mode=0o750, parents=True)
@@ -173,6 +171,7 @@ def test_settings_of_the_kernel_are_written_in_place(either: Machine) -> None:
     setting.write_text(before)
 
 
+@pytest.mark.guests
 def test_a_path_has_the_rights_of_the_machines_user(session_vm: Machine, place_of_nobody: str) -> None:
     spec = MachineSpec(source="debian-12", user="nobody")
     theirs = Machine(session_vm.lifecycle.instance, spec, id=session_vm.id, backend="qemu", channel=session_vm.lifecycle.channel)

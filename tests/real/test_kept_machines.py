@@ -148,6 +148,7 @@ def test_a_machine_that_cannot_start_again_is_as_it_was(web: Kept, tmp_path: Pat
     assert sh(web, "cat /root/file", tmp_path) == "there\n"
 
 
+@pytest.mark.guests
 def test_files_go_in_whole_or_not_at_all_and_come_back(web: Kept, tmp_path: Path) -> None:
     upload = tmp_path / "upload"
     (upload / "conf").mkdir(parents=True)

@@ -101,6 +101,7 @@ def test_a_started_machine_is_listed_by_another_process_with_where_its_ports_lea
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as somebody else")
+@pytest.mark.guests
 def test_the_environment_says_who_qemu_runs_as_without_pytest_too(commands: Commands, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMBOTTLE_RUN_AS", "nobody")
     started = commands.start(name)
@@ -157,7 +158,7 @@ def test_output_comes_as_it_is_made_and_goes_on_until_its_reader_has_enough(comm
     assert commands.run("exec", web, "--", "pgrep", "-f", "^yes endless", status=1).stdout == b""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.guests)])
 def test_a_command_ends_in_the_guest_when_whoever_asked_for_it_is_gone(commands: Commands, web: str, number: int) -> None:
     with commands.begin("exec", web, "--", "sh", "-c", f"echo begun; exec sleep 1000{number}", stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
@@ -274,6 +275,7 @@ def test_a_shell_without_a_terminal_says_so(commands: Commands, web: str) -> Non
 # -- how machines end ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guests
 def test_a_machine_is_shut_down_remembered_and_removed(commands: Commands, name: str) -> None:
     pid = commands.start(name)["pid"]
     refused = commands.run("rm", name, status=1)

@@ -162,6 +162,7 @@ def test_a_machine_that_is_off_starts_again_as_it_was_with_what_was_written_to_i
     assert b"runs already" in commands.run("start", web, status=1).stderr
 
 
+@pytest.mark.guests
 def test_a_start_in_the_background_can_be_waited_for(commands: Commands, name: str) -> None:
     started = json.loads(commands.run("start", "debian-12", "--name", name, "--no-wait", "--json").stdout)
     commands.run("wait", name)
@@ -195,7 +196,7 @@ def test_a_run_has_the_status_of_its_command_and_leaves_nothing(commands: Comman
     assert not (commands.root / "machines" / name).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.guests)])
 def test_an_interrupted_run_removes_its_machine(commands: Commands, name: str, number: int) -> None:
     with commands.begin(
         "run", "debian-12", "--name", name, "--", "sh", "-c", "echo begun; exec sleep 1000", stdout=subprocess.PIPE

@@ -302,6 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+@pytest.mark.guests
 def test_a_catalog_on_a_full_disk_is_told_and_nothing_half_made_is_left(
     inner: pytest.Pytester, small_disk: Path, vm_catalog: Catalog
 ) -> None:

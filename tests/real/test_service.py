@@ -99,6 +99,7 @@ def test_pause_and_resume(service: Service, web: str) -> None:
     assert service.post(f"/vms/{web}/actions", {"action": "resume"})["state"] == "running"
 
 
+@pytest.mark.guests
 def test_a_snapshot_brings_back_memory_and_disk(service: Service, web: str) -> None:
     service.sh(web, "echo before > /dev/shm/x; echo before > /srv/x; sync")
     service.post(f"/vms/{web}/actions", {"action": "snapshot", "label": "clean"})
@@ -142,7 +143,7 @@ def test_events_come_while_the_command_runs(service: Service, web: str) -> None:
     assert json.loads(rest.rsplit("data: ", 1)[1])["returncode"] == 0
 
 
-@pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+@pytest.mark.parametrize("accept", ["text/event-stream", pytest.param("application/json", marks=pytest.mark.guests)])
 def test_a_command_ends_in_the_guest_when_its_client_hangs_up(service: Service, web: str, accept: str) -> None:
     mark = f"7{len(accept)}"
     with closing(service.connect()) as connection:
@@ -215,6 +216,7 @@ def test_a_link_in_the_guest_is_never_followed_on_this_computer(service: Service
         assert [member.name for member in tar.getmembers() if member.isfile()] == []
 
 
+@pytest.mark.guests
 def test_a_large_file_goes_in_and_comes_out_as_it_is(service: Service, web: str) -> None:
     data = os.urandom(8_000_000)
     put = service.ask("PUT", f"/vms/{web}/files?path=/srv/large.bin&mode=0640&owner=nobody", data)

@@ -27,6 +27,7 @@ def _boot_id(vm: Machine) -> str:
     return vm.path("/proc/sys/kernel/random/boot_id").read_text()
 
 
+@pytest.mark.guests
 def test_restoring_twice_gives_the_same_state_twice_and_ram_is_part_of_it(vm: Machine, vm_factory: MachineFactory) -> None:
     vm.exec("echo disk > /root/state; echo ram > /dev/shm/state; sleep 1000 > /dev/null 2>&1 & echo $! > /dev/shm/pid")
     address, boot, name = vm.forward(22), _boot_id(vm), vm.id

@@ -36,6 +36,8 @@ GIVEN = {
     "keep": ("failed", "keep", "failed"),
     "keep-for": ("90m", "keep_seconds", 5400.0),
     "fail-on-leak": ("1", "fail_on_leak", True),
+    "baselines": ("/x", "baselines", "/x"),
+    "new-baselines": ("yes", "new_baselines", True),
     "smolvm-images": ("debian-12 =, web = ./web.tar\n", "images", {"debian-12": "", "web": "./web.tar"}),
 }
 

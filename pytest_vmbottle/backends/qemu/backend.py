@@ -234,7 +234,9 @@ class QemuBackend(Backend):
         """Return the QEMU, with the processor that a machine asks for."""
         emulator = self.emulator(spec.arch)
         version = self._prover(spec.arch).proof.version
-        return attrs.evolve(emulator, accelerator=accelerator_for(spec, emulator.accelerator, version=version))
+        return attrs.evolve(
+            emulator, accelerator=accelerator_for(spec, emulator.accelerator, emulation=emulator.board.tcg, version=version)
+        )
 
     def fingerprint(self, spec: MachineSpec) -> str:
         """Return a digest of a pack's dependencies besides its spec (see `Backend.fingerprint`)."""

@@ -68,11 +68,13 @@ class Accelerator:
         name: QEMU's name of it.
         option: The argument of `-accel`.
         cpu: The argument of `-cpu`.
+        counting: The argument of `-icount`, by which the guest's clocks follow its instructions; empty if they do not.
     """
 
     name: str
     option: str
     cpu: str
+    counting: str = ""
 
 
 KVM = Accelerator(name="kvm", option="kvm", cpu="host")
@@ -264,6 +266,7 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: LaunchResources)
         # A core dump of QEMU is for finding its fault, and without the guest's RAM it stays small.
         *("-machine", f"{board.machine},memory-backend=ram0,dump-guest-core=off"),
         *("-accel", emulator.accelerator.option, "-cpu", emulator.accelerator.cpu),
+        *(("-icount", emulator.accelerator.counting) if emulator.accelerator.counting else ()),
         # In KiB, because a number without a unit is MiB, and not every size is a whole number of these.
         *("-smp", str(spec.cpus), "-m", f"{spec.memory // 1024}k"),
         # By default QEMU ends a machine that panics (pvpanic). Here `QemuInstance.alive` decides, by the event, which comes all the same.

@@ -48,7 +48,7 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
     # A saved state has its own disks, and no others: those that are new come in when it runs.
     first = disks if saved is None else tuple(slot for slot in disks if slot.disk.saved)
     # Made before QEMU starts, so that its cursor begins at the end of an earlier run's console.
-    watch = KernelWatch(rundir / CONSOLE)
+    watch = KernelWatch(rundir / CONSOLE, hung_tasks=spec.cpu_clock == "host")
     with ExitStack() as undo:
         ram = Ram(spec, source, rundir, emulator.account)
         # Callbacks run in reverse, so QEMU is killed before its RAM is closed.

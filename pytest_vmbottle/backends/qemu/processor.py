@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 
+from pytest_vmbottle.backends.port import NANOSECONDS_PER_INSTRUCTION
 from pytest_vmbottle.backends.qemu.command_line import Accelerator
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec
@@ -35,22 +36,31 @@ at one in some hundreds. It is to run them on other processors than its first, i
 see docs/machines.md.
 """
 
+_COUNTING = f"shift={(NANOSECONDS_PER_INSTRUCTION - 1).bit_length()},sleep=off"
+"""How clocks follow instructions. While the processor has nothing to do they go on at once to the next timer."""
+
 _FEATURES = {"kvm_amd": _NESTING_FEATURES, "kvm_intel": ",+vmx"}
 _MODULES = Path("/sys/module")
 
 
-def accelerator_for(spec: MachineSpec, accelerator: Accelerator, *, version: str, modules: Path = _MODULES) -> Accelerator:
+def accelerator_for(
+    spec: MachineSpec, accelerator: Accelerator, *, emulation: Accelerator, version: str, modules: Path = _MODULES
+) -> Accelerator:
     """Return the accelerator for the processors of a machine.
 
     Args:
         spec: The machine's spec.
         accelerator: The accelerator that this host uses.
+        emulation: The one that emulates the processor.
         version: QEMU's version line.
         modules: The folder of the kernel's modules in sysfs.
 
     Raises:
         BackendUnavailable: The guest is to run virtual machines, and this host does not support that.
     """
+    if spec.cpu_clock == "instructions":  # which hardware does not count
+        option = emulation.option.replace("thread=multi", "thread=single")
+        return attrs.evolve(emulation, option=option, cpu=spec.cpu or emulation.cpu, counting=_COUNTING)
     if not spec.nested:
         if spec.cpus > 1 and not _has_safe_threads(version):
             # Only the option of TCG has these words: with hardware virtualisation nothing changes.

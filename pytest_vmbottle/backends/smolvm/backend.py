@@ -215,6 +215,7 @@ class SmolvmBackend(Backend):
             "display=True: smolvm's machines have no screen": spec.display,
             "capture=True: smolvm does not record network traffic": spec.capture,
             f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
+            "cpu_clock='instructions': smolvm's machines have the host's processor, which does not count": spec.cpu_clock != "host",
             "nested=True: smolvm's machines cannot run virtual machines": spec.nested,
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
             "disk=: the disk of a smolvm machine cannot be given a size": spec.disk is not None,

@@ -172,6 +172,8 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"disks": {"x" * 21: "1G"}},
         {"disks": {f"d{number}": "1G" for number in range(7)}},
         {"track_writes": "yes"},
+        {"cpu_clock": "fast"},
+        {"cpu_clock": None},
         {"cpu": ""},
         {"cpu": 5},
         {"cpu": "EPYC svm"},
@@ -276,6 +278,7 @@ def test_what_a_layer_prepares_is_done_by_its_step_and_not_again_for_the_machine
 KEYWORDS = {
     "cpus": 2,
     "cpu": "EPYC-v1,+svm,-avx2,la57=off",
+    "cpu_clock": "host",
     "nested": True,
     "memory": "2G",
     "display": True,
@@ -315,6 +318,17 @@ def test_every_keyword_makes_another_spec_and_only_what_the_guest_boots_with_in_
 
     assert changed != bare
     assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "cpu", "nested", "memory", "display", "user_data"})
+
+
+def test_a_guest_whose_clocks_follow_its_instructions_shares_no_pack_with_another() -> None:
+    counting = MachineSpec.resolve("debian-12", {"cpu_clock": "instructions"})
+    assert counting.boot_digest() != MachineSpec.resolve("debian-12", {}).boot_digest()
+
+
+@pytest.mark.parametrize("more", [{"cpus": 2}, {"nested": True, "arch": "x86_64"}], ids=repr)
+def test_only_the_instructions_of_one_processor_are_counted(more: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="cpu_clock"):
+        MachineSpec.resolve("debian-12", {"cpu_clock": "instructions", **more})
 
 
 def test_the_keywords_that_type_checkers_know_are_those_of_a_spec() -> None:

@@ -61,6 +61,16 @@ def test_the_kernels_first_trouble_is_told_and_its_end_is_noticed_line_by_line(t
         assert (watch.look().trouble, watch.is_over) == ("BUG: unable to handle page fault", True)
 
 
+def test_a_hung_task_is_no_trouble_where_the_guests_time_runs_ahead_of_its_disk(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    watch, ahead = KernelWatch(console), KernelWatch(console, hung_tasks=False)
+    console.write_bytes(b"[ 243.0] INFO: task touch:812 blocked for more than 120 seconds.\n")
+    assert (ahead.look().trouble, watch.look().trouble is not None) == (None, True)
+    with console.open("ab") as guest:
+        guest.write(b"[ 244.0] BUG: another\n")
+    assert ahead.look().trouble == "BUG: another"
+
+
 def test_after_a_reset_only_what_is_said_then_counts(tmp_path: Path) -> None:
     console = tmp_path / "console.log"
     watch = KernelWatch(console)

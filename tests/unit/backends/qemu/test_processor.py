@@ -17,7 +17,7 @@ VERSION = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
 
 
 def chosen(accelerator: Accelerator, modules: Path, *, version: str = VERSION, **keywords: Any) -> Accelerator:
-    return accelerator_for(MachineSpec(source="x", arch="x86_64", **keywords), accelerator, version=version, modules=modules)
+    return accelerator_for(MachineSpec(source="x", arch="x86_64", **keywords), accelerator, emulation=TCG, version=version, modules=modules)
 
 
 def cpu(accelerator: Accelerator, modules: Path, **keywords: Any) -> str:
@@ -46,6 +46,14 @@ def test_several_emulated_processors_take_turns_where_qemu_misses_code_that_one_
 @pytest.mark.parametrize("version", ["QEMU emulator version 8.1.0", "QEMU emulator version 10.0.8 (Debian 1:10.0.8+ds-0+deb13u1)"])
 def test_several_emulated_processors_run_at_once_where_qemu_misses_nothing(version: str, tmp_path: Path) -> None:
     assert chosen(TCG, tmp_path, version=version, cpus=2) == TCG
+
+
+def test_instructions_are_counted_by_emulation_whatever_the_host_could_do(tmp_path: Path) -> None:
+    for accelerator in (TCG, KVM):
+        counting = chosen(accelerator, tmp_path, cpu_clock="instructions")
+        assert counting.name == "tcg"
+        assert counting.counting == "shift=1,sleep=off"
+        assert "thread=single" in counting.option  # the only way in which QEMU counts
 
 
 def test_a_model_that_was_asked_for_is_taken_as_it_was_written(tmp_path: Path) -> None:
