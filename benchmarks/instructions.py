@@ -50,9 +50,8 @@ def main(rounds: int) -> None:
     bar = baseline * (1 + LIMIT / 100)
     print(f"equal work: {min(equal):,} to {max(equal):,} instructions, a spread of {(max(equal) - min(equal)) / min(equal):.3%}")
     print(f"equal work above {LIMIT} %: {sum(count > bar for count in equal)} of {len(equal)}")
-    print(
-        f"half a percent more ({min(more) / baseline - 1:.2%} at least) above {LIMIT} %: {sum(count > bar for count in more)} of {len(more)}"
-    )
+    noticed = sum(count > bar for count in more)
+    print(f"more work, by {min(more) / baseline - 1:.2%} at least, above {LIMIT} %: {noticed} of {len(more)}")
 
 
 def counted_start(provisioner: Provisioner) -> int:
