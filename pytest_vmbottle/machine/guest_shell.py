@@ -87,7 +87,7 @@ class GuestShell(Shell):
         began = time.monotonic()
         if stream or self.control_group:
             # What is measured is not asked whether it has ended: each question of the guest agent's interrupts it.
-            finished = self.spawn(argv, prepared).relay(stream or _nothing, deadline.seconds)
+            finished = self.spawn(argv, prepared).relay(stream or (lambda _: None), deadline.seconds)
         else:
             finished = self.channel.run(prepared, deadline=deadline)
         result = self._result(argv, finished, time.monotonic() - began)
@@ -204,10 +204,6 @@ class GuestShell(Shell):
             processes = ", ".join(guestlog.killed(said, duration))
             return processes and f"the guest's OOM killer ended process {processes}"
         return ""
-
-
-def _nothing(_: str) -> None:
-    """Take a line of output."""
 
 
 def _environment() -> dict[str, str]:
