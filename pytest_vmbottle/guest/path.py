@@ -114,6 +114,8 @@ _HASHES = {
     "blake2b": "b2sum",
 }
 Type = Literal["dir", "symlink", "file", "fifo", "socket", "block", "char"]
+# Numbers are bounded, because a guest may answer anything.
+_LISTED = re.compile(rb"([dlfpsbc]) ([0-9]{1,20}|\?) ([0-7]{1,5}|\?) (-?[0-9]{1,15}(?:\.[0-9]{1,12})?|\?) ")
 _TYPES: dict[str, Type] = {"d": "dir", "l": "symlink", "f": "file", "p": "fifo", "s": "socket", "b": "block", "c": "char"}
 
 
@@ -150,10 +152,16 @@ class Entry:
         path: The entry's path.
         type: The type of the entry itself, symbolic links not followed: `"file"`, `"dir"`, `"symlink"`, `"fifo"`, `"socket"`, `"block"` or
             `"char"`.
+        size: Its bytes; None if the guest's find is not GNU's, as for the next two.
+        mode: Its permission bits.
+        mtime: The time of its last change, in seconds since 1970.
     """
 
     path: GuestPath
     type: Type
+    size: int | None = attrs.field(default=None, eq=False)
+    mode: int | None = attrs.field(default=None, eq=False)
+    mtime: float | None = attrs.field(default=None, eq=False)
 
     @property
     def name(self) -> str:
@@ -613,12 +621,25 @@ class GuestPath:
 
     def _scan(self, depth: int | None, *, follow: bool = False) -> list[Entry]:
         output = self._output(_raise_for_listing, _SCAN, "" if depth is None else str(depth), "-L" if follow else "")
-        skip = 2 + len(os.fsencode(str(self)))  # the letter, the folder and a slash
-        rows = [(line[:1].decode("latin-1"), line[skip:].decode("utf-8", "surrogateescape")) for line in output.split(b"\0")[:-1]]
+        return sorted((self._entry(line) for line in output.split(b"\0")[:-1]), key=lambda entry: entry.path)
+
+    def _entry(self, line: bytes) -> Entry:
+        """Read a line of `scan.sh`."""
+        told = _LISTED.match(line)
+        folder = os.fsencode(str(self)) + b"/"
+        path = line[told.end() :] if told else b""
+        name = path.removeprefix(folder).decode("utf-8", "surrogateescape")
         # Names come from a guest: one with a slash or `..` would lead out of the folder.
-        if any(kind not in _TYPES or not name or {"", "..", "."} & set(name.split("/")) for kind, name in rows):
+        if told is None or not path.startswith(folder) or {"", "..", "."} & set(name.split("/")):
             raise OSError(errno.EIO, "the guest's listing is invalid", str(self))
-        return sorted((Entry(path=self / name, type=_TYPES[kind]) for kind, name in rows), key=lambda entry: entry.path)
+        kind, size, mode, mtime = (word.decode("ascii") for word in told.groups())
+        return Entry(
+            path=self / name,
+            type=_TYPES[kind],
+            size=None if size == "?" else int(size),
+            mode=None if mode == "?" else int(mode, 8),
+            mtime=None if mtime == "?" else float(mtime),
+        )
 
     @_verb
     def iterdir(self) -> Iterator[GuestPath]:

@@ -208,9 +208,10 @@ class Requests:
         for path in request["paths"]:
             self._path(path).mkdir(parents=request.get("parents", True), exist_ok=True)
 
-    def _list(self, _: Line, request: Mapping[str, Any]) -> list[dict[str, str]]:
+    def _list(self, _: Line, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         entries = [entry for path in request["paths"] for entry in self._path(path).scan(depth=request.get("depth", 1))]
-        return [{"path": str(entry.path), "name": entry.name, "type": entry.type} for entry in entries]
+        facts = ("name", "type", "size", "mode", "mtime")
+        return [{"path": str(entry.path), **{fact: getattr(entry, fact) for fact in facts}} for entry in entries]
 
     def _search(self, _: Line, request: Mapping[str, Any]) -> dict[str, Any]:
         how = {key: value for key, value in request.items() if key not in ("verb", "pattern", "root")}

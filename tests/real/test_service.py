@@ -190,6 +190,8 @@ def test_folders_are_made_listed_and_read(service: Service, web: str) -> None:
 
     assert sorted((each["name"], each["type"]) for each in shallow) == [("a", "dir"), ("c", "dir"), ("link", "link")]
     assert {each["path"] for each in deep} >= {"/srv/tree/a/b", "/srv/tree/a/file"}
+    (file,) = [each for each in deep if each["path"] == "/srv/tree/a/file"]
+    assert (file["size"], file["mode"]) == (len(b"text\xff end"), 0o644)
     bad = service.ask("POST", f"/vms/{web}/read-file", {"paths": ["/srv/tree/a/file"]})
     assert (bad.status, "no UTF-8" in bad.json["detail"]) == (422, True)
     lenient = service.post(f"/vms/{web}/read-file", {"paths": ["/srv/tree/a/file"], "ignore_errors": True})

@@ -172,6 +172,21 @@ def test_a_scan_tells_the_types_of_what_it_finds(there: GuestPath) -> None:
     assert "dir/sub/a.txt" not in types
 
 
+@pytest.mark.parametrize("shell", ["sh", "bash"], indirect=True)
+def test_a_scan_tells_size_mode_and_time(there: GuestPath, shell: Any) -> None:  # noqa: ARG001
+    written = there / "empty" / "written"
+    written.write_bytes(b"12345", mode=0o640)
+    os.utime(str(written), (1_000_000_000.5, 1_000_000_000.5))
+    (entry,) = (there / "empty").scan()
+    assert (entry.size, entry.mode, entry.mtime) == (5, 0o640, 1_000_000_000.5)
+
+
+@pytest.mark.parametrize("shell", ["busybox"], indirect=True)
+def test_a_scan_by_another_find_than_gnus_tells_types_alone(there: GuestPath, shell: Any) -> None:  # noqa: ARG001
+    entries = {entry.name: entry for entry in there.scan()}
+    assert (entries["file"].type, entries["file"].size, entries["file"].mtime) == ("file", None, None)
+
+
 @pytest.mark.parametrize("shell", ["sh", "bash", "busybox"], indirect=True)
 @pytest.mark.parametrize("name", ODD)
 def test_any_name_goes_there_and_back(name: str, there: GuestPath, shell: Any) -> None:
