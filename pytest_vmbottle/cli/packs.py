@@ -59,7 +59,12 @@ _DIGITS = 6
 
 @click.group(
     cls=Group,
-    later=[Section("Commands", "freeze", {"build": "Write a pack into a file that tests start from."})],
+    later=[
+        Section("Commands", "freeze", {"build": "Write a pack into a file that tests start from."}),
+        Section(
+            "Commands", "travel", {"export": "Write a pack into a file, for another computer.", "import": "Import the packs of a file."}
+        ),
+    ],
     epilog=examples("vmbottle pack ls", "vmbottle pack show 140eda", "vmbottle pack prune --older-than 7d --dry-run"),
 )
 def pack() -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["atomic_file", "blocks", "copy_sparse", "descriptor", "private_dir", "read_or_empty", "size_on_disk", "sync_dir"]
+__all__ = ["BLOCK", "atomic_file", "blocks", "copy_sparse", "descriptor", "private_dir", "read_or_empty", "size_on_disk", "sync_dir"]
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def read_or_empty(path: Path) -> str:
 
 
 # Part of a format: `sparse_digest` hashes blocks of this size, and packs carry its digests. Another size would make all of them damaged.
-_BLOCK = 1 << 16
-_ZEROS = bytes(_BLOCK)
+BLOCK = 1 << 16
+_ZEROS = bytes(BLOCK)
 
 
 def copy_sparse(source: int, target: int) -> None:
@@ -94,12 +94,12 @@ def blocks(fd: int, length: int) -> Iterator[tuple[int, bytes]]:
         # Never fails: the end of a file counts as a hole (lseek(2)).
         end = os.lseek(fd, data, os.SEEK_HOLE)
         # Aligned down, so that equal content gives equal blocks whatever the file system's own block size is.
-        start = data // _BLOCK * _BLOCK
+        start = data // BLOCK * BLOCK
         while start < end:
-            block = os.pread(fd, _BLOCK, start)
+            block = os.pread(fd, BLOCK, start)
             if block != _ZEROS[: len(block)]:
                 yield start, block
-            start += _BLOCK
+            start += BLOCK
 
 
 def size_on_disk(path: Path) -> int:

@@ -64,7 +64,10 @@ def completed(words: str) -> list[str]:
     ("words", "found"),
     [
         ("vmbottle mac", ["plain,machine"]),
-        ("vmbottle pack ", ["plain,build", "plain,ls", "plain,show", "plain,verify", "plain,rm", "plain,prune"]),
+        (
+            "vmbottle pack ",
+            ["plain,build", "plain,export", "plain,import", "plain,ls", "plain,show", "plain,verify", "plain,rm", "plain,prune"],
+        ),
         ("vmbottle machine po", ["plain,power-cut"]),
         ("vmbottle machine exec ", ["plain,web"]),
         ("vmbottle machine stop web w", ["plain,web"]),

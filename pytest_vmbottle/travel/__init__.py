@@ -1,0 +1,1 @@
+"""Packs that travel from one computer to another."""

@@ -1,0 +1,215 @@
+"""The file that packs travel in: a zip archive of compressed pieces, and an index that says what they belong to.
+
+::
+
+    index.json      the packs, lowest first, the image, and the pieces of their files
+    pieces/SHA256   a compressed piece (see `pieces`), by the digest of what is in the file
+    (the comment)   the sha256 of all before it, so that no bit of the file changes unnoticed
+
+Equal pieces are there once. Nothing in it is believed: whoever reads it checks names, sizes and digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import cattrs
+
+from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.host.files import atomic_file
+from pytest_vmbottle.images import Traits
+from pytest_vmbottle.travel.pieces import LARGEST_BLOB, Piece, join, split
+
+__all__ = ["ArchiveReader", "ArchiveWriter", "Index", "TravelFile", "TravelImage", "TravelPack", "writing"]
+
+_FORMAT = 1
+_SEAL = 64
+"""Digits of the digest at the end."""
+_INDEX, _PIECES = "index.json", "pieces/"
+_LARGEST_INDEX = 64 << 20
+_LARGEST_FILE = 1 << 42
+_FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_SPOILED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError)
+"""What reading a damaged zip archive may raise."""
+
+_size = [attrs.validators.instance_of(int), attrs.validators.ge(0), attrs.validators.le(_LARGEST_FILE)]
+_text = attrs.validators.instance_of(str)
+
+
+@attrs.frozen(kw_only=True)
+class TravelFile:
+    """A file of a pack or of an image, in pieces."""
+
+    name: str = attrs.field(validator=attrs.validators.matches_re(_FILE_NAME))
+    size: int = attrs.field(validator=_size)
+    pieces: tuple[Piece, ...]
+
+
+@attrs.frozen(kw_only=True)
+class TravelPack:
+    """A pack.
+
+    Attributes:
+        manifest: The facts of its `pack.json`.
+        depends: What the computer that restores it must have in common with the one that made it (see `Backend.fingerprint`).
+        files: Its files, without `pack.json`.
+    """
+
+    manifest: Mapping[str, Any]
+    depends: str = attrs.field(validator=_text)
+    files: tuple[TravelFile, ...]
+
+
+@attrs.frozen(kw_only=True)
+class TravelImage:
+    """The image below the packs.
+
+    Attributes:
+        name: Its name where it comes from.
+        arch, cmdline, description, traits: As for `ImageStore.publish`.
+        files: Its disk, and perhaps its kernel.
+    """
+
+    name: str = attrs.field(validator=_text)
+    arch: str = attrs.field(validator=_text)
+    cmdline: str = attrs.field(validator=_text)
+    description: str = attrs.field(validator=_text)
+    traits: Traits
+    files: tuple[TravelFile, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Index:
+    """Content of `index.json`."""
+
+    format: int = _FORMAT
+    packs: tuple[TravelPack, ...] = ()
+    image: TravelImage | None = None
+
+
+class ArchiveWriter:
+    """An archive that is being written."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        """Take the open archive."""
+        self._archive = archive
+        self._there: set[str] = set()
+
+    def add(self, path: Path, base: Path | None) -> TravelFile:
+        """Add a file, and return what the index says of it.
+
+        Args:
+            path: The file.
+            base: A similar file that is in the archive, or that the reader has.
+        """
+        pieces = []
+        for piece, blob in split(path, base):
+            pieces.append(piece)
+            if piece.blob not in self._there:
+                self._there.add(piece.blob)
+                self._archive.writestr(_entry(f"{_PIECES}{piece.blob}"), blob)
+        return TravelFile(name=path.name, size=path.stat().st_size, pieces=tuple(pieces))
+
+    def finish(self, index: Index) -> None:
+        """Write the index."""
+        self._archive.writestr(_entry(_INDEX), json.dumps(cattrs.unstructure(index), separators=(",", ":")))
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    # Always of the same time, so that equal packs give equal archives.
+    return zipfile.ZipInfo(name)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[ArchiveWriter]:
+    """Write an archive, which is there when the block has succeeded."""
+    with atomic_file(path) as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.comment = b"0" * _SEAL
+            yield ArchiveWriter(archive)
+        file.flush()
+        # It is open for writing only, and has another name yet.
+        sealed = _seal(Path(f"/proc/self/fd/{file.fileno()}"))
+        file.seek(-_SEAL, os.SEEK_END)
+        file.write(sealed.encode())
+
+
+def _seal(path: Path) -> str:
+    """Return the digest of a file but for its own digest at the end."""
+    value, left = hashlib.sha256(), path.stat().st_size - _SEAL
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            value.update(chunk)
+            left -= len(chunk)
+    return value.hexdigest()
+
+
+class ArchiveReader:
+    """An archive that somebody gave us; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it, and read the index.
+
+        Raises:
+            CatalogError: It cannot be read, or is no archive of packs.
+        """
+        self._path = path
+        try:
+            self._archive = zipfile.ZipFile(path)
+            if self._archive.comment != _seal(path).encode():
+                self._archive.close()
+                raise zipfile.BadZipFile("its content is not what was written")
+        except _SPOILED as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CatalogError(f"{path} is no archive of packs, or is damaged: {reason}") from error
+        try:
+            self.index = self._index()
+        except BaseException:
+            self._archive.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+    def extract(self, file: TravelFile, folder: Path, base: Path | None) -> Path:
+        """Write a file into a folder, and return its path.
+
+        Raises:
+            CatalogError: The archive is damaged.
+        """
+        path = folder / file.name
+        join(path, file.size, list(file.pieces), fetch=lambda blob: self._read(f"{_PIECES}{blob}", LARGEST_BLOB), base=base)
+        return path
+
+    def _index(self) -> Index:
+        text = self._read(_INDEX, _LARGEST_INDEX)
+        try:
+            facts = json.loads(text)
+            if isinstance(facts, dict) and facts.get("format") != _FORMAT:
+                raise CatalogError(f"{self._path} was written by another version of this program: export it again")
+            return cattrs.structure(facts, Index)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, cattrs.BaseValidationError) as error:
+            raise CatalogError(f"{self._path}: its index is damaged") from error
+
+    def _read(self, name: str, most: int) -> bytes:
+        try:
+            with self._archive.open(name) as file:
+                data = file.read(most + 1)
+        except _SPOILED as error:
+            raise CatalogError(f"{self._path} is damaged, or is no archive of packs: {name[:60]}: {error}") from error
+        if len(data) > most:
+            raise CatalogError(f"{self._path} is damaged: {name[:60]} is too large")
+        return data

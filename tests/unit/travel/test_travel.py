@@ -1,0 +1,245 @@
+"""Packs leave one catalog and arrive in another: whole, checked, and only where they can be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from pytest_vmbottle.catalog import packs
+from pytest_vmbottle.catalog.catalog import Catalog
+from pytest_vmbottle.catalog.packs import Manifest, Pack
+from pytest_vmbottle.disks.overlay import write_overlay
+from pytest_vmbottle.errors import CatalogError
+from pytest_vmbottle.host import records
+from pytest_vmbottle.images import ImageStore
+from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.travel import archive as format_of
+from pytest_vmbottle.travel.archive import ArchiveReader
+from pytest_vmbottle.travel.packs import Exporter, Importer
+
+MIB = 1 << 20
+
+
+def quiet(_: str) -> None:
+    return None
+
+
+def catalog(folder: Path) -> Catalog:
+    folder.mkdir(mode=0o700)
+    return Catalog(folder)
+
+
+def publish(home: Catalog, name: str, ram: list[tuple[int, bytes]], image: str, parent: Pack | None = None) -> Pack:
+    with home.staging() as staging:
+        folder = staging / "pack"
+        folder.mkdir()
+        with (folder / "ram.img").open("wb") as file:
+            file.truncate(16 * MIB)
+            for offset, data in ram:
+                os.pwrite(file.fileno(), data, offset)
+        (folder / "state.bin").write_bytes(os.urandom(1000))
+        with (folder / "ram.img").open("rb") as nothing:
+            write_overlay(folder / "disk.qcow2", size=64 * MIB, block=512, blocks={}, data=nothing)
+        records.write(folder / "spec.json", MachineSpec(source="debian-12", name=name).plain_keywords())
+        manifest = Manifest(
+            key=("ab" if parent is None else "cd") * 32,
+            kind="template",
+            name=name,
+            parent=parent.key if parent else None,
+            parent_seal=parent.seal if parent else "",
+            image=image,
+            backend="qemu 7.2 tcg",
+            memory=16 * MIB,
+            disk_size=64 * MIB,
+        )
+        packs.seal(folder, manifest)
+        return packs.read(home.publish(folder, manifest.key))
+
+
+@attrs.frozen
+class Home:
+    """A catalog with an image, a pack of it, and a layer's pack on that."""
+
+    catalog: Catalog
+    image: str
+    base: Pack
+    layer: Pack
+
+    def export(self, target: Path, *, pack: Pack | None = None, parents: bool = True) -> Path:
+        exporter = Exporter(catalog=self.catalog, fingerprint=lambda _: "a computer", say=quiet)
+        exporter.write(pack or self.layer, target, parents=parents)
+        return target
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    folder = tmp_path_factory.mktemp("home")
+    with closing(catalog(folder / "catalog")) as made:
+        disk = folder / "disk.raw"
+        disk.write_bytes(os.urandom(300_000).ljust(510 + MIB, b"\0") + b"\x55\xaa" + bytes(MIB - 512))
+        data = bytearray(disk.read_bytes())
+        data[510:512] = b"\x55\xaa"
+        disk.write_bytes(data)
+        image = ImageStore(made.images).add(disk, name="debian-12")
+        ram = [(0, os.urandom(5 * MIB)), (9 * MIB, b"kernel")]
+        base = publish(made, "debian-12", ram, image.key)
+        yield Home(made, image.key, base, publish(made, "web", [*ram, (MIB, b"a server"), (12 * MIB, b"its memory")], image.key, base))
+
+
+@pytest.fixture(scope="module")
+def file(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return home.export(tmp_path_factory.mktemp("file") / "web.vmpack")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Catalog]:
+    with closing(catalog(tmp_path / "elsewhere")) as made:
+        yield made
+
+
+def arrive(there: Catalog, source: Path, fingerprint: str = "a computer") -> list[Pack]:
+    return Importer(catalog=there, fingerprint=lambda _: fingerprint, say=quiet).read(source)
+
+
+def test_packs_and_their_image_arrive_as_they_left(home: Home, file: Path, elsewhere: Catalog) -> None:
+    base, layer = arrive(elsewhere, file)
+    for left, came in ((home.base, base), (home.layer, layer)):
+        came.verify()
+        assert came.manifest == left.manifest
+        assert {path.name: path.stat().st_mode for path in came.path.iterdir()} == {
+            path.name: path.stat().st_mode for path in left.path.iterdir()
+        }
+    packs.check_parent(layer)
+    (image,) = ImageStore(elsewhere.images).list()
+    assert (image.name, image.key) == ("debian-12", home.image)
+    assert arrive(elsewhere, file) == []
+
+
+def test_a_layer_alone_is_small_and_arrives_where_its_parent_is(home: Home, file: Path, elsewhere: Catalog, tmp_path: Path) -> None:
+    alone = home.export(tmp_path / "alone", parents=False)
+    assert alone.stat().st_size < file.stat().st_size / 50
+    with pytest.raises(CatalogError, match=home.base.key[:12]):
+        arrive(elsewhere, alone)
+    assert not list(elsewhere.packs.glob("*"))
+    arrive(elsewhere, home.export(tmp_path / "base", pack=home.base))
+    (layer,) = arrive(elsewhere, alone)
+    layer.verify()
+
+
+def test_equal_packs_give_equal_files(home: Home, file: Path, tmp_path: Path) -> None:
+    assert home.export(tmp_path / "again").read_bytes() == file.read_bytes()
+
+
+def test_a_pack_for_another_computer_is_refused_with_what_it_needs(file: Path, elsewhere: Catalog) -> None:
+    with pytest.raises(CatalogError, match=r"qemu 7\.2 tcg.*processor"):
+        arrive(elsewhere, file, "another computer")
+    assert not list(elsewhere.packs.glob("*"))
+
+
+def test_200_damaged_files_are_refused_and_leave_nothing(file: Path, elsewhere: Catalog, tmp_path: Path) -> None:
+    whole, chance, damaged = file.read_bytes(), random.Random(4711), tmp_path / "damaged"
+    for number in range(200):
+        place = chance.randrange(len(whole))
+        if number % 4 == 0:
+            damaged.write_bytes(whole[:place])
+        elif number % 4 == 1:
+            damaged.write_bytes(whole[:place] + whole[place + 1 :])
+        else:
+            damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(CatalogError):
+            arrive(elsewhere, damaged)
+    assert not list(elsewhere.packs.glob("*"))
+    assert not ImageStore(elsewhere.images).list()
+
+
+def forged(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write an archive again with another index, sealed as one of ours."""
+    with zipfile.ZipFile(source) as old, format_of.writing(target) as writer:
+        facts = json.loads(old.read("index.json"))
+        change(facts)
+        for name in old.namelist():
+            data = json.dumps(facts) if name == "index.json" else old.read(name)
+            writer._archive.writestr(name, data)
+    return target
+
+
+def set_at(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(facts: Any) -> None:
+        for key in path[:-1]:
+            facts = facts[key]
+        facts[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_at("format", value=2),
+        set_at("packs", value=[]),
+        set_at("packs", value=None),
+        set_at("packs", 0, "files", 0, "name", value="../../evil"),
+        set_at("packs", 0, "files", 0, "name", value="pack.json"),
+        set_at("packs", 0, "files", 0, "size", value=-1),
+        set_at("packs", 0, "files", 0, "size", value=1 << 60),
+        set_at("packs", 0, "files", 0, "size", value="1"),
+        set_at("packs", 0, "files", 1, "pieces", 0, "number", value=1 << 40),
+        set_at("packs", 0, "files", 1, "pieces", 0, "number", value=-1),
+        set_at("packs", 0, "files", 1, "pieces", 0, "blocks", value=0),
+        set_at("packs", 0, "files", 1, "pieces", 0, "blob", value="../index.json"),
+        set_at("packs", 0, "files", 1, "pieces", value=[]),
+        set_at("packs", 0, "files", value=[]),
+        set_at("packs", 0, "manifest", "key", value="../../../evil"),
+        set_at("packs", 0, "manifest", "name", value="another"),
+        set_at("packs", 0, "manifest", value={}),
+        set_at("packs", 0, "depends", value=5),
+        set_at("image", "name", value="../evil"),
+        set_at("image", "files", 0, "name", value="evil"),
+        set_at("image", "traits", value={"firmware": "none"}),
+        set_at("image", value=None),
+    ],
+)
+def test_an_archive_that_somebody_forged_is_refused_and_writes_nothing(
+    file: Path, elsewhere: Catalog, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    with pytest.raises(CatalogError):
+        arrive(elsewhere, forged(file, tmp_path / "forged", change))
+    assert not list(elsewhere.packs.glob("*"))
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_what_is_no_archive_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="no archive of packs"):
+        ArchiveReader(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(CatalogError, match="no archive of packs"):
+        ArchiveReader(tmp_path / "text")
+
+
+def test_a_name_that_another_image_has_is_left_to_it(home: Home, file: Path, elsewhere: Catalog, tmp_path: Path) -> None:
+    other = tmp_path / "other.raw"
+    other.write_bytes(bytes(510) + b"\x55\xaa" + os.urandom(MIB - 512))
+    ImageStore(elsewhere.images).add(other, name="debian-12")
+    arrive(elsewhere, file)
+    assert {image.name: image.key == home.image for image in ImageStore(elsewhere.images).list()} == {
+        "debian-12": False,
+        f"debian-12-{home.image[:6]}": True,
+    }
+
+
+def test_nothing_is_left_of_an_export_that_fails(home: Home, tmp_path: Path) -> None:
+    def fail(_: MachineSpec) -> str:
+        raise CatalogError("no QEMU here")
+
+    with pytest.raises(CatalogError, match="no QEMU"):
+        Exporter(catalog=home.catalog, fingerprint=fail, say=quiet).write(home.layer, tmp_path / "file", parents=True)
+    assert not list(tmp_path.iterdir())
