@@ -12,7 +12,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import attrs
 
@@ -23,7 +23,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.machine.switch import Cable, Impairment, Port, Switch
 
-__all__ = ["DIRECTIONS", "Direction", "Lan", "LanMember", "Lans", "impairment_of"]
+__all__ = ["DIRECTIONS", "Direction", "Lan", "LanGuest", "LanMember", "LanTable", "Lans", "impairment_of"]
 
 Direction = Literal["in", "out"]
 DIRECTIONS: tuple[Direction, ...] = ("in", "out")
@@ -263,6 +263,13 @@ def _tell(place: LanMember) -> None:
         place.tell()
     except MachineError as error:  # switched off or paused, perhaps: that is its test's affair, and does not concern who joins
         log.warning("the machine %r could not update the host names of its LAN: %s", place.name, error)
+
+
+class LanTable(Protocol):
+    """Private LANs by name."""
+
+    def __getitem__(self, name: str, /) -> Lan:
+        """Return the LAN of a name, made if need be."""
 
 
 class Lans:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.backends.port import Backend, Capabilities, Start
     from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.catalog.packs import Pack
-    from pytest_vmbottle.machine.lan import Lan, Lans
+    from pytest_vmbottle.machine.lan import Lan, LanTable
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.provision.origins import Origin
 
@@ -69,7 +69,7 @@ class Provisioner:
 
     @contextmanager
     def machine(
-        self, spec: MachineSpec, *, start: Start | None = None, origin: Origin | None = None, lans: Lans | None = None
+        self, spec: MachineSpec, *, start: Start | None = None, origin: Origin | None = None, lans: LanTable | None = None
     ) -> Iterator[Machine]:
         """Start a machine for a block, and yield it when it is ready.
 
@@ -77,7 +77,7 @@ class Provisioner:
             spec: The machine's spec.
             start: The boot source, if it is not a pack of the catalog.
             origin: The image that this boot source stands on, if it need not be there any more.
-            lans: The private LANs of its test.
+            lans: The private LANs that it may join, by name.
 
         Raises:
             SpecError: This host, or the memory budget, is too small for it.
@@ -242,7 +242,7 @@ def _infra() -> Iterator[None]:
         raise
 
 
-def _lan(spec: MachineSpec, lans: Lans | None) -> Lan | None:
+def _lan(spec: MachineSpec, lans: LanTable | None) -> Lan | None:
     if spec.lan is None:
         return None
     if lans is None:

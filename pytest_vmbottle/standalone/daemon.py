@@ -30,6 +30,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.signals import Interruption, left
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.machine.machine import Machine
+from pytest_vmbottle.machine.shared_lan import SharedLans
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.provision.origins import KeptOrigin, Origin
 from pytest_vmbottle.settings import Settings as Told
@@ -351,7 +352,11 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
     try:
         made_of = _made_of(place, order, provisioner, catalog)
         # The console is linked within the block of the machine, whose folder is gone after it.
-        with provisioner.machine(made_of.spec, start=made_of.start, origin=made_of.origin) as machine, _shown_console(place, machine):
+        lans = SharedLans(catalog.root / "lans")
+        with (
+            provisioner.machine(made_of.spec, start=made_of.start, origin=made_of.origin, lans=lans) as machine,
+            _shown_console(place, machine),
+        ):
             origin = made_of.origin or provisioner.origin(made_of.spec)
             for port, here in forwards(order["keywords"]):
                 machine.lifecycle.instance.forward_from(here, port)

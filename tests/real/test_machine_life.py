@@ -223,3 +223,26 @@ def test_the_screen_is_saved_and_keys_are_pressed(commands: Commands, name: str,
     assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
     assert commands.run("screenshot", name, "-o", "-").stdout.startswith(b"\x89PNG")
     assert b"'ctrl-nosuch'" in commands.run("send-keys", name, "ctrl-nosuch", status=1).stderr
+
+
+@pytest.mark.guests
+def test_machines_on_one_lan_reach_each_other_by_name_from_processes_of_their_own(commands: Commands, name: str) -> None:
+    other = f"{name}b"
+    greets = ("bash", "-c", f"exec 3<>/dev/tcp/{other}/22; head -c 4 <&3")
+    commands.start(name, f"--network={name}")
+    try:
+        commands.start(other, f"--network={name}")
+        assert commands.exec(name, *greets) == "SSH-"
+        data = os.urandom(3 << 20)
+        commands.run(
+            "exec", other, "-i", "--", "sh", "-c", "cat > /srv/data; systemd-run -q python3 -m http.server -d /srv 8000", stdin=data
+        )
+        fetch = f"import time, urllib.request as u; time.sleep(3); print(len(u.urlopen('http://{other}:8000/data', timeout=60).read()))"
+        assert commands.exec(name, "python3", "-c", fetch) == f"{3 << 20}\n"
+        commands.run("reboot", other)
+        assert commands.exec(name, *greets) == "SSH-"
+    finally:
+        commands.run("rm", "--force", other)
+    assert Deadline(60).poll(lambda: other not in commands.exec(name, "cat", "/etc/hosts"), every=0.5)
+    commands.run("rm", "--force", name)
+    assert not list((commands.root / "lans" / name).iterdir())
