@@ -16,6 +16,7 @@ _docstrings = Sybil(
     patterns=[f"pytest_vmbottle/{folders}*.py" for folders in ("", "*/", "*/*/", "*/*/*/")],
     excludes=[
         "pytest_vmbottle/machine/machine.py",
+        "pytest_vmbottle/machine/clock.py",
         "pytest_vmbottle/machine/faults.py",
         "pytest_vmbottle/guest/path.py",
     ],  # tests/real/test_docstrings.py gives theirs a machine

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-__all__ = ["is_gone", "leave_out", "line", "open_files", "process"]
+__all__ = ["Rounds", "is_gone", "leave_out", "line", "open_files", "process"]
+
+Rounds = Callable[[str, int], range]
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item], folder: Path, marker: str) -> None:
@@ -57,3 +60,12 @@ def line(running: subprocess.Popen[str]) -> str:
     """The next line that a process prints, without its end."""
     assert running.stdout is not None
     return running.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Rounds:
+    """Function that returns the rounds of an experiment: 20 of them for `rounds("A1", 20)`, unless `SOAK` says otherwise."""
+    words = [word for word in os.environ.get("SOAK", "1").split(",") if word]
+    factor = next((float(word) for word in words if "=" not in word), 1.0)
+    given = {name: int(number) for name, _, number in (word.partition("=") for word in words if "=" in word)}
+    return lambda experiment, few: range(given.get(experiment, max(1, round(few * factor))))

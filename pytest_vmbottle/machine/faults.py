@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
-import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypedDict, Unpack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, Unpack
 
 from pytest_vmbottle.backends.port import DiskErrors, Instance
-from pytest_vmbottle.channels.port import GUEST_PATH, Command
-from pytest_vmbottle.errors import MachineError
 from pytest_vmbottle.guest.path import GuestPath
-from pytest_vmbottle.host.deadline import Deadline
-from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.host.sizes import parse_size
+from pytest_vmbottle.machine.clock import clock_jump
+from pytest_vmbottle.machine.fault import Fault, fault, guest_fault
 from pytest_vmbottle.machine.lan import DIRECTIONS, Direction, LanMember, impairment_of
+from pytest_vmbottle.machine.process_faults import ProcessFaults
 
 if TYPE_CHECKING:
     from pathlib import PurePosixPath
-    from types import TracebackType
 
     from pytest_vmbottle.machine.lifecycle import Lifecycle
     from pytest_vmbottle.machine.switch import Impairment
 
-__all__ = ["Clock", "Fault", "Faults", "ProcessFaults"]
+__all__ = ["Faults"]
 
-_HOLD, _END = read_script(__package__, "fault.py"), read_script(__package__, "fault_end.sh")
-_KILL, _OOM = read_script(__package__, "process_kill.sh"), read_script(__package__, "process_oom.sh")
-_PATIENCE = 600.0
-"""Seconds for a guest to begin a fault: to fill a disk, or to go from timer to timer."""
 _SLICE = 0.05
 """Seconds of which processors get a part."""
 _MOST_RULES = 4096
@@ -60,64 +52,6 @@ class NetworkFaults(TypedDict, total=False):
     bandwidth: float
 
 
-class Fault:
-    """A fault, for the length of a `with` block, or from `start` to `stop`.
-
-    It also ends with its machine, when that is restored, rebooted or off.
-    """
-
-    def __init__(
-        self, lifecycle: Lifecycle, name: str, told: dict[str, object], begin: Callable[[Instance], AbstractContextManager[object]]
-    ) -> None:
-        """Describe a fault; nothing happens yet.
-
-        Args:
-            lifecycle: The machine.
-            name: Its name.
-            told: Its arguments, for the timeline.
-            begin: Function that returns the fault of the machine's present instance.
-        """
-        self._lifecycle, self._name, self._told, self._begin = lifecycle, name, told, begin
-        self._under_way = ExitStack()
-        self._is_on = False
-
-    def start(self) -> Self:
-        """Begin.
-
-        Raises:
-            MachineError: The machine cannot have this fault now, or is off.
-            Unsupported: Its backend cannot do this.
-            RuntimeError: It has begun already.
-        """
-        if self._is_on:
-            raise RuntimeError(f"the fault {self._name} has begun already")
-        self._under_way.enter_context(self._begin(self._lifecycle.instance))
-        self._is_on = True
-        self._note("began")
-        return self
-
-    def stop(self) -> None:
-        """End it; may be called again."""
-        if self._is_on:
-            self._is_on = False
-            try:
-                self._under_way.close()
-            finally:
-                self._note("ended")
-
-    def _note(self, state: str) -> None:
-        _note(self._lifecycle, self._name, state, self._told)
-
-    def __enter__(self) -> Self:
-        return self if self._is_on else self.start()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
-
-    def __repr__(self) -> str:
-        return f"<Fault {self._name} {self._told}, {'on' if self._is_on else 'off'}>"
-
-
 class Faults:
     """The faults of a machine: `with vm.faults.slow_disk("data", iops=50): ...`."""
 
@@ -125,11 +59,11 @@ class Faults:
         """Take the machine."""
         self._lifecycle = lifecycle
 
-    def _fault(self, fault: str, begin: Callable[[Instance], AbstractContextManager[object]], /, **told: object) -> Fault:
-        return Fault(self._lifecycle, fault, {key: value for key, value in told.items() if value is not None}, begin)
+    def _fault(self, name: str, begin: Callable[[Instance], AbstractContextManager[object]], /, **told: object) -> Fault:
+        return fault(self._lifecycle, name, begin, **told)
 
-    def _in_guest(self, fault: str, verb: str, /, *words: object, **told: object) -> Fault:
-        return self._fault(fault, lambda instance: _held(instance, self._lifecycle, verb, *map(str, words)), **told)
+    def _in_guest(self, name: str, verb: str, /, *words: object, **told: object) -> Fault:
+        return guest_fault(self._lifecycle, name, verb, *words, **told)
 
     # -- disks -----------------------------------------------------------------------------------------------------------------------
 
@@ -345,8 +279,7 @@ class Faults:
         """
         if (jump == 0) == (rate == 1) or not _RATES[0] <= rate <= _RATES[1]:
             raise ValueError(f"jump={jump!r}, rate={rate!r}: takes seconds, or a rate from {_RATES[0]} to {_RATES[1]}")
-        verb, value = ("jump", jump) if jump else ("rate", rate)
-        return self._in_guest("clock", verb, value, **{verb: value})
+        return clock_jump(self._lifecycle, jump) if jump else self._in_guest("clock", "rate", rate, rate=rate)
 
     # -- processes -------------------------------------------------------------------------------------------------------------------
 
@@ -358,7 +291,7 @@ class Faults:
             ...     vm.exec("ps -o stat= -C sshd").stdout[0]
             'T'
         """
-        return ProcessFaults(self, self._lifecycle, target)
+        return ProcessFaults(self._lifecycle, target)
 
     def syscall(self, target: str | int, name: str, *, error: str = "EIO", when: str = "") -> Fault:
         """Have a system call of running processes fail, by `strace -e inject` in the guest, which needs strace.
@@ -371,117 +304,6 @@ class Faults:
         """
         told = {"target": target, "name": name, "error": error, "when": when}
         return self._in_guest("syscall", "syscall", target, name, error, when, **told)
-
-
-class Clock:
-    """The wall clock of a guest. What is done to it is done at once, and undone at the end of a `with` block, or by `stop`."""
-
-    def __init__(self, faults: Faults, now: Callable[[], float]) -> None:
-        """Take the machine's faults, and a function that asks for the guest's time."""
-        self._faults, self._now = faults, now
-
-    def set(self, when: dt.datetime) -> Fault:
-        """Set the clock; what time it is there without a zone is UTC.
-
-        Example:
-            >>> with vm.clock.set(dt.datetime(2038, 1, 19)):
-            ...     vm.exec("date -u +%F").stdout.strip()
-            '2038-01-19'
-        """
-        aware = when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)
-        return self._faults.clock(jump=aware.timestamp() - self._now()).start()
-
-    def advance(self, **span: float) -> Fault:
-        """Set the clock forward, or back, by a step; timers that are due in between run once, or not at all.
-
-        Args:
-            span: As for `datetime.timedelta`: `days=`, `hours=`, ...
-
-        Example:
-            >>> with vm.clock.advance(days=400):
-            ...     vm.exec("date +%s").stdout > str(time.time() + 399 * 86400)
-            True
-        """
-        return self._faults.clock(jump=dt.timedelta(**span).total_seconds()).start()
-
-    def fast_forward(self, **span: float) -> Fault:
-        """Set the clock forward from timer to timer of systemd, so that each runs as often as it would, and in order.
-
-        It waits until what a timer has started has ended, 10 s at most; for what took longer once it does not wait again. Jobs of cron are
-        passed over.
-
-        Args:
-            span: As for `datetime.timedelta`: `days=`, `hours=`, ...
-
-        Raises:
-            ValueError: The span is not above 0.
-
-        Example:
-            >>> _ = vm.exec("systemd-run --on-calendar=daily --unit=mine sh -c 'date +%F >> /srv/days'")
-            >>> with vm.clock.fast_forward(days=3):
-            ...     len(set(vm.path("/srv/days").read_text().split()))
-            3
-        """
-        seconds = dt.timedelta(**span).total_seconds()
-        if seconds <= 0:
-            raise ValueError(f"fast_forward({span}): takes a time above 0")
-        return self._faults._in_guest("clock.fast_forward", "forward", seconds, seconds=seconds).start()  # noqa: SLF001 - of one piece
-
-
-class ProcessFaults:
-    """Faults of a unit or a process in a guest."""
-
-    def __init__(self, faults: Faults, lifecycle: Lifecycle, target: str | int) -> None:
-        """Take the machine's faults, and the target."""
-        self._faults, self._lifecycle, self._target = faults, lifecycle, target
-
-    def pause(self) -> Fault:
-        """Stop the processes (SIGSTOP); they go on at the end."""
-        return self._faults._in_guest("process.pause", "pause", self._target, target=self._target)  # noqa: SLF001 - of one piece
-
-    def kill(self, sig: str = "KILL") -> None:
-        """Send the processes a signal now.
-
-        Raises:
-            MachineError: There are no such processes.
-        """
-        self._now("process.kill", _KILL, sig)
-
-    def oom(self) -> None:
-        """Have the guest's OOM killer end one of the processes now, and return when it has.
-
-        Raises:
-            MachineError: There are no such processes.
-        """
-        self._now("process.oom", _OOM)
-
-    def _now(self, name: str, script: str, *words: str) -> None:
-        _note(self._lifecycle, name, "began", {"target": self._target})
-        _run(self._lifecycle, ("/bin/sh", "-c", script, "sh", str(self._target), *words), "do this to its processes")
-
-
-def _note(lifecycle: Lifecycle, name: str, state: str, told: Mapping[str, object]) -> None:
-    lifecycle.timeline.note("fault", verb=name, args=[f"{key}={value}" for key, value in told.items()], state=state)
-
-
-@contextmanager
-def _held(instance: Instance, lifecycle: Lifecycle, verb: str, *words: str) -> Iterator[None]:
-    """Have a process in the guest hold a fault for the length of a block."""
-    token = f"vmbottle-fault-{secrets.token_hex(8)}"
-    said = _run(lifecycle, ("python3", "-c", _HOLD, token, verb, *words), f"begin the fault {verb}")
-    try:
-        yield
-    finally:
-        if lifecycle.runs_on(instance):
-            _run(lifecycle, ("/bin/sh", "-c", _END, "sh", said.strip(), token), f"end the fault {verb}")
-
-
-def _run(lifecycle: Lifecycle, argv: tuple[str, ...], what: str) -> str:
-    ended = lifecycle.channel.run(Command(argv=argv, env=(("PATH", GUEST_PATH),)), deadline=Deadline(_PATIENCE))
-    if ended.returncode != 0:
-        reason = "it has no Python 3" if ended.returncode == 127 else ended.stderr.decode(errors="replace").strip()  # noqa: PLR2004 - not found
-        raise MachineError(f"the guest could not {what}: {reason or f'status {ended.returncode}'}")
-    return ended.stdout.decode()
 
 
 def _directions(direction: Literal["both", "in", "out"]) -> tuple[Direction, ...]:

@@ -20,8 +20,9 @@ from pytest_vmbottle.host import resources as host
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.machine import keyboard, openssh
+from pytest_vmbottle.machine.clock import Clock
 from pytest_vmbottle.machine.disks import new_disk
-from pytest_vmbottle.machine.faults import Clock, Faults
+from pytest_vmbottle.machine.faults import Faults
 from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
 from pytest_vmbottle.machine.instructions import Instructions, count_instructions
 from pytest_vmbottle.machine.lan import impairment_of
@@ -994,7 +995,7 @@ class Machine:
             ...     vm.exec("date +%s").stdout > str(time.time() + 86000)
             True
         """
-        return Clock(self.faults, lambda: float(self.guest.run(_DATE, self.guest.command(_DATE), Deadline(_ANSWER)).stdout))
+        return Clock(self.lifecycle, lambda: float(self.guest.run(_DATE, self.guest.command(_DATE), Deadline(_ANSWER)).stdout))
 
     # -- screen and keyboard ---------------------------------------------------------------------------------------------------------
 

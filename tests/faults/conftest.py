@@ -32,8 +32,6 @@ HERE = Path(__file__).parent
 SECONDS = 5.0
 """In which everything has to be gone."""
 
-Rounds = Callable[[str, int], range]
-
 
 @attrs.frozen(kw_only=True)
 class Left:
@@ -241,15 +239,6 @@ def percentiles(seconds: Iterable[float]) -> str:
 def measured(record_property: Callable[[str, object], None]) -> Callable[[str, Iterable[float]], None]:
     """Takes durations that the end of the run tells of."""
     return lambda name, seconds: record_property(name, percentiles(seconds))
-
-
-@pytest.fixture(scope="session")
-def rounds() -> Rounds:
-    """Function that returns the rounds of an experiment: 20 of them for `rounds("A1", 20)`, unless `SOAK` says otherwise."""
-    words = [word for word in os.environ.get("SOAK", "1").split(",") if word]
-    factor = next((float(word) for word in words if "=" not in word), 1.0)
-    given = {name: int(number) for name, _, number in (word.partition("=") for word in words if "=" in word)}
-    return lambda experiment, few: range(given.get(experiment, max(1, round(few * factor))))
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from pytest_vmbottle import GuestPath, Machine
-from pytest_vmbottle.machine.faults import Clock, Faults
+from pytest_vmbottle.machine.clock import Clock
+from pytest_vmbottle.machine.faults import Faults
 
 WITHOUT = {"Machine.shell": "takes a terminal: it is tested with one"}
 """Members without an example, and why."""

@@ -11,7 +11,7 @@ from pytest_vmbottle import Machine, MachineError
 from pytest_vmbottle.report.words import describe_event
 
 if TYPE_CHECKING:
-    from pytest_vmbottle.machine.faults import Fault
+    from pytest_vmbottle.machine.fault import Fault
 
 pytestmark = pytest.mark.vm("debian-12", disks={"data": "64M"})
 DISK = "/dev/disk/by-id/virtio-data"

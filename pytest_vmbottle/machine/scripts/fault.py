@@ -5,6 +5,7 @@ The fault ends, and with it the process that holds it, by SIGTERM.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import ctypes
 import datetime as dt
@@ -12,6 +13,7 @@ import errno
 import glob
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -224,7 +226,71 @@ def traced(pid: str) -> bool:
     return True
 
 
+MONTHS, WEEKDAYS = calendar.month_abbr[1:], ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+NAMES = {name.lower(): number for names, low in ((MONTHS, 1), (WEEKDAYS, 0)) for number, name in enumerate(names, low)}
+SHORT = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *"}
+SHORT["@yearly"] = SHORT["@annually"] = "0 0 1 1 *"
+LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 UNIT_PATIENCE = 10
+CRON_LATE = 2.0  # it sleeps until a second after its minute has begun (cron_sleep in Debian's cron.c)
+
+
+def field(text: str, low: int, high: int) -> set[int]:
+    """Return the numbers of a field of a crontab (crontab(5))."""
+    found: set[int] = set()
+    for part in text.lower().split(","):
+        span, _, step = part.partition("/")
+        first, _, last = span.partition("-")
+        if span == "*":
+            first, last = str(low), str(high)
+        begin = NAMES[first] if first in NAMES else int(first)
+        end = NAMES[last] if last in NAMES else int(last or (high if step else begin))
+        found.update(range(begin, end + 1, int(step or 1)))
+    return found
+
+
+class Job:
+    """A line of a crontab."""
+
+    def __init__(self, line: str) -> None:
+        """Read the line."""
+        words = line.split()
+        words = (SHORT.get(words[0], words[0]) if words[0].startswith("@") else " ".join(words[:5])).split()
+        self.minutes, self.hours, self.days, self.months, weekdays = (field(word, *limits) for word, limits in zip(words, LIMITS))
+        self.weekdays = {number % 7 for number in weekdays}
+        # With a star in one of the two, both must fit; else one of them is enough.
+        self.both = words[2].startswith("*") or words[4].startswith("*")
+
+    def falls_on(self, day: dt.date) -> bool:
+        """Tell whether the job runs on a day."""
+        fits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
+        return day.month in self.months and (all(fits) if self.both else any(fits))
+
+    def after(self, now: float, end: float) -> float:
+        """Return the next time at which it runs; `end` if that is later."""
+        day = dt.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)  # noqa: DTZ006 - cron goes by local time
+        while day.timestamp() < end:
+            if self.falls_on(day.date()):
+                for hour in sorted(self.hours):
+                    for minute in sorted(self.minutes):
+                        due = day.replace(hour=hour, minute=minute).timestamp()
+                        if due > now:
+                            return min(due, end)
+            day += dt.timedelta(days=1)
+        return end
+
+
+def jobs() -> list[Job]:
+    """Return the jobs of cron."""
+    found = []
+    for path in ["/etc/crontab", *glob.glob("/etc/cron.d/*"), *glob.glob("/var/spool/cron/crontabs/*")]:
+        with contextlib.suppress(OSError), open(path, errors="replace") as file:
+            for line in file:
+                # Neither comments nor variables; what cron itself does not understand is not run either.
+                if re.match(r"\s*[\d*@]", line):
+                    with contextlib.suppress(ValueError, IndexError):
+                        found.append(Job(line))
+    return found
 
 
 def timers() -> dict[str, tuple[float, str]]:
@@ -260,23 +326,68 @@ def finish(due: float, before: dict[str, tuple[float, str]], slow: set[str]) -> 
     slow.update(late)
 
 
+def cron() -> list[str]:
+    """Return the processes of cron, without those that it has started for jobs."""
+    found = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError), open(path) as file:
+            text = file.read()
+            if text[text.index("(") + 1 : text.rindex(")")] in ("cron", "crond"):
+                found[text.split()[0]] = text.rpartition(")")[2].split()[1]
+    return [pid for pid, parent in found.items() if parent not in found]
+
+
+def slept(pid: str) -> int:
+    """Return how often a process has gone to sleep, if it sleeps and has started nothing that still runs; else -1."""
+    try:
+        with open("/proc/%s/wchan" % pid) as where, open("/proc/%s/task/%s/children" % (pid, pid)) as children:
+            if "nanosleep" not in where.read() or children.read():
+                return -1
+        with open("/proc/%s/status" % pid) as status:
+            return int(status.read().rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    except OSError:
+        return -1
+
+
+def run_cron() -> None:
+    """Have cron look at the clock, and wait until it and what it starts have done their work.
+
+    It sleeps up to a minute. A signal wakes it, and then it sees how long it has slept by the clock.
+    """
+    before = {pid: slept(pid) for pid in cron()}
+    for pid in before:
+        os.kill(int(pid), signal.SIGCHLD)
+    until = time.monotonic() + UNIT_PATIENCE
+    while any(slept(pid) <= times for pid, times in before.items()) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def forward(seconds: str) -> Iterator[None]:
     """Set the wall clock forward from timer to timer, so that each runs once and in order."""
     slow: set[str] = set()
     began, moved = time.time(), 0.0
-    end = began + float(seconds)
+    end, crontab = began + float(seconds), jobs() if cron() else []
+    seen = began  # by cron
     try:
         while time.time() < end:
             now, known = time.time(), timers()
+            by_cron = min([end, *(job.after(seen, end) for job in crontab)])
             due = min([end, *(when for when, _ in known.values() if when > now)])
-            step = max(0.0, due - time.time()) + 0.001
+            is_cron = by_cron <= due and by_cron < end
+            due = by_cron + CRON_LATE if is_cron else due + 0.001
+            step = max(0.0, due - time.time())
             shift(step)
             moved += step
+            if is_cron:
+                seen = time.time()
+                run_cron()
             finish(due, known, slow)
         yield
     finally:
         shift(-moved)
+        # It would pass over the time that it has seen before.
+        subprocess.run(["systemctl", "--no-block", "try-restart", "cron.service"], check=False, stderr=subprocess.DEVNULL)
 
 
 FAULTS: dict[str, Callable[..., ContextManager[None]]] = {

@@ -36,7 +36,27 @@ while True:
 def _image(vm_catalog: Catalog) -> None:
     store = ImageStore(vm_catalog.root / "images")
     if IMAGE not in {image.name for image in store.list()}:
-        build(store, "debian-12", name=IMAGE, include=["strace", "xfsprogs"])
+        build(store, "debian-12", name=IMAGE, include=["cron", "strace", "xfsprogs", "postgresql"])
+
+
+@pytest.mark.vm(IMAGE)
+def test_jobs_of_cron_and_timers_run_each_time_and_in_order_and_nothing_twice(vm: Machine) -> None:
+    vm.exec("rm /etc/cron.d/* /etc/crontab")  # an hourly job comes 504 times
+    vm.path("/etc/cron.d/mine").write_text(
+        "30 4 * * mon root echo monday $(date +\\%u-\\%H:\\%M) >> /srv/runs\n"
+        "31 4 */2 * * root echo second $(date +\\%u-\\%H:\\%M) >> /srv/runs\n"
+    )
+    vm.exec(
+        "systemctl restart cron; systemd-run --on-calendar='mon 04:30:30' --timer-property=AccuracySec=1us sh -c 'echo timer >> /srv/runs'"
+    )
+    with vm.clock.fast_forward(days=21):
+        runs = vm.path("/srv/runs").read_text().splitlines()
+    assert [run for run in runs if "second" not in run] == ["monday 1-04:30", "timer"] * 3
+    assert 9 <= len([run for run in runs if "second" in run]) <= 12
+    assert all(run.endswith("-04:31") for run in runs if "second" in run)
+    vm.exec("date +%s > /srv/after; rm /srv/runs")
+    vm.path("/etc/cron.d/mine").write_text("* * * * * root touch /srv/again\n")
+    assert vm.wait_until("test -e /srv/again", timeout=90).ok
 
 
 @pytest.mark.vm(IMAGE)
@@ -108,3 +128,88 @@ def test_a_configuration_is_whole_and_kept_as_its_writer_deserves(vm: Machine, c
         assert not lost, log.summary
     if way == "write":
         assert torn or lost, log.summary
+
+
+CLUSTER = "pg_ctlcluster 15 main"
+
+
+@layer(IMAGE, disks={"data": "256M"})
+def database(vm: Machine) -> None:
+    """Has PostgreSQL with its data on a disk of its own, which is not mounted."""
+    vm.exec(
+        f"mkfs.ext4 -q {DISK}; mkdir /data; mount {DISK} /data; install -d -o postgres /data/pg; "
+        "pg_dropcluster --stop 15 main || true; pg_createcluster 15 main -d /data/pg --start-conf=manual; umount /data",
+        timeout=300,
+    )
+
+
+def sql(vm: Machine, statement: str, *, check: bool = True) -> str:
+    return vm.exec(["psql", "-qAtc", statement], user="postgres", cwd="/", check=check).stdout.strip()
+
+
+@pytest.mark.vm(database)
+@pytest.mark.parametrize("fsync", ["on", "off"])
+def test_postgresql_keeps_what_it_has_acknowledged_unless_it_is_told_not_to_sync(vm: Machine, crash_explorer: Explorer, fsync: str) -> None:
+    vm.exec(f"mount {DISK} /data; {CLUSTER} start -o '-c fsync={fsync}'", timeout=300)
+    sql(vm, "CREATE TABLE entries (number int)")
+    sql(vm, "CHECKPOINT")
+    with crash_explorer(vm, "data") as log:
+        for number in range(5):
+            sql(vm, f"INSERT INTO entries VALUES ({number})")
+            log.mark(number)
+    lost = []
+    for state in log.states(limit=8):
+        with state.machine() as after:
+            after.exec(f"mount {DISK} /data; {CLUSTER} start", check=fsync == "on", timeout=300)
+            # Without sync the table may be gone as well, or the whole database.
+            rows = int(sql(after, "SELECT count(*) FROM entries", check=fsync == "on") or 0)
+            after.exec(f"{CLUSTER} stop -m immediate", check=False)
+        if rows < state.acknowledged:
+            lost.append(state.text)
+    assert bool(lost) is (fsync == "off"), log.summary
+
+
+FILES = 12
+PACKAGE = f"""
+set -e
+for version in 1 2; do
+  mkdir -p /root/$version/DEBIAN /root/$version/opt
+  printf 'Package: sample\\nVersion: %s\\nArchitecture: all\\nMaintainer: nobody <nobody@example.org>\\nDescription: sample\\n' \\
+    $version > /root/$version/DEBIAN/control
+  for file in $(seq {FILES}); do head -c 6000 /dev/zero | tr '\\0' $version > /root/$version/opt/$file; done
+  dpkg-deb -b /root/$version /root/sample_$version.deb
+done
+"""
+
+
+@layer(IMAGE)
+def packages(vm: Machine) -> None:
+    """Has two versions of a package."""
+    vm.path("/data").mkdir()
+    vm.exec(PACKAGE)
+
+
+@pytest.mark.vm(packages, disks={"data": "64M"})
+def test_an_upgrade_that_a_crash_interrupts_is_done_or_can_be_done_again(vm: Machine, crash_explorer: Explorer) -> None:
+    vm.exec(
+        f"mkfs.ext4 -q {DISK}; mount {DISK} /data; mkdir -p /data/var/lib/dpkg/updates /data/var/lib/dpkg/info; "
+        "touch /data/var/lib/dpkg/status; dpkg --root=/data -i /root/sample_1.deb; sync"
+    )
+    with crash_explorer(vm, "data") as log:
+        vm.exec("dpkg --root=/data -i /root/sample_2.deb")
+        log.mark("upgraded")
+    found = set()
+    for state in log.states(limit=24):
+        with state.machine() as after:
+            after.exec(["mount", DISK, "/data"])
+            status = after.exec("dpkg-query --admindir=/data/var/lib/dpkg -W -f '${db:Status-Status} ${Version}' sample").stdout
+            contents = {after.path(f"/data/opt/{number}").read_text() for number in range(1, FILES + 1)}
+            assert contents <= {"1" * 6000, "2" * 6000}
+            if status == "installed 2":
+                assert contents == {"2" * 6000}
+            assert status == "installed 2" or not state.acknowledged
+            after.exec("dpkg --root=/data -i /root/sample_2.deb")
+            assert after.exec("cat /data/opt/* | tr -d 2 | wc -c").stdout.strip() == "0"
+        found.add(status)
+    assert "installed 2" in found
+    assert len(found) > 1, log.summary
