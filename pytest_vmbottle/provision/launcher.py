@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle.backends.console import Console, Cursor
+from pytest_vmbottle.channels.guest_agent import AgentEnded
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.errors import MachineTimeout
 from pytest_vmbottle.host.arch import host_arch
@@ -198,7 +199,8 @@ def _await_system(instance: Instance, channel: Channel, spec: MachineSpec, deadl
     question = Command(argv=("/bin/sh", "-c", _BOOTED), env=(("PATH", GUEST_PATH),))
 
     def booted() -> bool:
-        with suppress(MachineTimeout):  # it has better things to do than to answer
+        # It has better things to do than to answer, or its own user data has it reboot once more.
+        with suppress(MachineTimeout, AgentEnded):
             return channel.run(question, deadline=Deadline(30)).returncode == 0
         return False
 
