@@ -20,7 +20,7 @@ from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.images import ImageStore
 from pytest_vmbottle.images.disk_format import inspect, opened
-from pytest_vmbottle.images.store import INITRD, KERNEL, check_name
+from pytest_vmbottle.images.store import INITRD, KERNEL, check_name, explained
 from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.travel.archive import ArchiveReader, ArchiveWriter, Index, TravelFile, TravelImage, TravelPack, writing
@@ -68,7 +68,7 @@ class Exporter:
         Raises:
             CatalogError: A pack below it, or the image, is gone or damaged.
         """
-        with Holds() as holds, writing(target) as archive:
+        with explained(f"write {target}"), Holds() as holds, writing(target) as archive:
             chain = self._chain(pack, holds)
             bases = (None, *chain)
             written = [self._written(archive, each, base) for each, base in zip(chain, bases, strict=False) if parents or each is chain[-1]]
@@ -124,7 +124,7 @@ class Importer:
         Raises:
             CatalogError: The file is damaged, a pack fits another computer, or what it stands on is missing. What came before it is there.
         """
-        with ArchiveReader(source) as archive, Holds() as holds:
+        with explained(f"import {source}"), ArchiveReader(source) as archive, Holds() as holds:
             wanted = [(_manifest(each), each) for each in archive.index.packs]
             if not wanted:
                 raise CatalogError(f"{source} has no packs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -234,6 +235,22 @@ def test_a_name_that_another_image_has_is_left_to_it(home: Home, file: Path, els
         "debian-12": False,
         f"debian-12-{home.image[:6]}": True,
     }
+
+
+def test_a_disk_that_is_full_is_told_with_what_was_tried(
+    home: Home, file: Path, elsewhere: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(CatalogError, match=rf"import .*{file.name}.*No space"):
+        arrive(elsewhere, file)
+    assert not list(elsewhere.packs.glob("*"))
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
+    with pytest.raises(CatalogError, match=r"write .*target.*No space"):
+        home.export(tmp_path / "target")
+    assert not list(tmp_path.glob("*target*"))
 
 
 def test_nothing_is_left_of_an_export_that_fails(home: Home, tmp_path: Path) -> None:
