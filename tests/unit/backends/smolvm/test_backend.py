@@ -317,6 +317,7 @@ def backend(tmp_path: Path) -> SmolvmBackend:
     [
         ({"network": "lan"}, "LAN"),
         ({"display": True}, "display"),
+        ({"cpu_clock": "instructions"}, "cpu_clock"),
         ({"user_data": {"a": 1}}, "cloud-init"),
         ({"disk": "4G"}, "disk="),
         ({"arch": "aarch64"}, "arch='aarch64'"),
