@@ -1,4 +1,4 @@
-"""How sure counts of instructions are: `python benchmarks/instructions.py [ROUNDS]`, on a computer that is as busy as you like.
+"""Certainty of instruction counts: `python benchmarks/instructions.py [ROUNDS]`, on a computer that is as busy as you like.
 
 Equal work is measured again and again, each time as `vm_benchmark` does it, in clones that come and go; then the same work with half a
 percent more. Prints the spread, how often equal work was taken for more, and how often more work was noticed.

@@ -71,7 +71,7 @@ class Capabilities:
 
 
 NANOSECONDS_PER_INSTRUCTION = 2
-"""How long each instruction takes on the clocks of a guest with `cpu_clock="instructions"`; a power of two (`-icount shift=`)."""
+"""Nanoseconds of each instruction on the clocks of a guest with `cpu_clock="instructions"`; a power of two (`-icount shift=`)."""
 
 _NO_KEYS = Keys(user_private="", user_public="", host_private="", host_public="")
 

@@ -27,19 +27,15 @@ from pytest_vmbottle.host.digests import digest
 from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.locks import is_locked, locked, try_lock
 from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
+from pytest_vmbottle.machine.switch import MAX_FRAME, is_group, target_of
 
 __all__ = ["SharedLan", "SharedLans"]
 
 log = logging.getLogger(__name__)
 
-_NETWORK = ipaddress.ip_network("10.78.0.0/16")
-"""The range that these LANs are taken from, beside that of the LANs of tests."""
 _MEMBERS = range(1, 255)
-_MAX_FRAME = 72 << 10
 _PATIENCE = 0.05
 """Seconds in which a socket takes a frame."""
-_ADDRESS, _GROUP_BIT = 6, 1
-"""Bytes of an address at the beginning of a frame, and the bit of its first byte that marks groups (IEEE 802.3)."""
 
 
 class SharedLans:
@@ -51,10 +47,8 @@ class SharedLans:
 
     def __getitem__(self, name: str) -> SharedLan:
         """Return the LAN of this name, for one machine, with which it ends."""
-        third = int(digest(name)[:8], 16) % 256
-        network = list(_NETWORK.subnets(new_prefix=24))[third]
-        if not isinstance(network, ipaddress.IPv4Network):
-            raise TypeError("the range of LANs is one of IPv4")
+        # One of 256 networks, beside those of the LANs of tests. Two LANs may have the same one: they never meet.
+        network = ipaddress.IPv4Network(f"10.78.{int(digest(name)[:2], 16)}.0/24")
         return SharedLan(name, network, private_dir(self._root / name))
 
 
@@ -114,9 +108,7 @@ def _membership(folder: Path, name: str, lan: str) -> Iterator[int]:
         # Host names have no case (RFC 4343).
         if name.lower() in {other.lower() for other in _members(folder).values()}:
             raise SpecError(f"the LAN {lan!r} has a machine named {name!r} already: give this one another name")
-        number, fd = next(((number, fd) for number in _MEMBERS if (fd := try_lock(folder / str(number), create=True)) is not None), (0, -1))
-        if not number:
-            raise SpecError(f"the LAN {lan!r} has no free address left")
+        number, fd = _free_place(folder, lan)
         (folder / str(number)).write_text(name)
     try:
         yield number
@@ -125,6 +117,15 @@ def _membership(folder: Path, name: str, lan: str) -> Iterator[int]:
         os.close(fd)
         with _Mailbox(folder) as others:
             others.send_all(b"")
+
+
+def _free_place(folder: Path, lan: str) -> tuple[int, int]:
+    """Return the number of a place that nobody has, and the descriptor that holds it."""
+    for number in _MEMBERS:
+        fd = try_lock(folder / str(number), create=True)
+        if fd is not None:
+            return number, fd
+    raise SpecError(f"the LAN {lan!r} has no free address left")
 
 
 class _Mailbox:
@@ -212,7 +213,7 @@ class _Uplink:
 
     def _take(self) -> None:
         """Take a frame from another member, for ours."""
-        frame = self._mailbox.socket.recv(_MAX_FRAME)
+        frame = self._mailbox.socket.recv(MAX_FRAME)
         if frame:
             self._wire.send(frame)
         else:
@@ -220,12 +221,12 @@ class _Uplink:
 
     def _pass_on(self) -> None:
         """Give a frame of ours to the member that it is for, or to all."""
-        frame = self._wire.recv(_MAX_FRAME)
-        # The last byte of a member's address is its number (see `LanMember.mac`).
-        if frame[0] & _GROUP_BIT:
+        frame = self._wire.recv(MAX_FRAME)
+        target = target_of(frame)
+        if is_group(target):
             self._mailbox.send_all(frame)
-        else:
-            self._mailbox.send(frame[_ADDRESS - 1], frame)
+        else:  # the last byte of a member's address is its number (see `LanMember.mac`)
+            self._mailbox.send(target[-1], frame)
 
 
 @contextmanager

@@ -21,9 +21,9 @@ import attrs
 
 from pytest_vmbottle.machine.pcap import PcapFile
 
-__all__ = ["Cable", "Impairment", "Port", "Switch"]
+__all__ = ["MAX_FRAME", "Cable", "Impairment", "Port", "Switch", "is_group", "target_of"]
 
-_MAX_FRAME = 72 << 10
+MAX_FRAME = 72 << 10
 """Larger than the largest frame that QEMU sends (NET_BUFSIZE in include/net/net.h)."""
 _MAX_WAITING = 8 << 20
 """Bytes that may wait for one port, delayed or not yet read by its machine. Frames beyond that are dropped, as on any switch."""
@@ -69,6 +69,16 @@ class Impairment:
     def _delayed(self) -> float:
         held = max(self.delay, _HELD) if _chance(self.reorder) else 0.0
         return max(0.0, self.delay + held + self.jitter * _random.uniform(-1, 1))
+
+
+def target_of(frame: bytes) -> bytes:
+    """Return the address that a frame is for."""
+    return frame[:_ADDRESS]
+
+
+def is_group(address: bytes) -> bool:
+    """Tell whether a frame to an address goes to all: the lowest bit of its first byte marks groups, broadcast among them (IEEE 802.3)."""
+    return bool(address[0] & _GROUP_BIT)
 
 
 _PERFECT = Impairment()
@@ -280,7 +290,7 @@ class Switch:
         # In bursts, so that one busy port does not keep the others waiting.
         for _ in range(_BURST):
             try:
-                frame = port.wire.recv(_MAX_FRAME)
+                frame = port.wire.recv(MAX_FRAME)
             except OSError:  # no more for now; a machine that is gone sends nothing either, until it is disconnected
                 return
             # Hostile or broken: it has no complete addresses.
@@ -294,12 +304,11 @@ class Switch:
                 self._forward(port, copy, delay)
 
     def _forward(self, port: Port, frame: bytes, delay: float) -> None:
-        target, source = frame[:_ADDRESS], frame[_ADDRESS : 2 * _ADDRESS]
+        target, source = target_of(frame), frame[_ADDRESS : 2 * _ADDRESS]
         # A hostile guest may send from ever new addresses, and the table must not grow without end.
         if source in self._addresses or len(self._addresses) < _MAX_ADDRESSES:
             self._addresses[source] = port
-        # The lowest bit of the first byte marks groups, broadcast among them (IEEE 802.3): those go to all.
-        known = None if target[0] & _GROUP_BIT else self._addresses.get(target)
+        known = None if is_group(target) else self._addresses.get(target)
         for other in self._ports if known is None else (known,):
             if other is not port and (port.name, other.name) not in self.cuts:
                 # The sender's delay; `accept` adds the receiver's, as of two cables in a row.

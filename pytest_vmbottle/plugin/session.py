@@ -158,14 +158,16 @@ class Session:
     @property
     def artifacts_folder(self) -> Path:
         """The folder for artifacts."""
-        given = self.options.output
-        return self.config.invocation_params.dir / Path(given).expanduser() if given else self.config.rootpath / "vmbottle-artifacts"
+        return self._path(self.options.output, "vmbottle-artifacts")
 
     @property
     def baselines_file(self) -> Path:
         """The file of the instruction counts that tests are compared with."""
-        given = self.options.baselines
-        return self.config.invocation_params.dir / Path(given).expanduser() if given else self.config.rootpath / "vm-baselines.json"
+        return self._path(self.options.baselines, "vm-baselines.json")
+
+    def _path(self, given: str, default: str) -> Path:
+        """Return a path of the options, by default one in pytest's root folder."""
+        return self.config.invocation_params.dir / Path(given).expanduser() if given else self.config.rootpath / default
 
     @cached_property
     def artifacts(self) -> Artifacts:

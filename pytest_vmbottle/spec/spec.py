@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import attrs
 
@@ -42,6 +42,7 @@ __all__ = [
     "script_ends_first_boot",
 ]
 
+_Choice = TypeVar("_Choice", bound=str)
 Prepare = Callable[..., object]
 Content = str | bytes | Path
 File = Content | tuple[Content, int]
@@ -174,12 +175,16 @@ def _cpu(value: object) -> str | None:
     return value
 
 
+def _one_of(keyword: str, value: object, choices: tuple[_Choice, ...], takes: str) -> _Choice:
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise _fail(keyword, value, takes)
+
+
 def _cpu_clock(value: object) -> Literal["host", "instructions"]:
-    if value == "host":
-        return "host"
-    if value == "instructions":
-        return "instructions"
-    raise _fail("cpu_clock", value, "takes 'host', or 'instructions' (time passes with the instructions that the processor has run)")
+    takes = "takes 'host', or 'instructions' (time passes with the instructions that the processor has run)"
+    return _one_of("cpu_clock", value, ("host", "instructions"), takes)
 
 
 def _nested(value: object) -> bool:
@@ -323,27 +328,16 @@ def _run(value: object) -> tuple[str, ...]:
 
 
 def _fresh(value: object) -> Literal["restore", "boot"]:
-    if value == "restore":
-        return "restore"
-    if value == "boot":
-        return "boot"
-    raise _fail("fresh", value, "takes 'restore' (clone a pack) or 'boot' (cold boot)")
+    return _one_of("fresh", value, ("restore", "boot"), "takes 'restore' (clone a pack) or 'boot' (cold boot)")
 
 
 def _reset(value: object) -> Literal["none", "test"]:
-    if value == "none":
-        return "none"
-    if value == "test":
-        return "test"
-    raise _fail("reset", value, "takes 'none', or 'test' (a shared machine is fresh again for each test)")
+    return _one_of("reset", value, ("none", "test"), "takes 'none', or 'test' (a shared machine is fresh again for each test)")
 
 
 def _panic(value: object) -> Literal["fail", "expected"]:
-    if value == "fail":
-        return "fail"
-    if value == "expected":
-        return "expected"
-    raise _fail("panic", value, "takes 'fail' (a kernel in trouble fails the test) or 'expected' (it does not)")
+    takes = "takes 'fail' (a kernel in trouble fails the test) or 'expected' (it does not)"
+    return _one_of("panic", value, ("fail", "expected"), takes)
 
 
 def _timeout(value: object) -> float:

@@ -40,7 +40,7 @@ _LARGEST_INDEX = 64 << 20
 _LARGEST_FILE = 1 << 42
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _SPOILED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError)
-"""What reading a damaged zip archive may raise."""
+"""Errors of reading a damaged zip archive."""
 
 _size = [attrs.validators.instance_of(int), attrs.validators.ge(0), attrs.validators.le(_LARGEST_FILE)]
 _text = attrs.validators.instance_of(str)

@@ -37,7 +37,7 @@ see docs/machines.md.
 """
 
 _COUNTING = f"shift={(NANOSECONDS_PER_INSTRUCTION - 1).bit_length()},sleep=off"
-"""How clocks follow instructions. While the processor has nothing to do they go on at once to the next timer."""
+"""Argument for clocks that follow instructions. While the processor has nothing to do they go on at once to the next timer."""
 
 _FEATURES = {"kvm_amd": _NESTING_FEATURES, "kvm_intel": ",+vmx"}
 _MODULES = Path("/sys/module")

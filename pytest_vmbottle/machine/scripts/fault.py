@@ -386,8 +386,8 @@ def forward(seconds: str) -> Iterator[None]:
         yield
     finally:
         shift(-moved)
-        # It would pass over the time that it has seen before.
-        subprocess.run(["systemctl", "--no-block", "try-restart", "cron.service"], check=False, stderr=subprocess.DEVNULL)
+        if crontab:  # cron would pass over the time that it has seen before
+            subprocess.run(["systemctl", "--no-block", "try-restart", "cron.service"], check=False, stderr=subprocess.DEVNULL)
 
 
 FAULTS: dict[str, Callable[..., ContextManager[None]]] = {

@@ -1,4 +1,4 @@
-"""Which counts `vm_benchmark` compares with, and what it stores."""
+"""Baselines of `vm_benchmark`: the counts that it compares with, and those that it stores."""
 
 from __future__ import annotations
 
