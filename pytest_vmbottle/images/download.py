@@ -195,7 +195,9 @@ class Downloads:
             with suppress(OSError):
                 # The record beside a file is written at its start only: both are as old as what was written last.
                 key = path.name.partition(".")[0]
-                if time.time() - max(mate.stat().st_mtime for mate in self._folder.glob(f"{key}*")) > _OLD_SECONDS:
+                # Both may have gone by now, as each download removes its own.
+                now = time.time()
+                if now - max((mate.stat().st_mtime for mate in self._folder.glob(f"{key}*")), default=now) > _OLD_SECONDS:
                     with tried(path) as is_ours:
                         if is_ours:
                             path.unlink()

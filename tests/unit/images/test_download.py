@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 from urllib.request import getproxies
 
@@ -445,6 +446,20 @@ def test_what_nobody_goes_on_with_is_removed_after_a_week_unless_it_is_held(tmp_
         with downloads.partial("other", deadline=Deadline(60), waiting=print):
             there = {path.name for path in held.path.parent.iterdir() if path.suffix != ".holder"}
             assert there == {"new", "new.json", "held", "other"}
+
+
+def test_downloads_that_end_while_another_begins_do_not_disturb_it(tmp_path: Path) -> None:
+    downloads = Downloads(tmp_path / "downloads")
+
+    def go(key: str) -> int:
+        for _ in range(300):
+            with downloads.partial(key, deadline=Deadline(60), waiting=print) as partial:
+                partial.restart("name")
+                partial.remove()
+        return 300
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(go, ("one", "two", "three"))) == [300] * 3
 
 
 def test_a_symbolic_link_in_the_place_of_a_download_is_not_followed(tmp_path: Path) -> None:

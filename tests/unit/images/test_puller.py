@@ -421,7 +421,8 @@ def test_two_pulls_of_the_same_at_once_download_it_once(debian: Web, root: Path)
 def test_two_names_for_the_same_url_at_once_download_one_after_the_other(web: Web, root: Path) -> None:
     web.files["/x"] = disk()
     both = [started(f"{web.url}/x", "--sha256", sha256(disk()), "--name", name) for name in ("one", "two")]
-    assert [(process.communicate(timeout=120), process.returncode)[1] for process in both] == [0, 0]
+    told = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
     assert ImageStore(root / "images").names() == ("one", "two")
     assert left(ImageStore(root / "images")) == ["names/one.json", "names/two.json"]
 
