@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
@@ -15,6 +16,7 @@ import attrs
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host.sizes import parse_duration, parse_size
 from pytest_vmbottle.spec.pack_kind import PackKind
+from pytest_vmbottle.spec.reference import Reference
 
 if TYPE_CHECKING:
     from pytest_vmbottle.host.account import Account
@@ -121,6 +123,14 @@ SETTINGS = (
     ),
     Setting("infra-retries", "1", "How many times to try again, on a fresh machine, if one could not be provided", metavar="COUNT"),
     Setting(
+        "registry",
+        "",
+        "Repository of an OCI registry that is asked for packs and images before they are made",
+        meaning="none",
+        metavar="HOST/NAME",
+    ),
+    Setting("registry-push", "", "Push the packs and images that are made to the registry", meaning="off", flag=True),
+    Setting(
         "artifacts",
         "failed",
         "Which tests with machines leave artifacts: files that explain what happened",
@@ -179,6 +189,8 @@ class Settings:
         timeout_factor: Factor of all time-outs.
         memory_budget: Bytes of RAM for all machines; None for a part of the available memory.
         infra_retries: Number of retries for a machine that could not be started.
+        registry: The repository that is asked for packs and images; empty for none.
+        registry_push: Whether what is made goes there.
         artifacts: Which tests leave artifacts: `never`, `failed` or `always`.
         output: The folder of artifacts; empty for the default.
         keep: Whose machines live on after the run: `never`, `failed` or `always`.
@@ -199,6 +211,8 @@ class Settings:
     timeout_factor: float
     memory_budget: int | None
     infra_retries: int
+    registry: str
+    registry_push: bool
     artifacts: str
     output: str
     keep: str
@@ -240,7 +254,10 @@ class Settings:
                 raise SpecError(f"{prefix}{name}{between}{error}") from None
 
         # All fields, so that a wrong setting is told even if nothing uses it in this run.
-        return cls(**{field: given(name, read) for field, (name, read) in _FIELDS.items()})
+        found = cls(**{field: given(name, read) for field, (name, read) in _FIELDS.items()})
+        if found.registry_push and not found.registry:
+            raise SpecError(f"{prefix}registry-push: to where? Give {prefix}registry as well")
+        return found
 
 
 def _is_yes(text: str) -> bool:
@@ -276,6 +293,14 @@ def _infra_retries(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:  # noqa: PLR2004 - more is a mistake
         raise SpecError(f"takes a whole number, 0 or more, not {text!r}")
     return int(text)
+
+
+def _registry(text: str) -> str:
+    if text and find_spec("oras") is None:
+        raise SpecError("needs the library oras: pip install 'pytest-vmbottle[oci]'")
+    if text and Reference.parse(text).artifact:
+        raise SpecError(f"takes a repository, HOST/NAME, and not one artifact in it: {text!r}")
+    return text
 
 
 def parse_pairs(text: str) -> dict[str, str]:
@@ -322,6 +347,8 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "timeout_factor": ("timeout-factor", _timeout_factor),
     "memory_budget": ("memory-budget", _memory_budget),
     "infra_retries": ("infra-retries", _infra_retries),
+    "registry": ("registry", _registry),
+    "registry_push": ("registry-push", _is_yes),
     "artifacts": ("artifacts", str),
     "output": ("output", str),
     "keep": ("keep", str),

@@ -173,9 +173,10 @@ def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
         "vmbottle image pull debian-13 --name debian-13-cloud",
         "vmbottle image pull ubuntu-24.04 --update",
         "vmbottle image pull https://example.org/disk.qcow2 --sha256 1f3a... --name mine",
+        "vmbottle image pull ghcr.io/team/packs:rescue",
     )
 )
-@click.argument("source", metavar="NAME|URL", shell_complete=official_names)
+@click.argument("source", metavar="NAME|URL|HOST/NAME:TAG", shell_complete=official_names)
 @click.option("--name", help="Name of the image; by default the official one's; needed with a URL.")
 @click.option("--sha256", help="With a URL: the digest that the file must have.")
 @click.option("--update", is_flag=True, help="Replace an image of this name if its content differs.")
@@ -184,11 +185,13 @@ def _is_of(found: Image, recipe: str, include: Sequence[str]) -> bool:
 def pull(  # noqa: PLR0913 - one for each option
     *, source: str, name: str | None, sha256: str | None, update: bool, offline: bool, arch: str, traits: Traits
 ) -> None:
-    """Download the official cloud image NAME of a distribution, or a disk image from a URL.
+    """Download the official cloud image NAME of a distribution, or a disk image from a URL or a registry.
 
     `vmbottle image ls --available` lists the official ones. The download must have the checksum that the distribution publishes beside it,
     or the given --sha256. If the stored image is still the published one, nothing is downloaded; if another one is published by now,
     --update takes it. An interrupted download resumes when the command is run again.
+
+    HOST/NAME:TAG, or HOST/NAME@DIGEST, is an image that `vmbottle image push` put into a registry.
 
     Only https is used, through the proxy that HTTPS_PROXY names. An image for another architecture than this computer's is called
     NAME-ARCH. The image's name and sha256 are written to stdout.
@@ -197,6 +200,11 @@ def pull(  # noqa: PLR0913 - one for each option
 
     # Schemes other than https are refused where it is downloaded.
     by_url = "://" in source
+    if "/" in source and not by_url:
+        _check_pull(by_url=by_url, name=name, sha256=sha256)
+        pulled = _pull_artifact(open_catalog(), source, name=name)
+        click.echo(f"{pulled.name} {pulled.sha256}")
+        return
     _check_pull(by_url=by_url, name=name, sha256=sha256)
     # Names of other architectures have a suffix, so that both can be stored.
     name = name or images.pulled_name(source, arch)
@@ -214,6 +222,37 @@ def pull(  # noqa: PLR0913 - one for each option
         else:
             pulled = images.pull(_images(catalog), source, name=name, arch=arch, options=options)
     click.echo(f"{pulled.name} {pulled.sha256}")
+
+
+def _pull_artifact(catalog: Catalog, artifact: str, *, name: str | None) -> Image:
+    from pytest_vmbottle.cli.travel import exchange_of, settings_of_environment
+
+    exchange, reference = exchange_of(catalog, settings_of_environment(), artifact)
+    if not reference.artifact and not name:
+        raise click.UsageError("which image? Write HOST/NAME:TAG, or say by --name which one of the recipes' it is")
+    return exchange.pull_image(reference.artifact, name=name or "")
+
+
+@image.command("push", epilog=examples("vmbottle image push debian-12 ghcr.io/team/packs"))
+@click.argument("name", shell_complete=image_names)
+@click.argument("repository", metavar="HOST/NAME[:TAG]")
+@click.option("--replace", is_flag=True, help="Replace another image that the tag has.")
+def push_image(*, name: str, repository: str, replace: bool) -> None:
+    """Push an image to a registry.
+
+    Without TAG it is found there by its name, this computer's architecture and the recipe that it was built from, which is how runs with
+    --vm-registry look for it. Its reference with its digest is written to stdout.
+    """
+    from pytest_vmbottle.cli.travel import exchange_of, settings_of_environment
+    from pytest_vmbottle.images.store import unknown_image
+
+    catalog = open_catalog()
+    exchange, reference = exchange_of(catalog, settings_of_environment(), repository)
+    found = _images(catalog).get(name)
+    if found is None:
+        raise unknown_image(name, _images(catalog).names())
+    artifact = exchange.push_image(found, tag=reference.tag, replace=replace)
+    click.echo(f"{reference.repository}@{artifact.digest}")
 
 
 def _check_pull(*, by_url: bool, name: str | None, sha256: str | None) -> None:

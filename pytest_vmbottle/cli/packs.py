@@ -62,7 +62,14 @@ _DIGITS = 6
     later=[
         Section("Commands", "freeze", {"build": "Write a pack into a file that tests start from."}),
         Section(
-            "Commands", "travel", {"export": "Write a pack into a file, for another computer.", "import": "Import the packs of a file."}
+            "Commands",
+            "travel",
+            {
+                "export": "Write a pack into a file, for another computer.",
+                "import": "Import the packs of a file.",
+                "push": "Push a pack to a registry, with what it stands on.",
+                "pull": "Pull a pack from a registry, with what it stands on.",
+            },
         ),
     ],
     epilog=examples("vmbottle pack ls", "vmbottle pack show 140eda", "vmbottle pack prune --older-than 7d --dry-run"),

@@ -1,4 +1,4 @@
-"""`vmbottle pack export` and `import`: packs that travel from one computer to another."""
+"""`vmbottle pack export`, `import`, `push` and `pull`: packs that travel, in files and by a registry."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.catalog.packs import Pack
     from pytest_vmbottle.settings import Settings
+    from pytest_vmbottle.spec.reference import Reference
+    from pytest_vmbottle.travel.exchange import Exchange
 
-__all__ = ["export_pack", "import_packs"]
+__all__ = ["exchange_of", "export_pack", "import_packs", "pull_pack", "push_pack", "settings_of_environment"]
 
 
 @click.command(
@@ -42,7 +44,7 @@ def export_pack(*, pack: str, output: Path, without_parents: bool) -> None:
 
     if not output.absolute().parent.is_dir():
         raise Failure(f"there is no folder {output.absolute().parent}")
-    catalog, settings = open_catalog(), _settings()
+    catalog, settings = open_catalog(), settings_of_environment()
     found = _of_layer(catalog, settings, pack) if "::" in pack else _of_key(catalog, pack)
     if not found.manifest.backend.startswith("qemu"):
         raise Failure("only packs of QEMU can be exported; `vmbottle pack build` writes those of smolvm into files")
@@ -64,12 +66,63 @@ def import_packs(*, file: Path) -> None:
     from pytest_vmbottle.travel.packs import Importer
 
     catalog = open_catalog()
-    importer = Importer(catalog=catalog, fingerprint=_backend(catalog, _settings()).fingerprint, say=say)
+    importer = Importer(catalog=catalog, fingerprint=_backend(catalog, settings_of_environment()).fingerprint, say=say)
     for pack in importer.read(file):
         click.echo(pack.key)
 
 
-def _settings() -> Settings:
+@click.command(
+    "push", epilog=examples("vmbottle pack push 140eda ghcr.io/team/packs", "vmbottle pack push tests/conftest.py::web HOST/NAME:web")
+)
+@click.argument("pack", metavar="KEY|LAYER", shell_complete=pack_keys)
+@click.argument("repository", metavar="HOST/NAME[:TAG]")
+@click.option("--replace", is_flag=True, help="Replace packs of the same keys that others have pushed.")
+def push_pack(*, pack: str, repository: str, replace: bool) -> None:
+    """Push a pack to a registry, with what it stands on.
+
+    Only what the repository has not is sent. A pack is found there by its key, and by TAG too if one is given. The login is that of `docker
+    login`. The pack's reference with its digest, which always brings this very pack, is written to stdout.
+    """
+    catalog, settings = open_catalog(), settings_of_environment()
+    exchange, reference = exchange_of(catalog, settings, repository)
+    if reference.digest:
+        raise Failure("a digest is what a push gives: write HOST/NAME or HOST/NAME:TAG")
+    found = _of_layer(catalog, settings, pack) if "::" in pack else _of_key(catalog, pack)
+    artifact = exchange.push(found, tag=reference.tag, replace=replace)
+    click.echo(f"{reference.repository}@{artifact.digest}")
+
+
+@click.command("pull", epilog=examples("vmbottle pack pull ghcr.io/team/packs:web", "vmbottle pack pull HOST/NAME@sha256:1f3a..."))
+@click.argument("artifact", metavar="HOST/NAME:TAG|HOST/NAME@DIGEST")
+def pull_pack(*, artifact: str) -> None:
+    """Pull a pack from a registry, with what it stands on.
+
+    It is checked in full, and refused if this computer could not restore it. The keys of new packs are written to stdout.
+
+    A pack has the RAM of a running machine and the state of its devices: pull only those of people whom you trust. By a digest, whatever
+    becomes of the registry, it is the very pack that had it when it was pushed.
+    """
+    exchange, reference = exchange_of(open_catalog(), settings_of_environment(), artifact)
+    if not reference.artifact:
+        raise Failure("which pack? Write HOST/NAME:TAG or HOST/NAME@sha256:DIGEST, as it was pushed")
+    for pack in exchange.pull(reference.artifact):
+        click.echo(pack.key)
+
+
+def exchange_of(catalog: Catalog, settings: Settings, text: str) -> tuple[Exchange, Reference]:
+    """Return the exchange between a catalog and the repository that a reference names, and the reference."""
+    from pytest_vmbottle.spec.reference import Reference
+
+    reference = Reference.parse(text)
+    try:
+        from pytest_vmbottle.travel.run_registry import open_exchange
+    except ImportError as error:
+        raise Failure(f"registries need the library {error.name}: pip install 'pytest-vmbottle[oci]'") from error
+    return open_exchange(reference, catalog, lambda spec: _backend(catalog, settings).fingerprint(spec), say), reference
+
+
+def settings_of_environment() -> Settings:
+    """Return the settings that the environment has."""
     from pytest_vmbottle.settings import Settings
 
     return Settings.read(lambda setting: os.environ.get(setting.env))
@@ -97,7 +150,14 @@ def _of_layer(catalog: Catalog, settings: Settings, layer: str) -> Pack:
     from pytest_vmbottle.spec import MachineSpec
     from pytest_vmbottle.standalone.orders import source_of
 
-    provision = Provision(timeout_factor=settings.timeout_factor, report=say, warn=say, declared=find_declared_images(Path.cwd()))
+    provision = Provision(
+        timeout_factor=settings.timeout_factor,
+        report=say,
+        warn=say,
+        declared=find_declared_images(Path.cwd()),
+        registry=settings.registry,
+        registry_push=settings.registry_push,
+    )
     provisioner = Provisioner(catalog, _backend(catalog, settings), name="qemu", settings=provision)
     try:
         return provisioner.pack(MachineSpec.resolve(source_of(layer, Path.cwd()), {}))

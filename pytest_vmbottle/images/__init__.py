@@ -1,6 +1,6 @@
 """Named base images: their store, build recipes, downloads and a project's declarations."""
 
-from pytest_vmbottle.images.builder import build, can_build
+from pytest_vmbottle.images.builder import build, can_build, recipe_digest
 from pytest_vmbottle.images.cloud import CLOUD_IMAGES, CloudImage
 from pytest_vmbottle.images.declared import DeclaredImage, declared_images, find_declared_images
 from pytest_vmbottle.images.disk_format import check_again, disk_format
@@ -29,4 +29,5 @@ __all__ = [
     "pull",
     "pull_url",
     "pulled_name",
+    "recipe_digest",
 ]

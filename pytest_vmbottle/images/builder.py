@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.digests import digest
 from pytest_vmbottle.host.locks import locked
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.host.sizes import format_size
@@ -44,7 +45,7 @@ from pytest_vmbottle.images.store import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["build", "can_build", "check_package", "required_tools", "without_ids"]
+__all__ = ["build", "can_build", "check_package", "recipe_digest", "required_tools", "without_ids"]
 
 # The packages have done what systemd would do once more at the first boot, and the image does quickly what cloud-init would do.
 _CMDLINE = (
@@ -79,6 +80,11 @@ _STEPS = {
 def can_build(name: str) -> bool:
     """Tell whether there is a recipe of this name."""
     return name in RECIPES
+
+
+def recipe_digest(name: str) -> str:
+    """Return a digest of everything of ours that an image is built from; packages are the archive's own."""
+    return digest(repr(RECIPES[name]), _CMDLINE)
 
 
 def build(  # noqa: PLR0913 - a build has many parts

@@ -18,7 +18,7 @@ from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.shown import coloured, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["InterruptedTest", "LastWords", "Outcomes"]
 
@@ -93,6 +93,10 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     ours.kept += output.get("kept", ())
 
 
+def _exchanged(total: Mapping[str, float]) -> str:
+    return "".join(f", {total[what]:.0f} {what}" for what in ("pulled", "pushed") if total[what])
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Report the run's machines and packs."""
     ours = config.stash[SESSION]
@@ -104,7 +108,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 terminalreporter.write_line(printable(line))
         terminalreporter.write_line(
             f"vmbottle: {_counted(total['restored'], 'machine')} restored, {total['booted']:.0f} booted; "
-            f"{_counted(total['built'], 'pack')} built, {total['reused']:.0f} reused; {total['waited']:.1f} s spent waiting for machines"
+            f"{_counted(total['built'], 'pack')} built, {total['reused']:.0f} reused{_exchanged(total)}; "
+            f"{total['waited']:.1f} s spent waiting for machines"
             + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
         )
     if ours.options.artifacts != "never" and (ours.has_machines or ours.is_flagged):

@@ -244,6 +244,8 @@ class Session:
                 declared=self.declared,
                 memory_budget=self.options.memory_budget,
                 retries=self.options.infra_retries,
+                registry=self.options.registry,
+                registry_push=self.options.registry_push,
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]

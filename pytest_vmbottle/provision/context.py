@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import attrs
@@ -14,6 +15,7 @@ from pytest_vmbottle.errors import CatalogError, VMBottleError
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.generations import Holds
+from pytest_vmbottle.spec.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.spec import MachineSpec
     from pytest_vmbottle.timeline import Timeline
+    from pytest_vmbottle.travel.run_registry import RunRegistry
 
 __all__ = ["BUILD_SECONDS", "Context", "Remains", "Settings", "Tally"]
 
@@ -81,6 +84,8 @@ class Settings:
         memory_budget: Bytes of RAM that all machines of the catalog may have together; by default a part of this host's available memory.
         memory_seconds: Seconds to wait for memory at most.
         retries: Number of retries, with a fresh machine, if a machine could not be started.
+        registry: The repository that is asked for packs and images before they are made; empty for none.
+        registry_push: Whether what is made goes there.
     """
 
     timeout_factor: float = 1.0
@@ -94,6 +99,8 @@ class Settings:
     memory_budget: int | None = None
     memory_seconds: float = BUILD_SECONDS
     retries: int = 0
+    registry: str = ""
+    registry_push: bool = False
 
 
 @attrs.define
@@ -110,6 +117,8 @@ class Tally:
     waited: float = 0.0
     queued: float = 0.0
     retried: int = 0
+    pulled: int = 0
+    pushed: int = 0
 
 
 class Context:
@@ -127,6 +136,18 @@ class Context:
         """Release everything that is held; may be called again."""
         self.holds.close()
         self.backend.close()
+
+    @cached_property
+    def registry(self) -> RunRegistry | None:
+        """The registry of the run, if it has one."""
+        if not self.settings.registry:
+            return None
+        # Imported here and not above: most runs have none, and what it takes takes long.
+        from pytest_vmbottle.travel.run_registry import RunRegistry, open_exchange  # noqa: PLC0415
+
+        settings = self.settings
+        exchange = open_exchange(Reference.parse(settings.registry), self.catalog, self.backend.fingerprint, settings.report)
+        return RunRegistry(exchange, push=settings.registry_push, replace=settings.rebuild_before is not None, warn=settings.warn)
 
     @property
     def capabilities(self) -> Capabilities:

@@ -107,7 +107,17 @@ class ImageResolver:
             )
         with self._making(name, BUILD_SECONDS) as tell:
             # Read again with the lock held: the process that held it has probably built the image.
-            return self._sound(name, again=True) or images.build(self._store, name, progress=tell)
+            return self._sound(name, again=True) or self._pull_or_build(name, tell)
+
+    def _pull_or_build(self, name: str, tell: Callable[[str], None]) -> Image:
+        registry = self._context.registry
+        pulled = registry.pull_image(name) if registry else None
+        if pulled is not None:
+            return pulled
+        built = images.build(self._store, name, progress=tell)
+        if registry:
+            registry.push_image(built)
+        return built
 
     def _make_declared(self, declared: DeclaredImage) -> Image:
         with self._making(declared.stored_name, images.PULL_SECONDS if declared.kind == "url" else BUILD_SECONDS) as tell:

@@ -116,8 +116,16 @@ class PackBuilder:
             already = self._cache.get_or_quarantine(plan.key)
             if already is not None:
                 return already
+            registry = self._context.registry
+            # A pack that is to be built again is not one that was built before.
+            if registry and self._context.settings.rebuild_before is None and registry.pull_pack(plan.key):
+                return self._cache.pulled(plan.key)
             self._make(plan, parent, tell)
-            return self._cache.made(plan.key)
+            made = self._cache.made(plan.key)
+        # Without the lock: whoever waits for the pack need not wait until others have it.
+        if registry:
+            self._context.tally.pushed += registry.push_pack(made)
+        return made
 
     def _make(self, plan: Plan, parent: Pack | None, tell: Callable[[str], None]) -> None:
         began, context = time.monotonic(), self._context

@@ -113,6 +113,12 @@ class PackCache:
         self._context.tally.built += 1
         return self.checked(key)
 
+    def pulled(self, key: str) -> Pack:
+        """Return the pack of this key, which came from a registry a moment ago."""
+        self._counted.add(key)
+        self._context.tally.pulled += 1
+        return self.checked(key)
+
     def quarantine(self, pack: Pack) -> None:
         """Quarantine a pack that could not be restored."""
         self._usable.pop(pack.key, None)

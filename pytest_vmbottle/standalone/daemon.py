@@ -346,6 +346,8 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
         declared=images.find_declared_images(Path(order["folder"])),
         memory_budget=told.memory_budget,
         retries=told.infra_retries,
+        registry=told.registry,
+        registry_push=told.registry_push,
         **({"memory_seconds": order["memory_seconds"]} if "memory_seconds" in order else {}),
     )
     provisioner = Provisioner(catalog, _backend(name, told, catalog, say), name=name, settings=settings)

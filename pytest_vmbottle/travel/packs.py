@@ -28,7 +28,7 @@ from pytest_vmbottle.travel.archive import ArchiveReader, ArchiveWriter, Index, 
 if TYPE_CHECKING:
     from pytest_vmbottle.images import Image
 
-__all__ = ["Exporter", "Fingerprint", "Importer"]
+__all__ = ["Exporter", "Fingerprint", "Importer", "image_of"]
 
 Fingerprint = Callable[[MachineSpec], str]
 """Function that returns what a pack for machines of a spec depends on, on this computer."""
@@ -72,8 +72,17 @@ class Exporter:
             chain = self._chain(pack, holds)
             bases = (None, *chain)
             written = [self._written(archive, each, base) for each, base in zip(chain, bases, strict=False) if parents or each is chain[-1]]
-            image = self._image(archive, pack, holds) if parents else None
+            image = self._image(archive, self._image_below(pack), holds) if parents else None
             archive.finish(Index(packs=tuple(written), image=image))
+
+    def write_image(self, image: Image, target: Path) -> None:
+        """Write an image into a file, which is there when it is complete.
+
+        Raises:
+            CatalogError: The image is gone or damaged.
+        """
+        with explained(f"write {target}"), Holds() as holds, writing(target) as archive:
+            archive.finish(Index(image=self._image(archive, image, holds)))
 
     def _chain(self, pack: Pack, holds: Holds) -> list[Pack]:
         """Return the packs from the lowest one up to a pack, held."""
@@ -92,10 +101,13 @@ class Exporter:
         files = tuple(archive.add(pack.path / name, _same_file(base, name)) for name in sorted(pack.manifest.files))
         return TravelPack(manifest=cattrs.unstructure(pack.manifest), depends=self.fingerprint(_spec(pack.path)), files=files)
 
-    def _image(self, archive: ArchiveWriter, pack: Pack, holds: Holds) -> TravelImage:
-        image = _image_of(self.catalog, pack.manifest)
+    def _image_below(self, pack: Pack) -> Image:
+        image = image_of(self.catalog, pack.manifest)
         if image is None:
             raise CatalogError(f"the image of the pack {pack.key[:12]} ({pack.manifest.name}) is not among the images: --without-parents")
+        return image
+
+    def _image(self, archive: ArchiveWriter, image: Image, holds: Holds) -> TravelImage:
         holds.take(image.disk.parent)
         self.say(f"packing the image {image.name}")
         files = tuple(archive.add(path, None) for path in (image.disk, image.kernel, image.initrd) if path is not None)
@@ -151,7 +163,7 @@ class Importer:
         if {file.name for file in wanted.files} != manifest.files.keys() or _RECORD in manifest.files:
             raise CatalogError(f"{_label(manifest)}: the archive has other files than its manifest")
         parent = self._parent(manifest)
-        if _image_of(self.catalog, manifest) is None:
+        if image_of(self.catalog, manifest) is None:
             raise CatalogError(f"{_label(manifest)} needs its image, which is not here: import an archive that has it")
         with self.catalog.staging() as staging:
             folder = staging / manifest.key
@@ -176,31 +188,47 @@ class Importer:
                 return found
         raise CatalogError(f"{_label(manifest)} needs the pack {manifest.parent[:12]} that it was made on: import an archive that has it")
 
+    def read_image(self, source: Path, *, name: str) -> Image:
+        """Import the image of a file under a name.
+
+        Raises:
+            CatalogError: The file is damaged or has no image, or another image has the name.
+        """
+        with explained(f"import {source}"), ArchiveReader(source) as archive:
+            if archive.index.image is None:
+                raise CatalogError(f"{source} has no image")
+            return self._unpack(archive, archive.index.image, name)
+
     def _add_image(self, archive: ArchiveReader, wanted: TravelImage, needed: set[str]) -> None:
         store = ImageStore(self.catalog.images)
         if any(needed & {image.key, image.sha256} for image in store.list()):
             return
+        name = wanted.name if wanted.name not in store.names() else f"{wanted.name}-{min(needed)[:6]}"
+        image = self._unpack(archive, wanted, name)
+        if not needed & {image.key, image.sha256}:
+            raise CatalogError(f"the image {wanted.name!r} of the archive is not the one of its packs")
+
+    def _unpack(self, archive: ArchiveReader, wanted: TravelImage, name: str) -> Image:
         # Before anything is made of it: a name becomes the name of a file.
-        check_name(wanted.name)
+        check_name(name)
         if not {file.name for file in wanted.files} <= _IMAGE_FILES:
             raise CatalogError(f"the image {wanted.name!r} of the archive has files that no image has")
-        name = wanted.name if wanted.name not in store.names() else f"{wanted.name}-{min(needed)[:6]}"
         self.say(f"unpacking the image {name}")
+        store = ImageStore(self.catalog.images)
         with store.staging() as folder:
             for file in wanted.files:
                 archive.extract(file, folder, None)
-            image = store.publish(
+            return store.publish(
                 folder, name=name, arch=wanted.arch, cmdline=wanted.cmdline, description=wanted.description, traits=wanted.traits
             )
-        if not needed & {image.key, image.sha256}:
-            raise CatalogError(f"the image {wanted.name!r} of the archive is not the one of its packs")
 
 
 def _label(manifest: Manifest) -> str:
     return f"the pack {manifest.key[:12]} ({printable(manifest.name)})"
 
 
-def _image_of(catalog: Catalog, manifest: Manifest) -> Image | None:
+def image_of(catalog: Catalog, manifest: Manifest) -> Image | None:
+    """Return the image that a pack stands on, if a catalog has it."""
     return next((image for image in ImageStore(catalog.images).list() if manifest.image in (image.key, image.sha256)), None)
 
 

@@ -31,6 +31,8 @@ GIVEN = {
     "timeout-factor": ("2.5", "timeout_factor", 2.5),
     "memory-budget": ("2G", "memory_budget", 2 << 30),
     "infra-retries": ("4", "infra_retries", 4),
+    "registry": ("host.example/packs", "registry", "host.example/packs"),
+    "registry-push": ("1", "registry_push", True),
     "artifacts": ("always", "artifacts", "always"),
     "output": ("/x", "output", "/x"),
     "keep": ("failed", "keep", "failed"),
@@ -50,7 +52,8 @@ def read(*sources: Mapping[str, str]) -> Settings:
 def test_the_first_source_that_says_something_counts(name: str) -> None:
     text, field, value = GIVEN[name]
 
-    assert getattr(read({}, {name: ""}, {name: text}, {name: "nonsense"}), field) == value
+    last = {"registry": "host.example/packs", name: "nonsense"}
+    assert getattr(read({}, {name: ""}, {name: text}, last), field) == value
 
 
 def test_every_setting_has_a_default_that_makes_sense() -> None:
@@ -67,6 +70,9 @@ def test_every_setting_has_a_default_that_makes_sense() -> None:
         ("memory-budget", "lots"),
         ("infra-retries", "9" * 5000),
         ("run-as", "root"),
+        ("registry", "packs"),
+        ("registry-push", "yes"),
+        ("registry", "host.example/packs:tag"),
         ("smolvm-images", "debian-12"),
         ("smolvm-images", "= ./web.tar"),
     ],

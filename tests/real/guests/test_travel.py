@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.registries import docker_registry
+
 if TYPE_CHECKING:
     import pytest
 
@@ -59,3 +61,23 @@ def test_a_layers_pack_is_exported_imported_and_cloned_without_being_built_again
     ran = inner.runpytest_subprocess("-p", "no:cacheprovider", "--vm-missing=fail")
     ran.assert_outcomes(passed=1)
     ran.stdout.fnmatch_lines(["*0 packs built*"])
+
+
+def test_a_run_pulls_what_another_run_has_pushed_and_builds_nothing(
+    tmp_path: Path, inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner.makeconftest(CONFTEST.replace("in RAM >", "in RAM > /dev/null; echo in RAM >"))  # no other run has built this layer
+    inner.makepyfile(test_it=TEST)
+    other, folder = tmp_path / "other", tmp_path / "registry"
+    other.mkdir(mode=0o700)
+    folder.mkdir()
+    with docker_registry(folder) as registry:
+        options = ("-p", "no:cacheprovider", "--vm-missing=fail", f"--vm-registry={registry.host}/team/packs")
+        first = inner.runpytest_subprocess(*options, "--vm-registry-push")
+        first.assert_outcomes(passed=1)
+        first.stdout.fnmatch_lines(["vmbottle: 1 machine restored*1 pack built*1 pushed*"])
+        monkeypatch.setenv("VMBOTTLE_CATALOG", str(other))
+        second = inner.runpytest_subprocess(*options)
+        second.assert_outcomes(passed=1)
+        second.stdout.fnmatch_lines(["vmbottle: 1 machine restored, 0 booted; 0 packs built*2 pulled*"])
+    assert {path.name for path in (other / "images" / "names").iterdir()} == {"debian-12.json"}

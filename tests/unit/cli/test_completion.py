@@ -66,7 +66,7 @@ def completed(words: str) -> list[str]:
         ("vmbottle mac", ["plain,machine"]),
         (
             "vmbottle pack ",
-            ["plain,build", "plain,export", "plain,import", "plain,ls", "plain,show", "plain,verify", "plain,rm", "plain,prune"],
+            [f"plain,{name}" for name in ("build", "export", "import", "push", "pull", "ls", "show", "verify", "rm", "prune")],
         ),
         ("vmbottle machine po", ["plain,power-cut"]),
         ("vmbottle machine exec ", ["plain,web"]),
