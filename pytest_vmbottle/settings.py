@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
@@ -16,7 +15,6 @@ import attrs
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host.sizes import parse_duration, parse_size
 from pytest_vmbottle.spec.pack_kind import PackKind
-from pytest_vmbottle.spec.reference import Reference
 
 if TYPE_CHECKING:
     from pytest_vmbottle.host.account import Account
@@ -163,6 +161,15 @@ SETTINGS = (
         tests_only=True,
     ),
     Setting("new-baselines", "", "Store the counts of this run as the baselines", meaning="off", flag=True, tests_only=True),
+    Setting("shard", "", "Run one part of the suite, such as 2/4: see `vmbottle ci plan`", meaning="all", metavar="I/N", tests_only=True),
+    Setting(
+        "durations",
+        "",
+        "JUnit report, or folder of reports, that says how long tests take: for --vm-shard",
+        meaning="what pytest's cache has",
+        metavar="PATH",
+        tests_only=True,
+    ),
     Setting(
         "smolvm-images",
         "",
@@ -198,6 +205,8 @@ class Settings:
         fail_on_leak: Whether a run that leaves something behind fails.
         baselines: The file of instruction counts; empty for the default.
         new_baselines: Whether the counts of this run replace those in it.
+        shard: The number of this part of the suite, and of how many; None for all of it.
+        durations: The report of how long tests take; empty for pytest's cache.
         images: References by image name, for a backend with images of its own.
     """
 
@@ -220,6 +229,8 @@ class Settings:
     fail_on_leak: bool
     baselines: str
     new_baselines: bool
+    shard: tuple[int, int] | None
+    durations: str
     images: Mapping[str, str]
 
     def backend_for(self, asked: str = "auto") -> str:
@@ -296,11 +307,25 @@ def _infra_retries(text: str) -> int:
 
 
 def _registry(text: str) -> str:
-    if text and find_spec("oras") is None:
+    if not text:
+        return text
+    # Imported here and not above: most runs have no registry.
+    from importlib.util import find_spec
+
+    from pytest_vmbottle.spec.reference import Reference
+
+    if find_spec("oras") is None:
         raise SpecError("needs the library oras: pip install 'pytest-vmbottle[oci]'")
-    if text and Reference.parse(text).artifact:
+    if Reference.parse(text).artifact:
         raise SpecError(f"takes a repository, HOST/NAME, and not one artifact in it: {text!r}")
     return text
+
+
+def _shard(text: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+    if text and (match is None or not 1 <= int(match[1]) <= int(match[2])):
+        raise SpecError(f"takes I/N with I from 1 to N, such as 2/4, not {text!r}")
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def parse_pairs(text: str) -> dict[str, str]:
@@ -356,5 +381,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fail_on_leak": ("fail-on-leak", _is_yes),
     "baselines": ("baselines", str),
     "new_baselines": ("new-baselines", _is_yes),
+    "shard": ("shard", _shard),
+    "durations": ("durations", str),
     "images": ("smolvm-images", parse_pairs),
 }

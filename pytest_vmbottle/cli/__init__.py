@@ -29,6 +29,11 @@ _SECTIONS = (
     Section("Sources of machines", "packs", {"pack": "Packs: prepared machines, of which tests get clones."}),
     Section("Machines", "machines", {"machine": "Machines without pytest, for trying things out by hand."}),
     Section("Machines", "serve", {"serve": "Serve the machines of this catalog over HTTP."}),
+    Section(
+        "Runs of pytest",
+        "suite",
+        {"warm": "Build or pull the packs that tests need, before they run.", "ci": "Test suites on several runners of a CI."},
+    ),
     Section("Runs of pytest", "upkeep", {"report": "Tell what failed in a run, and what its machines did just before."}),
     Section("This command", "completion", {"completion": "Write the script that completes words of this command in a shell."}),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_vmbottle.plugin import collection, fixtures, hookspec, options, reports, session
 from pytest_vmbottle.plugin.collection import Sorting
 from pytest_vmbottle.plugin.options import Options
-from pytest_vmbottle.plugin.reports import InterruptedTest, LastWords, Outcomes
+from pytest_vmbottle.plugin.reports import Clock, InterruptedTest, LastWords, Outcomes
 from pytest_vmbottle.plugin.session import SESSION, Interrupted, Session
 from pytest_vmbottle.spec import SIGNATURE
 
@@ -36,10 +36,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Sorting(), "vmbottle-sorting")
     config.pluginmanager.register(Interrupted(ours), "vmbottle-interrupted")
     config.pluginmanager.register(InterruptedTest(ours), "vmbottle-interrupted-test")
+    if ours.options.shard is not None:
+        # Imported here and not above: few runs are a part of several.
+        from pytest_vmbottle.plugin.sharding import Sharding
+
+        config.pluginmanager.register(Sharding(*ours.options.shard), "vmbottle-sharding")
     # Reports are shown and counted in one process: a worker of pytest-xdist only sends them.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")
         config.pluginmanager.register(LastWords(), "vmbottle-ledger")
+        # A part of the suite changes nothing by which the other parts are told.
+        if ours.options.shard is None:
+            config.pluginmanager.register(Clock(config), "vmbottle-clock")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_vmbottle.errors import SpecError, VMBottleError
-from pytest_vmbottle.plugin.plans import SHARED, Plan, given_plan, parameter, plan_of, plans_of
+from pytest_vmbottle.plugin.plans import SHARED, Plan, given_plan, named_layer, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.spec import SIGNATURE, MachineSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["Sorting", "uses_machine"]
+__all__ = ["Sorting", "resolve", "specs_of", "uses_machine"]
 
 _RESET = "_vm_reset"
-_FIXTURES = (*SHARED, "vm", "vms", "vm_spec", "_vm_plan", "vm_factory")
+_MACHINES = frozenset({*SHARED, "vm", "vms", "vm_spec", "_vm_plan"})
+"""Fixtures whose machines the marks describe."""
 _ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
 
 
@@ -166,7 +167,7 @@ def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def uses_machine(item: pytest.Item) -> bool:
     """Tell whether a test has a machine, or may ask for one."""
-    return item.get_closest_marker("vm") is not None or bool(set(_FIXTURES) & set(getattr(item, "fixturenames", ())))
+    return item.get_closest_marker("vm") is not None or bool({*_MACHINES, "vm_factory"} & set(getattr(item, "fixturenames", ())))
 
 
 def _is_only_asked(config: pytest.Config) -> bool:
@@ -219,6 +220,45 @@ def _refusal(session: Session, item: pytest.Item) -> str | None:
             if why is not None:
                 return why
     return None
+
+
+def resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
+    """Return the spec of a machine that a test's marks, a factory's call or the ini file describe.
+
+    Args:
+        config: The run.
+        wish: Keywords of the mark.
+        defaults: Keywords that hold where the mark and its layer say nothing.
+        item: The test, in whose modules layers are looked for by name; None for a machine that several tests share.
+
+    Raises:
+        SpecError: The keywords are wrong.
+    """
+    keywords = dict(wish)
+    backend = keywords.get("backend", defaults.get("backend", "auto"))
+    # A backend may have an image of its own, so that a mark without a source is complete there.
+    keywords.setdefault("source", defaults.get("source") or config.stash[SESSION].default_source(backend))
+    if keywords["source"] is None:
+        raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
+    # Before the keywords are checked, so that the hook's are checked as well.
+    changed = config.hook.pytest_vmbottle_spec(item=item, keywords=keywords)
+    keywords = dict(changed if changed is not None else keywords)
+    source = keywords.pop("source")
+    if isinstance(source, str) and item is not None:
+        source = named_layer(item, source)
+    return MachineSpec.resolve(source, keywords, defaults={key: value for key, value in defaults.items() if key != "source"})
+
+
+def specs_of(item: pytest.Item) -> list[MachineSpec]:
+    """Return the specs of a test's machines; those that it makes by a factory are not known before it runs.
+
+    Raises:
+        SpecError: The keywords are wrong.
+    """
+    if not _MACHINES & set(getattr(item, "fixturenames", ())):
+        return []
+    defaults = item.config.stash[SESSION].options.defaults
+    return [resolve(item.config, wish, defaults, item) for wish in plan_of(item).wishes.values()]
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:

@@ -10,8 +10,9 @@ import attrs
 import pytest
 
 from pytest_vmbottle.errors import BackendUnavailable, ImageMissing, SpecError
+from pytest_vmbottle.plugin.collection import resolve
 from pytest_vmbottle.plugin.infra import RETRIES
-from pytest_vmbottle.plugin.plans import SHARED, Plan, named_layer, near_layers, parameter, plan_of, plans_of
+from pytest_vmbottle.plugin.plans import SHARED, Plan, near_layers, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION
 from pytest_vmbottle.spec import MachineKeywords, MachineSpec, Source
 
@@ -56,7 +57,7 @@ def vm_spec(request: pytest.FixtureRequest, _vm_plan: Plan, vm_defaults: dict[st
     wish = dict(_vm_plan.wishes[_vm_plan.primary])
     if given is not None:
         wish.update(given if isinstance(given, Mapping) else {"source": given})
-    return _resolve(request.config, wish, vm_defaults, request.node)
+    return resolve(request.config, wish, vm_defaults, request.node)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def vms(
     with ExitStack() as stack:
         # All specs are resolved before the first machine starts: a mistake in one of them costs no time.
         specs = {
-            name: vm_spec if name == _vm_plan.primary else _resolve(request.config, wish, vm_defaults, request.node)
+            name: vm_spec if name == _vm_plan.primary else resolve(request.config, wish, vm_defaults, request.node)
             for name, wish in _vm_plan.wishes.items()
         }
         # One after the other, so that machines on a LAN get their addresses in the same order each time.
@@ -103,7 +104,7 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_
             if isinstance(source, MachineSpec):
                 spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
             else:
-                spec = _resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
+                spec = resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
             return _enter(request, stack, spec, _vm_lans)
 
         yield make
@@ -167,7 +168,7 @@ def _shared(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterato
     plan: Plan = getattr(request, "param", None) or _plan_of_class(request)
     with ExitStack() as stack:
         # No item is given: a machine that several tests share must not depend on which of them came first.
-        yield _enter(request, stack, _resolve(request.config, plan.wishes[plan.primary], defaults, None))
+        yield _enter(request, stack, resolve(request.config, plan.wishes[plan.primary], defaults, None))
 
 
 def _plan_of_class(request: pytest.FixtureRequest) -> Plan:
@@ -197,22 +198,6 @@ def _vm_reset(request: pytest.FixtureRequest) -> None:
 def _check_kept(request: pytest.FixtureRequest, plan: object, name: str) -> None:
     if isinstance(plan, Plan) and plan != plan_of(request.node):
         raise SpecError(f"a vm mark was added to the test after its {name} was made: add it during collection")
-
-
-def _resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[str, Any], item: pytest.Item | None) -> MachineSpec:
-    keywords = dict(wish)
-    backend = keywords.get("backend", defaults.get("backend", "auto"))
-    # A backend may have an image of its own, so that a mark without a source is complete there.
-    keywords.setdefault("source", defaults.get("source") or config.stash[SESSION].default_source(backend))
-    if keywords["source"] is None:
-        raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
-    # Before the keywords are checked, so that the hook's are checked as well.
-    changed = config.hook.pytest_vmbottle_spec(item=item, keywords=keywords)
-    keywords = dict(changed if changed is not None else keywords)
-    source = keywords.pop("source")
-    if isinstance(source, str) and item is not None:
-        source = named_layer(item, source)
-    return MachineSpec.resolve(source, keywords, defaults={key: value for key, value in defaults.items() if key != "source"})
 
 
 def _enter(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options"]
 
-_PATHS = ("catalog", "output", "baselines")
+_PATHS = ("catalog", "output", "baselines", "durations")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from collections import defaultdict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,13 @@ import pytest
 from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.plugin.collection import uses_machine
 from pytest_vmbottle.plugin.infra import PROPERTY, cause_of, cause_told, note
-from pytest_vmbottle.plugin.session import SESSION, Session
+from pytest_vmbottle.plugin.session import DURATIONS, SESSION, Session
 from pytest_vmbottle.shown import coloured, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["InterruptedTest", "LastWords", "Outcomes"]
+__all__ = ["Clock", "InterruptedTest", "LastWords", "Outcomes"]
 
 _OUR_MODULES = re.compile(r"\Apytest_vmbottle(?:\.[a-z_]+)+\.(?=[A-Z])")
 _WORTH_TELLING = 1.0
@@ -318,3 +319,23 @@ def pytest_report_teststatus(report: Any) -> tuple[str, str, tuple[str, dict[str
     """Return a letter and a word of its own for a test without a machine, among the errors."""
     # The category is one of pytest's own, so that its summary counts the test there.
     return ("error", "I", ("INFRA", {"red": True})) if isinstance(report, pytest.TestReport) and cause_told(report) else None
+
+
+class Clock:
+    """Plugin that notes how long tests take, for the shards of later runs."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add a phase of a test."""
+        self._seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """Store the times of this run over those of earlier ones."""
+        cache = getattr(self._config, "cache", None)
+        if cache is not None and self._seconds:
+            before = cache.get(DURATIONS, {})
+            seconds = {nodeid: round(value, 3) for nodeid, value in self._seconds.items()}
+            cache.set(DURATIONS, {**(before if isinstance(before, dict) else {}), **seconds})

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from pytest_vmbottle.provision.context import Remains
     from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["SESSION", "Interrupted", "Session"]
+__all__ = ["DURATIONS", "SESSION", "Interrupted", "Session"]
+
+DURATIONS = "vmbottle/durations"
+"""Key of pytest's cache for the seconds of each test."""
 
 # Seconds that are waited for each machine. One that is not off by then ends with its fixture, or by its supervisor.
 _CUT_SECONDS = 2.0

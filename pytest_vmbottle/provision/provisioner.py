@@ -112,6 +112,14 @@ class Provisioner:
         with self._share(spec):
             return self._builder.pack(spec, self._kind, self._images.origin(spec))
 
+    def prepare(self, spec: MachineSpec) -> Pack | None:
+        """Make what machines of a spec start from, if need be; return their pack, or None where they boot from the image itself."""
+        with _infra(), self._context.explained(), self._share(spec):
+            origin = self._images.origin(spec)
+            if spec.fresh == "boot":
+                return self._builder.pack(spec, PackKind.DISK, origin) if spec.steps else None
+            return self._builder.pack(spec, self._kind, origin) if spec.steps or not origin.is_quick else None
+
     def pack_of_key(self, key: str) -> tuple[Pack, MachineSpec]:
         """Return a pack by its key, verified and held, and the spec of its machine.
 

@@ -40,6 +40,8 @@ GIVEN = {
     "fail-on-leak": ("1", "fail_on_leak", True),
     "baselines": ("/x", "baselines", "/x"),
     "new-baselines": ("yes", "new_baselines", True),
+    "shard": ("2/4", "shard", (2, 4)),
+    "durations": ("/x", "durations", "/x"),
     "smolvm-images": ("debian-12 =, web = ./web.tar\n", "images", {"debian-12": "", "web": "./web.tar"}),
 }
 
@@ -71,6 +73,9 @@ def test_every_setting_has_a_default_that_makes_sense() -> None:
         ("infra-retries", "9" * 5000),
         ("run-as", "root"),
         ("registry", "packs"),
+        ("shard", "5/4"),
+        ("shard", "0/4"),
+        ("shard", "2"),
         ("registry-push", "yes"),
         ("registry", "host.example/packs:tag"),
         ("smolvm-images", "debian-12"),
