@@ -43,6 +43,8 @@ class Plan:
         return "vm" if "vm" in self.wishes else next(iter(self.wishes))
 
 
+_KNOWN: pytest.StashKey[dict[tuple[object, ...], tuple[list[pytest.Mark], list[Plan]]]] = pytest.StashKey()
+
 SHARED = ("session_vm", "module_vm", "class_vm")
 """Fixtures of machines that several tests share."""
 
@@ -53,8 +55,19 @@ def plans_of(node: pytest.Item | pytest.Collector) -> list[Plan]:
     Raises:
         SpecError: A mark is invalid.
     """
+    # Farthest first, so that the keywords of nearer marks overwrite those of farther ones.
+    marks = [*_nearest_first(node)][::-1]
+    # Asked several times of each test. The marks are kept with the answer, so that no other mark gets the id of one.
+    known = node.config.stash.setdefault(_KNOWN, {})
+    key = (node.path, *map(id, marks))
+    if key not in known:
+        known[key] = marks, _plans(node, marks)
+    return known[key][1]
+
+
+def _plans(node: pytest.Item | pytest.Collector, marks: list[pytest.Mark]) -> list[Plan]:
     # A test without a mark may have its machine from the ini file's defaults.
-    wishes = _merged(node) or {"vm": {}}
+    wishes = _merged(marks) or {"vm": {}}
     choices = [_sources(node, wish) for wish in wishes.values()]
     combinations = list(itertools.product(*choices))
     return [_plan(wishes, combination, alone=len(combinations) == 1) for combination in combinations]
@@ -128,13 +141,11 @@ def parameter(node: object, name: str) -> object:
     return None if callspec is None else callspec.params.get(name)
 
 
-def _merged(node: pytest.Item | pytest.Collector) -> dict[str, dict[str, Any]]:
-    """Merge the keywords of all marks on a test, by the machine's name.
+def _merged(marks: list[pytest.Mark]) -> dict[str, dict[str, Any]]:
+    """Merge the keywords of all marks on a test, farthest first, by the machine's name.
 
     The nearest mark's value of a keyword wins.
     """
-    # Farthest first, so that the keywords of nearer marks overwrite those of farther ones.
-    marks = [*_nearest_first(node)][::-1]
     # As keys of a dictionary: each mistake once, in the order of the marks.
     wrong = dict.fromkeys(mistake for mark in marks for mistake in _mistakes(mark))
     if wrong:

@@ -13,6 +13,9 @@ from pytest_vmbottle.errors import VMBottleError
 
 __all__ = ["run_instead"]
 
+# This process has imported the plugin before pytest does, which is no mistake of a project that takes warnings for errors.
+_IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+
 T = TypeVar("T")
 
 
@@ -61,7 +64,7 @@ def run_instead(args: Sequence[str], do: Callable[[pytest.Session], list[T]]) ->
             failed.append(error)
 
     with redirect_stdout(sys.stderr):
-        status = int(pytest.main(["-qq", *args], plugins=[_Instead(guarded)]))
+        status = int(pytest.main(["-qq", "-W", _IMPORTED, *args], plugins=[_Instead(guarded)]))
     if failed:
         raise failed[0]
     return status, results

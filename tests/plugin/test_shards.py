@@ -102,6 +102,7 @@ def suite(pytester: pytest.Pytester, catalog: Path, monkeypatch: pytest.MonkeyPa
     assert catalog.is_dir()
     monkeypatch.setenv("VMBOTTLE_BACKEND", "fake")
     pytester.makeconftest(CONFTEST)
+    pytester.makeini("[pytest]\nfilterwarnings = error\n")
     pytester.makepyfile(test_it=f"import pytest\nfrom pytest_vmbottle import layer, MachineSpec\n{SUITE}")
     return pytester.path
 
