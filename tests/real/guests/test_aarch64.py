@@ -48,7 +48,7 @@ def test_a_fresh_clone_has_nothing_of_another_ones_and_is_awake(vm):
 def arm(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """A catalog with the image "arm"."""
     parts = tmp_path_factory.mktemp("arm64")
-    subprocess.run([sys.executable, Path(__file__).with_name("arm64_image.py"), parts], check=True)
+    subprocess.run([sys.executable, Path(__file__).parents[2] / "small_image.py", "arm64", parts], check=True)
     catalog = Catalog(tmp_path_factory.mktemp("catalog"))
     _add(catalog, parts)
     return catalog

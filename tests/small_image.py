@@ -1,8 +1,8 @@
-"""A small aarch64 system, put together from Debian's packages on a host of any architecture: none of its programs is run here.
+"""A small system that boots in seconds, put together from Debian's packages on a host of any architecture: none of them is run here.
 
 The packages are only unpacked, and a few of their files go on a disk and into an initial RAM disk. What starts them is busybox.
 
-Usage: arm64_image.py FOLDER
+Usage: small_image.py amd64|arm64 FOLDER
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pytest_vmbottle.images import RECIPES
 from pytest_vmbottle.images.apt import apt_sources
 
 _RECIPE = RECIPES["debian-12"]
-_PACKAGES = "linux-image-cloud-arm64,busybox-static,qemu-guest-agent,python3-minimal"
+_PACKAGES = "linux-image-cloud-{arch},busybox-static,qemu-guest-agent,python3-minimal"
+_TRIPLES = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 # In the order in which they need each other.
 _MODULES = (
     "virtio_ring",
@@ -34,9 +35,9 @@ _MODULES = (
 )
 _PROGRAMS = (
     "./bin/busybox",
-    "./lib/ld-linux-aarch64.so.1",
-    "./lib/aarch64-linux-gnu/*.so*",
-    "./usr/lib/aarch64-linux-gnu/*.so*",
+    "./lib*/ld-linux-*.so.*",
+    "./lib/{triple}/*.so*",
+    "./usr/lib/{triple}/*.so*",
     "./usr/sbin/qemu-ga",
     "./usr/bin/python3*",
     "./usr/lib/python3*",
@@ -64,7 +65,7 @@ for port in /sys/class/virtio-ports/*; do
   until [ -e "$port/name" ]; do sleep 0.05; done
   ln -s "../${port##*/}" "/dev/virtio-ports/$(cat "$port/name")"
 done
-hostname arm
+hostname small
 ifconfig lo 127.0.0.1
 ifconfig eth0 10.0.2.15
 """
@@ -77,16 +78,17 @@ _FILES = {
     "etc/start": _START,
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
     "etc/group": "root:x:0:\n",
+    "etc/hosts": "127.0.0.1 localhost\n",
 }
 _LINKS = {"sbin/init": "/bin/busybox", "bin/sh": "busybox", "var/run": "/run"}
 _FOLDERS = ("dev", "proc", "sys", "run", "tmp", "root", "var/tmp", "var/lib", "bin", "sbin")
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, arch: str) -> None:
     """Makes `disk.raw`, `vmlinuz` and `initrd` in an empty folder; takes some ten seconds."""
     root, boot, packages = folder / "root", folder / "boot", folder / "packages.tar"
-    _unpack(packages, folder)
-    _extract(packages, root, _PROGRAMS)
+    _unpack(packages, folder, arch)
+    _extract(packages, root, tuple(pattern.format(triple=_TRIPLES[arch]) for pattern in _PROGRAMS))
     _extract(packages, boot, _KERNEL)
     packages.unlink()
     next(boot.glob("boot/vmlinuz-*")).rename(folder / "vmlinuz")
@@ -101,13 +103,13 @@ def _run(*argv: str | Path) -> None:
         sys.exit(f"{argv[0]} failed: {done.stderr[-2000:]}")
 
 
-def _unpack(packages: Path, folder: Path) -> None:
+def _unpack(packages: Path, folder: Path, arch: str) -> None:
     """Downloads the packages and what they depend on, and unpacks them into an archive; nothing is configured."""
     sources = apt_sources(_RECIPE.suite)
     for name, text in sources.items():
         (folder / name).write_text(text)
     keyring = [] if sources else [f"--keyring={_RECIPE.keyring[0]}"]
-    variant = ("--mode=chrootless", "--variant=extract", "--architectures=arm64", f"--include={_PACKAGES}", *keyring)
+    variant = ("--mode=chrootless", "--variant=extract", f"--architectures={arch}", f"--include={_PACKAGES.format(arch=arch)}", *keyring)
     _run("mmdebstrap", *variant, _RECIPE.suite, packages, *(folder / name for name in sources))
 
 
@@ -142,4 +144,4 @@ def _write_disk(disk: Path, root: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    build(Path(sys.argv[2]), sys.argv[1])
