@@ -155,7 +155,7 @@ class Between(BaseHTTPRequestHandler):
 
     host: str
     cuts: list[int]
-    """How many bytes each of the next long answers gets."""
+    """Bytes that each of the next long answers gets."""
     sent: list[int]
 
     def do_GET(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Durations", "Shard", "Sharding", "Test", "shards_of", "split"]
 
 _SLACK = 1.04
-"""How much longer than the average a shard may get so that a pack need not be on two."""
+"""Factor by which a shard may exceed the average so that a pack need not be on two."""
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +50,7 @@ class Shard:
 
     Attributes:
         tests: Its tests.
+        seconds: The sum of their times.
     """
 
     tests: list[Test] = attrs.field(factory=list)
@@ -121,7 +122,6 @@ def _groups(tests: Iterable[Test]) -> list[list[_Unit]]:
         by_unit[test.packs, test.unit].append(test)
     by_packs: dict[tuple[str, ...], list[_Unit]] = defaultdict(list)
     for (packs, _), together in by_unit.items():
-        # Tests without a machine fill whatever room is left, each by itself.
         by_packs[packs].append(_Unit(together))
     groups = [sorted(units, key=lambda unit: unit.order) for _, units in sorted(by_packs.items())]
     return sorted(groups, key=lambda units: -sum(unit.seconds for unit in units))
@@ -147,7 +147,7 @@ def _divide(group: list[_Unit], shards: list[Shard], limit: float) -> None:
 
 @attrs.frozen
 class Durations:
-    """How long tests took in earlier runs, by their node ids or by their names in a JUnit report."""
+    """Seconds of tests in earlier runs, by their node ids or by their names in a JUnit report."""
 
     known: Mapping[str, float]
 
@@ -201,18 +201,16 @@ def _junit_name(nodeid: str) -> str:
     return f"{classname}::{names[-1] if names else ''}{bracket}{parameters}"
 
 
-def _tests_of(items: Iterable[pytest.Item], durations: Durations) -> dict[str, Test]:
-    """Return what shards have to know of tests, by their node ids."""
+def _tests_of(items: Iterable[pytest.Item], durations: Durations) -> Iterator[Test]:
+    """Yield tests with what shards have to know of them."""
     usual = durations.usual
-    found = {}
     for item in items:
         seconds = durations.of_test(item.nodeid)
         packs: tuple[str, ...] = ()
         # What is wrong with a mark is told where the test runs.
         with suppress(SpecError, pytest.UsageError):
             packs = tuple(sorted({_pack_name(spec) for spec in specs_of(item)}))
-        found[item.nodeid] = Test(nodeid=item.nodeid, unit=_unit(item), packs=packs, seconds=usual if seconds is None else seconds)
-    return found
+        yield Test(nodeid=item.nodeid, unit=_unit(item), packs=packs, seconds=usual if seconds is None else seconds)
 
 
 def _pack_name(spec: MachineSpec) -> str:
@@ -232,7 +230,7 @@ def _unit(item: pytest.Item) -> str:
 
 def shards_of(items: Iterable[pytest.Item], count: int, config: pytest.Config) -> list[Shard]:
     """Divide the tests of a run among shards, as every runner does that has the same tests and durations."""
-    return split(_tests_of(items, Durations.of(config)).values(), count)
+    return split(_tests_of(items, Durations.of(config)), count)
 
 
 class Sharding:

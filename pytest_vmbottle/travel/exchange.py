@@ -161,8 +161,12 @@ class Exchange:
         return found
 
     def _is_here(self, artifact: Artifact) -> bool:
-        with suppress(FileNotFoundError, PackCorrupt, CatalogError):
-            return packs.read(packs.find(self.catalog.packs, artifact.annotations[_KEY])).seal == artifact.annotations.get(_SEAL)
+        key = artifact.annotations.get(_KEY, "")
+        with suppress(FileNotFoundError, PackCorrupt):
+            # A key becomes the name of a folder.
+            return re.fullmatch("[0-9a-f]{64}", key) is not None and packs.read(self.catalog.pack(key)).seal == artifact.annotations.get(
+                _SEAL
+            )
         return False
 
     # -- images ----------------------------------------------------------------------------------------------------------------------

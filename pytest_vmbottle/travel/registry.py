@@ -14,6 +14,7 @@ import re
 import ssl
 import time
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode, urljoin
@@ -73,7 +74,7 @@ class _BusyError(Exception):
 
 @attrs.frozen(kw_only=True)
 class Artifact:
-    """What a repository has under a tag or a digest.
+    """A file with its annotations, as a repository has it under a tag or a digest.
 
     Attributes:
         digest: Digest of its manifest, by which it is always the same one.
@@ -114,7 +115,7 @@ class Repository:
         content = self._insist(lambda: self._manifest(which), "read")
         if content is None:
             return None
-        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        digest = _digest(content)
         if which.startswith("sha256:") and digest != which:
             raise RegistryError(f"{self.reference.repository} sent another manifest than {which}: its digest is {digest}")
         with suppress(ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
@@ -189,8 +190,7 @@ class Repository:
             blob = f"sha256:{content_digest(opened.fileno(), algorithm='sha256')}"
         size = file.stat().st_size
         with io.BytesIO(_EMPTY) as config:
-            empty = f"sha256:{hashlib.sha256(_EMPTY).hexdigest()}"
-            self._upload(empty, config)
+            self._upload(_digest(_EMPTY), config)
         self._say(f"uploading {format_size(size)} to {self.reference.repository}")
         with file.open("rb") as opened:
             self._upload(blob, opened)
@@ -198,13 +198,12 @@ class Repository:
             "schemaVersion": 2,
             "mediaType": _MANIFEST,
             "artifactType": _ARTIFACT,
-            "config": {"mediaType": _EMPTY_TYPE, "digest": empty, "size": len(_EMPTY)},
+            "config": {"mediaType": _EMPTY_TYPE, "digest": _digest(_EMPTY), "size": len(_EMPTY)},
             "layers": [{"mediaType": _ARCHIVE, "digest": blob, "size": size}],
             "annotations": dict(annotations),
         }
         content = json.dumps(manifest, sort_keys=True).encode()
-        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-        artifact = Artifact(digest=digest, annotations=annotations, blob=blob, size=size, manifest=content)
+        artifact = Artifact(digest=_digest(content), annotations=annotations, blob=blob, size=size, manifest=content)
         self.tag(artifact, tag)
         return artifact
 
@@ -274,6 +273,10 @@ class Repository:
         raise RegistryError(f"cannot {what}: {name} answered {reason}")
 
 
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def _told(response: requests.Response) -> str:
     """Return a registry's own words about an error, if it has any."""
     with suppress(ValueError, TypeError, KeyError, AttributeError, requests.RequestException):
@@ -290,8 +293,15 @@ class _Client(oras.provider.Registry):  # type: ignore[misc] # it comes without 
     def __init__(self, reference: Reference) -> None:
         super().__init__(insecure=_is_loopback(reference.host), tls_verify=_certificates())
         self._root = f"{self.prefix}://{reference.host}/v2/{reference.name}"
+        # Those for tokens too, which the base class sends without an end.
+        self.session.request = partial(self.session.request, timeout=_TIMEOUT)
         folder = os.environ.get("DOCKER_CONFIG")
-        self.auth.load_configs(oras.container.Container(reference.repository), configs=[f"{folder}/config.json"] if folder else None)
+        try:
+            self.auth.load_configs(oras.container.Container(reference.repository), configs=[f"{folder}/config.json"] if folder else None)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise RegistryError(
+                f"the logins that Docker stored cannot be read: {error}: mend config.json in {folder or '~/.docker'}, or log in again"
+            ) from error
         self._authorization: dict[str, str] = {}
 
     def ask(self, method: str, path: str, **options: Any) -> requests.Response:
@@ -307,7 +317,7 @@ class _Client(oras.provider.Registry):  # type: ignore[misc] # it comes without 
             # An upload may go to a storage of another name, which the login is not for.
             sent = {**(headers or {}), **(self._authorization if url.startswith(self._root) else {})}
             session: requests.Session = self.session
-            return session.request(method, url, headers=sent, data=data, stream=stream, verify=self._tls_verify, timeout=_TIMEOUT)
+            return session.request(method, url, headers=sent, data=data, stream=stream, verify=self._tls_verify)
 
         response = once()
         if response.status_code == _UNAUTHORIZED and self._log_in(response):
@@ -319,11 +329,13 @@ class _Client(oras.provider.Registry):  # type: ignore[misc] # it comes without 
 
     def _log_in(self, refused: requests.Response) -> bool:
         """Get ready what a registry asks for; return whether there is anything new to try."""
-        before, self.auth.token = self._authorization, None
-        if refused.headers.get("WWW-Authenticate", "").lower().startswith("basic"):
-            login = getattr(self.auth, "_basic_auth", "")
+        before, self.auth.token, wanted = self._authorization, None, refused.headers.get("WWW-Authenticate", "")
+        login = getattr(self.auth, "_basic_auth", "")
+        if not refused.url.startswith(self._root):  # a storage, which must not learn the login
+            return False
+        if wanted.lower().startswith("basic"):
             self._authorization = {"Authorization": f"Basic {login}"} if login else {}
-        else:
+        elif re.search(rf'realm="{self.prefix}s?://', wanted):  # over TLS, if the registry is
             self._authorization, _ = self.auth.authenticate_request(refused, {})
         return bool(self._authorization) and self._authorization != before
 

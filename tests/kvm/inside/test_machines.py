@@ -1,4 +1,4 @@
-"""What runs in a guest with a real KVM: machines of a system that boots in seconds."""
+"""Machines of a system that boots in seconds, run in a guest with a real KVM."""
 
 from __future__ import annotations
 

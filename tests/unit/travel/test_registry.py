@@ -175,9 +175,11 @@ class _Liar(BaseHTTPRequestHandler):
         b"[" * 100_000,
         b'{"layers": []}',
         b'{"layers": [{"mediaType": "application/vnd.pytest-vmbottle.v1+zip", "digest": "sha256:../../x", "size": 1}], "annotations": {}}',
+        b'{"layers": [{"mediaType": "application/vnd.pytest-vmbottle.v1+zip", "digest": "sha256:%s", "size": 1}], "annotations": {}}'
+        % (b"0" * 64),
         b"x" * (5 << 20),
     ],
-    ids=["nothing", "empty", "nested", "no layer", "a path", "long"],
+    ids=["nothing", "empty", "nested", "no layer", "a path", "no annotations", "long"],
 )
 @pytest.mark.parametrize("which", ["web", f"sha256:{'0' * 64}"])
 def test_a_registry_that_sends_something_else_is_refused(elsewhere: Catalog, answer: bytes, which: str) -> None:
@@ -224,6 +226,29 @@ def test_a_registry_with_passwords_wants_the_login_that_docker_stored(
         log_in(config, registry.host)
         exchange(home.catalog, f"{registry.host}/packs").push(home.layer, tag="web")
         assert len(pulled(elsewhere, f"{registry.host}/packs:web")) == 2
+
+
+def test_logins_that_cannot_be_read_are_told_without_a_traceback(
+    elsewhere: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    for text in ("{", "[]", '{"auths": 5}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(RegistryError, match=r"config\.json"):
+            exchange(elsewhere, "127.0.0.1:1/packs")
+
+
+@pytest.mark.parametrize("words", ["Negotiate", 'Bearer realm="ftp://x"', 'Bearer service="x"', ""])
+def test_a_registry_that_wants_a_login_of_another_kind_is_told_as_a_refusal(elsewhere: Catalog, words: str) -> None:
+    class Refusing(_Liar):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", words)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), Refusing)) as server, pytest.raises(RegistryError, match="docker login"):
+        exchange(elsewhere, f"127.0.0.1:{server.server_address[1]}/packs").pull("web")
 
 
 def test_who_has_a_token_for_reading_pulls_and_is_told_that_he_cannot_push(home: Home, elsewhere: Catalog, tmp_path: Path) -> None:
