@@ -247,8 +247,8 @@ class Repository:
                 return ask()
             except (requests.RequestException, _BusyError) as error:
                 if attempt == _ATTEMPTS:
-                    raise RegistryError(f"cannot {what} {self.reference.repository}: {printable(str(error))}: try again later") from error
-                self._say(f"{printable(str(error))}; trying again")
+                    raise RegistryError(f"cannot {what} {self.reference.repository}: {_reason(error)}. Try again later") from error
+                self._say(f"{self.reference.host}: {_reason(error)}; trying again")
                 time.sleep(_PAUSE * attempt)
         raise AssertionError("unreachable")
 
@@ -275,6 +275,12 @@ class Repository:
 
 def _digest(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _reason(error: Exception) -> str:
+    """Return why a request failed: the system's own words, which are deep in those of the libraries, if it has any."""
+    words = re.search(r"\[Errno -?\d+\] ([^\"'()\]]+)|certificate verify failed: [^\"'()]+", str(error))
+    return printable((words[1] or words[0]).strip() if words else str(error))
 
 
 def _told(response: requests.Response) -> str:
