@@ -182,10 +182,11 @@ class FakeInstance(Instance):
         self._note("cut")
         self.stop()
 
-    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:  # noqa: ARG002
+    def snapshot(self, dest: Path, *, whole: bool, deadline: Deadline) -> bool:  # noqa: ARG002
         """Write files that have the right names and no meaning."""
         for name in ("disk.qcow2", "state.bin"):
             (dest / name).write_text(secrets.token_hex(16))
+        return True
 
     def stop(self) -> None:
         """End the machine; may be called again."""

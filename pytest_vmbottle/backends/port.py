@@ -126,7 +126,8 @@ class Start:
         firmware: The firmware that boots the disk if there is no kernel: `"bios"` or `"uefi"`.
         seed: The cloud-init seed, an ISO image.
         keys: The keys that the seed carries.
-        saved: A folder that `Instance.save` filled, to be restored; None to boot.
+        saved: A folder that `Instance.save` or `Instance.snapshot` filled, to be restored; None to boot.
+        ram: The folder with the RAM from which `saved` has the differences alone; None if it has all of it.
         building: Whether the restored machine will itself be saved; then its RAM is a private copy.
         kept: Whether the machine ran before, and continues with its own disk, by default the one in its folder.
         overlay: That disk, if it is in another folder. The machine gets a second name of the file, so that it stays.
@@ -145,6 +146,7 @@ class Start:
     keys: Keys
     firmware: str = "bios"
     saved: Path | None = None
+    ram: Path | None = None
     building: bool = False
     kept: bool = False
     overlay: Path | None = None
@@ -340,8 +342,11 @@ class Instance(ABC):
         """
         raise self.unsupported("cannot tell what a disk has lost when its power is cut")
 
-    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
-        """Write the machine, RAM included, into the empty folder `dest`.
+    def snapshot(self, dest: Path, *, whole: bool, deadline: Deadline) -> bool:
+        """Write the machine, RAM included, into the empty folder `dest`; return whether all of its RAM is there.
+
+        Unless `whole` is asked for, a backend may leave out what the RAM has in common with the pack that the machine was started from:
+        `Start.ram or Start.saved`, which is `Start.ram` of the machines that start from `dest`.
 
         The machine is paused meanwhile, and continues whatever happens.
 

@@ -249,7 +249,7 @@ class CrashLog:
         if copy is None:
             raise MachineError("its backend has no disk of its own to boot from", machine=self._vm.name)
         disks = (*self._source.disks, Disk(path=self._file.with_name(copy.name)))
-        start = attrs.evolve(self._source, saved=None, building=False, kept=True, disks=disks, overlay=image, data=())
+        start = attrs.evolve(self._source, saved=None, ram=None, building=False, kept=True, disks=disks, overlay=image, data=())
         return self._make(self._vm.spec, start)
 
     @contextmanager

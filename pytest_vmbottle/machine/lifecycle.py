@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import attrs
 
@@ -32,6 +32,7 @@ from pytest_vmbottle.timeline import Timeline
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog.packs import Manifest
+    from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.machine.snapshot import Snapshot
 
 __all__ = ["CAPTURE", "CAPTURES", "Lifecycle", "Relauncher"]
@@ -74,6 +75,8 @@ class Lifecycle:
 
     Attributes:
         place: The machine's place on a private LAN, if it is on one.
+        pour: Function that starts another machine, which ends before this one; None if it was made without.
+        join: Function that connects the machine to the private LAN of its spec, until it ends; None if it is connected, or has none.
         timeline: The record of what happens to the machine.
     """
 
@@ -110,6 +113,8 @@ class Lifecycle:
         self._overlay: Path | None = None
         self._factor = factor
         self.place: LanMember | None = None
+        self.pour: Callable[[MachineSpec, Start], Machine] | None = None
+        self.join: Callable[[], object] | None = None
 
     @property
     def captures(self) -> list[Path]:
@@ -343,7 +348,7 @@ class Lifecycle:
         if self.state not in (State.OFF, State.DIED):
             raise self._error(f"is not off, it is {self.state}")
         # From its disk alone: a saved RAM belongs to the disk of the moment when it was saved.
-        self._relaunch(self._set_aside(attrs.evolve(self.boot_source, saved=None, kept=True)), deadline)
+        self._relaunch(self._set_aside(attrs.evolve(self.boot_source, saved=None, ram=None, kept=True)), deadline)
 
     def _set_aside(self, start: Start) -> Start:
         """Return a boot source with the overlays of tracked disks as images, so that logs of writes begin with empty overlays."""
@@ -438,12 +443,31 @@ class Lifecycle:
 
     # -- there and back --------------------------------------------------------------------------------------------------------------
 
-    def snapshot(self, name: str) -> Snapshot:
-        """Write a snapshot of the running machine, RAM included."""
+    def snapshot(self, name: str, *, whole: bool = False) -> Snapshot:
+        """Write a snapshot of the running machine, RAM included; all of it if it has to be a pack of its own."""
         # Imported here and not above: whoever only names `Machine` pays nothing for what manifests need (cattrs).
         from pytest_vmbottle.catalog import packs
         from pytest_vmbottle.machine.snapshot import Snapshot
 
+        with self._written(name, whole=whole) as start:
+            folder = cast("Path", start.saved)
+            packs.seal(folder, self._manifest(folder.name, name))
+            return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
+
+    def fork(self, specs: Sequence[MachineSpec]) -> list[Machine]:
+        """Start a machine of each spec as this one is now; they end before it does.
+
+        Raises:
+            MachineError: It was made without a way to do that, or one of them could not be started.
+        """
+        if self.pour is None:
+            raise self._error("cannot be forked: it was made without a way to do that")
+        with self._written("fork") as start:
+            return [self.pour(spec, start) for spec in specs]
+
+    @contextmanager
+    def _written(self, name: str, *, whole: bool = False) -> Iterator[Start]:
+        """Write the running machine into a new folder, and yield the boot source for machines like it; nothing is left after an error."""
         # `boot_source`, not `relauncher.start`: a snapshot stands on the disks that the machine runs on now, which may be those of another
         # snapshot.
         relauncher, origin = self._relaunchable(), self.boot_source
@@ -454,15 +478,14 @@ class Lifecycle:
         try:
             private_dir(folder)
             with self._off_the_lan():
-                self.instance.snapshot(folder, deadline=Deadline(relauncher.patience))
-            packs.seal(folder, self._manifest(folder.name, name))
+                whole = self.instance.snapshot(folder, whole=whole, deadline=Deadline(relauncher.patience))
             # A backend with images of its own has no disks in the start, and finds its own in the folder.
             disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()
             data = tuple(
                 attrs.evolve(disk, disks=(*disk.disks, Disk(path=folder / disk.file)), saved=True, overlay=None) for disk in origin.data
             )
-            start = attrs.evolve(origin, disks=disks, data=data, saved=folder, kept=False, building=False)
-            return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
+            ram = None if whole else origin.ram or origin.saved
+            yield attrs.evolve(origin, disks=disks, data=data, saved=folder, ram=ram, kept=False, building=False)
         # Ctrl-C too: half a snapshot may be a gigabyte that nobody would remove before the machine ends.
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)

@@ -38,8 +38,7 @@ class Snapshot(Pack):
             SpecError: A value is invalid, or the keyword is fixed at the boot.
         """
         self.check()
-        # `env` and `files` are pairs in a spec, but their converters take mappings.
-        spec = attrs.evolve(self.spec, **{"env": dict(self.spec.env), "files": dict(self.spec.files), **keywords})
+        spec = self.spec.but(**keywords)
         # Checked here too, so that the error names the call and not the start of the machine.
         self.check_fits(spec)
         return spec
@@ -60,5 +59,6 @@ class Snapshot(Pack):
         Raises:
             CatalogError: A file is gone.
         """
-        if not all(path.exists() for path in (self.path, self.start.seed, *(disk.path for disk in self.start.images))):
+        ram = [self.start.ram] if self.start.ram is not None else []
+        if not all(path.exists() for path in (self.path, self.start.seed, *ram, *(disk.path for disk in self.start.images))):
             raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it is removed with the machine that it was made of")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
-import attrs
 import pytest
 
 from pytest_vmbottle.errors import BackendUnavailable, ImageMissing, SpecError
@@ -102,7 +101,7 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_
             if isinstance(source, Snapshot):
                 return _enter(request, stack, source.of(**keywords), _vm_lans, source.start)
             if isinstance(source, MachineSpec):
-                spec = attrs.evolve(source, **{"env": dict(source.env), "files": dict(source.files), **keywords})
+                spec = source.but(**keywords)
             else:
                 spec = resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
             return _enter(request, stack, spec, _vm_lans)
@@ -206,7 +205,7 @@ def _enter(
     session = request.config.stash[SESSION]
     try:
         with _counting_retries(request, session.provisioner(spec.backend)) as provisioner:
-            machine = stack.enter_context(provisioner.machine(spec, start=start, lans=lans))
+            return stack.enter_context(provisioner.machine(spec, start=start, lans=lans))
     except BackendUnavailable as error:
         if not session.options.skips_missing:
             raise
@@ -217,11 +216,6 @@ def _enter(
         if not near:
             raise
         raise SpecError(f"there is no image and no layer {error.name!r}: did you mean the layer {' or '.join(map(repr, near))}?") from None
-    # After `enter_context`: a machine that could not be started is in no list.
-    session.machines.append(machine)
-    # The stack runs this before the machine ends, so no report asks a machine that is ending.
-    stack.callback(session.machines.remove, machine)
-    return machine
 
 
 @contextmanager

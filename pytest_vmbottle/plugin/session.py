@@ -239,10 +239,8 @@ class Session:
                 report=self.say,
                 warn=self.say,
                 # Functions, so that provisioners know nothing of pytest's hooks.
-                ready=lambda machine: self.config.hook.pytest_vmbottle_machine_ready(machine=machine),
-                stopping=lambda machine: self.config.hook.pytest_vmbottle_machine_stopping(
-                    machine=machine, failed=machine.id in self.failed
-                ),
+                ready=self._ready,
+                stopping=self._stopping,
                 ended=self.take_remains,
                 declared=self.declared,
                 memory_budget=self.options.memory_budget,
@@ -252,6 +250,15 @@ class Session:
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
+
+    def _ready(self, machine: Machine) -> None:
+        self.config.hook.pytest_vmbottle_machine_ready(machine=machine)
+        self.machines.append(machine)
+
+    def _stopping(self, machine: Machine) -> None:
+        # First, so that no report asks a machine that is ending.
+        self.machines.remove(machine)
+        self.config.hook.pytest_vmbottle_machine_stopping(machine=machine, failed=machine.id in self.failed)
 
     def reset(self, machine: Machine) -> None:
         """Restore a used shared machine to its initial state, if its spec says so."""

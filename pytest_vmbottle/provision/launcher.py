@@ -154,7 +154,7 @@ class Launcher:
 
         Files in users' own folders are not held.
         """
-        folders = [disk.path.parent for disk in start.images] + ([start.saved] if start.saved else [])
+        folders = [disk.path.parent for disk in start.images] + [folder for folder in (start.saved, start.ram) if folder]
         with self._context.explained():
             holds.take(*(folder for folder in folders if self._context.catalog.root in folder.parents))
 

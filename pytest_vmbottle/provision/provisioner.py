@@ -6,7 +6,7 @@ Each has a reservation of memory, and is retried if it could not be started.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,13 @@ class Provisioner:
 
     @contextmanager
     def machine(
-        self, spec: MachineSpec, *, start: Start | None = None, origin: Origin | None = None, lans: LanTable | None = None
+        self,
+        spec: MachineSpec,
+        *,
+        start: Start | None = None,
+        origin: Origin | None = None,
+        lans: LanTable | None = None,
+        joins: bool = True,
     ) -> Iterator[Machine]:
         """Start a machine for a block, and yield it when it is ready.
 
@@ -78,6 +84,7 @@ class Provisioner:
             start: The boot source, if it is not a pack of the catalog.
             origin: The image that this boot source stands on, if it need not be there any more.
             lans: The private LANs that it may join, by name.
+            joins: Whether it joins its LAN before anybody gets it.
 
         Raises:
             SpecError: This host, or the memory budget, is too small for it.
@@ -94,7 +101,12 @@ class Provisioner:
                 # The share is for the machine that builds its pack too: that one has ended before this one begins.
                 stack.enter_context(self._share(spec))
                 machine = self._provide(spec, partial(self._started, spec, start, origin), stack)
-                stack.enter_context(machine.lifecycle.on(lan) if lan else nullcontext())
+                self._connect(machine, lan, stack, joins=joins)
+            # Forks end first: their disks stand on files in this machine's folder.
+            forks = stack.enter_context(ExitStack())
+            machine.lifecycle.pour = lambda spec, start: forks.enter_context(
+                self.machine(spec, start=start, origin=origin, lans=lans, joins=False)
+            )
             self.tally.waited += time.monotonic() - began
             # Outside of `_infra`: an error of a hook or of the test is not the machine's.
             self._settings.ready(machine)
@@ -102,6 +114,21 @@ class Provisioner:
                 yield machine
             finally:
                 self._stopping(machine)
+
+    @staticmethod
+    def _connect(machine: Machine, lan: Lan | None, stack: ExitStack, *, joins: bool) -> None:
+        """Connect a machine to its LAN, now or when it is told to."""
+        if lan is None:
+            return
+
+        def join() -> None:
+            machine.lifecycle.join = None
+            stack.enter_context(machine.lifecycle.on(lan))
+
+        if joins:
+            join()
+        else:
+            machine.lifecycle.join = join
 
     def origin(self, spec: MachineSpec) -> Origin:
         """Return the image at the bottom of machines of a spec, made or fetched if need be."""

@@ -724,6 +724,15 @@ class MachineSpec:
         # The source that was given, and not one of the defaults or a layer.
         return cls(**{**merged, "source": source})
 
+    def but(self, **keywords: Any) -> MachineSpec:
+        """Return this spec with other values for some keywords.
+
+        Raises:
+            SpecError: A value is invalid.
+        """
+        # `env` and `files` are pairs in a spec, but their converters take mappings.
+        return attrs.evolve(self, **{"env": dict(self.env), "files": dict(self.files), **keywords})
+
     def plain_keywords(self) -> dict[str, Any]:
         """Return the keywords that make this spec again, as JSON has them, without what a disk has of it already: `PREPARATION`.
 

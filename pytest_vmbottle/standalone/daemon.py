@@ -393,7 +393,7 @@ def _made_of(place: Kept, order: Mapping[str, Any], provisioner: Provisioner, ca
         return _MadeOf(spec=stored.spec(**{**spec_keywords(given), "name": place.name}), start=stored.start, origin=stored.origin)
     if source.startswith(PACK):
         pack, spec = provisioner.pack_of_key(packs.find(catalog.packs, source.removeprefix(PACK)).name.partition(".")[0])
-        spec = attrs.evolve(spec, **{"env": dict(spec.env), "files": {}, **spec_keywords(keywords)})
+        spec = spec.but(**{"files": {}, **spec_keywords(keywords)})
         return _MadeOf(spec=spec, start=provisioner.start(spec, pack))
     return _MadeOf(spec=MachineSpec.resolve(source_of(source, Path(order["folder"])), spec_keywords(keywords)))
 

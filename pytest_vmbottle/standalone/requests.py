@@ -79,7 +79,7 @@ class Requests:
             "cp": self._cp,
             "exec": self._exec,
             "forward": self._forward,
-            "freeze": lambda *_: str(machine.snapshot("frozen").path),
+            "freeze": lambda *_: str(machine.lifecycle.snapshot("frozen", whole=True).path),
             "journal": lambda _, request: machine.journal(request.get("unit"), since=request.get("since"), lines=request.get("lines")),
             "keys": lambda _, request: machine.send_keys(*request["keys"]),
             "list": self._list,

@@ -67,7 +67,7 @@ class Stored:
         source = machine.lifecycle.boot_source
         # All of them are in one folder, each under its own name.
         data = tuple(attrs.evolve(disk, overlay=overlay.with_name(disk.file)) for disk in source.data)
-        start = attrs.evolve(source, saved=None, kept=True, overlay=overlay, data=data, building=False)
+        start = attrs.evolve(source, saved=None, ram=None, kept=True, overlay=overlay, data=data, building=False)
         return cls(start=start, origin=KeptOrigin.of(origin), keywords=machine.spec.plain_keywords())
 
     @classmethod
@@ -161,6 +161,7 @@ def _linked(start: Start, here: Path, final: Path) -> Start:
     return attrs.evolve(
         start,
         saved=saved,
+        ram=linked_saved(start.ram) if start.ram is not None else None,
         disks=tuple(linked_disk(disk, f"disk-{number}") for number, disk in enumerate(start.disks)),
         data=tuple(map(linked_data, start.data)),
         overlay=link(start.overlay, _OVERLAY) if start.overlay is not None else None,

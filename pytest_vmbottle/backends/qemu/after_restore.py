@@ -13,6 +13,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
+from collections.abc import Callable
 
 from pytest_vmbottle.backends.port import CannotSave
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
@@ -28,9 +29,9 @@ _SCRIPT = read_script(__package__, "after_restore.py")
 class AfterRestore:
     """Host end of the connection to the after-restore process in a guest."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Take the connected socket of its port."""
-        self._sock = sock
+    def __init__(self, sock: socket.socket, is_there: Callable[[], bool]) -> None:
+        """Take the connected socket of its port, and a function that tells whether the process has the port open."""
+        self._sock, self._is_there = sock, is_there
 
     def freeze(self, channel: Channel, *, deadline: Deadline) -> str:
         """Ready the guest for being saved; return the secret that identifies it.
@@ -38,16 +39,22 @@ class AfterRestore:
         Raises:
             CannotSave: The guest has no Python, or its port does not work.
         """
+        # In a guest that was restored it runs already, and Python takes long to start.
+        if not self._is_there():
+            self._start(channel, deadline)
+        nonce = secrets.token_hex(16)
+        if self._ask(f"keep {nonce}", deadline) != "kept":
+            raise CannotSave("the guest's after-restore process does not answer on its port")
+        return nonce
+
+    @staticmethod
+    def _start(channel: Channel, deadline: Deadline) -> None:
         # The program is the input, so nothing is written to the guest's disk.
         script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
         done = channel.run(script, deadline=deadline)
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip()[-500:]
             raise CannotSave(f"python3 does not run in the guest, and a restored guest needs it to set its clock: {reason}")
-        nonce = secrets.token_hex(16)
-        if self._ask(f"keep {nonce}", deadline) != "kept":
-            raise CannotSave("the guest's after-restore process does not answer on its port")
-        return nonce
 
     def wake(self, nonce: str, *, deadline: Deadline) -> None:
         """Set the restored guest's clock and randomness, and verify its identity.

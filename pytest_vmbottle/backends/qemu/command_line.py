@@ -1,7 +1,7 @@
 """Composition of a machine's QEMU command line.
 
-The saved state of a machine follows the order and the ids of devices. So a pack is restored with the same command line, except for `share`
-and `incoming`, and anything added here must change `FORMAT`.
+The saved state of a machine follows the order and the ids of devices. So a pack is restored with the same command line, except for `share`,
+`incoming` and `nameless`, and anything added here must change `FORMAT`.
 """
 
 from __future__ import annotations
@@ -233,6 +233,7 @@ class LaunchResources:
         firmware: A firmware file that replaces QEMU's default firmware.
         qmp, agent, waker, console: Connected sockets.
         incoming: Whether the machine waits for a saved state instead of booting.
+        nameless: Whether that state does not begin with the name of the machine.
         lent: Arguments that name the open files which QEMU inherits.
     """
 
@@ -250,6 +251,7 @@ class LaunchResources:
     waker: int
     console: int
     incoming: bool
+    nameless: bool = False
     lent: tuple[str, ...] = ()
 
 
@@ -284,7 +286,10 @@ def command_line(emulator: Emulator, spec: MachineSpec, wiring: LaunchResources)
         *(word for slot in wiring.disks[1:] for word in _plugged(slot)),
         *(board.display if spec.display else ()),  # the last, so that what all machines have is where it is in all of them
         *_boot(wiring),
-        *(("-incoming", "defer") if wiring.incoming else ()),
+        # It never runs by itself: a state may say that it did when it was saved.
+        *(("-S", "-incoming", "defer") if wiring.incoming else ()),
+        # By default QEMU expects the name.
+        *(("-global", "migration.send-configuration=off") if wiring.nameless else ()),
     ]
 
 

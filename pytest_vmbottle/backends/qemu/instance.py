@@ -25,6 +25,7 @@ from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.guest_channels import GuestChannels, Host
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
 from pytest_vmbottle.backends.qemu.lan_card import LAN_CARD, plug_card, unplugged
+from pytest_vmbottle.backends.qemu.own_memory import OWN_MEMORY, Memory, OwnMemory, copier
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed, QmpLost
 from pytest_vmbottle.backends.qemu.ram import RAM_FILE, Ram
@@ -74,6 +75,8 @@ class Saved:
         agent: Whether it has a guest agent.
         login: See `GuestAgent.login`.
         ports: The port of each disk beside the root disk, by the disk's name.
+        nameless: Whether its state does not begin with the name of the machine (`Qmp.save_devices`).
+        differs: Whether its RAM is that of a pack with the pages of `OWN_MEMORY`.
     """
 
     kind: PackKind
@@ -81,6 +84,8 @@ class Saved:
     agent: bool
     login: int | None
     ports: Mapping[str, str] = attrs.field(factory=dict)
+    nameless: bool = False
+    differs: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Saved:
@@ -123,16 +128,17 @@ class QemuInstance(Instance):
             parts.lines.agent,
             Host(
                 alive=self.alive,
-                agent_is_there=self._agent_is_there,
+                agent_is_there=lambda: self._is_open("agent"),
                 agent_changes=lambda: self._qmp.agent_changes,
                 ssh_address=lambda: self.forward(22),
                 keys=source.keys,
             ),
         )
-        self._waker = AfterRestore(parts.lines.waker)
+        self._waker = AfterRestore(parts.lines.waker, lambda: self._is_open("waker"))
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
         self._disks = Disks(parts.qmp, parts.disks, account=emulator.account, alive=self.alive)
         self._cable = NIC
+        self._nameless = False
         self._forwards = Forwards(self._monitor)
 
     @property
@@ -199,9 +205,9 @@ class QemuInstance(Instance):
         except MachineTimeout as error:
             raise MachineTimeout(str(error), machine=self._spec.name, console_tail=self.console.tail(30), argv=self.argv) from error
 
-    def _agent_is_there(self) -> bool:
-        with self._asked("tell whether there is a guest agent"):
-            return self._qmp.agent_is_there(deadline=Deadline(_GRACE))
+    def _is_open(self, port: str) -> bool:
+        with self._asked(f"tell whether the guest has its {port} port open"):
+            return self._qmp.is_open(port, deadline=Deadline(_GRACE))
 
     def forward(self, port: int) -> tuple[str, int]:
         """Return the address on 127.0.0.1 that leads to a TCP port of the guest; the kernel chooses its number."""
@@ -326,11 +332,23 @@ class QemuInstance(Instance):
 
     def restore(self, folder: Path, saved: Saved, *, deadline: Deadline) -> None:
         """Load a saved state, let it run, and set the guest's clock."""
-        self._migrate("migrate-incoming", folder / _STATE, saved.kind, deadline)
+        self._nameless = saved.nameless
+        if saved.differs:
+            self._load_differing(folder, deadline)
+        else:
+            self._migrate("migrate-incoming", folder / _STATE, saved.kind, deadline)
         self._qmp.execute("cont", deadline=deadline)
         # Before any channel is used: no command may see the old clock, or draw the random numbers that other clones draw.
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
         self._channels.adopt(has_agent=saved.agent, login=saved.login, deadline=deadline)
+
+    def _load_differing(self, folder: Path, deadline: Deadline) -> None:
+        memory = Memory(self.pid, self._ram.path, self._monitor)
+        with OwnMemory.opened(folder / OWN_MEMORY) as own:
+            # Before the devices, which read their queues from the RAM.
+            own.into_ram(memory)
+            self._migrate("migrate-incoming", folder / _STATE, PackKind.STREAM, deadline)
+            own.into_others(memory)
 
     def attach(self, slots: Iterable[DiskSlot]) -> None:
         """Plug in disks whose overlays are in the machine's folder, since its saved state does not have them."""
@@ -370,13 +388,15 @@ class QemuInstance(Instance):
                 copy_sparse(self._ram.fd, file)
         self._saved(kind, nonce).write(dest)
 
-    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
-        """Write the machine with all of its RAM into a folder; it continues (see `Instance.snapshot`)."""
+    def snapshot(self, dest: Path, *, whole: bool, deadline: Deadline) -> bool:
+        """Write the machine into a folder; it continues (see `Instance.snapshot`)."""
         with self._nothing_plugged(deadline):
             # Before the pause: the guest has to run to start the process that will set its clock.
             nonce = self._waker.freeze(self.channel(deadline=deadline), deadline=deadline)
+            # Without a mapping of its own, its pages would be those of others too.
+            whole = whole or not self._ram.private
             try:
-                self._write_down_paused(dest, deadline)
+                (self._write_whole if whole else self._write_differing)(dest, deadline)
             except QmpFailed as error:
                 # The failed migration may be QEMU's end, whose reason `alive` reports; it is seen in the process a moment later.
                 self._process.wait(Deadline(0.5))
@@ -384,11 +404,21 @@ class QemuInstance(Instance):
                 raise OSError(errno.ENOSPC if _is_full(dest) else errno.EIO, str(error)) from error
             # The guest's clock stood still while the machine was written.
             self._waker.wake(nonce, deadline=deadline)
-        self._saved(PackKind.STREAM, nonce).write(dest)
+        self._saved(PackKind.STREAM, nonce, differs=not whole).write(dest)
+        return whole
 
-    def _saved(self, kind: PackKind, nonce: str) -> Saved:
+    def _saved(self, kind: PackKind, nonce: str, *, differs: bool = False) -> Saved:
         agent = self._channels.agent
-        return Saved(kind=kind, nonce=nonce, agent=bool(self._channels.has_agent), login=agent.login, ports=self._disks.ports)
+        return Saved(
+            kind=kind,
+            nonce=nonce,
+            agent=bool(self._channels.has_agent),
+            login=agent.login,
+            ports=self._disks.ports,
+            # A QEMU that was started to load such a state writes others in the same way.
+            nameless=differs or self._nameless,
+            differs=differs,
+        )
 
     @contextmanager
     def _nothing_plugged(self, deadline: Deadline) -> Iterator[None]:
@@ -400,18 +430,32 @@ class QemuInstance(Instance):
                 raise CannotSave(f"{error}; a machine cannot be saved with a disk plugged in", machine=self._spec.name) from error
             yield
 
-    def _write_down_paused(self, dest: Path, deadline: Deadline) -> None:
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
         self.pause()
         try:
-            self._write_down(dest, deadline)
+            yield
         finally:
             self.resume()  # after a migration, this also gives QEMU its disks back
 
-    def _write_down(self, dest: Path, deadline: Deadline) -> None:
-        with descriptor(dest / _STATE, _NEW):
-            # With all of its RAM: the pages of a clone may be in no file, since its mapping of the pack is private.
+    def _write_whole(self, dest: Path, deadline: Deadline) -> None:
+        with descriptor(dest / _STATE, _NEW), self._standing_still():
             self._migrate("migrate", dest / _STATE, PackKind.STREAM, deadline)
-        # Only now: with the end of the migration QEMU has written its disks out, and does not touch them before it gets them back.
+            # Only now: with the end of the migration QEMU has written its disks out, and does not touch them before it gets them back.
+            self._copy_disks(dest)
+
+    def _write_differing(self, dest: Path, deadline: Deadline) -> None:
+        """Write what the pack has not: while it stands still nothing is done that takes long."""
+        memory = Memory(self.pid, self._ram.path, self._monitor)
+        with descriptor(dest / _STATE, _NEW) as state, descriptor(dest / OWN_MEMORY, _NEW) as file, copier(memory) as copy:
+            with self._standing_still():
+                self._qmp.save_devices(state, deadline=deadline)
+                own = copy()
+                # QEMU has written its disks out when it stopped.
+                self._copy_disks(dest)
+            own.save(file)
+
+    def _copy_disks(self, dest: Path) -> None:
         for slot in self._disks.slots:
             with descriptor(slot.file, os.O_RDONLY) as disk, descriptor(dest / slot.file.name, _NEW) as copy:
                 copy_sparse(disk, copy)

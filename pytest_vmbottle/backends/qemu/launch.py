@@ -53,7 +53,7 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
         ram = Ram(spec, source, rundir, emulator.account)
         # Callbacks run in reverse, so QEMU is killed before its RAM is closed.
         undo.callback(ram.close)
-        process, lines = _spawn(emulator, spec, source, ram, rundir, first)
+        process, lines = _spawn(emulator, spec, source, ram, rundir, first, nameless=saved is not None and saved.nameless)
         undo.callback(lines.close)
         undo.callback(process.kill)
         recorder = Recorder(lines.console, rundir / CONSOLE)
@@ -81,7 +81,7 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
 
 
 def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
-    emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path, disks: tuple[DiskSlot, ...]
+    emulator: Emulator, spec: MachineSpec, source: Start, ram: Ram, rundir: Path, disks: tuple[DiskSlot, ...], *, nameless: bool
 ) -> tuple[QemuProcess, Sockets]:
     with ExitStack() as theirs, ExitStack() as ours:
         # Connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
@@ -103,6 +103,7 @@ def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
             waker=waker,
             console=console,
             incoming=source.saved is not None,
+            nameless=nameless,
         )
         # These are asked for by descriptor alone, so QEMU inherits no other open file of this process.
         inherited = [qmp, agent, waker, console, *([ram.fd] if ram.fd >= 0 else [])]

@@ -248,11 +248,31 @@ class Qmp:
         """The number of times that an agent has opened or closed its port in the guest."""
         return self._agent.count
 
-    def agent_is_there(self, *, deadline: Deadline) -> bool:
-        """Tell whether an agent has its port open in the guest now."""
+    def is_open(self, port: str, *, deadline: Deadline) -> bool:
+        """Tell whether a program in the guest has a port open now, by the name of what it is connected with here."""
         known = self.execute("query-chardev", deadline=deadline)
         # Asked, because the events of the port tell of changes alone, and are only counted here.
-        return any(each["label"] == "agent" and each["frontend-open"] for each in known)
+        return any(each["label"] == port and each["frontend-open"] for each in known)
+
+    def save_devices(self, file: int, *, deadline: Deadline) -> None:
+        """Write the state of a stopped machine's devices, without its memory and without a description of the machine, into an open file.
+
+        It takes some milliseconds. The command is meant for Xen, and needs none.
+
+        Raises:
+            QmpFailed: QEMU did not.
+        """
+        # For writing alone: QEMU takes a descriptor only in the mode in which it would have opened the file.
+        writer = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            number = self.add_fd(writer, deadline=deadline)
+        finally:
+            os.close(writer)
+        try:
+            # Not "live": then QEMU would give up its disks.
+            self.execute("xen-save-devices-state", filename=f"/dev/fdset/{number}", live=False, deadline=deadline)
+        finally:
+            self.execute("remove-fd", fdset_id=number, deadline=deadline)
 
     def close(self) -> None:
         """Close the connection; QEMU runs on. May be called again.

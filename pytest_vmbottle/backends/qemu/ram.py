@@ -30,7 +30,8 @@ class Ram:
 
     def __init__(self, spec: MachineSpec, source: Start, rundir: Path, account: Account | None) -> None:
         """Open the file, and copy its initial content into it."""
-        bottled = source.saved / RAM_FILE if source.saved is not None and (source.saved / RAM_FILE).exists() else None
+        whole = source.ram or source.saved
+        bottled = whole / RAM_FILE if whole is not None and (whole / RAM_FILE).exists() else None
         # Shared from the page cache by all clones, with pages of their own only where they write. A build must not share: its RAM is saved.
         self.private = bottled is not None and not source.building and account is None
         self.fd = -1

@@ -318,7 +318,7 @@ class SmolvmInstance(Instance):
         self._channel.close()
         self._vmm.wait(Deadline(min(_STOP, deadline.remaining)))
 
-    def snapshot(self, dest: Path, *, deadline: Deadline) -> None:
+    def snapshot(self, dest: Path, *, whole: bool, deadline: Deadline) -> bool:  # noqa: ARG002 - it is always whole
         """Stop the machine, pack it and start it again (see `Instance.snapshot`).
 
         Its disk is kept, its processes are not.
@@ -329,6 +329,7 @@ class SmolvmInstance(Instance):
         finally:
             # Whatever became of the pack: the machine was running, and is to run on.
             self._boot(deadline)
+        return True
 
     def _boot(self, deadline: Deadline) -> None:
         made_of = creation(self._spec, self._source, self._ports)

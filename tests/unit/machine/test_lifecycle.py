@@ -178,8 +178,8 @@ def test_a_snapshot_stands_on_the_disks_of_its_machine_and_is_restored_again_and
 def test_a_snapshot_that_cannot_be_written_leaves_nothing_and_the_machine_goes_on(
     vm: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(_: FakeInstance, dest: Path, *, deadline: object) -> None:
-        assert deadline
+    def fail(_: FakeInstance, dest: Path, *, whole: bool, deadline: object) -> None:
+        assert (bool(deadline), whole) == (True, False)
         (dest / "state.bin").write_text("half")
         raise OSError(28, "No space left on device")
 

@@ -118,8 +118,8 @@ def test_a_qcow2_at_the_bottom_is_told_to_have_nothing_beneath_it() -> None:
 def test_a_machine_that_waits_for_a_saved_state_differs_only_in_sharing_its_ram_and_in_waiting() -> None:
     booting, restoring = line(), line(share=False, incoming=True)
 
-    assert restoring[-2:] == ["-incoming", "defer"]
-    different = [(one, other) for one, other in zip(booting, restoring[:-2], strict=True) if one != other]
+    assert restoring[-3:] == ["-S", "-incoming", "defer"]
+    different = [(one, other) for one, other in zip(booting, restoring[:-3], strict=True) if one != other]
     assert len(different) == 1
     one, other = (json.loads(value) for value in different[0])
     assert {**one, "share": False} == other
