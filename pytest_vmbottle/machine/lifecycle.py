@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -32,7 +32,6 @@ from pytest_vmbottle.timeline import Timeline
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog.packs import Manifest
-    from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.machine.snapshot import Snapshot
 
 __all__ = ["CAPTURE", "CAPTURES", "Lifecycle", "Relauncher"]
@@ -75,7 +74,6 @@ class Lifecycle:
 
     Attributes:
         place: The machine's place on a private LAN, if it is on one.
-        pour: Function that starts another machine, which ends before this one; None if it was made without.
         join: Function that connects the machine to the private LAN of its spec, until it ends; None if it is connected, or has none.
         timeline: The record of what happens to the machine.
     """
@@ -113,7 +111,6 @@ class Lifecycle:
         self._overlay: Path | None = None
         self._factor = factor
         self.place: LanMember | None = None
-        self.pour: Callable[[MachineSpec, Start], Machine] | None = None
         self.join: Callable[[], object] | None = None
 
     @property
@@ -449,24 +446,13 @@ class Lifecycle:
         from pytest_vmbottle.catalog import packs
         from pytest_vmbottle.machine.snapshot import Snapshot
 
-        with self._written(name, whole=whole) as start:
+        with self.written(name, whole=whole) as start:
             folder = cast("Path", start.saved)
             packs.seal(folder, self._manifest(folder.name, name))
             return Snapshot(path=folder, manifest=packs.read(folder).manifest, spec=self._spec, start=start)
 
-    def fork(self, specs: Sequence[MachineSpec]) -> list[Machine]:
-        """Start a machine of each spec as this one is now; they end before it does.
-
-        Raises:
-            MachineError: It was made without a way to do that, or one of them could not be started.
-        """
-        if self.pour is None:
-            raise self._error("cannot be forked: it was made without a way to do that")
-        with self._written("fork") as start:
-            return [self.pour(spec, start) for spec in specs]
-
     @contextmanager
-    def _written(self, name: str, *, whole: bool = False) -> Iterator[Start]:
+    def written(self, name: str, *, whole: bool = False) -> Iterator[Start]:
         """Write the running machine into a new folder, and yield the boot source for machines like it; nothing is left after an error."""
         # `boot_source`, not `relauncher.start`: a snapshot stands on the disks that the machine runs on now, which may be those of another
         # snapshot.

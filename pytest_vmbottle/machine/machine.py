@@ -40,6 +40,7 @@ from pytest_vmbottle.timeline import Timeline, recorded
 if TYPE_CHECKING:
     from testinfra.host import Host
 
+    from pytest_vmbottle.backends.port import Start
     from pytest_vmbottle.machine.snapshot import Snapshot
     from pytest_vmbottle.spec import MachineKeywords, Source
 
@@ -71,6 +72,7 @@ class Machine:
         console: Its serial console.
         lifecycle: Its current instance and power, for extensions of this package.
         guest: Runner of commands in its guest, for extensions of this package.
+        pour: Function that starts another machine from a boot source, which ends before this one does; None if it was made without.
     """
 
     def __init__(  # noqa: PLR0913
@@ -107,6 +109,7 @@ class Machine:
         # somebody who follows it must not be told of an end in between.
         self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
         self._factor = factor
+        self.pour: Callable[[MachineSpec, Start], Machine] | None = None
         self._forks = 0
         # Made on first use: most tests measure nothing.
         self._meter: Meter | None = None
@@ -863,15 +866,20 @@ class Machine:
             >>> vm.path("/tmp/step").read_text(), other.path("/tmp/step").read_text()
             ('1', '2')
         """
-        if isinstance(name, int):
-            if isinstance(name, bool) or name < 1:
-                raise SpecError(f"fork({name!r}): takes a name, or how many forks are wanted")
-            return tuple(self.lifecycle.fork([self._fork_spec() for _ in range(name)]))
-        return self.lifecycle.fork([self._fork_spec(name)])[0]
+        if not isinstance(name, int):
+            return self._forked(name)[0]
+        if isinstance(name, bool) or name < 1:
+            raise SpecError(f"fork({name!r}): takes a name, or how many forks are wanted")
+        return self._forked(*[None] * name)
 
-    def _fork_spec(self, name: str | None = None) -> MachineSpec:
-        self._forks += 1
-        return self.spec.but(name=name or f"{self.name}-{self._forks}")
+    def _forked(self, *names: str | None) -> tuple[Machine, ...]:
+        if self.pour is None:
+            raise MachineError(f"the machine {self.name} cannot be forked: it was made without a way to do that", machine=self.name)
+        # Before anything is written: a wrong name costs no time.
+        specs = [self.spec.but(name=name or f"{self.name}-{number}") for number, name in enumerate(names, self._forks + 1)]
+        self._forks += len(specs)
+        with self.lifecycle.written("fork") as start:
+            return tuple(self.pour(spec, start) for spec in specs)
 
     @recorded("network")
     def join_lan(self) -> str:

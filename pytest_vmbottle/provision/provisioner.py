@@ -104,9 +104,7 @@ class Provisioner:
                 self._connect(machine, lan, stack, joins=joins)
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
-            machine.lifecycle.pour = lambda spec, start: forks.enter_context(
-                self.machine(spec, start=start, origin=origin, lans=lans, joins=False)
-            )
+            machine.pour = lambda spec, start: forks.enter_context(self.machine(spec, start=start, origin=origin, lans=lans, joins=False))
             self.tally.waited += time.monotonic() - began
             # Outside of `_infra`: an error of a hook or of the test is not the machine's.
             self._settings.ready(machine)
