@@ -31,4 +31,6 @@ def pytester(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyte
     """Runs tests with this plugin and no other one that happens to be installed; `-p` names more."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p vmbottle")
+    # Whether there are any depends on the host, and most tests count machines.
+    monkeypatch.setenv("VMBOTTLE_SPARES", "0")
     return pytester

@@ -89,13 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     figures: dict[str, list[float]] = {name: [] for name in (STILL, FIRST, RESTORE, OWN, WHOLE_STILL, WHOLE)}
     catalog = Catalog(default_root())
     settings = Settings(report=lambda text: print(text, flush=True))
-    with closing(Provisioner(catalog, QemuBackend(proofs=catalog.proofs), name="qemu", settings=settings)) as provisioner:
-        with stills() as noted, provisioner.machine(MachineSpec(source="debian-12")) as vm:
-            vm.exec(f"head -c {options.own}M /dev/urandom > /dev/shm/own")
-            written = vm.lifecycle.snapshot("first")
-            pages = (written.path / "own.bin").stat().st_size / (1 << 20)
-            for _ in range(options.n):
-                measured(vm, noted, figures, pages)
+    provisioner = Provisioner(catalog, QemuBackend(proofs=catalog.proofs), name="qemu", settings=settings)
+    with closing(provisioner), stills() as noted, provisioner.machine(MachineSpec(source="debian-12")) as vm:
+        vm.exec(f"head -c {options.own}M /dev/urandom > /dev/shm/own")
+        written = vm.lifecycle.snapshot("first")
+        pages = (written.path / "own.bin").stat().st_size / (1 << 20)
+        for _ in range(options.n):
+            measured(vm, noted, figures, pages)
     missed = False
     print(f"{pages:.0f} MiB of own pages; medians of {options.n}")
     for name, values in figures.items():

@@ -129,6 +129,13 @@ SETTINGS = (
     ),
     Setting("registry-push", "", "Push the packs and images that are made to the registry", meaning="off", flag=True),
     Setting(
+        "spares",
+        "auto",
+        "How many machines of a worker's next test are made while a test runs; `auto`: one, where a processor is left for it",
+        metavar="COUNT",
+        tests_only=True,
+    ),
+    Setting(
         "artifacts",
         "failed",
         "Which tests with machines leave artifacts: files that explain what happened",
@@ -198,6 +205,7 @@ class Settings:
         infra_retries: Number of retries for a machine that could not be started.
         registry: The repository that is asked for packs and images; empty for none.
         registry_push: Whether what is made goes there.
+        spares: How many machines are made before they are asked for; None for one where a processor is left for it.
         artifacts: Which tests leave artifacts: `never`, `failed` or `always`.
         output: The folder of artifacts; empty for the default.
         keep: Whose machines live on after the run: `never`, `failed` or `always`.
@@ -222,6 +230,7 @@ class Settings:
     infra_retries: int
     registry: str
     registry_push: bool
+    spares: int | None
     artifacts: str
     output: str
     keep: str
@@ -237,6 +246,13 @@ class Settings:
         """Return the name of the backend that a machine asks for: `auto` is the setting, and that by default QEMU."""
         wanted = self.backend if asked == "auto" else asked
         return "qemu" if wanted == "auto" else wanted
+
+    def spares_of(self, workers: int) -> int:
+        """Return how many machines each of so many workers may make before they are asked for."""
+        if self.spares is not None:
+            return self.spares
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return int(processors > workers)
 
     @classmethod
     def read(cls, *sources: Callable[[Setting], object], prefix: str = "--") -> Self:
@@ -300,10 +316,14 @@ def _memory_budget(text: str) -> int | None:
     return parse_size(text) if text else None
 
 
-def _infra_retries(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:  # noqa: PLR2004 - more is a mistake
         raise SpecError(f"takes a whole number, 0 or more, not {text!r}")
     return int(text)
+
+
+def _spares(text: str) -> int | None:
+    return None if text == "auto" else _count(text)
 
 
 def _registry(text: str) -> str:
@@ -371,9 +391,10 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "rebuild": ("rebuild", _is_yes),
     "timeout_factor": ("timeout-factor", _timeout_factor),
     "memory_budget": ("memory-budget", _memory_budget),
-    "infra_retries": ("infra-retries", _infra_retries),
+    "infra_retries": ("infra-retries", _count),
     "registry": ("registry", _registry),
     "registry_push": ("registry-push", _is_yes),
+    "spares": ("spares", _spares),
     "artifacts": ("artifacts", str),
     "output": ("output", str),
     "keep": ("keep", str),

@@ -289,6 +289,13 @@ class Instance(ABC):
     def resume(self) -> None:
         """Let the processors run on."""
 
+    def refresh(self, *, deadline: Deadline) -> None:
+        """Set the guest's clock and randomness after it stood still, if something in it can do that.
+
+        Raises:
+            MachineError: It does not answer, or is another guest.
+        """
+
     @abstractmethod
     def stop(self) -> None:
         """End the machine and free its resources; may be called again."""

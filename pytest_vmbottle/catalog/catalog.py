@@ -333,6 +333,8 @@ class _Owner:
         self.folder = self.lock.with_suffix("")
         self._supervisor: Supervisor | None = None
         self._ended: set[Path] = set()
+        # Machines may end in several threads at once.
+        self._ending = threading.Lock()
         try:
             self.supervise()  # before there is anything that it would have to remove
             private_dir(self.folder)
@@ -373,9 +375,10 @@ class _Owner:
             yield folder
         finally:
             if self.is_us:
-                # Not this folder alone: one that stayed for a snapshot's user may be free by now.
-                self._ended.add(folder)
-                self._ended = {each for each in self._ended if not _removed(each)}
+                with self._ending:
+                    # Not this folder alone: one that stayed for a snapshot's user may be free by now.
+                    self._ended.add(folder)
+                    self._ended = {each for each in self._ended if not _removed(each)}
 
     def close(self) -> None:
         """Remove folder and lock.

@@ -31,6 +31,8 @@ __all__ = ["Budget"]
 
 _SHARE = 0.8
 """Part of the available memory that machines may have; the rest is for hypervisors, tests and other programs."""
+_MOMENT = 5.0
+"""Seconds for a lock that is held for some milliseconds each time."""
 _NAME = re.compile(r"(\d{10})-(\d{1,10})-([0-9a-f]{8})-(\d{1,20})\.(held|waiting)")
 
 
@@ -102,6 +104,46 @@ class Budget:
                 for held in (False, True):
                     (self._folder / attrs.evolve(turn, held=held).name).unlink(missing_ok=True)
             os.close(fd)
+
+    @contextmanager
+    def reserve_spare(self, size: int) -> Iterator[bool]:
+        """Hold memory that nobody waits for, for a block, if there is as much now; the block is told whether.
+
+        Raises:
+            CatalogError: The folder is locked for long.
+        """
+        private_dir(self._folder)
+        fd, path = -1, None
+        with self._alone(Deadline(_MOMENT)):
+            turns = self._turns()
+            if self._is_free(size, turns):
+                number = max((turn.number for turn in turns), default=0) + 1
+                path = self._folder / _Reservation(number=number, pid=os.getpid(), owner=self._owner, size=size, held=True).name
+                fd = new(path)
+        try:
+            yield path is not None
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
+                os.close(fd)
+
+    def is_free(self, size: int) -> bool:
+        """Tell whether as much memory could be held now.
+
+        Raises:
+            CatalogError: The folder is locked for long.
+        """
+        private_dir(self._folder)
+        with self._alone(Deadline(_MOMENT)):
+            return self._is_free(size, self._turns())
+
+    def _is_free(self, size: int, turns: list[_Reservation]) -> bool:
+        return all(turn.held for turn in turns) and sum(turn.size for turn in turns) + size <= self._room(turns)
+
+    def is_wanted(self) -> bool:
+        """Tell whether anybody waits for memory."""
+        # Without a look whether he lives: it is asked often, and a dead one's file goes when the next one queues.
+        return any(path.suffix == ".waiting" for path in self._folder.iterdir())
 
     def _queue(self, size: int, name: str, deadline: Deadline) -> tuple[_Reservation, int]:
         """Queue a request behind all others; return it, and the descriptor that keeps it alive."""

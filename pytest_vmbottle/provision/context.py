@@ -86,6 +86,7 @@ class Settings:
         retries: Number of retries, with a fresh machine, if a machine could not be started.
         registry: The repository that is asked for packs and images before they are made; empty for none.
         registry_push: Whether what is made goes there.
+        spares: The number of machines that may be made before they are asked for.
     """
 
     timeout_factor: float = 1.0
@@ -101,13 +102,15 @@ class Settings:
     retries: int = 0
     registry: str = ""
     registry_push: bool = False
+    spares: int = 0
 
 
 @attrs.define
 class Tally:
     """Counts of machines and packs, and seconds of waiting.
 
-    `waited` is the time until machines were ready, `queued` the part of it spent waiting for memory.
+    `waited` is the time until machines were ready, `queued` the part of it spent waiting for memory. `spares` were made before they were
+    asked for, and `spared` of them were used.
     """
 
     restored: int = 0
@@ -119,6 +122,8 @@ class Tally:
     retried: int = 0
     pulled: int = 0
     pushed: int = 0
+    spares: int = 0
+    spared: int = 0
 
 
 class Context:

@@ -47,6 +47,11 @@ class ImageResolver:
         own = backend.find_image(spec.image)
         return DiskOrigin.of(self._image(spec)) if own is None else BackendOrigin.of(own, backend)
 
+    def known(self, spec: MachineSpec) -> Origin | None:
+        """Return the image that a spec names if this process has taken it up by that name before; nothing is looked for."""
+        found = self._taken.get((str(spec.image), spec.arch))
+        return DiskOrigin.of(found) if found is not None else None
+
     def _image(self, spec: MachineSpec) -> Image:
         source, report = spec.image, self._context.settings.report
         # No name in the catalog has a slash.

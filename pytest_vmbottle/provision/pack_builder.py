@@ -62,6 +62,11 @@ class PackBuilder:
         fingerprint = self._context.backend.fingerprint(spec)
         return self._get(plan_of(spec, kind, origin=origin, fingerprint=fingerprint, skipped=self._skip))
 
+    def used(self, spec: MachineSpec, kind: PackKind, origin: Origin) -> Pack | None:
+        """Return the pack for machines of a spec if this process has used it before and it has not changed since; nothing is made."""
+        fingerprint = self._context.backend.fingerprint(spec)
+        return self._cache.used(plan_of(spec, kind, origin=origin, fingerprint=fingerprint, skipped=self._skip).key)
+
     def _skip(self, path: Path) -> None:
         """Warn once that something which a layer depends on is ignored."""
         if path not in self._skipped:

@@ -91,6 +91,13 @@ class PackCache:
         self._usable[key] = (pack.stamp(), pack)
         return pack
 
+    def used(self, key: str) -> Pack | None:
+        """Return the pack of this key if it was verified before, and has not changed since."""
+        known = self._usable.get(key)
+        with suppress(PackCorrupt):
+            return known[1] if known is not None and known[0] == known[1].stamp() else None
+        return None
+
     def _taken_up(self, key: str) -> Path:
         """Hold the folder of a pack and return its path.
 

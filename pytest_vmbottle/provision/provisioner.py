@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+import attrs
+
 from pytest_vmbottle.catalog.memory_budget import Budget
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError, LaunchError, MachineError, SpecError, VMBottleError
 from pytest_vmbottle.host import records
@@ -17,11 +19,12 @@ from pytest_vmbottle.provision.context import Context, Settings, Tally
 from pytest_vmbottle.provision.image_resolver import ImageResolver
 from pytest_vmbottle.provision.launcher import Launcher
 from pytest_vmbottle.provision.pack_builder import SPEC, PackBuilder
+from pytest_vmbottle.provision.spares import Spares
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_vmbottle.backends.port import Backend, Capabilities, Start
@@ -42,7 +45,9 @@ class Provisioner:
 
     def __init__(self, catalog: Catalog, backend: Backend, *, name: str, settings: Settings) -> None:
         """Sweep up after dead processes, and start nothing."""
-        self._context = Context(catalog, backend, name=name, settings=settings)
+        # What is left of a spare that nobody got belongs to no test.
+        context = attrs.evolve(settings, ended=lambda remains: None if self._spares.is_unasked else settings.ended(remains))
+        self._context = Context(catalog, backend, name=name, settings=context)
         self._settings = settings
         self._images = ImageResolver(self._context)
         self._launcher = Launcher(self._context)
@@ -50,6 +55,7 @@ class Provisioner:
         # Machines of all backends of a process are of one owner: it must not wait for what it holds itself.
         self._budget = Budget(catalog.budget, limit=settings.memory_budget, owner=catalog.token)
         self._fallback: PackKind | None = None
+        self._spares = Spares(self._launched, self._budget.is_wanted)
         # On every start, so that machines of a killed run do not hold memory that this one needs.
         catalog.gc()
 
@@ -64,7 +70,8 @@ class Provisioner:
         return self._context.capabilities
 
     def close(self) -> None:
-        """Release the held packs; may be called again."""
+        """Release the held packs, and end spares; may be called again."""
+        self._spares.give_up()
         self._context.close()
 
     @contextmanager
@@ -98,9 +105,11 @@ class Provisioner:
         lan = _lan(spec, lans)
         with ExitStack() as stack:
             with _infra(), self._context.explained():
-                # The share is for the machine that builds its pack too: that one has ended before this one begins.
-                stack.enter_context(self._share(spec))
-                machine = self._provide(spec, partial(self._started, spec, start, origin), stack)
+                machine = None if start else self._spare(spec, stack)
+                if machine is None:
+                    # The share is for the machine that builds its pack too: that one has ended before this one begins.
+                    stack.enter_context(self._share(spec))
+                    machine = self._provide(spec, partial(self._started, spec, start, origin), stack)
                 self._connect(machine, lan, stack, joins=joins)
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
@@ -112,6 +121,43 @@ class Provisioner:
                 yield machine
             finally:
                 self._stopping(machine)
+
+    def expect(self, specs: Sequence[MachineSpec]) -> None:
+        """Make machines beforehand of which the next ones will be asked for, as many as may be; end those that were for others.
+
+        Only machines that are poured from a pack which is in use already are made: nothing is built for what may not come.
+        """
+        starts = [(spec, start) for spec in specs if (start := self._known_start(spec)) is not None][: self._settings.spares]
+        for spec, start in self._spares.keep(starts):
+            with ExitStack() as stack:
+                if not stack.enter_context(self._budget.reserve_spare(spec.memory)):
+                    return
+                self.tally.spares += 1
+                self._spares.prepare(spec, start, stack.pop_all())
+
+    def _known_start(self, spec: MachineSpec) -> Start | None:
+        """Return the boot source of a machine that is poured from a pack in use; None for another one."""
+        if spec.fresh == "boot" or self._context.backend.unsupported_reason(spec) is not None:
+            return None
+        origin = self._images.known(spec)
+        pack = self._builder.used(spec, self._kind, origin) if origin is not None else None
+        return self._builder.start(spec, pack, origin) if pack is not None and origin is not None else None
+
+    def _spare(self, spec: MachineSpec, stack: ExitStack) -> Machine | None:
+        """Return the spare of a spec, if there is one that is as a new machine would be."""
+        if not self._spares.has_any:
+            return None
+        start = self._known_start(spec)
+        found = self._spares.take(spec, start) if start is not None else None
+        if found is None:
+            return None
+        machine, held = found
+        stack.enter_context(held)
+        self.tally.spared += 1
+        return machine
+
+    def _launched(self, spec: MachineSpec, start: Start) -> AbstractContextManager[Machine]:
+        return self._launcher.machine(spec.name, spec, start, self._images.origin(spec))
 
     @staticmethod
     def _connect(machine: Machine, lan: Lan | None, stack: ExitStack, *, joins: bool) -> None:
@@ -174,6 +220,8 @@ class Provisioner:
     def _share(self, spec: MachineSpec) -> Iterator[None]:
         """Reserve memory for a block, and count the time of waiting for it."""
         began, deadline = time.monotonic(), self._context.deadline(self._settings.memory_seconds)
+        if self._spares.has_any and not self._budget.is_free(spec.memory):
+            self._spares.give_up()
         with ExitStack() as stack:
             with self._context.explained():
                 stack.enter_context(self._budget.reserve(spec.memory, name=spec.name, deadline=deadline, waiting=self._settings.report))

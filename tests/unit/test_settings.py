@@ -31,6 +31,7 @@ GIVEN = {
     "timeout-factor": ("2.5", "timeout_factor", 2.5),
     "memory-budget": ("2G", "memory_budget", 2 << 30),
     "infra-retries": ("4", "infra_retries", 4),
+    "spares": ("3", "spares", 3),
     "registry": ("host.example/packs", "registry", "host.example/packs"),
     "registry-push": ("1", "registry_push", True),
     "artifacts": ("always", "artifacts", "always"),

@@ -138,7 +138,7 @@ class QemuInstance(Instance):
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
         self._disks = Disks(parts.qmp, parts.disks, account=emulator.account, alive=self.alive)
         self._cable = NIC
-        self._nameless = False
+        self._nameless, self._nonce = False, ""
         self._forwards = Forwards(self._monitor)
 
     @property
@@ -332,7 +332,7 @@ class QemuInstance(Instance):
 
     def restore(self, folder: Path, saved: Saved, *, deadline: Deadline) -> None:
         """Load a saved state, let it run, and set the guest's clock."""
-        self._nameless = saved.nameless
+        self._nameless, self._nonce = saved.nameless, saved.nonce
         if saved.differs:
             self._load_differing(folder, deadline)
         else:
@@ -392,7 +392,7 @@ class QemuInstance(Instance):
         """Write the machine into a folder; it continues (see `Instance.snapshot`)."""
         with self._nothing_plugged(deadline):
             # Before the pause: the guest has to run to start the process that will set its clock.
-            nonce = self._waker.freeze(self.channel(deadline=deadline), deadline=deadline)
+            nonce = self._nonce = self._waker.freeze(self.channel(deadline=deadline), deadline=deadline)
             # Without a mapping of its own, its pages would be those of others too.
             whole = whole or not self._ram.private
             try:
@@ -489,6 +489,7 @@ class QemuInstance(Instance):
             self._check_lost()
         self._channels.forget()
         self._forget_trouble()
+        self._nonce = ""
         return True
 
     def _ask_to(self, program: str, deadline: Deadline) -> None:
@@ -525,6 +526,11 @@ class QemuInstance(Instance):
     def resume(self) -> None:
         """Let the processors run on."""
         self._qmp.execute("cont", deadline=Deadline(_GRACE))
+
+    def refresh(self, *, deadline: Deadline) -> None:
+        """Set the guest's clock and randomness (see `Instance.refresh`)."""
+        if self._nonce:
+            self._waker.wake(self._nonce, deadline=deadline)
 
     def _forget_trouble(self) -> None:
         self._watch.forget()
