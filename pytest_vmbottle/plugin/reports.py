@@ -94,6 +94,13 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     ours.kept += output.get("kept", ())
 
 
+def _spared(total: Mapping[str, float]) -> str:
+    if not total["spares"]:
+        return ""
+    unused = total["spares"] - total["spared"]
+    return f" ({total['spared']:.0f} of them made beforehand{f', {unused:.0f} in vain' if unused else ''})"
+
+
 def _exchanged(total: Mapping[str, float]) -> str:
     return "".join(f", {total[what]:.0f} {what}" for what in ("pulled", "pushed") if total[what])
 
@@ -108,7 +115,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for line in ours.told:
                 terminalreporter.write_line(printable(line))
         terminalreporter.write_line(
-            f"vmbottle: {_counted(total['restored'], 'machine')} restored, {total['booted']:.0f} booted; "
+            f"vmbottle: {_counted(total['restored'], 'machine')} restored{_spared(total)}, {total['booted']:.0f} booted; "
             f"{_counted(total['built'], 'pack')} built, {total['reused']:.0f} reused{_exchanged(total)}; "
             f"{total['waited']:.1f} s spent waiting for machines"
             + (f", {total['queued']:.1f} s of it for memory" if total["queued"] >= _WORTH_TELLING else "")
