@@ -130,7 +130,9 @@ class Floor:
             write_overlay(rundir / "disk.qcow2", size=self._start.disk_size)
             state = stack.enter_context((self._saved / "state.bin").open("rb"))
             self.began = time.perf_counter()
-            pairs = [tuple(stack.enter_context(sock) for sock in socket.socketpair()) for _ in ("qmp", "agent", "waker", "console")]
+            pairs = [
+                tuple(stack.enter_context(sock) for sock in socket.socketpair()) for _ in ("qmp", "agent", "waker", "runner", "console")
+            ]
             ours, ports = [pair[0] for pair in pairs], tuple(pair[1].fileno() for pair in pairs)
             argv = command_line(self._backend.emulator(self._spec.arch), self._spec, self._wiring(rundir, ports))
             process = subprocess.Popen(argv, pass_fds=ports, cwd="/", stdin=subprocess.DEVNULL)
@@ -149,7 +151,7 @@ class Floor:
 
     def _wiring(self, rundir: Path, ports: tuple[int, ...]) -> LaunchResources:
         start = self._start
-        qmp, agent, waker, console = ports
+        qmp, agent, waker, runner, console = ports
         return LaunchResources(
             name="floor",
             ram=self._saved / "ram.img",
@@ -162,6 +164,7 @@ class Floor:
             qmp=qmp,
             agent=agent,
             waker=waker,
+            runner=runner,
             console=console,
             incoming=True,
         )

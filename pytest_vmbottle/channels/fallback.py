@@ -13,6 +13,7 @@ import attrs
 from pytest_vmbottle.channels.guest_agent import AgentEnded, GuestAgent
 from pytest_vmbottle.channels.piecewise import PiecewiseProcess
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running
+from pytest_vmbottle.channels.runner import Runner
 from pytest_vmbottle.channels.ssh import SshChannel
 from pytest_vmbottle.errors import MachineDied, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
@@ -34,12 +35,14 @@ class AgentOrSsh(Channel):
     """The channel of a guest whose agent may come and go.
 
     Attributes:
+        runner: The channel to our own program, the quickest where it is there.
         agent: The channel to the agent, whichever agent that is.
         present: Function that tells whether an agent has its port open in the guest now.
         logged_in: Function that returns the existing SSH connection, if any.
         log_in: Function that tries to make one.
     """
 
+    runner: Runner
     agent: GuestAgent
     present: Callable[[], bool]
     logged_in: Callable[[], SshChannel | None]
@@ -50,6 +53,8 @@ class AgentOrSsh(Channel):
 
         Time for finding another channel is not taken from the command's.
         """
+        if self.runner.is_ready:
+            return self.runner, deadline
         way: Channel | None = self._known() or Deadline(_RETURN).poll(self._known)
         if way is not None:
             return way, deadline
@@ -73,6 +78,8 @@ class AgentOrSsh(Channel):
         self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
     ) -> Running:
         """Start a command without input (see `Channel.start`): over SSH if there is a login, else piece by piece."""
+        if self.runner.is_ready:
+            return self.runner.start(command, stdout=stdout, stderr=stderr, deadline=deadline)
         if (ssh := self.logged_in()) is not None:
             return ssh.start(command, stdout=stdout, stderr=stderr, deadline=deadline)
         return PiecewiseProcess(self, command, stdout=stdout, stderr=stderr)

@@ -41,6 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_vmbottle.plugin.sharding import Sharding
 
         config.pluginmanager.register(Sharding(*ours.options.shard), "vmbottle-sharding")
+    if ours.spares:
+        from pytest_vmbottle.plugin.expecting import Expecting
+
+        config.pluginmanager.register(Expecting(ours), "vmbottle-expecting")
     # Reports are shown and counted in one process: a worker of pytest-xdist only sends them.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")

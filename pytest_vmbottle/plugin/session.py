@@ -68,7 +68,6 @@ class Session:
         self.test: pytest.Item | None = None
         self.phase = ""
         self.began_at = 0.0
-        self.following: pytest.Item | None = None
         # Machines that ended since the test began, and its folder once something of it is kept.
         self.ended: list[Evidence] = []
         self.opened: TestFolder | None = None
@@ -248,27 +247,20 @@ class Session:
                 retries=self.options.infra_retries,
                 registry=self.options.registry,
                 registry_push=self.options.registry_push,
-                spares=self._spares,
+                spares=self.spares,
             )
             self._provisioners[name] = Provisioner(self.catalog, backend, name=name, settings=settings)
         return self._provisioners[name]
 
     @cached_property
-    def _spares(self) -> int:
+    def spares(self) -> int:
+        """The number of machines that this process may have made before they are asked for."""
         return self.options.spares_of(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
-    def expect(self, following: pytest.Item | None) -> None:
-        """Have the machines of the following test made beforehand, as far as that is wanted and possible."""
-        if not self._spares:
-            return
-        from pytest_vmbottle.plugin.collection import specs_of
-
-        # Whatever is wrong with that test is told when it runs.
-        with suppress(VMBottleError, OSError, pytest.UsageError):
-            # Others are shared, or made by the test itself.
-            wanted = specs_of(following) if following is not None and "vms" in getattr(following, "fixturenames", ()) else []
-            for name, provisioner in self._provisioners.items():
-                provisioner.expect([spec for spec in wanted if self.options.backend_for(spec.backend) == name])
+    @property
+    def provisioners(self) -> Mapping[str, Provisioner]:
+        """The provisioners that there are, by backend."""
+        return self._provisioners
 
     def _ready(self, machine: Machine) -> None:
         self.config.hook.pytest_vmbottle_machine_ready(machine=machine)
@@ -367,17 +359,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Note which test comes next."""
-    item.config.stash[SESSION].following = nextitem
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Record that the test begins to use its machines, and have those of the next one made meanwhile."""
-    session = item.config.stash[SESSION]
-    session.note_phase("call", "began")
-    session.expect(session.following)
+    """Record that the test begins to use its machines."""
+    item.config.stash[SESSION].note_phase("call", "began")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -141,6 +141,7 @@ def _devices(board: Board) -> list[str]:
         qmp=0,
         agent=0,
         waker=0,
+        runner=0,
         console=0,
         incoming=False,
     )

@@ -40,7 +40,7 @@ __all__ = [
     "sandbox",
 ]
 
-FORMAT = 5
+FORMAT = 6
 """Version of the command line, part of every fingerprint.
 
 Packs made with another processor or another set of devices are not restored.
@@ -231,7 +231,7 @@ class LaunchResources:
         seed: The cloud-init ISO.
         kernel, initrd, cmdline: Files and command line for a direct boot; None and empty to boot by firmware.
         firmware: A firmware file that replaces QEMU's default firmware.
-        qmp, agent, waker, console: Connected sockets.
+        qmp, agent, waker, runner, console: Connected sockets.
         incoming: Whether the machine waits for a saved state instead of booting.
         nameless: Whether that state does not begin with the name of the machine.
         lent: Arguments that name the open files which QEMU inherits.
@@ -249,6 +249,7 @@ class LaunchResources:
     qmp: int
     agent: int
     waker: int
+    runner: int
     console: int
     incoming: bool
     nameless: bool = False
@@ -362,6 +363,8 @@ def _channels(wiring: LaunchResources, board: Board) -> list[str]:
         *("-device", "virtserialport,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0,id=agentport"),
         *("-chardev", f"socket,id=waker,fd={wiring.waker}"),
         *("-device", "virtserialport,bus=ports.0,nr=2,chardev=waker,name=org.vmbottle.waker,id=wakerport"),
+        *("-chardev", f"socket,id=runner,fd={wiring.runner}"),
+        *("-device", "virtserialport,bus=ports.0,nr=3,chardev=runner,name=org.vmbottle.runner,id=runnerport"),
     ]
 
 

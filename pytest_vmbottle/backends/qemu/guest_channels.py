@@ -12,6 +12,7 @@ import attrs
 from pytest_vmbottle.channels.fallback import AgentOrSsh
 from pytest_vmbottle.channels.guest_agent import GuestAgent
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Keys
+from pytest_vmbottle.channels.runner import Runner
 from pytest_vmbottle.channels.ssh import HostKeyMismatch, SshChannel
 from pytest_vmbottle.errors import MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
@@ -30,14 +31,17 @@ class Host:
     Attributes:
         alive: Function that returns if the guest can still answer, and raises if not.
         agent_is_there: Function that tells whether something in the guest has opened the agent's port.
-        agent_changes: Function that returns how often that port was opened and closed.
+        runner_is_there: Function that tells whether something in the guest has opened the runner's port.
+        agent_changes, runner_changes: Functions that return how often those ports were opened and closed.
         ssh_address: Function that returns the host's address and port that lead to the guest's SSH server.
         keys: Keys for the login.
     """
 
     alive: Callable[[], None]
     agent_is_there: Callable[[], bool]
+    runner_is_there: Callable[[], bool]
     agent_changes: Callable[[], int]
+    runner_changes: Callable[[], int]
     ssh_address: Callable[[], tuple[str, int]]
     keys: Keys
 
@@ -48,14 +52,20 @@ class GuestChannels:
     Attributes:
         has_agent: Whether the guest has an agent that runs commands; None if nobody has looked since it was booted.
         agent: The conversation with it.
+        runner: The conversation with our own program, in a guest that came from a pack.
     """
 
-    def __init__(self, agent: socket.socket, host: Host) -> None:
-        """Take our end of the agent's port; nothing is asked yet."""
+    def __init__(self, agent: socket.socket, runner: socket.socket, host: Host) -> None:
+        """Take our ends of both ports; nothing is asked yet."""
         self._host = host
         self.agent = GuestAgent(agent, alive=host.alive, changes=host.agent_changes)
+        self.runner = Runner(runner, alive=host.alive, changes=host.runner_changes, is_there=host.runner_is_there)
         self._agent_or_ssh = AgentOrSsh(
-            agent=self.agent, present=host.agent_is_there, logged_in=self._logged_in, log_in=lambda deadline: self._log_in(deadline, [""])
+            runner=self.runner,
+            agent=self.agent,
+            present=host.agent_is_there,
+            logged_in=self._logged_in,
+            log_in=lambda deadline: self._log_in(deadline, [""]),
         )
         self.has_agent: bool | None = None
         self._agent_due: Deadline | None = None
@@ -74,9 +84,15 @@ class GuestChannels:
                 self.has_agent = self._find_agent(deadline)
             return self._ssh_channel(deadline) if bulk or not self.has_agent else self._agent_or_ssh
 
-    def adopt(self, *, has_agent: bool, login: int | None, deadline: Deadline) -> None:
-        """Go on with the agent that a guest had when it was saved."""
+    def start_runner(self, deadline: Deadline) -> None:
+        """Have a runner in the guest, if its Python can run it."""
+        self.runner.start_in(self.get(deadline), deadline=Deadline(min(_GRACE, deadline.remaining)))
+
+    def adopt(self, *, has_agent: bool, login: int | None, has_runner: bool, deadline: Deadline) -> None:
+        """Go on with the agent and the runner that a guest had when it was saved."""
         self.has_agent = has_agent
+        if has_runner:
+            self.runner.adopt(deadline=Deadline(min(_GRACE, deadline.remaining)))
         if has_agent and self._host.agent_is_there():
             # Proves that the agent came back with the guest, before a test's first command finds out.
             self.agent.sync(deadline=deadline)
@@ -92,6 +108,7 @@ class GuestChannels:
     def close(self) -> None:
         """Close the connections; may be called again."""
         self.agent.close()
+        self.runner.close()
         if self._ssh is not None:
             self._ssh.close()
 

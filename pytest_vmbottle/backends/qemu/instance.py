@@ -57,11 +57,12 @@ class Sockets:
     qmp: socket.socket
     agent: socket.socket
     waker: socket.socket
+    runner: socket.socket
     console: socket.socket
 
     def close(self) -> None:
         """Close the sockets."""
-        for line in (self.qmp, self.agent, self.waker, self.console):
+        for line in (self.qmp, self.agent, self.waker, self.runner, self.console):
             line.close()
 
 
@@ -75,6 +76,7 @@ class Saved:
         agent: Whether it has a guest agent.
         login: See `GuestAgent.login`.
         ports: The port of each disk beside the root disk, by the disk's name.
+        runner: Whether it has a runner.
         nameless: Whether its state does not begin with the name of the machine (`Qmp.save_devices`).
         differs: Whether its RAM is that of a pack with the pages of `OWN_MEMORY`.
     """
@@ -84,6 +86,7 @@ class Saved:
     agent: bool
     login: int | None
     ports: Mapping[str, str] = attrs.field(factory=dict)
+    runner: bool = False
     nameless: bool = False
     differs: bool = False
 
@@ -126,10 +129,13 @@ class QemuInstance(Instance):
         self._watch = parts.watch
         self._channels = GuestChannels(
             parts.lines.agent,
+            parts.lines.runner,
             Host(
                 alive=self.alive,
                 agent_is_there=lambda: self._is_open("agent"),
-                agent_changes=lambda: self._qmp.agent_changes,
+                runner_is_there=lambda: self._is_open("runner"),
+                agent_changes=lambda: self._qmp.changes("agentport"),
+                runner_changes=lambda: self._qmp.changes("runnerport"),
                 ssh_address=lambda: self.forward(22),
                 keys=source.keys,
             ),
@@ -340,7 +346,7 @@ class QemuInstance(Instance):
         self._qmp.execute("cont", deadline=deadline)
         # Before any channel is used: no command may see the old clock, or draw the random numbers that other clones draw.
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
-        self._channels.adopt(has_agent=saved.agent, login=saved.login, deadline=deadline)
+        self._channels.adopt(has_agent=saved.agent, login=saved.login, has_runner=saved.runner, deadline=deadline)
 
     def _load_differing(self, folder: Path, deadline: Deadline) -> None:
         memory = Memory(self.pid, self._ram.path, self._monitor)
@@ -378,15 +384,18 @@ class QemuInstance(Instance):
         channel.run(Command(argv=("sync",), env=(("PATH", GUEST_PATH),)), deadline=deadline)
         with self._nothing_plugged(deadline):
             nonce = self._waker.freeze(channel, deadline=deadline)
-            self.pause()
-            with descriptor(dest / _STATE, _NEW):
-                self._migrate("migrate", dest / _STATE, kind, deadline)
-            self._end()
+            self._channels.start_runner(deadline)
+            with self._channels.runner.quiet(deadline):
+                saved = self._saved(kind, nonce)
+                self.pause()
+                with descriptor(dest / _STATE, _NEW):
+                    self._migrate("migrate", dest / _STATE, kind, deadline)
+                self._end()
         if kind is PackKind.TEMPLATE:
             with descriptor(dest / RAM_FILE, _NEW) as file:
                 # Through the descriptor: the RAM may be a memfd, which has no name that could be moved.
                 copy_sparse(self._ram.fd, file)
-        self._saved(kind, nonce).write(dest)
+        saved.write(dest)
 
     def snapshot(self, dest: Path, *, whole: bool, deadline: Deadline) -> bool:
         """Write the machine into a folder; it continues (see `Instance.snapshot`)."""
@@ -396,7 +405,8 @@ class QemuInstance(Instance):
             # Without a mapping of its own, its pages would be those of others too.
             whole = whole or not self._ram.private
             try:
-                (self._write_whole if whole else self._write_differing)(dest, deadline)
+                with self._channels.runner.quiet(deadline):
+                    (self._write_whole if whole else self._write_differing)(dest, deadline)
             except QmpFailed as error:
                 # The failed migration may be QEMU's end, whose reason `alive` reports; it is seen in the process a moment later.
                 self._process.wait(Deadline(0.5))
@@ -414,6 +424,7 @@ class QemuInstance(Instance):
             nonce=nonce,
             agent=bool(self._channels.has_agent),
             login=agent.login,
+            runner=self._channels.runner.is_ready,
             ports=self._disks.ports,
             # A QEMU that was started to load such a state writes others in the same way.
             nameless=differs or self._nameless,

@@ -85,9 +85,9 @@ def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
 ) -> tuple[QemuProcess, Sockets]:
     with ExitStack() as theirs, ExitStack() as ours:
         # Connected before QEMU starts: nothing is polled for, and the greeting is there as soon as QEMU is.
-        pairs = [socket.socketpair() for _ in range(4)]
+        pairs = [socket.socketpair() for _ in attrs.fields(Sockets)]
         lines = Sockets(*(ours.enter_context(mine) for mine, _ in pairs))
-        qmp, agent, waker, console = (theirs.enter_context(its).fileno() for _, its in pairs)
+        qmp, agent, waker, runner, console = (theirs.enter_context(its).fileno() for _, its in pairs)
         wiring = LaunchResources(
             name=rundir.name,
             ram=ram.path,
@@ -101,12 +101,13 @@ def _spawn(  # noqa: PLR0913, PLR0917 - all that a QEMU is started with
             qmp=qmp,
             agent=agent,
             waker=waker,
+            runner=runner,
             console=console,
             incoming=source.saved is not None,
             nameless=nameless,
         )
         # These are asked for by descriptor alone, so QEMU inherits no other open file of this process.
-        inherited = [qmp, agent, waker, console, *([ram.fd] if ram.fd >= 0 else [])]
+        inherited = [qmp, agent, waker, runner, console, *([ram.fd] if ram.fd >= 0 else [])]
         if emulator.account is not None:
             loans = theirs.enter_context(closing(PassedFds()))
             wiring = _lend(loans, wiring)

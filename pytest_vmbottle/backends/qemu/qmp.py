@@ -129,8 +129,9 @@ class Qmp:
         self._client.register_listener(self._events)
         self._latest = _Latest()
         self._client.register_listener(self._latest)
-        self._agent = _Port("agentport")
-        self._client.register_listener(self._agent)
+        self._ports = {name: _Port(name) for name in ("agentport", "runnerport")}
+        for port in self._ports.values():
+            self._client.register_listener(port)
         self._guard(self._client.connect(sock), deadline, "the greeting")
 
     def _guard(self, coroutine: Coroutine[Any, Any, _T], deadline: Deadline, what: str) -> _T:
@@ -243,10 +244,9 @@ class Qmp:
         """The number of resets of the machine."""
         return self._latest.resets
 
-    @property
-    def agent_changes(self) -> int:
-        """The number of times that an agent has opened or closed its port in the guest."""
-        return self._agent.count
+    def changes(self, port: str) -> int:
+        """Return how often a serial port, by the id of its device, was opened or closed in the guest."""
+        return self._ports[port].count
 
     def is_open(self, port: str, *, deadline: Deadline) -> bool:
         """Tell whether a program in the guest has a port open now, by the name of what it is connected with here."""

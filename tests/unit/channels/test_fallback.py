@@ -19,7 +19,7 @@ class Guest:
 
     def __init__(self) -> None:
         self.agent, self.ssh, self.lets_in = True, False, True
-        self.logins = 0
+        self.logins, self.is_ready = 0, False
 
     def log_in(self, _: Deadline) -> Any:
         self.logins += 1
@@ -33,6 +33,7 @@ class Guest:
     @property
     def channel(self) -> AgentOrSsh:
         return AgentOrSsh(
+            runner=cast("Any", self),
             agent=cast("Any", self._by(b"agent")),
             present=lambda: self.agent,
             logged_in=lambda: self._by(b"ssh") if self.ssh else None,
@@ -61,7 +62,11 @@ def test_commands_go_by_the_agent_while_it_is_there_and_again_when_it_is_back(gu
 def test_an_agent_that_is_restarted_is_waited_for_before_anybody_logs_in(guest: Guest) -> None:
     asked = iter([False, True])
     channel = AgentOrSsh(
-        agent=guest.channel.agent, present=lambda: next(asked, True), logged_in=guest.channel.logged_in, log_in=guest.log_in
+        runner=cast("Any", guest),
+        agent=guest.channel.agent,
+        present=lambda: next(asked, True),
+        logged_in=guest.channel.logged_in,
+        log_in=guest.log_in,
     )
     assert channel.run(Command(argv=("true",)), deadline=Deadline(5)).stdout == b"agent"
     assert guest.logins == 0

@@ -46,6 +46,7 @@ WIRING = LaunchResources(
     qmp=3,
     agent=4,
     waker=5,
+    runner=7,
     console=6,
     incoming=False,
 )

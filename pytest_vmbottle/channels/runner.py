@@ -1,0 +1,400 @@
+"""The channel of a program of our own in the guest, which is part of a pack: one round trip for a command, many at once, with streams.
+
+It is the quickest channel: nothing is asked for again and again, and no program is started but the command itself. The program is
+`scripts/runner.py`, on a serial port of its own. The guest's root could put another one in its place, so whatever comes from there is
+bounded, and nothing but bytes and numbers.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+import attrs
+
+from pytest_vmbottle.channels.guest_agent import AgentEnded
+from pytest_vmbottle.channels.outputs import Outputs
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running, not_run
+from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
+from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.package_data import read_script
+
+__all__ = ["Runner"]
+
+_SCRIPT = read_script(__package__, "runner.py")
+_HEAD = struct.Struct(">IBI")
+_RUN, _INPUT, _TAKEN, _SYNC = 1, 2, 3, 4
+_OUT, _ERR, _END, _REFUSED, _SYNCED, _WRITTEN = 17, 18, 19, 20, 21, 22
+_MAX_FRAME = 1 << 17
+"""Bytes of one frame from the guest; it sends 64 KiB at most."""
+_WINDOW = 1 << 20
+"""Bytes of input that a command may have unread."""
+_PIECE = 1 << 16
+_GRACE = 10.0
+_LOOK = 0.5
+"""Seconds between two looks whether the guest is still there."""
+_EACCES = 13
+
+
+class _Job(Running):
+    """A command that runs."""
+
+    def __init__(
+        self, runner: Runner, number: int, command: Command, sinks: tuple[Callable[[bytes], object], Callable[[bytes], object]]
+    ) -> None:
+        self._runner, self._number, self._command = runner, number, command
+        self._sinks = dict(zip((_OUT, _ERR), sinks, strict=True))
+        self._status: int | None = None
+        self._error: MachineError | None = None
+        self._changed = threading.Condition()
+        self._room, self._reads = _WINDOW, True
+        self._owed = {_OUT: 0, _ERR: 0}
+
+    # -- what comes from the guest; called by the thread that reads ------------------------------------------------------------------
+
+    def take(self, kind: int, content: bytes) -> None:
+        """Take a frame."""
+        if kind in self._sinks and content:
+            self._sinks[kind](content)
+            self._owed[kind] += len(content)
+            # Seldom: each of these costs the guest time.
+            if self._owed[kind] >= _WINDOW // 4:
+                self._runner.owe(_TAKEN, self._number, bytes([kind]) + b"%d" % self._owed[kind])
+                self._owed[kind] = 0
+            return
+        if kind in self._sinks:
+            self._sinks[kind](b"")
+        with self._changed:
+            if kind in self._sinks and not content:
+                del self._sinks[kind]
+            elif kind == _END:
+                self._status = _number(content, -255, 255)
+            elif kind == _WRITTEN:
+                written = _number(content, -1, _WINDOW)
+                self._reads, self._room = self._reads and written >= 0, self._room + max(written, 0)
+            elif kind == _REFUSED:
+                self._refused(_number(content, 1, 4095))
+            self._changed.notify_all()
+
+    def _refused(self, error: int) -> None:
+        code = 126 if error == _EACCES else 127
+        message = not_run(Finished(returncode=code, stderr=b"env: "), self._command).stderr
+        self._sinks[_ERR](message)
+        for sink in self._sinks.values():
+            sink(b"")
+        self._sinks.clear()
+        self._status = code
+
+    def fail(self, error: MachineError) -> None:
+        """End it, because its runner has ended."""
+        with self._changed:
+            if self.is_over:
+                return
+            self._error = error
+            sinks, self._sinks = self._sinks, {}
+            self._changed.notify_all()
+        for sink in sinks.values():
+            sink(b"")
+
+    # -- what its user asks ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing comes any more."""
+        return self._error is not None or (self._status is not None and not self._sinks)
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the command itself has ended; something that it left behind may hold its output."""
+        return self._status is not None
+
+    @property
+    def returncode(self) -> int | None:
+        """The status (see `Running.returncode`)."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            return self._status if not self._sinks else None
+
+    def wait(self, *, deadline: Deadline) -> int | None:
+        """Wait for the status (see `Running.wait`)."""
+        self._until(lambda: self.is_over, deadline)
+        return self.returncode
+
+    def _until(self, done: Callable[[], bool], deadline: Deadline) -> bool:
+        while True:
+            with self._changed:
+                if self._changed.wait_for(done, min(_LOOK, deadline.remaining)):
+                    return True
+            if deadline.expired:
+                return False
+            self._runner.check()
+
+    def write(self, data: bytes, *, deadline: Deadline) -> None:
+        """Write to the command's input (see `Running.write`)."""
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            if not self._until(lambda: self._room >= _PIECE or not self._reads or self.is_over, deadline):
+                raise MachineTimeout(f"the command {self._command.argv[0]!r} did not read its input within {deadline.seconds:g} s")
+            with self._changed:
+                if not self._reads or self._status is not None or self._error is not None:
+                    raise BrokenPipeError
+                self._room -= len(piece)
+            self._runner.send(_INPUT, self._number, piece)
+
+    def close_input(self) -> None:
+        """End the input."""
+        self._runner.send(_INPUT, self._number, b"")
+
+    def close(self) -> None:
+        """Take no more of its output."""
+        self._runner.forget(self._number)
+
+
+class Runner(Channel):
+    """A connection to the runner of a guest; safe to use from several threads."""
+
+    def __init__(self, sock: socket.socket, *, alive: Callable[[], None], changes: Callable[[], int], is_there: Callable[[], bool]) -> None:
+        """Take a connected socket; nothing is asked yet.
+
+        Args:
+            sock: The host's end of the runner's port.
+            alive: Function that raises `MachineDied` if the guest can no longer answer.
+            changes: Function that returns how often the port was opened or closed in the guest.
+            is_there: Function that tells whether a runner has the port open.
+        """
+        self._sock, self._alive, self._changes, self._is_there = sock, alive, changes, is_there
+        self._jobs: dict[int, _Job] = {}
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._owed: deque[bytes] = deque()
+        self._last = secrets.randbits(30)
+        self._known: int | None = None
+        self._token = b""
+        self._synced = threading.Event()
+        self._reader: threading.Thread | None = None
+
+    # -- whether it is there ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether the runner that answered is still the one that has the port open."""
+        return self._known is not None and self._known == self._changes()
+
+    def start_in(self, channel: Channel, *, deadline: Deadline) -> bool:
+        """Have another channel start the runner in the guest if it does not run; return whether it answers."""
+        if self.is_ready:
+            return True
+        if not self._is_there():
+            # The program is the input, so nothing is written to the guest's disk.
+            script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
+            if channel.run(script, deadline=deadline).returncode:
+                return False
+        return self.adopt(deadline=deadline)
+
+    def adopt(self, *, deadline: Deadline) -> bool:
+        """Take up a runner that runs; return whether it answers."""
+        known = self._changes()
+        if not self._is_there() or not self._answers(deadline, lambda token: self.send(_SYNC, 0, token)):
+            return False
+        self._known = known
+        return True
+
+    def _answers(self, deadline: Deadline, ask: Callable[[bytes], object]) -> bool:
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read, name="vmbottle-runner", daemon=True)
+            self._reader.start()
+        self._synced.clear()
+        self._token = secrets.token_bytes(16)
+        ask(self._token)
+        return self._synced.wait(deadline.remaining)
+
+    @contextmanager
+    def quiet(self, deadline: Deadline) -> Iterator[None]:
+        """Send nothing for a block, after the guest has read what was sent: no frame is cut in two where the machine is written down."""
+        with self._sending:
+            if self.is_ready:
+                self._answers(deadline, lambda token: self._sock.sendall(_frame(_SYNC, 0, token)))
+            yield
+        self._pay()
+
+    def check(self) -> None:
+        """Raise an error if a command that runs can no longer be heard of."""
+        self._alive()
+        if not self.is_ready:
+            self._end("it was stopped, or the guest reboots")
+            self._known = None
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            jobs, self._jobs = self._jobs, {}
+        for job in jobs.values():
+            job.fail(
+                AgentEnded(
+                    f"the guest's runner ended while a command ran: {reason}; the command may still run there, but its status is lost"
+                )
+            )
+
+    # -- frames ----------------------------------------------------------------------------------------------------------------------
+
+    def send(self, kind: int, number: int, content: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            MachineDied: The connection is closed.
+        """
+        try:
+            with self._sending:
+                self._sock.sendall(_frame(kind, number, content))
+        except OSError as error:
+            Deadline(2.0).poll(self._alive, every=0.05)
+            raise MachineDied(f"the connection to the guest's runner is closed: {error}") from error
+        self._pay()
+
+    def owe(self, kind: int, number: int, content: bytes) -> None:
+        """Send a frame at once or, while others send, after theirs; the thread that reads waits for nobody."""
+        self._owed.append(_frame(kind, number, content))
+        self._pay()
+
+    def _pay(self) -> None:
+        # After each sending: what was added meanwhile by those who found the lock taken is seen here.
+        while self._owed and self._sending.acquire(blocking=False):
+            try:
+                while self._owed:
+                    self._sock.sendall(self._owed.popleft())
+            finally:
+                self._sending.release()
+
+    def _read(self) -> None:
+        buffer = bytearray()
+        try:
+            while data := self._sock.recv(1 << 18):
+                buffer += data
+                self._parse(buffer)
+            self._end("the hypervisor closed its port")
+        except (OSError, ValueError, MachineError) as error:
+            self._known = None
+            self._end(str(error))
+
+    def _parse(self, buffer: bytearray) -> None:
+        if self._known is None and not self._synced.is_set() and not self._begins(buffer):
+            return
+        while len(buffer) >= _HEAD.size:
+            size, kind, number = _HEAD.unpack_from(buffer)
+            if size > _MAX_FRAME:
+                raise ValueError("it sent too long a frame")
+            if len(buffer) < _HEAD.size + size:
+                return
+            content = bytes(buffer[_HEAD.size : _HEAD.size + size])
+            del buffer[: _HEAD.size + size]
+            self._take(kind, number, content)
+
+    def _begins(self, buffer: bytearray) -> bool:
+        """Drop all before the answer to our first frame: there may be the end of something that was meant for another host."""
+        answer = _frame(_SYNCED, 0, self._token)
+        found = buffer.find(answer)
+        del buffer[: found if found >= 0 else max(0, len(buffer) - len(answer))]
+        return found >= 0
+
+    def _take(self, kind: int, number: int, content: bytes) -> None:
+        if kind == _SYNCED and content == self._token:
+            self._synced.set()
+        elif (job := self._jobs.get(number)) is not None:
+            job.take(kind, content)
+            if job.is_over:
+                self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """Take no more frames for a command."""
+        with self._lock:
+            self._jobs.pop(number, None)
+
+    # -- commands --------------------------------------------------------------------------------------------------------------------
+
+    def _job(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], *, has_input: bool) -> _Job:
+        with self._lock:
+            self._last = (self._last + 1) % (1 << 32)
+            number = self._last
+            job = self._jobs[number] = _Job(self, number, command, (stdout, stderr))
+        path = dict(command.env).get("PATH", GUEST_PATH)
+        env = (f"{name}={value}" for name, value in command.environment)
+        words = ("1" if has_input else "0", command.tag, path, str(len(command.argv)), *command.argv, *env)
+        self.send(_RUN, number, "\0".join(words).encode("utf-8", "surrogateescape"))
+        return job
+
+    def run(self, command: Command, *, deadline: Deadline) -> Finished:
+        """Run a command to its end (see `Channel.run`)."""
+        outputs = Outputs()
+        job = self._job(command, outputs.stdout.write, outputs.stderr.write, has_input=bool(command.input))
+        try:
+            if len(command.input) > _WINDOW:
+                threading.Thread(target=self._feed, args=(job, command.input), name="vmbottle-input", daemon=True).start()
+            elif command.input:
+                self._feed(job, command.input)
+            status = job.wait(deadline=deadline)
+            if status is not None:
+                return outputs.finished(command, status=status, timed_out=False)
+            ended = job.has_ended
+            self.run(command.killer(), deadline=Deadline(_GRACE))
+            job.wait(deadline=Deadline(_GRACE))
+            return attrs.evolve(outputs.finished(command, status=None, timed_out=True), outlived=ended)
+        finally:
+            job.close()
+
+    @staticmethod
+    def _feed(job: _Job, content: bytes) -> None:
+        try:
+            job.write(content, deadline=Deadline(1e9))
+            job.close_input()
+        except (BrokenPipeError, MachineError):
+            return  # whoever waits for the command hears of it
+
+    def start(
+        self, command: Command, *, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], deadline: Deadline
+    ) -> Running:
+        """Start a command beside others (see `Channel.start`)."""
+        del deadline  # it takes no time
+        return self._job(command, stdout, stderr, has_input=True)
+
+    def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
+        """Run a command with a host file as its input (see `Channel.put`)."""
+        outputs = Outputs()
+        job = self._job(command, outputs.stdout.write, outputs.stderr.write, has_input=True)
+        try:
+            while piece := source.read(_PIECE):
+                job.write(piece, deadline=deadline)
+            job.close_input()
+        except BrokenPipeError:
+            pass  # its status says why
+        try:
+            status = job.wait(deadline=deadline)
+            if status is None:
+                self.run(command.killer(), deadline=Deadline(_GRACE))
+            return outputs.finished(command, status=status, timed_out=status is None)
+        finally:
+            job.close()
+
+    def close(self) -> None:
+        """Close the connection; may be called again."""
+        # Before it is closed: a thread that waits in `recv` would not notice.
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def _frame(kind: int, number: int, content: bytes) -> bytes:
+    return _HEAD.pack(len(content), kind, number) + content
+
+
+def _number(content: bytes, least: int, most: int) -> int:
+    if len(content) > 20:  # noqa: PLR2004 - more is no number that counts here
+        raise ValueError("it sent a number that is none")
+    number = int(content)
+    if not least <= number <= most:
+        raise ValueError(f"it sent {number}, which is not between {least} and {most}")
+    return number

@@ -1,0 +1,234 @@
+"""Commands over the runner: its program runs here as it does in a guest, on a socket in place of a serial port."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_vmbottle import MachineDied, MachineError
+from pytest_vmbottle.channels.guest_agent import AgentEnded
+from pytest_vmbottle.channels.port import GUEST_PATH, MAX_OUTPUT, Command
+from pytest_vmbottle.channels.runner import _SCRIPT, Runner
+from pytest_vmbottle.host.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ENV = (("PATH", GUEST_PATH), ("LC_ALL", "C"))
+
+
+class Guest:
+    """The other end: a process with the program, which can be ended."""
+
+    def __init__(self, folder: Path, theirs: socket.socket) -> None:
+        # Paths of a guest that a test must not use, and the steps after which nobody could wait for it or see what it says.
+        text = _SCRIPT.replace("/run/vmbottle-runner.lock", str(folder / "lock")).replace("/sys/fs/cgroup/vmbottle", str(folder / "group"))
+        text = text.replace("if os.fork():\n    os._exit(0)\n", "").replace('"/proc/self/loginuid"', f'"{folder}/login"')
+        text = text.replace("os.open(sys.argv[1]", "int(sys.argv[1]) or os.open(sys.argv[1]").replace(
+            "    os.dup2(null, fd)\n", "    pass\n"
+        )
+        (folder / "runner.py").write_text(text)
+        self.changes, self.there = 0, True
+        self.process = subprocess.Popen([sys.executable, folder / "runner.py", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+
+    def end(self) -> None:
+        """Kill it, as a guest's user may do."""
+        self.process.kill()
+        self.process.wait()
+        self.changes, self.there = self.changes + 1, False
+
+    def alive(self) -> None:
+        """A machine that is there."""
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture
+def guest(tmp_path: Path, ends: tuple[socket.socket, socket.socket]) -> Iterator[Guest]:
+    guest = Guest(tmp_path, ends[1])
+    yield guest
+    guest.process.kill()
+    guest.process.wait()
+
+
+@pytest.fixture
+def runner(guest: Guest, ends: tuple[socket.socket, socket.socket]) -> Iterator[Runner]:
+    runner = Runner(ends[0], alive=guest.alive, changes=lambda: guest.changes, is_there=lambda: guest.there)
+    with closing(runner):
+        assert runner.adopt(deadline=Deadline(30))
+        yield runner
+
+
+def _sh(text: str, *words: str, content: bytes = b"") -> Command:
+    return Command(argv=("sh", "-c", text, "sh", *words), env=_ENV, input=content)
+
+
+def test_a_command_has_its_status_both_streams_its_environment_and_its_input(runner: Runner) -> None:
+    done = runner.run(_sh('cat; echo "$1 $LC_ALL" >&2; exit 7', "word", content=b"\0in\xff"), deadline=Deadline(20))
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"\0in\xff", b"word C\n")
+    assert runner.run(_sh("kill -9 $$"), deadline=Deadline(20)).returncode == -9
+    # Nothing is inherited: neither variables nor what Python ignores.
+    assert runner.run(Command(argv=("env",), env=_ENV), deadline=Deadline(20)).stdout.split()[:2] == [
+        f"PATH={GUEST_PATH}".encode(),
+        b"LC_ALL=C",
+    ]
+    assert runner.run(_sh("yes | head -n 1; echo ${PIPESTATUS:-}"), deadline=Deadline(20)).stdout.startswith(b"y\n")
+    assert runner.run(Command(argv=("sleep", "0.01"), env=_ENV), deadline=Deadline(20)).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "status", "reason"), [("nonesuch", 127, b"not found"), ("notes", 126, b"cannot be executed")])
+def test_a_program_that_cannot_be_started_is_told_as_by_every_channel(
+    runner: Runner, tmp_path: Path, name: str, status: int, reason: bytes
+) -> None:
+    (tmp_path / "notes").write_text("no program")
+    done = runner.run(Command(argv=(name,), env=(("PATH", str(tmp_path)),)), deadline=Deadline(20))
+    assert (done.returncode, done.stderr) == (status, name.encode() + b": " + reason + b"\n")
+
+
+def test_large_input_and_output_come_whole_and_too_much_is_cut_and_said(runner: Runner) -> None:
+    content = random.Random(1).randbytes(5 << 20)
+    assert runner.run(Command(argv=("cat",), env=_ENV, input=content), deadline=Deadline(60)).stdout == content
+    with io.BytesIO(content) as source:
+        assert runner.put(source, Command(argv=("wc", "-c"), env=_ENV), deadline=Deadline(60)).stdout.split() == [b"%d" % len(content)]
+    done = runner.run(_sh(f"head -c {MAX_OUTPUT + 5} /dev/zero"), deadline=Deadline(60))
+    assert (len(done.stdout), done.truncated) == (MAX_OUTPUT, True)
+
+
+def test_commands_run_beside_each_other_and_a_slow_reader_holds_up_nobody_else(runner: Runner) -> None:
+    stopped, taken = threading.Event(), list[int]()
+
+    def slow(data: bytes) -> None:
+        taken.append(len(data))
+        stopped.wait(0.01)
+
+    flood = runner.start(_sh("head -c 30000000 /dev/zero"), stdout=slow, stderr=lambda _: None, deadline=Deadline(20))
+    began = time.monotonic()
+    results = list[bytes]()
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(runner.run(_sh("sleep 0.2; echo $1", str(n)), deadline=Deadline(30)).stdout))
+        for n in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(int, results)) == list(range(20))
+    assert time.monotonic() - began < 20 * 0.2 * 3
+    stopped.set()
+    assert flood.wait(deadline=Deadline(60)) == 0
+    assert sum(taken) == 30_000_000
+
+
+def test_a_command_beside_others_takes_input_until_it_is_closed(runner: Runner) -> None:
+    got = bytearray()
+    running = runner.start(Command(argv=("cat",), env=_ENV), stdout=got.extend, stderr=lambda _: None, deadline=Deadline(20))
+    running.write(b"one ", deadline=Deadline(20))
+    running.write(b"x" * (3 << 20), deadline=Deadline(60))
+    assert running.returncode is None
+    running.close_input()
+    assert running.wait(deadline=Deadline(30)) == 0
+    assert len(got) == 4 + (3 << 20)
+    deaf = runner.start(_sh("exec <&-; sleep 0.5"), stdout=got.extend, stderr=lambda _: None, deadline=Deadline(20))
+
+    def insist() -> None:
+        while True:
+            deaf.write(b"x" * 4096, deadline=Deadline(20))
+            time.sleep(0.01)
+
+    with pytest.raises(BrokenPipeError):
+        insist()
+
+
+def test_a_command_is_killed_at_its_deadline_with_what_it_started(runner: Runner, tmp_path: Path) -> None:
+    done = runner.run(_sh(f"sleep 61 & echo $! > {tmp_path}/pid; echo begun; wait"), deadline=Deadline(1))
+    assert (done.returncode, done.stdout, done.timed_out, done.outlived) == (-9, b"begun\n", True, False)
+    child = int((tmp_path / "pid").read_text())
+    assert Deadline(10).poll(lambda: not Path(f"/proc/{child}").exists() or ") Z " in Path(f"/proc/{child}/stat").read_text())
+    done = runner.run(_sh("sleep 62 & echo begun"), deadline=Deadline(1))
+    assert (done.stdout, done.timed_out, done.outlived) == (b"begun\n", True, True)
+
+
+def test_a_runner_that_ends_fails_its_commands_at_once_and_is_not_asked_again(runner: Runner, guest: Guest) -> None:
+    threading.Timer(0.3, guest.end).start()
+    with pytest.raises(AgentEnded):
+        runner.run(Command(argv=("sleep", "60"), env=_ENV), deadline=Deadline(30))
+    assert not runner.is_ready
+
+
+def test_what_was_meant_for_another_host_is_dropped_before_the_first_answer(
+    guest: Guest, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    # The end of a frame, and one that looks whole: a clone's port may begin in the middle.
+    ends[1].sendall(os.urandom(3000) + struct.pack(">IBI", 3, 17, 1) + b"abc")
+    with closing(Runner(ends[0], alive=guest.alive, changes=lambda: 0, is_there=lambda: True)) as runner:
+        assert runner.adopt(deadline=Deadline(30))
+        assert runner.run(_sh("echo right"), deadline=Deadline(20)).stdout == b"right\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        struct.pack(">IBI", 1 << 31, 17, 1),
+        b"\xff" * 4096,
+        struct.pack(">IBI", 4, 19, 1) + b"zero",
+        struct.pack(">IBI", 4, 19, 1) + b"9999",
+        struct.pack(">IBI", 40, 22, 1) + b"9" * 40,
+        b"",
+    ],
+    ids=["endless", "noise", "word", "status", "number", "end"],
+)
+def test_a_guest_that_sends_nonsense_ends_the_command_with_an_error(ends: tuple[socket.socket, socket.socket], answer: bytes) -> None:
+    ours, theirs = ends
+    runner = Runner(ours, alive=lambda: None, changes=lambda: 0, is_there=lambda: True)
+
+    def play() -> None:
+        asked = theirs.recv(9 + 16)
+        theirs.sendall(struct.pack(">IBI", 16, 21, 0) + asked[9:])
+        number = struct.unpack(">IBI", theirs.recv(1 << 16)[:9])[2]
+        theirs.sendall(answer.replace(struct.pack(">I", 1), struct.pack(">I", number)))
+        theirs.shutdown(socket.SHUT_WR) if not answer else None
+
+    player = threading.Thread(target=play)
+    player.start()
+    with closing(runner):
+        assert runner.adopt(deadline=Deadline(20))
+        with pytest.raises((AgentEnded, MachineDied)):
+            runner.run(Command(argv=("true",)), deadline=Deadline(20))
+    player.join()
+
+
+def test_nothing_is_cut_in_two_while_it_is_quiet(runner: Runner) -> None:
+    done = list[bytes]()
+    with runner.quiet(Deadline(20)):
+        waiting = threading.Thread(target=lambda: done.append(runner.run(_sh("echo later"), deadline=Deadline(30)).stdout))
+        waiting.start()
+        time.sleep(0.3)
+        assert not done
+    waiting.join()
+    assert done == [b"later\n"]
+
+
+def test_a_runner_that_is_not_there_is_not_taken_up(ends: tuple[socket.socket, socket.socket]) -> None:
+    with closing(Runner(ends[0], alive=lambda: None, changes=lambda: 0, is_there=lambda: False)) as runner:
+        assert not runner.adopt(deadline=Deadline(0.1))
+        assert not runner.is_ready
+        ends[1].close()
+        with pytest.raises(MachineError):
+            runner.run(Command(argv=("true",)), deadline=Deadline(5))
