@@ -21,6 +21,8 @@ from pytest_vmbottle.plugin.infra import Infra
 from pytest_vmbottle.shown import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pytest_vmbottle.backends.port import Backend
     from pytest_vmbottle.catalog.catalog import Catalog
     from pytest_vmbottle.images import DeclaredImage
