@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.settings import Settings
     from pytest_vmbottle.spec.reference import Reference
     from pytest_vmbottle.travel.exchange import Exchange
+    from pytest_vmbottle.travel.minisign import SecretKey
 
 __all__ = ["exchange_of", "export_pack", "import_packs", "pull_pack", "push_pack", "settings_of_environment"]
 
@@ -29,12 +31,19 @@ __all__ = ["exchange_of", "export_pack", "import_packs", "pull_pack", "push_pack
         "vmbottle pack export 140eda -o web.vmpack",
         "vmbottle pack export tests/conftest.py::web -o web.vmpack",
         "vmbottle pack export 140eda -o web.vmpack --without-parents",
+        "vmbottle pack export 140eda -o web.vmpack --sign packs.key",
     ),
 )
 @click.argument("pack", metavar="KEY|LAYER", shell_complete=pack_keys)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to write.")
 @click.option("--without-parents", is_flag=True, help="Leave out what it stands on, which whoever imports it must then have.")
-def export_pack(*, pack: str, output: Path, without_parents: bool) -> None:
+@click.option(
+    "--sign",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="SECRET-KEY",
+    help="Sign the file with minisign's secret key in this file; the signature becomes FILE.minisig.",
+)
+def export_pack(*, pack: str, output: Path, without_parents: bool, sign: Path | None) -> None:
     """Write a pack into a file, for another computer.
 
     The file has the pack, the packs below it and the image, compressed, each of them as what differs from the one below. The pack is told
@@ -44,6 +53,8 @@ def export_pack(*, pack: str, output: Path, without_parents: bool) -> None:
 
     if not output.absolute().parent.is_dir():
         raise Failure(f"there is no folder {output.absolute().parent}")
+    # First, since it may have to ask for a password, which may be wrong.
+    key = _secret_key(sign) if sign is not None else None
     catalog, settings = open_catalog(), settings_of_environment()
     found = _of_layer(catalog, settings, pack) if "::" in pack else _of_key(catalog, pack)
     if not found.manifest.backend.startswith("qemu"):
@@ -51,23 +62,46 @@ def export_pack(*, pack: str, output: Path, without_parents: bool) -> None:
     exporter = Exporter(catalog=catalog, fingerprint=_backend(catalog, settings).fingerprint, say=say)
     exporter.write(found, output.absolute(), parents=not without_parents)
     say(f"{format_size(output.stat().st_size)}")
+    if key is not None:
+        say(f"signed: {key.sign(output.absolute())}")
     click.echo(output)
 
 
-@click.command("import", epilog=examples("vmbottle pack import web.vmpack"))
+def _secret_key(path: Path) -> SecretKey:
+    from pytest_vmbottle.travel.minisign import SecretKey
+
+    def ask() -> str:
+        if not sys.stdin.isatty():
+            raise Failure(f"{path} has a password, and there is no terminal to ask for it: use a key without one (minisign -G -W)")
+        password: str = click.prompt(f"Password of {path}", hide_input=True, err=True)
+        return password
+
+    return SecretKey.read(path, ask)
+
+
+@click.command("import", epilog=examples("vmbottle pack import web.vmpack", "vmbottle pack import web.vmpack --public-key packs.pub"))
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def import_packs(*, file: Path) -> None:
+@click.option(
+    "--public-key",
+    envvar="VMBOTTLE_PUBLIC_KEY",
+    metavar="KEY|FILE",
+    help="Refuse the file unless FILE.minisig beside it is its signature with minisign's key; also VMBOTTLE_PUBLIC_KEY.",
+)
+def import_packs(*, file: Path, public_key: str | None) -> None:
     """Import the packs of a file.
 
     They are checked in full, and refused if this computer could not restore them. The keys of new packs are written to stdout.
 
     A pack has the RAM of a running machine and the state of its devices: import only files of people whom you trust.
     """
+    from pytest_vmbottle.travel.minisign import PublicKey
     from pytest_vmbottle.travel.packs import Importer
+
+    signer = PublicKey.read(public_key) if public_key is not None else None
 
     catalog = open_catalog()
     importer = Importer(catalog=catalog, fingerprint=_backend(catalog, settings_of_environment()).fingerprint, say=say)
-    for pack in importer.read(file):
+    for pack in importer.read(file, signer):
         click.echo(pack.key)
 
 

@@ -18,9 +18,9 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import attrs
 import cattrs
@@ -29,6 +29,9 @@ from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.images import Traits
 from pytest_vmbottle.travel.pieces import LARGEST_BLOB, Piece, join, split
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.travel.minisign import PublicKey
 
 __all__ = ["ArchiveReader", "ArchiveWriter", "Index", "TravelFile", "TravelImage", "TravelPack", "writing"]
 
@@ -139,50 +142,60 @@ def writing(path: Path) -> Iterator[ArchiveWriter]:
             yield ArchiveWriter(archive)
         file.flush()
         # It is open for writing only, and has another name yet.
-        sealed = _seal(Path(f"/proc/self/fd/{file.fileno()}"))
+        with Path(f"/proc/self/fd/{file.fileno()}").open("rb") as again:
+            sealed = _seal(again)
         file.seek(-_SEAL, os.SEEK_END)
         file.write(sealed.encode())
 
 
-def _seal(path: Path) -> str:
+def _seal(file: BinaryIO) -> str:
     """Return the digest of a file but for its own digest at the end."""
-    value, left = hashlib.sha256(), path.stat().st_size - _SEAL
-    with path.open("rb") as file:
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-            value.update(chunk)
-            left -= len(chunk)
+    value, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - _SEAL
+    file.seek(0)
+    while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+        value.update(chunk)
+        left -= len(chunk)
     return value.hexdigest()
 
 
 class ArchiveReader:
-    """An archive that somebody gave us; a context manager."""
+    """An archive that somebody gave us; a context manager.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        index: What is in it.
+        comment: The trusted comment of its signature, if that was checked.
+    """
+
+    def __init__(self, path: Path, signer: PublicKey | None = None) -> None:
         """Open it, and read the index.
 
+        Args:
+            path: The file.
+            signer: The key that it must be signed with, if any; before anything else is read.
+
         Raises:
-            CatalogError: It cannot be read, or is no archive of packs.
+            CatalogError: It cannot be read, is no archive of packs, or is not signed with the key.
         """
         self._path = path
-        try:
-            self._archive = zipfile.ZipFile(path)
-            if self._archive.comment != _seal(path).encode():
-                self._archive.close()
-                raise zipfile.BadZipFile("its content is not what was written")
-        except _SPOILED as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CatalogError(f"{path} is no archive of packs, or is damaged: {reason}") from error
-        try:
+        with ExitStack() as opened:
+            try:
+                # Opened once, so that what is read is what was signed, whatever its name stands for by then.
+                file = opened.enter_context(path.open("rb"))
+                self.comment = signer.check(file, path) if signer is not None else ""
+                self._archive = opened.enter_context(zipfile.ZipFile(file))
+                if self._archive.comment != _seal(file).encode():
+                    raise zipfile.BadZipFile("its content is not what was written")
+            except _SPOILED as error:
+                reason = getattr(error, "strerror", None) or error
+                raise CatalogError(f"{path} is no archive of packs, or is damaged: {reason}") from error
             self.index = self._index()
-        except BaseException:
-            self._archive.close()
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._archive.close()
+        self._opened.close()
 
     def extract(self, file: TravelFile, folder: Path, base: Path | None) -> Path:
         """Write a file into a folder, and return its path.

@@ -27,6 +27,7 @@ from pytest_vmbottle.travel.archive import ArchiveReader, ArchiveWriter, Index, 
 
 if TYPE_CHECKING:
     from pytest_vmbottle.images import Image
+    from pytest_vmbottle.travel.minisign import PublicKey
 
 __all__ = ["Exporter", "Fingerprint", "Importer", "image_of"]
 
@@ -130,13 +131,20 @@ class Importer:
     fingerprint: Fingerprint
     say: _SAY
 
-    def read(self, source: Path) -> list[Pack]:
+    def read(self, source: Path, signer: PublicKey | None = None) -> list[Pack]:
         """Import the packs of a file, with the image below them if it is there; return those that are new, lowest first.
 
+        Args:
+            source: The file.
+            signer: The key that it must be signed with, if any.
+
         Raises:
-            CatalogError: The file is damaged, a pack fits another computer, or what it stands on is missing. What came before it is there.
+            CatalogError: The file is damaged or not signed with the key, a pack fits another computer, or what it stands on is missing.
+                What came before it is there.
         """
-        with explained(f"import {source}"), ArchiveReader(source) as archive, Holds() as holds:
+        with explained(f"import {source}"), ArchiveReader(source, signer) as archive, Holds() as holds:
+            if signer is not None:
+                self.say(f"signed with the key {signer.name}: {archive.comment}")
             wanted = [(_manifest(each), each) for each in archive.index.packs]
             if not wanted:
                 raise CatalogError(f"{source} has no packs")
