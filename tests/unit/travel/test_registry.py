@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -249,6 +250,83 @@ def test_a_registry_that_wants_a_login_of_another_kind_is_told_as_a_refusal(else
 
     with served(ThreadingHTTPServer(("127.0.0.1", 0), Refusing)) as server, pytest.raises(RegistryError, match="docker login"):
         exchange(elsewhere, f"127.0.0.1:{server.server_address[1]}/packs").pull("web")
+
+
+class _Storage(BaseHTTPRequestHandler):
+    """Host that a registry sends uploads and downloads to; it wants a login of its own, and would take any."""
+
+    wanted: str
+    asked: list[tuple[str, str | None]]
+    """Paths of requests, and the logins that came with them."""
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Authorization"]))
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.answer(401, {"WWW-Authenticate": self.wanted.format(host=self.headers["Host"])})
+
+    def do_PUT(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, headers: Mapping[str, str] = {}, body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class _Sending(_Storage):
+    """Registry that has nothing itself."""
+
+    storage: str
+    manifest = json.dumps(
+        {
+            "layers": [{"mediaType": "application/vnd.pytest-vmbottle.v1+zip", "digest": f"sha256:{'0' * 64}", "size": 1}],
+            "annotations": {"pytest-vmbottle.key": "0" * 64},
+        }
+    ).encode()
+
+    def do_GET(self) -> None:
+        if self.headers["Authorization"] is None:
+            super().do_GET()
+        elif self.command == "POST":
+            self.answer(202, {"Location": f"http://{self.storage}/upload?id=1"})
+        elif self.command == "GET" and "/blobs/" in self.path:
+            self.answer(307, {"Location": f"http://{self.storage}/blob?id=1"})
+        elif self.path.endswith("/manifests/web"):
+            self.answer(200, body=self.manifest)
+        else:
+            self.answer(404)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+
+@pytest.mark.parametrize("wanted", ['Basic realm="x"', 'Bearer realm="http://{host}/token",service="x"'])
+@pytest.mark.parametrize("what", ["upload", "download"])
+def test_a_storage_that_a_registry_sends_to_never_gets_the_login(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, what: str
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    asked: list[tuple[str, str | None]] = []
+    storing = type("Bound", (_Storage,), {"wanted": wanted, "asked": asked})
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), storing)) as storage:
+        sending = type(
+            "Bound", (_Sending,), {"wanted": 'Basic realm="x"', "asked": [], "storage": f"127.0.0.1:{storage.server_address[1]}"}
+        )
+        with served(ThreadingHTTPServer(("127.0.0.1", 0), sending)) as registry:
+            host = f"127.0.0.1:{registry.server_address[1]}"
+            log_in(tmp_path, host)
+            with pytest.raises(RegistryError, match=f"does not allow to {what}"):
+                pulled(home.catalog, f"{host}/packs:web") if what == "download" else exchange(home.catalog, f"{host}/packs").push(home.base)
+    assert asked
+    assert {login for _, login in asked} == {None}
 
 
 def test_who_has_a_token_for_reading_pulls_and_is_told_that_he_cannot_push(home: Home, elsewhere: Catalog, tmp_path: Path) -> None:
