@@ -6,11 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"<!-- (vendor\.[a-z-]+) -->\n```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), re.DOTALL)
+
+ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
 
 
 def check(schema: str, path: Path) -> subprocess.CompletedProcess[str]:
@@ -37,3 +41,25 @@ def test_the_action_has_the_form_of_one(tmp_path: Path) -> None:
     wrong = tmp_path / "action.yml"
     wrong.write_text((ROOT / "action.yml").read_text().replace("      shell: bash\n", "", 1))
     assert check("vendor.github-actions", wrong).returncode == 1
+
+
+def test_the_action_takes_all_its_inputs_and_none_of_them_as_code() -> None:
+    steps = ACTION["runs"]["steps"]
+    assert set(re.findall(r"\binputs\.([a-z]+)", str(steps))) == set(ACTION["inputs"])
+    assert not [step["run"] for step in steps if "${{" in step.get("run", "")]
+
+
+@pytest.mark.parametrize(
+    ("run", "status"), [("true", 0), ("exit 3", 3), ("false\ntrue", 1), ("false | true", 1), ("[ \"a b\" = 'a b' ]\n[ $# = 0 ]", 0)]
+)
+def test_the_action_runs_the_tests_as_a_step_of_a_workflow_would(run: str, status: int) -> None:
+    (step,) = (step for step in ACTION["runs"]["steps"] if step["name"] == "Run the tests")
+    ended = subprocess.run(["bash", "-e", "-o", "pipefail", "-c", step["run"]], env={"PATH": "/bin", "RUN": run}, check=False, timeout=60)
+    assert ended.returncode == status
+
+
+def test_the_artifacts_of_failed_tests_are_uploaded_right_after_them() -> None:
+    tests, upload = ACTION["runs"]["steps"][-2:]
+    assert (tests["env"], upload["uses"].partition("@")[0]) == ({"RUN": "${{ inputs.run }}"}, "actions/upload-artifact")
+    assert upload["if"] == "failure() && inputs.run != ''"
+    assert "VMBOTTLE_OUTPUT || 'vmbottle-artifacts'" in upload["with"]["path"]
