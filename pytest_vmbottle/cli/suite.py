@@ -35,7 +35,7 @@ def warm(*, arguments: tuple[str, ...]) -> None:
     """
     from pytest_vmbottle.plugin.warming import warm as warm_up
 
-    packs = _collected(arguments, warm_up)
+    packs = _collected(arguments, warm_up, machines=True)
     for pack in packs:
         click.echo(f"{pack.key} {pack.manifest.name}")
 
@@ -65,7 +65,7 @@ def plan(*, shards: int, durations: Path | None, arguments: tuple[str, ...]) -> 
     from pytest_vmbottle.plugin.sharding import shards_of
 
     given = [f"--vm-durations={durations.absolute()}"] if durations else []
-    found = _collected([*given, *arguments], lambda session: shards_of(session.items, shards, session.config))
+    found = _collected([*given, *arguments], lambda session: shards_of(session.items, shards, session.config), machines=False)
     jobs = [
         {"shard": f"{number}/{shards}", "tests": len(shard.tests), "seconds": round(shard.seconds, 1), "packs": shard.packs}
         for number, shard in enumerate(found, 1)
@@ -74,11 +74,11 @@ def plan(*, shards: int, durations: Path | None, arguments: tuple[str, ...]) -> 
     click.echo(json.dumps({"include": jobs}))
 
 
-def _collected(arguments: Sequence[str], do: Callable[[Any], list[T]]) -> list[T]:
+def _collected(arguments: Sequence[str], do: Callable[[Any], list[T]], *, machines: bool) -> list[T]:
     from pytest_vmbottle.plugin.selection import run_instead
 
     given = click.get_current_context().find_root().params.get("catalog")
-    status, found = run_instead([*([f"--vm-catalog={given}"] if given else []), *arguments], do)
+    status, found = run_instead([*([f"--vm-catalog={given}"] if given else []), *arguments], do, machines=machines)
     if status == _INTERRUPTED:
         click.get_current_context().exit(130)
     if status not in (0, _NO_TESTS):

@@ -21,7 +21,6 @@ __all__ = ["Sorting", "resolve", "specs_of", "uses_machine"]
 _RESET = "_vm_reset"
 _MACHINES = frozenset({*SHARED, "vm", "vms", "vm_spec", "_vm_plan"})
 """Fixtures whose machines the marks describe."""
-_ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")  # options with which no test is run
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -149,7 +148,7 @@ def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
     """
     session = config.stash[SESSION]
     # Items that are deselected are gone from the list by now, so they install no signal handler and probe nothing.
-    session.has_machines = any(uses_machine(item) for item in items) and not _is_only_asked(config)
+    session.has_machines = not session.only_asked and any(uses_machine(item) for item in items)
     if not session.has_machines:
         return
     try:
@@ -170,11 +169,6 @@ def uses_machine(item: pytest.Item) -> bool:
     return item.get_closest_marker("vm") is not None or bool({*_MACHINES, "vm_factory"} & set(getattr(item, "fixturenames", ())))
 
 
-def _is_only_asked(config: pytest.Config) -> bool:
-    # A list of tests needs no machines, so the host is not probed either.
-    return any(config.getoption(name, default=False) for name in _ONLY_ASKED)
-
-
 def _tell_controller(config: pytest.Config) -> None:
     """Tell the controller that there are tests with machines."""
     # A controller of pytest-xdist collects no items itself, so it learns from its workers whether there are machines.
@@ -190,8 +184,14 @@ def _leave_out_what_cannot_be(session: Session, items: list[pytest.Item]) -> dic
     Return the number of tests by reason.
     """
     unable: dict[str, int] = {}
+    known: dict[Plan, str | None] = {}
     for item in items:
-        why = _refusal(session, item)
+        plan = given_plan(item) if item.get_closest_marker("vm") is not None else None
+        if plan is None:
+            continue
+        if plan not in known:
+            known[plan] = _refusal(session, plan)
+        why = known[plan]
         if why is not None:
             unable[why] = unable.get(why, 0) + 1
             # Else it fails in its setup, by the same reason.
@@ -200,15 +200,9 @@ def _leave_out_what_cannot_be(session: Session, items: list[pytest.Item]) -> dic
     return unable
 
 
-def _refusal(session: Session, item: pytest.Item) -> str | None:
-    """Return why the backend cannot make the machine that a test's marks describe, or None.
-
-    Only the marks are looked at.
-    """
-    if item.get_closest_marker("vm") is None:
-        return None
-    plan = given_plan(item)
-    for wish in plan.wishes.values() if plan is not None else ():
+def _refusal(session: Session, plan: Plan) -> str | None:
+    """Return why the backend cannot make the machines that a test's marks describe, or None."""
+    for wish in plan.wishes.values():
         # Defaults of a fixture are not known yet, so a test is left out only for what its marks and the ini file say.
         keywords = {"source": "", **session.options.defaults, **wish}
         session.wanted.add(session.options.backend_for(keywords.get("backend", "auto")))
@@ -236,8 +230,9 @@ def resolve(config: pytest.Config, wish: Mapping[str, Any], defaults: Mapping[st
     """
     keywords = dict(wish)
     backend = keywords.get("backend", defaults.get("backend", "auto"))
-    # A backend may have an image of its own, so that a mark without a source is complete there.
-    keywords.setdefault("source", defaults.get("source") or config.stash[SESSION].default_source(backend))
+    if "source" not in keywords:
+        # A backend may have an image of its own, so that a mark without a source is complete there.
+        keywords["source"] = defaults.get("source") or config.stash[SESSION].default_source(backend)
     if keywords["source"] is None:
         raise SpecError('no machine is described: mark the test with @pytest.mark.vm("debian-12"), or set vm_defaults = source = debian-12')
     # Before the keywords are checked, so that the hook's are checked as well.

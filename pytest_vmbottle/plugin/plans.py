@@ -44,6 +44,8 @@ class Plan:
 
 
 _KNOWN: pytest.StashKey[dict[tuple[object, ...], tuple[list[pytest.Mark], list[Plan]]]] = pytest.StashKey()
+_SOUND: pytest.StashKey[set[str]] = pytest.StashKey()
+"""Marks as texts, and keys of plans, with which nothing is wrong: many tests have the same, and a check takes long."""
 
 SHARED = ("session_vm", "module_vm", "class_vm")
 """Fixtures of machines that several tests share."""
@@ -66,11 +68,24 @@ def plans_of(node: pytest.Item | pytest.Collector) -> list[Plan]:
 
 
 def _plans(node: pytest.Item | pytest.Collector, marks: list[pytest.Mark]) -> list[Plan]:
+    sound = node.config.stash.setdefault(_SOUND, set())
     # A test without a mark may have its machine from the ini file's defaults.
-    wishes = _merged(marks) or {"vm": {}}
+    wishes = _merged(marks, sound) or {"vm": {}}
     choices = [_sources(node, wish) for wish in wishes.values()]
     combinations = list(itertools.product(*choices))
-    return [_plan(wishes, combination, alone=len(combinations) == 1) for combination in combinations]
+    plans = [_plan(wishes, combination, alone=len(combinations) == 1) for combination in combinations]
+    for plan in plans:
+        if plan.key not in sound:
+            _check(plan)
+            sound.add(plan.key)
+    return plans
+
+
+def _check(plan: Plan) -> None:
+    """Refuse keywords of a mark and of its layer that are right each and wrong together."""
+    for wish in plan.wishes.values():
+        if "source" in wish:
+            MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
 
 
 def plan_of(test: pytest.Item) -> Plan:
@@ -127,7 +142,8 @@ def _places(node: pytest.Item | pytest.Collector) -> list[object]:
     conftests = [
         plugin
         for plugin in node.config.pluginmanager.get_plugins()
-        if Path(str(getattr(plugin, "__file__", None) or "")).name == "conftest.py" and Path(plugin.__file__).parent in node.path.parents
+        # By the text first: there are many plugins, and this is asked for each mark.
+        if str(getattr(plugin, "__file__", "")).endswith("conftest.py") and Path(plugin.__file__).parent in node.path.parents
     ]
     # The longest path is the nearest folder, as all of them are above the same test.
     conftests.sort(key=lambda plugin: len(Path(plugin.__file__).parts), reverse=True)
@@ -141,15 +157,17 @@ def parameter(node: object, name: str) -> object:
     return None if callspec is None else callspec.params.get(name)
 
 
-def _merged(marks: list[pytest.Mark]) -> dict[str, dict[str, Any]]:
+def _merged(marks: list[pytest.Mark], sound: set[str]) -> dict[str, dict[str, Any]]:
     """Merge the keywords of all marks on a test, farthest first, by the machine's name.
 
     The nearest mark's value of a keyword wins.
     """
+    texts = {repr((mark.args, mark.kwargs)): mark for mark in marks}
     # As keys of a dictionary: each mistake once, in the order of the marks.
-    wrong = dict.fromkeys(mistake for mark in marks for mistake in _mistakes(mark))
+    wrong = dict.fromkeys(mistake for text, mark in texts.items() if text not in sound for mistake in _mistakes(mark))
     if wrong:
         raise SpecError("\n  ".join(wrong))
+    sound.update(texts)
     wishes: dict[str, dict[str, Any]] = {}
     for mark in marks:
         keywords = {**({"source": mark.args[0]} if mark.args else {}), **mark.kwargs}
@@ -166,8 +184,11 @@ def _nearest_first(node: pytest.Item | pytest.Collector) -> Iterator[pytest.Mark
     """
     # `iter_markers` of pytest would do, but it gives the marks of base classes in the reverse of the order of attribute lookup.
     for each in reversed(node.listchain()):
-        depths = _depths(each)
-        yield from sorted((mark for mark in each.own_markers if mark.name == "vm"), key=lambda mark: depths.get(id(mark), 0))
+        marks = [mark for mark in each.own_markers if mark.name == "vm"]
+        if len(marks) > 1:
+            depths = _depths(each)
+            marks.sort(key=lambda mark: depths.get(id(mark), 0))
+        yield from marks
 
 
 def _depths(node: object) -> dict[int, int]:
@@ -212,16 +233,9 @@ def _sources(node: pytest.Item | pytest.Collector, wish: Mapping[str, Any]) -> l
 
 
 def _plan(wishes: Mapping[str, Mapping[str, Any]], sources: tuple[Source | None, ...], *, alone: bool) -> Plan:
-    """Make the plan of one choice among the sources.
-
-    Its layer's and its mark's keywords are known to fit together.
-    """
+    """Make the plan of one choice among the sources."""
     given = [{} if source is None else {"source": source} for source in sources]
     chosen = {name: {**wish, **source} for (name, wish), source in zip(wishes.items(), given, strict=True)}
-    for wish in chosen.values():
-        if "source" in wish:
-            # For its errors: keywords of mark and layer may be right each and wrong together.
-            MachineSpec.resolve(wish["source"], {key: value for key, value in wish.items() if key != "source"})
     # By `repr` and sorted, because keywords need not be hashable, and equal marks must give equal plans.
     named = {
         name: {key: repr(sorted(value.items()) if isinstance(value, Mapping) else value) for key, value in wish.items()}

@@ -39,6 +39,8 @@ __all__ = ["DURATIONS", "SESSION", "Interrupted", "Session"]
 DURATIONS = "vmbottle/durations"
 """Key of pytest's cache for the seconds of each test."""
 
+_ONLY_ASKED = ("collectonly", "setupplan", "showfixtures", "show_fixtures_per_test")
+"""Options with which no test is run."""
 # Seconds that are waited for each machine. One that is not off by then ends with its fixture, or by its supervisor.
 _CUT_SECONDS = 2.0
 
@@ -54,6 +56,8 @@ class Session:
         self._catalog: Catalog | None = None
         self._began = time.time()
         self.has_machines = False
+        # A list of tests needs no machines, so nothing is made and the host is not probed.
+        self.only_asked = any(config.getoption(name, default=False) for name in _ONLY_ASKED)
         # Not installed yet: a run without machines leaves the process's handlers alone.
         self.interruption = Interruption()
         self._flag = -1

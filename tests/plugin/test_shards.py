@@ -117,6 +117,34 @@ def test_a_plan_is_the_matrix_of_the_runs_that_follow_it(suite: Path, run: Run) 
         assert any("web" in pack for pack in job["packs"]) == any("web" in test or "shop" in test for test in found)
 
 
+UNASKED = """
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_vmbottle_make_backend(config, name):
+    raise AssertionError("a backend was asked for")
+"""
+
+
+def test_a_plan_asks_nothing_of_this_computer_makes_nothing_and_leaves_assertions_as_they_are(
+    suite: Path, catalog: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makeconftest(CONFTEST.replace("def pytest_vmbottle_make_backend", "def _unused") + UNASKED)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("VMBOTTLE_CATALOG", str(catalog / "none"))
+    out, words = vmbottle(suite, "ci", "plan", "--shards", "2")
+    assert len(json.loads(out)["include"]) == 2
+    assert words.strip() == ""
+    assert not (catalog / "none").exists()
+    # What pytest rewrites, it keeps under names of its own.
+    assert not list(suite.glob("**/*-pytest-*.pyc"))
+
+
+def test_an_assertion_in_a_layer_tells_its_values_where_packs_are_made(suite: Path) -> None:
+    text = (suite / "test_it.py").read_text()
+    (suite / "test_it.py").write_text(text.replace('vm.exec("install web")', 'assert vm.exec("install web").stdout == "done"'))
+    assert re.search(r"AssertionError: assert .* == .done.\n.*where", vmbottle(suite, "warm", status=1)[1])
+
+
 def test_packs_are_made_before_the_tests_that_then_build_none(suite: Path, run: Run) -> None:
     out, words = vmbottle(suite, "warm", "-k", "not plain")
     assert [line.split()[1] for line in out.splitlines()] == ["web", "shop", "debian-12"]
