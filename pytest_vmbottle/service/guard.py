@@ -116,8 +116,9 @@ class Guard:
 
     def _peer(self, scope: Scope) -> str:
         if self._options.behind_proxy:
-            # The last one is what the proxy has added; what is before it the client may have made up.
-            forwarded = _header(scope, b"x-forwarded-for").rpartition(",")[2].strip()
+            # The last one is what the proxy has added, perhaps on a line of its own; what is before it the client may have made up.
+            lines = [value.decode("latin-1") for key, value in scope["headers"] if key == b"x-forwarded-for"]
+            forwarded = ",".join(lines).rpartition(",")[2].strip()
             if forwarded:
                 return forwarded[:64]
         client = scope.get("client")

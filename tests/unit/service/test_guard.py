@@ -147,6 +147,18 @@ def test_behind_a_proxy_the_address_is_the_one_that_the_proxy_added(options: Opt
     assert ask(guard, headers={"Authorization": "Bearer wrong", "X-Forwarded-For": "192.0.2.2"}).status == 401
 
 
+def test_of_several_lines_the_proxy_has_added_the_last_one(options: Options) -> None:
+    guard = Guard(_app, attrs.evolve(options, behind_proxy=True))
+
+    def status(made_up: str, added: str) -> int:
+        scope = http_scope("/vms/", headers={"Authorization": "Bearer wrong"})
+        scope["headers"] += [(b"x-forwarded-for", each.encode()) for each in (made_up, added)]
+        return asyncio.run(request(guard, scope)).status
+
+    assert [status(f"198.51.100.{number}", "192.0.2.1") for number in range(11)] == [401] * 10 + [429]
+    assert status("192.0.2.1", "192.0.2.2") == 401
+
+
 def test_attempts_come_back_with_time_and_addresses_take_bounded_memory() -> None:
     refusals = Refusals(attempts=2, seconds=10, addresses=3)
     assert [refusals.wait("a", now) for now in (0, 0, 0, 5)] == [0, 0, 10, 5]
