@@ -134,17 +134,19 @@ def connect(  # noqa: PLR0913 - the keywords are those of exec
     channel = machine.lifecycle.channel if _is_null(source) else machine.lifecycle.bulk_channel(Deadline(_OPENING))
     sinks = [_Sink(target) for target in targets]
     running = _started(channel, command, sinks)
-    over = threading.Event()
+    # A pipe whose end wakes the feeder at once, however long its source says nothing.
+    over, end = os.pipe()
     feeder = threading.Thread(target=_feed, args=(running, source, over), daemon=True)
     feeder.start()
     try:
         yield Piped(running, sinks, argv, lambda: machine.guest.kill(command))
     finally:
-        over.set()
+        os.close(end)
         for sink in sinks:
             sink.given_up = sink.given_up or not sink.ended.is_set()
         running.close()
         feeder.join()  # whose descriptors may mean other files when this block is over
+        os.close(over)
 
 
 def _started(channel: Channel, command: Command, sinks: Sequence[_Sink]) -> Running:
@@ -156,17 +158,16 @@ def _is_null(fd: int) -> bool:
     return os.fstat(fd).st_rdev == Path(os.devnull).stat().st_rdev
 
 
-def _feed(running: Running, source: int, over: threading.Event) -> None:
-    """Copy the source to the command's input until either ends.
+def _feed(running: Running, source: int, over: int) -> None:
+    """Copy the source to the command's input until either ends, or `over` is a pipe without writers.
 
     Nothing is read from the source that the command does not get.
     """
     ready = select.poll()
     ready.register(source, select.POLLIN)
+    ready.register(over, 0)
     with suppress(OSError, MachineError):  # it takes no more
-        while not over.is_set():
-            if not ready.poll(_PACE * 1000):
-                continue
+        while over not in (fd for fd, _ in ready.poll()):
             with suppress(BlockingIOError):
                 data = os.read(source, _CHUNK)
                 if not data:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,6 +92,23 @@ def test_a_guest_that_powers_off_while_a_command_runs_is_off_in_its_error(held: 
     held.backend.handler = power_off
     with pytest.raises(MachineError, match="off"):
         held.exec()
+
+
+def test_a_command_ends_at_once_whose_input_goes_on_and_says_nothing(held: Held) -> None:
+    reader, writer = os.pipe()
+    request = {"verb": "exec", "argv": ["true"], "env": {}, "cwd": None, "user": None, "timeout": None}
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        with tempfile.TemporaryFile() as nothing:
+            assert held.place.ask(request, [reader, nothing.fileno(), nothing.fileno()]) == 0
+        return time.perf_counter() - began
+
+    try:
+        assert min(seconds() for _ in range(5)) < 0.05
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_panicked_machine_can_still_be_stopped(held: Held) -> None:
