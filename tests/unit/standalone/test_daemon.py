@@ -96,7 +96,7 @@ def test_a_guest_that_powers_off_while_a_command_runs_is_off_in_its_error(held: 
 
 def test_a_command_ends_at_once_whose_input_goes_on_and_says_nothing(held: Held) -> None:
     reader, writer = os.pipe()
-    request = {"verb": "exec", "argv": ["true"], "env": {}, "cwd": None, "user": None, "timeout": None}
+    request: dict[str, Any] = {"verb": "exec", "argv": ["true"], "env": {}, "cwd": None, "user": None, "timeout": None}
 
     def seconds() -> float:
         began = time.perf_counter()
