@@ -72,7 +72,7 @@ class Machine:
         console: Its serial console.
         lifecycle: Its current instance and power, for extensions of this package.
         guest: Runner of commands in its guest, for extensions of this package.
-        pour: Function that starts another machine from a boot source, which ends before this one does; None if it was made without.
+        launch_fork: Function that starts another machine from a boot source, which ends before this one does; None if it was made without.
     """
 
     def __init__(  # noqa: PLR0913
@@ -109,7 +109,7 @@ class Machine:
         # somebody who follows it must not be told of an end in between.
         self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
         self._factor = factor
-        self.pour: Callable[[MachineSpec, Start], Machine] | None = None
+        self.launch_fork: Callable[[MachineSpec, Start], Machine] | None = None
         self._forks = 0
         # Made on first use: most tests measure nothing.
         self._meter: Meter | None = None
@@ -873,13 +873,13 @@ class Machine:
         return self._forked(*[None] * name)
 
     def _forked(self, *names: str | None) -> tuple[Machine, ...]:
-        if self.pour is None:
+        if self.launch_fork is None:
             raise MachineError(f"the machine {self.name} cannot be forked: it was made without a way to do that", machine=self.name)
         # Before anything is written: a wrong name costs no time.
         specs = [self.spec.but(name=name or f"{self.name}-{number}") for number, name in enumerate(names, self._forks + 1)]
         self._forks += len(specs)
         with self.lifecycle.written("fork") as start:
-            return tuple(self.pour(spec, start) for spec in specs)
+            return tuple(self.launch_fork(spec, start) for spec in specs)
 
     @recorded("network")
     def join_lan(self) -> str:

@@ -113,7 +113,9 @@ class Provisioner:
                 self._connect(machine, lan, stack, joins=joins)
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
-            machine.pour = lambda spec, start: forks.enter_context(self.machine(spec, start=start, origin=origin, lans=lans, joins=False))
+            machine.launch_fork = lambda spec, start: forks.enter_context(
+                self.machine(spec, start=start, origin=origin, lans=lans, joins=False)
+            )
             self.tally.waited += time.monotonic() - began
             # Outside of `_infra`: an error of a hook or of the test is not the machine's.
             self._settings.ready(machine)
@@ -125,7 +127,7 @@ class Provisioner:
     def expect(self, specs: Sequence[MachineSpec]) -> None:
         """Make machines beforehand of which the next ones will be asked for, as many as may be; end those that were for others.
 
-        Only machines that are poured from a pack which is in use already are made: nothing is built for what may not come.
+        Only machines that are cloned from a pack that is in use already are made: nothing is built for what may not come.
         """
         starts = [(spec, start) for spec in specs if (start := self._known_start(spec)) is not None][: self._settings.spares]
         for spec, start in self._spares.keep(starts):
@@ -136,7 +138,7 @@ class Provisioner:
                 self._spares.prepare(spec, start, stack.pop_all())
 
     def _known_start(self, spec: MachineSpec) -> Start | None:
-        """Return the boot source of a machine that is poured from a pack in use; None for another one."""
+        """Return the boot source of a machine that is cloned from a pack in use; None for another one."""
         if spec.fresh == "boot" or self._context.backend.unsupported_reason(spec) is not None:
             return None
         origin = self._images.known(spec)

@@ -1,4 +1,4 @@
-"""Spares: machines that are poured before they are asked for, while a test runs on another one.
+"""Spares: machines that are cloned before they are asked for, while a test runs on another one.
 
 A spare has woken, has run a command, so that its code is translated, and is paused: it takes memory and no processor. It is given to nobody
 but who asks for its very spec and pack, with clock and randomness of that moment.
@@ -56,14 +56,14 @@ class _Spare:
 class Spares:
     """Spares of one provisioner, all for the next test."""
 
-    def __init__(self, pour: Callable[[MachineSpec, Start], AbstractContextManager[Machine]], wanted: Callable[[], bool]) -> None:
+    def __init__(self, launch: Callable[[MachineSpec, Start], AbstractContextManager[Machine]], wanted: Callable[[], bool]) -> None:
         """Make nothing yet.
 
         Args:
-            pour: Function that starts a machine.
+            launch: Function that starts a machine.
             wanted: Function that tells whether somebody waits for memory; then all spares are given up.
         """
-        self._pour, self._wanted = pour, wanted
+        self._launch, self._wanted = launch, wanted
         self._spares: list[_Spare] = []
         self._lock = threading.Lock()
         self._unasked = threading.local()
@@ -109,7 +109,7 @@ class Spares:
 
     def _make(self, spare: _Spare) -> None:
         with ExitStack() as stack:
-            machine = stack.enter_context(self._pour(spare.spec, spare.start))
+            machine = stack.enter_context(self._launch(spare.spec, spare.start))
             machine.lifecycle.channel.run(_FIRST, deadline=Deadline(_SECONDS))
             machine.lifecycle.pause()
             spare.held.push(stack.pop_all())

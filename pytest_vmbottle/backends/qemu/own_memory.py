@@ -1,4 +1,4 @@
-"""What the memory of a running clone has beyond its pack, and back into another one that was poured from the same pack."""
+"""Memory that a running clone has beyond its pack, and how it gets into another clone of the same pack."""
 
 from __future__ import annotations
 
