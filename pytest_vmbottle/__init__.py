@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.snapshot import Snapshot
     from pytest_vmbottle.result import CommandFailed, CommandTimeout, Match, Matches, Result
     from pytest_vmbottle.spec import Layer, MachineKeywords, MachineSpec, layer
+    from pytest_vmbottle.standalone.capsules import Capsule
 
 __all__ = [
     "BackendUnavailable",
+    "Capsule",
     "CatalogError",
     "CommandFailed",
     "CommandTimeout",
@@ -70,6 +72,7 @@ __all__ = [
 # Loaded when it is asked for: pytest loads this module in every run, and `vmbottle --help` needs nothing of it.
 _LATER = {
     "BackendUnavailable": "errors",
+    "Capsule": "standalone.capsules",
     "CatalogError": "errors",
     "CommandFailed": "result",
     "CommandTimeout": "result",

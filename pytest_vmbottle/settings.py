@@ -158,6 +158,13 @@ SETTINGS = (
         tests_only=True,
     ),
     Setting("keep-for", "2h", "How long such a machine lives", metavar="DURATION", tests_only=True),
+    Setting(
+        "capsule",
+        "never",
+        "Which tests leave a capsule: their machines as they are at the failure, for `vmbottle replay`",
+        choices=("never", "failed"),
+        tests_only=True,
+    ),
     Setting("fail-on-leak", "", "Fail a run that leaves machines, folders or locks behind", meaning="off", flag=True, tests_only=True),
     Setting(
         "baselines",
@@ -210,6 +217,7 @@ class Settings:
         output: The folder of artifacts; empty for the default.
         keep: Whose machines live on after the run: `never`, `failed` or `always`.
         keep_seconds: Seconds that they live.
+        capsule: Which tests leave a capsule: `never` or `failed`.
         fail_on_leak: Whether a run that leaves something behind fails.
         baselines: The file of instruction counts; empty for the default.
         new_baselines: Whether the counts of this run replace those in it.
@@ -235,6 +243,7 @@ class Settings:
     output: str
     keep: str
     keep_seconds: float
+    capsule: str
     fail_on_leak: bool
     baselines: str
     new_baselines: bool
@@ -399,6 +408,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "output": ("output", str),
     "keep": ("keep", str),
     "keep_seconds": ("keep-for", parse_duration),
+    "capsule": ("capsule", str),
     "fail_on_leak": ("fail-on-leak", _is_yes),
     "baselines": ("baselines", str),
     "new_baselines": ("new-baselines", _is_yes),

@@ -35,6 +35,14 @@ _SECTIONS = (
         {"warm": "Build or pull the packs that tests need, before they run.", "ci": "Test suites on several runners of a CI."},
     ),
     Section("Runs of pytest", "upkeep", {"report": "Tell what failed in a run, and what its machines did just before."}),
+    Section(
+        "Failed tests",
+        "capsules",
+        {
+            "capsule": "Machines of failed tests, as they were at the failure.",
+            "replay": "Start the machines of a capsule, as they were when their test failed.",
+        },
+    ),
     Section("This command", "completion", {"completion": "Write the script that completes words of this command in a shell."}),
 )
 

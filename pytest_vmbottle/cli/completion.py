@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 __all__ = [
+    "capsule_names",
     "completion",
     "copy_sides",
     "image_names",
@@ -142,6 +143,12 @@ def sources(ctx: click.Context, _: str) -> Words:
 def snapshot_labels(ctx: click.Context, _: str) -> Words:
     """Find the labels of a machine's snapshots."""
     return ((label, "snapshot") for label in _names(catalog_root(ctx) / "machines" / str(ctx.params.get("name")) / "snapshots"))
+
+
+@_completing(files=True)
+def capsule_names(ctx: click.Context, _: str) -> Words:
+    """Find the names of capsules."""
+    return ((name, "capsule") for name in _names(catalog_root(ctx) / "capsules"))
 
 
 @_completing(files=True)

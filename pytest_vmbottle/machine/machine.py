@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from testinfra.host import Host
 
     from pytest_vmbottle.backends.port import Start
-    from pytest_vmbottle.machine.snapshot import Snapshot
+    from pytest_vmbottle.machine.snapshot import HasSnapshot, Snapshot
     from pytest_vmbottle.spec import MachineKeywords, Source
 
 __all__ = ["Machine", "MachineFactory"]
@@ -1189,11 +1189,11 @@ def _host_path(path: str | Path) -> Path:
 class MachineFactory(Protocol):
     """The type of the fixture `vm_factory`, which starts more machines for a test."""
 
-    def __call__(self, source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
+    def __call__(self, source: Source | MachineSpec | Snapshot | HasSnapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
         """Start a machine that ends with the test.
 
         Args:
-            source: The name of an image, the path of a disk image, a `Layer`, a spec, or a snapshot.
+            source: The name of an image, the path of a disk image, a `Layer`, a spec, a snapshot, or a capsule.
             keywords: Those of the `vm` mark.
 
         Raises:

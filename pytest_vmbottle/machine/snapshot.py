@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -11,7 +11,7 @@ from pytest_vmbottle.catalog.packs import Pack
 from pytest_vmbottle.errors import CatalogError, SpecError
 from pytest_vmbottle.spec import BOOT, MachineSpec
 
-__all__ = ["Snapshot"]
+__all__ = ["HasSnapshot", "Snapshot"]
 
 
 @attrs.frozen(kw_only=True)
@@ -62,3 +62,10 @@ class Snapshot(Pack):
         ram = [self.start.ram] if self.start.ram is not None else []
         if not all(path.exists() for path in (self.path, self.start.seed, *ram, *(disk.path for disk in self.start.images))):
             raise CatalogError(f"the snapshot {self.manifest.name!r} is gone: it is removed with the machine that it was made of")
+
+
+class HasSnapshot(Protocol):
+    """The type of a capsule for `vm_factory`."""
+
+    def snapshot(self, machine: str | None = None) -> Snapshot:
+        """Return one of its machines."""

@@ -50,6 +50,12 @@ def explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> N
         report.sections += sections(found, since=session.began, told=report.longreprtext)
     if leaves or completes:
         _keep(item, report, session, found)
+    if report.failed and session.options.capsule == "failed" and report.when != "teardown" and session.machines:
+        from pytest_vmbottle.plugin.encapsulating import save_capsule
+
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = save_capsule(session, item.nodeid, str(crash.message if crash else report.longrepr).partition("\n")[0])
+        report.sections += [("capsule", told)] if told else []
     if lives:
         # Imported here: few runs keep machines, and the clients of daemons are many modules.
         from pytest_vmbottle.plugin.keeping import keep

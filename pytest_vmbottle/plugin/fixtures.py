@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.crash_explorer import CrashLog
     from pytest_vmbottle.machine.lan import Lans
     from pytest_vmbottle.machine.machine import Machine, MachineFactory
-    from pytest_vmbottle.machine.snapshot import Snapshot
+    from pytest_vmbottle.machine.snapshot import HasSnapshot, Snapshot
     from pytest_vmbottle.plugin.baselines import Benchmark
     from pytest_vmbottle.provision import Provisioner
+    from pytest_vmbottle.provision.origins import Origin
+    from pytest_vmbottle.standalone.capsules import Capsule
 
 
 @pytest.fixture(scope="session")
@@ -94,12 +96,15 @@ def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_
     """Function to start more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
     with ExitStack() as stack:
 
-        def make(source: Source | MachineSpec | Snapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
+        def make(source: Source | MachineSpec | Snapshot | HasSnapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
             from pytest_vmbottle.machine.snapshot import Snapshot
+            from pytest_vmbottle.standalone.capsules import Capsule
 
             # A snapshot has its own boot source, and no pack is looked for.
             if isinstance(source, Snapshot):
-                return _enter(request, stack, source.of(**keywords), _vm_lans, source.start)
+                return _enter(request, stack, source.of(**keywords), _vm_lans, (source.start, None))
+            if isinstance(source, Capsule):
+                return _enter_capsule(request, stack, source, keywords, _vm_lans)
             if isinstance(source, MachineSpec):
                 spec = source.but(**keywords)
             else:
@@ -117,7 +122,7 @@ def crash_explorer(request: pytest.FixtureRequest) -> Iterator[Callable[[Machine
     @contextmanager
     def make(spec: MachineSpec, start: Start) -> Iterator[Machine]:
         with ExitStack() as own:
-            yield _enter(request, own, spec, None, start)
+            yield _enter(request, own, spec, None, (start, None))
 
     with ExitStack() as stack:
 
@@ -200,12 +205,17 @@ def _check_kept(request: pytest.FixtureRequest, plan: object, name: str) -> None
 
 
 def _enter(
-    request: pytest.FixtureRequest, stack: ExitStack, spec: MachineSpec, lans: Lans | None = None, start: Start | None = None
+    request: pytest.FixtureRequest,
+    stack: ExitStack,
+    spec: MachineSpec,
+    lans: Lans | None = None,
+    saved: tuple[Start, Origin | None] | None = None,
 ) -> Machine:
     session = request.config.stash[SESSION]
+    start, origin = saved or (None, None)
     try:
         with _counting_retries(request, session.provisioner(spec.backend)) as provisioner:
-            return stack.enter_context(provisioner.machine(spec, start=start, lans=lans))
+            return stack.enter_context(provisioner.machine(spec, start=start, origin=origin, lans=lans))
     except BackendUnavailable as error:
         if not session.options.skips_missing:
             raise
@@ -216,6 +226,13 @@ def _enter(
         if not near:
             raise
         raise SpecError(f"there is no image and no layer {error.name!r}: did you mean the layer {' or '.join(map(repr, near))}?") from None
+
+
+def _enter_capsule(request: pytest.FixtureRequest, stack: ExitStack, capsule: Capsule, keywords: Mapping[str, Any], lans: Lans) -> Machine:
+    stored = capsule.stored()
+    spec = stored.snapshot().of(**keywords)
+    capsule.check_fits(request.config.stash[SESSION].provisioner(spec.backend).fingerprint(spec))
+    return _enter(request, stack, spec, lans, (stored.start, stored.origin))
 
 
 @contextmanager

@@ -69,6 +69,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "problems": list(ours.problems),
             "ledger": ours.ledger.sent(),
             "kept": ours.kept,
+            "capsules": ours.capsules,
         }
     # No tests collected is how workers refuse: see `collection._refuse`.
     elif ours.problems and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -92,6 +93,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     ours.problems.update(dict.fromkeys(output.get("problems", ())))
     ours.ledger.add(output.get("ledger", {}))
     ours.kept += output.get("kept", ())
+    ours.capsules += output.get("capsules", ())
 
 
 def _spared(total: Mapping[str, float]) -> str:
@@ -123,11 +125,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if ours.options.artifacts != "never" and (ours.has_machines or ours.is_flagged):
         for line in _write_report(ours):
             terminalreporter.write_line(printable(f"vmbottle: {line}"))
-    for command in ours.kept:
-        terminalreporter.write_line(printable(f"vmbottle: kept for {ours.options.keep_seconds / 3600:.3g} h: {command}"))
+    for line in _lasting(ours):
+        terminalreporter.write_line(printable(f"vmbottle: {line}"))
     infra = ours.infra.summary(int(total.get("retried", 0)))
     if infra:
         terminalreporter.write_line(f"vmbottle: {infra}", red=True)
+
+
+def _lasting(session: Session) -> Iterator[str]:
+    """Yield the commands for what the run leaves on purpose."""
+    yield from (f"kept for {session.options.keep_seconds / 3600:.3g} h: {command}" for command in session.kept)
+    yield from (f"as it was when it failed: {command}" for command in session.capsules)
 
 
 def _counted(number: float, what: str) -> str:

@@ -80,6 +80,7 @@ class Session:
         # Ids and not names: machines of one test may have the same name.
         self.failed: set[str] = set()
         self.kept: list[str] = []
+        self.capsules: list[str] = []
         # A worker has the id of its controller's run.
         self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or os.urandom(16).hex()
         # Weak, so that the session keeps no machine after its fixture.

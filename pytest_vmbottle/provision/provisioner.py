@@ -180,6 +180,10 @@ class Provisioner:
         """Return the image at the bottom of machines of a spec, made or fetched if need be."""
         return self._images.origin(spec)
 
+    def fingerprint(self, spec: MachineSpec) -> str:
+        """Return a digest of what the saved RAM of such a machine depends on (see `Backend.fingerprint`)."""
+        return self._context.backend.fingerprint(spec)
+
     def pack(self, spec: MachineSpec) -> Pack:
         """Return the pack for machines of a spec, and build it if need be."""
         with self._share(spec):

@@ -32,6 +32,7 @@ GIVEN = {
     "memory-budget": ("2G", "memory_budget", 2 << 30),
     "infra-retries": ("4", "infra_retries", 4),
     "spares": ("3", "spares", 3),
+    "capsule": ("failed", "capsule", "failed"),
     "registry": ("host.example/packs", "registry", "host.example/packs"),
     "registry-push": ("1", "registry_push", True),
     "artifacts": ("always", "artifacts", "always"),

@@ -1,0 +1,185 @@
+"""`vmbottle capsule` and `replay`: the machines of failed tests, as they were at the failure."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pytest_vmbottle.cli.command import Failure, as_duration, catalog_root, emit, examples, json_option, open_catalog, say, show_table
+from pytest_vmbottle.cli.completion import capsule_names
+from pytest_vmbottle.cli.groups import Group
+from pytest_vmbottle.cli.kept import described
+from pytest_vmbottle.host.sizes import format_size
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.standalone.capsules import Capsule
+    from pytest_vmbottle.standalone.client import Kept
+
+__all__ = ["capsule", "replay"]
+
+_name = click.argument("name", metavar="CAPSULE", shell_complete=capsule_names)
+
+
+@click.group(cls=Group, epilog=examples("vmbottle capsule ls", "vmbottle replay test_it-py-test_web --shell", "vmbottle capsule prune"))
+def capsule() -> None:
+    """Machines of failed tests, as they were at the failure.
+
+    `pytest --vm-capsule=failed` saves them, and `vmbottle replay` starts them again. A capsule has the RAM of its machines, and so what was
+    secret in them: passwords, keys, data.
+    """
+
+
+def _find(name: str) -> Capsule:
+    from pytest_vmbottle.standalone.capsules import CAPSULES, Capsule
+
+    # A path has a slash, and no name has.
+    return Capsule(Path(name) if "/" in name else catalog_root() / CAPSULES / name)
+
+
+def _facts(found: Capsule) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "test": found.test,
+        "error": found.error,
+        "created": datetime.fromtimestamp(found.created, UTC).isoformat(timespec="seconds"),
+        "machines": list(found.machines),
+        "size": found.size,
+        "path": str(found.path),
+    }
+
+
+@capsule.command("ls")
+@json_option
+def list_capsules(*, as_json: bool) -> None:
+    """List the capsules, the oldest first."""
+    from pytest_vmbottle.standalone.capsules import all_in
+
+    found = [_facts(each) for each in all_in(catalog_root())]
+    if as_json:
+        emit(found)
+        return
+    rows = ((each["name"], each["created"], format_size(each["size"]), ", ".join(each["machines"]), each["test"]) for each in found)
+    show_table(("NAME", "CREATED", "SIZE", "MACHINES", "TEST"), rows)
+
+
+@capsule.command("show")
+@_name
+@json_option
+def show(*, name: str, as_json: bool) -> None:
+    """Show what is in a capsule, and whether it is whole."""
+    found = _find(name)
+    facts = _facts(found)
+    for machine in found.machines:
+        found.stored(machine)
+    if as_json:
+        emit(facts)
+        return
+    for key, value in described({**facts, "size": format_size(facts["size"])}):
+        click.echo(f"{key}: {value}")
+    say("it has the RAM of these machines, and so what was secret in them")
+
+
+@capsule.command("rm")
+@click.argument("names", metavar="CAPSULE...", nargs=-1, required=True, shell_complete=capsule_names)
+def remove(*, names: tuple[str, ...]) -> None:
+    """Remove capsules."""
+    for found in [_find(name) for name in dict.fromkeys(names)]:
+        found.remove()
+
+
+@capsule.command("prune", epilog=examples("vmbottle capsule prune", "vmbottle capsule prune --older-than 1d"))
+@click.option("--older-than", callback=as_duration, metavar="DURATION", help="Remove only those that are older, such as 12h or 7d.")
+def prune(*, older_than: float | None) -> None:
+    """Remove all capsules that no machine runs from; their names are written to stdout."""
+    from pytest_vmbottle.errors import CatalogError
+    from pytest_vmbottle.standalone.capsules import all_in
+
+    for found in all_in(catalog_root()):
+        if older_than is None or time.time() - found.created > older_than:
+            with suppress(CatalogError):  # a machine runs from it
+                found.remove()
+                click.echo(found.name)
+
+
+@click.command(
+    epilog=examples(
+        "vmbottle replay test_web-py-test_it",
+        "vmbottle replay test_web-py-test_it --exec 'systemctl status nginx'",
+        "vmbottle replay test_web-py-test_it --machine db --shell",
+        "vmbottle replay test_web-py-test_it --keep",
+    )
+)
+@_name
+@click.option("--machine", metavar="NAME", help="The machine for the command or the shell; by default the test's own.")
+@click.option("--exec", "command", metavar="COMMAND", help="Run a command, as `vm.exec` runs a string, and end with its status.")
+@click.option("--shell", is_flag=True, help="Open a shell (the default on a terminal).")
+@click.option("--keep", is_flag=True, help="Leave the machines running, for `vmbottle machine`; their names are written to stdout.")
+def replay(*, name: str, machine: str | None, command: str | None, shell: bool, keep: bool) -> None:
+    """Start the machines of a capsule, as they were when their test failed.
+
+    Their processes go on from there; clocks are right. They are on no private LAN. The machines end with the command or the shell.
+    """
+    if command is not None and shell:
+        raise click.UsageError("--exec and --shell: choose one")
+    if not keep and command is None and not shell and not sys.stdin.isatty():
+        raise click.UsageError("standard input is no terminal: name a command with --exec, or use --keep")
+    found = _find(name)
+    chosen = machine or found.machines[0]
+    found.stored(chosen)
+    with _started(found, [*found.machines], keep=keep) as places:
+        if keep and command is None and not shell:
+            for place in places.values():
+                click.echo(place.name)
+            return
+        status = _used(places[chosen], command)
+    sys.exit(status)
+
+
+def _used(place: Kept, command: str | None) -> int:
+    from pytest_vmbottle.cli.machine_commands import on_terminal, with_streams
+
+    return on_terminal(place) if command is None else with_streams(place, ["sh", "-c", command], env={})
+
+
+@contextmanager
+def _started(found: Capsule, names: list[str], *, keep: bool) -> Iterator[dict[str, Kept]]:
+    """Start the machines of a capsule, and end them after the block."""
+    from pytest_vmbottle.backends.make import make
+    from pytest_vmbottle.cli.travel import settings_of_environment
+    from pytest_vmbottle.standalone.client import Kept
+    from pytest_vmbottle.standalone.orders import free_name
+
+    catalog, settings = open_catalog(), settings_of_environment()
+    places: dict[str, Kept] = {}
+    try:
+        for name in names:
+            stored = found.stored(name)
+            spec = stored.spec()
+            backend = make(settings.backend_for(spec.backend), settings, folder=catalog.root, warn=say)
+            if backend is None:
+                raise Failure(f"there is no backend {spec.backend!r} here")
+            found.check_fits(backend.fingerprint(spec), name)
+            place = places[name] = Kept(catalog.machines / free_name(catalog.machines, f"replay-{name}"))
+            order = {
+                "catalog": str(catalog.root),
+                "folder": str(Path.cwd()),
+                "settings": {},
+                # Without a LAN, whose switch was a thread of the run.
+                "keywords": {"name": place.name, "source": str(spec.image), "network": spec.nat},
+            }
+            place.start(order, say, snapshot=stored)
+        yield places
+    finally:
+        if not keep:
+            for place in places.values():
+                with suppress(FileNotFoundError):
+                    place.stop(now=True)
+                place.discard()
+            catalog.gc()
