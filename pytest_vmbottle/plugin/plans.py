@@ -143,7 +143,7 @@ def _places(node: pytest.Item | pytest.Collector) -> list[object]:
         plugin
         for plugin in node.config.pluginmanager.get_plugins()
         # By the text first: there are many plugins, and this is asked for each mark.
-        if str(getattr(plugin, "__file__", "")).endswith("conftest.py") and Path(plugin.__file__).parent in node.path.parents
+        if str(getattr(plugin, "__file__", "")).endswith("/conftest.py") and Path(plugin.__file__).parent in node.path.parents
     ]
     # The longest path is the nearest folder, as all of them are above the same test.
     conftests.sort(key=lambda plugin: len(Path(plugin.__file__).parts), reverse=True)
