@@ -60,6 +60,8 @@ _USER_TOOLS = {"newuidmap": "uidmap"}
 # its mounts into the host. For an ordinary user it makes such namespaces itself.
 _LEASH = ("setpriv", "--pdeathsig", "KILL")
 _NAMESPACES = (*_LEASH, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+_UNMOUNTING = 5.0
+"""Seconds that an interrupted tool has for unmounting what it has mounted."""
 _SCRIPT = "vmbottle-script"  # run_script.sh knows it too
 _RUN_SCRIPT = read_script(__package__, "run_script.sh")
 # The unpacked system and its raw disk lie side by side.
@@ -315,7 +317,7 @@ def _end_group(process: subprocess.Popen[str]) -> None:
     if process.returncode is None:
         # SIGTERM first, so that mmdebstrap can unmount what it has mounted in the new system.
         os.killpg(process.pid, signal.SIGTERM)
-        Deadline(5).poll(ended)
+        Deadline(_UNMOUNTING).poll(ended)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         # Until the others have died too, because they could still write to the folder, which is removed next.

@@ -210,6 +210,7 @@ def test_a_manifest_that_makes_no_sense_is_a_damaged_pack_and_nothing_else(tmp_p
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(list(RECORD)), inner),
+    max_leaves=10,
 )
 
 

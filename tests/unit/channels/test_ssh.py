@@ -473,7 +473,10 @@ def test_output_comes_while_a_command_runs_and_ends_with_an_empty_piece(channel:
     started.running.close()
 
 
-def test_any_number_of_commands_can_leave_something_behind_that_holds_their_session(server: Server, channel: SshChannel) -> None:
+def test_any_number_of_commands_can_leave_something_behind_that_holds_their_session(
+    server: Server, channel: SshChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_LAST_OUTPUT", 0.05)
     server.handler = lambda session, _: session.send_exit_status(0)  # and the session stays open, as with `sleep 500 &`
     for _ in range(server.most_sessions + 1):
         started = Started(channel, "anything")

@@ -18,7 +18,7 @@ from pytest_vmbottle.host import records
 
 FACTS = {"name": "web", "size": 7, "more": [None, True, 1.5, "ü"]}
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10
 )
 
 

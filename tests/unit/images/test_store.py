@@ -965,7 +965,10 @@ class TestTools:
 
     @pytest.mark.timeout(60)
     @pytest.mark.parametrize("trap", ["", "trap '' TERM;"])
-    def test_an_interrupted_tool_takes_all_that_it_started_with_it(self, shop: building._Workshop, trap: str) -> None:
+    def test_an_interrupted_tool_takes_all_that_it_started_with_it(
+        self, shop: building._Workshop, trap: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(building, "_UNMOUNTING", 0.5)
         pids: list[int] = []
 
         def interrupt(line: str) -> None:

@@ -153,7 +153,7 @@ def test_a_console_without_line_ends_is_passed_on_in_pieces(timeline: Timeline) 
 
 def test_a_talkative_console_costs_no_events_and_both_are_bounded(timeline: Timeline, tmp_path: Path) -> None:
     timeline.note("note", text="the first event")
-    timeline.watch(lambda: b"all work and no play\n" * 10_000)
+    timeline.watch(lambda: b"all work and no play makes no events, however much of it there is, and however long the day is\n" * 3_000)
     for _ in range(40):
         timeline.look()
 
