@@ -28,6 +28,10 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], folder: Path, mar
         items[:] = [item for item in items if item not in theirs]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out(config, items, Path(__file__).parent / "real" / "guests", "guests")
+
+
 def is_gone(pid: int) -> bool:
     """Tell whether a process has ended; a zombie, which its parent has not waited for, has ended too."""
     try:

@@ -103,6 +103,7 @@ def test_many_workers_build_a_pack_once_and_another_takes_over_from_a_builder_th
     assert any(str(second) in text or str(first) in text for text in said)
 
 
+@pytest.mark.guests
 @pytest.mark.usefixtures("image")
 def test_different_packs_are_built_at_the_same_time(root: Path, catalog: Catalog) -> None:
     ours = Provisioner(catalog, FakeBackend(), name="fake", settings=Settings())

@@ -142,16 +142,19 @@ def nothing_left(left: Callable[[], object]) -> Callable[[], float]:
 # -- the controller, and all at once -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGKILL, signal.SIGTERM), pytest.param((signal.SIGHUP, signal.SIGINT), marks=pytest.mark.guests)]
+)
 def test_a_controller_that_gets_a_signal_takes_its_workers_and_their_machines_with_it(
-    start: Start, nothing_left: Callable[[], float], rounds: Rounds
+    start: Start, nothing_left: Callable[[], float], rounds: Rounds, numbers: tuple[signal.Signals, ...]
 ) -> None:
-    numbers = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     for _ in rounds("A3", 1):
         runs = [start(SLEEPING.format(workers=2), "-n2") for _ in numbers]  # side by side, since xdist takes its time
         runs[0].await_machines(4 * len(runs))
         for run, number in zip(runs, numbers, strict=True):
             run.signal(number)
-        assert [run.wait() for run in runs] == [-signal.SIGKILL, *[pytest.ExitCode.INTERRUPTED] * 3]
+        ends = [-number if number == signal.SIGKILL else pytest.ExitCode.INTERRUPTED for number in numbers]
+        assert [run.wait() for run in runs] == ends
         nothing_left()
 
 
@@ -182,6 +185,7 @@ def test_it(mine):
         nothing_left()
 
 
+@pytest.mark.guests
 def test_a_cancelled_ci_job_leaves_nothing(
     start: Start, nothing_left: Callable[[], float], rounds: Rounds, measured: Callable[[str, Iterable[float]], None]
 ) -> None:
@@ -197,6 +201,7 @@ def test_a_cancelled_ci_job_leaves_nothing(
     measured("SIGKILL of the group, 2.5 s after SIGTERM, to nothing left", seconds)
 
 
+@pytest.mark.guests
 def test_ctrl_c_twice_leaves_nothing(start: Start, nothing_left: Callable[[], float], rounds: Rounds) -> None:
     for turn in rounds("A5", 1):
         run = start(SLEEPING.format(workers=2), "-n2")
@@ -208,6 +213,7 @@ def test_ctrl_c_twice_leaves_nothing(start: Start, nothing_left: Callable[[], fl
         nothing_left()
 
 
+@pytest.mark.guests
 def test_a_teardown_that_takes_longer_than_anybody_waits_keeps_no_machine(start: Start, nothing_left: Callable[[], float]) -> None:
     run = start(
         "import pytest, time\n"
@@ -228,7 +234,14 @@ def test_a_teardown_that_takes_longer_than_anybody_waits_keeps_no_machine(start:
 
 
 @pytest.mark.parametrize(
-    "end", ["os._exit(3)", "os.kill(os.getpid(), 11)", "os.abort()", "os.kill(os.getpid(), 15)", "os.kill(os.getpid(), 9)"]
+    "end",
+    [
+        "os.kill(os.getpid(), 9)",
+        *(
+            pytest.param(end, marks=pytest.mark.guests)
+            for end in ("os._exit(3)", "os.kill(os.getpid(), 11)", "os.abort()", "os.kill(os.getpid(), 15)")
+        ),
+    ],
 )
 def test_a_worker_that_crashes_in_a_test_leaves_nothing_and_the_others_go_on(
     start: Start, nothing_left: Callable[[], float], rounds: Rounds, end: str
@@ -254,6 +267,7 @@ def test_passes(vm, n): pass
             assert (status, re.findall(r"\d+ (?:passed|failed)", run.said())[-2:]) == (1, ["1 failed", "3 passed"])
 
 
+@pytest.mark.guests
 def test_no_more_machines_are_there_than_workers_when_each_test_kills_its_worker(start: Start, nothing_left: Callable[[], float]) -> None:
     text = """
 import os, pytest, time
@@ -293,7 +307,7 @@ def test_what_is_left_when_worker_and_supervisor_die_together_goes_with_the_next
     measured("a whole run that cleans up after another", seconds)
 
 
-@pytest.mark.parametrize("options", [(), ("-n2",)], ids=["alone", "workers"])
+@pytest.mark.parametrize("options", [pytest.param((), id="alone"), pytest.param(("-n2",), id="workers", marks=pytest.mark.guests)])
 def test_a_time_out_that_ends_the_process_leaves_nothing(
     start: Start, nothing_left: Callable[[], float], rounds: Rounds, options: tuple[str, ...]
 ) -> None:
@@ -306,6 +320,7 @@ def test_a_time_out_that_ends_the_process_leaves_nothing(
 # -- machines ----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guests
 def test_a_machine_that_does_not_react_delays_the_end_of_the_others_by_nothing(
     start: Start, nothing_left: Callable[[], float], rounds: Rounds, measured: Callable[[str, Iterable[float]], None]
 ) -> None:
@@ -337,6 +352,7 @@ def test_time():
         measured(f"{count} machines ended, one of them stopped", each)
 
 
+@pytest.mark.guests
 def test_a_worker_with_four_machines_is_gone_soon_after_sigterm(
     start: Start, nothing_left: Callable[[], float], rounds: Rounds, measured: Callable[[str, Iterable[float]], None]
 ) -> None:
@@ -386,10 +402,10 @@ def test_killed(vm):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("-machine none -no-such-option", "invalid option"),
-        ("-machine none -accel no-such", "no-such"),
-        ("-machine q35 -bios /nonexistent/firmware", "could not load PC BIOS"),
         ("-machine none -netdev user,id=n,hostfwd=tcp:127.0.0.1:PORT-:22", "Could not set up host forwarding rule"),
+        pytest.param("-machine none -no-such-option", "invalid option", marks=pytest.mark.guests),
+        pytest.param("-machine none -accel no-such", "no-such", marks=pytest.mark.guests),
+        pytest.param("-machine q35 -bios /nonexistent/firmware", "could not load PC BIOS", marks=pytest.mark.guests),
     ],
 )
 def test_a_qemu_that_does_not_start_is_an_error_with_what_it_printed_and_leaves_nothing(
@@ -404,6 +420,7 @@ def test_a_qemu_that_does_not_start_is_an_error_with_what_it_printed_and_leaves_
     nothing_left()
 
 
+@pytest.mark.guests
 def test_a_machine_that_a_thread_started_outlives_the_thread(start: Start, nothing_left: Callable[[], float]) -> None:
     text = """
 import concurrent.futures, os, pytest, time
@@ -625,7 +642,9 @@ def test_it(vm):
     nothing_left()
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["killed", "with its supervisor"])
+@pytest.mark.parametrize(
+    "together", [pytest.param(False, id="killed"), pytest.param(True, id="with its supervisor", marks=pytest.mark.guests)]
+)
 def test_machines_that_outlive_their_starter_by_design_are_ended_by_their_command(
     start: Start, nothing_left: Callable[[], float], monkeypatch: pytest.MonkeyPatch, *, together: bool
 ) -> None:

@@ -224,7 +224,9 @@ def _greet_and_babble(connection: socket.socket) -> None:
     connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n" + b"\xff" * 100_000)
 
 
-@pytest.mark.parametrize("serve", [_reset, _drip, _greet_and_reset, _greet_and_babble])
+@pytest.mark.parametrize(
+    "serve", [_drip, *(pytest.param(serve, marks=pytest.mark.guests) for serve in (_reset, _greet_and_reset, _greet_and_babble))]
+)
 def test_a_server_that_plays_games_is_given_up_in_time_with_a_typed_error(
     serve: Callable[[socket.socket], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_process_killed_at_any_step_of_starting_or_ending_a_machine_leaves_not
         assert not left(), f"after it was killed before step {step} of {steps}"
 
 
+@pytest.mark.guests
 def test_a_process_killed_at_any_step_of_building_a_pack_leaves_a_whole_one_or_none(
     die_before: Callable[[int, str], int], root: Path, tmp_path: Path, left: Callable[[], object], clean_up: Callable[[], object]
 ) -> None:

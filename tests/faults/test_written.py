@@ -116,7 +116,9 @@ def test_a_record_is_as_it_was_whichever_call_of_its_writing_fails(root: Path, n
     assert records.read(path) == {"age": "new"}
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "number", [NUMBERS[0], *(pytest.param(number, marks=pytest.mark.guests) for number in NUMBERS[1:])], ids=errno.errorcode.get
+)
 @pytest.mark.usefixtures("image")
 def test_a_machine_is_provided_or_the_reason_told_whichever_call_fails_and_no_other_one_is_touched(  # noqa: PLR0917 - fixtures
     root: Path, catalog: Catalog, number: int, monkeypatch: pytest.MonkeyPatch, rounds: Rounds, left: Callable[[], object]

@@ -53,7 +53,7 @@ def test_a_declared_image_goes_before_one_of_the_catalog(run: Run, pytester: pyt
     assert re.search(r"vmbottle\.toml: images\.debian-12.*none\.raw", said(result))
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_a_declared_build_is_done_once_for_all_workers_and_runs(
     run: Run, pytester: pytest.Pytester, tmp_path: Path, workers: tuple[str, ...]
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_changed_declaration_is_built_again(run: Run, pytester: pytest.Pyteste
     assert (pytester.path / "built").read_text() == "debian-12 nginx id\ndebian-12 curl id\n"
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_a_wrong_declaration_is_a_usage_error_before_anything_runs(run: Run, pytester: pytest.Pytester, workers: tuple[str, ...]) -> None:
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\n" + BUILD.replace("build", "biuld"))
     result = run(MARKED + "def test_right():\n    open('ran', 'w').close()\n", *workers, status=4)

@@ -167,6 +167,7 @@ def test_reruns_of_a_test_have_folders_of_their_own(run: Run, pytester: pytest.P
     assert len(artifacts(pytester)) == 3
 
 
+@pytest.mark.guests
 def test_workers_write_one_folder_of_artifacts(run: Run, pytester: pytest.Pytester) -> None:
     text = "@pytest.mark.vm('debian-12')\n@pytest.mark.parametrize('n', range(6))\ndef test_it(vm, n): assert n < 0\n"
     run(text, "-n2", status=1, failed=6)
@@ -518,6 +519,7 @@ def test_a_process_that_pytest_timeout_ends_leaves_artifacts_and_a_report(run: R
     assert "before" in (pytester.path / "vmbottle-artifacts" / "index.html").read_text()
 
 
+@pytest.mark.guests
 def test_artifacts_that_hang_do_not_keep_a_process_that_pytest_timeout_ends(run: Run) -> None:
     hang = """
 import threading
@@ -532,6 +534,7 @@ failures.keep_unreported = lambda *_: threading.Event().wait(200)
     assert time.monotonic() - started < 150
 
 
+@pytest.mark.guests
 def test_a_test_that_ends_in_time_is_left_alone_by_pytest_timeouts_thread(run: Run, pytester: pytest.Pytester) -> None:
     text = HANGS.replace("lambda: False", "lambda: True") + "\ndef test_other():\n    import time\n    time.sleep(1.2)\n"
     run(text, *THREAD[:2], "--timeout=30", THREAD[3], passed=2, process=True)

@@ -50,7 +50,7 @@ def _properties(path: Path) -> dict[str, dict[str, str]]:
     return {case.attrib["name"]: {each.attrib["name"]: each.attrib["value"] for each in case.iter("property")} for case in cases()}
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_tests_without_their_machine_are_counted_apart_and_told_once_in_full(run: Run, pytester: pytest.Pytester, workers: str) -> None:
     text = DOWN.format(backend="down") + "class TestDown:\n" + "".join(f"    def test_{n}(self, vm): pass\n" for n in range(4))
     text += "def test_that_makes_one(vm_factory):\n    vm_factory('debian-12', backend='down', fresh='boot')\ndef test_good(): pass\n"
@@ -125,7 +125,7 @@ def test_layer(vm): pass
     assert "INFRA test_it.py::test_layer" in said(result)
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_a_failed_layer_is_told_in_full_exactly_once_and_all_others_name_that_test(run: Run, workers: tuple[str, ...]) -> None:
     text = """
 import os, time

@@ -36,7 +36,7 @@ def test_it(vm):
 """
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_a_run_ends_with_what_it_made_and_kept(run: Run, workers: tuple[str, ...]) -> None:
     lines = run(TWO, *workers, passed=2).outlines
 
@@ -75,7 +75,7 @@ def leaked(tmp_path: Path) -> Iterator[Path]:
     os.kill(int(note.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 @pytest.mark.parametrize(("option", "status"), [((), 0), (("--vm-fail-on-leak",), 1)], ids=["told", "failed"])
 def test_a_process_that_outlives_its_machine_is_told_and_fails_the_run_if_that_is_wanted(
     run: Run, leaked: Path, workers: tuple[str, ...], option: tuple[str, ...], status: int

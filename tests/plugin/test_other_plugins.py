@@ -38,7 +38,7 @@ def _nothing_left(catalog: Path) -> bool:
     return bool(Deadline(10).poll(lambda: not any((catalog / "run").iterdir())))
 
 
-@pytest.mark.parametrize("dist", ["load", "worksteal", "loadgroup"])
+@pytest.mark.parametrize("dist", ["worksteal", *(pytest.param(dist, marks=pytest.mark.guests) for dist in ("load", "loadgroup"))])
 def test_every_way_to_hand_out_tests_gives_the_same(run: Run, catalog: Path, dist: str) -> None:
     assert CLEAN in said(run(MANY, "-n2", f"--dist={dist}", passed=8))
     assert _nothing_left(catalog)
@@ -46,8 +46,11 @@ def test_every_way_to_hand_out_tests_gives_the_same(run: Run, catalog: Path, dis
 
 @pytest.mark.parametrize(
     ("args", "status"),
-    [(("-x",), 1), (("-x", "-n2"), 2), (("--maxfail=1", "-n2", "--dist=worksteal"), 2)],
-    ids=["x", "x-xdist", "maxfail-xdist"],
+    [
+        pytest.param(("-x",), 1, id="x"),
+        pytest.param(("-x", "-n2"), 2, id="x-xdist", marks=pytest.mark.guests),
+        pytest.param(("--maxfail=1", "-n2", "--dist=worksteal"), 2, id="maxfail-xdist", marks=pytest.mark.guests),
+    ],
 )
 def test_a_run_that_stops_at_a_failure_leaves_nothing(run: Run, catalog: Path, args: tuple[str, ...], status: int) -> None:
     result = run(FAILING.replace("test_fails", "test_0_fails"), *args, status=status)
@@ -57,6 +60,7 @@ def test_a_run_that_stops_at_a_failure_leaves_nothing(run: Run, catalog: Path, a
     assert _nothing_left(catalog)
 
 
+@pytest.mark.guests
 def test_a_test_that_ends_its_worker_is_one_failure_and_the_others_run(run: Run, catalog: Path) -> None:
     ends = '\ndef test_ends(vm, module_vm):\n    import os\n    os._exit(3)\n@pytest.mark.vm("debian-12")\ndef test_other(vm): pass\n'
     result = run(MANY + ends, "-n2", "--max-worker-restart=2", status=1, passed=9, failed=1)
@@ -83,6 +87,7 @@ def test_a_time_out_by_signal_fails_the_test_and_ends_its_machine(run: Run, cata
     assert _nothing_left(catalog)
 
 
+@pytest.mark.guests
 def test_a_time_out_by_thread_ends_the_process_and_yet_leaves_nothing(run: Run, catalog: Path) -> None:
     result = run(SLOW, "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread", status=1, process=True)
 
@@ -90,6 +95,7 @@ def test_a_time_out_by_thread_ends_the_process_and_yet_leaves_nothing(run: Run, 
     assert _nothing_left(catalog)
 
 
+@pytest.mark.guests
 def test_a_time_out_by_thread_in_a_worker_is_one_failure(run: Run, catalog: Path) -> None:
     result = run(SLOW, "-n2", "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread", status=1, failed=1, passed=1)
 
@@ -98,7 +104,7 @@ def test_a_time_out_by_thread_in_a_worker_is_one_failure(run: Run, catalog: Path
     assert _nothing_left(catalog)
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_a_test_that_is_run_again_has_another_machine(run: Run, pytester: pytest.Pytester, catalog: Path, workers: tuple[str, ...]) -> None:
     text = """
 @pytest.mark.vm("debian-12")
@@ -146,6 +152,7 @@ def test_in_any_order_a_shared_machine_is_started_once(run: Run, seed: int) -> N
     assert CLEAN in said(result)
 
 
+@pytest.mark.guests
 def test_in_random_order_workers_agree(run: Run, catalog: Path) -> None:
     assert CLEAN in said(run(MANY, "-n2", "-p", "pytest_randomly", "--randomly-seed=7", passed=8))
     assert _nothing_left(catalog)

@@ -68,7 +68,7 @@ def ran(result: pytest.RunResult) -> set[str]:
     )
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "with workers"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="with workers", marks=pytest.mark.guests)])
 def test_the_shards_of_a_suite_have_each_test_once(run: Run, workers: tuple[str, ...]) -> None:
     parts = [ran(run(SUITE, "-v", f"--vm-shard={number}/3", *workers)) for number in (1, 2, 3)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 11
@@ -81,6 +81,7 @@ def test_tests_of_one_pack_go_to_one_runner(run: Run) -> None:
     assert [len({test.partition("[")[0] for test in part}) for part in parts] == [1, 1]
 
 
+@pytest.mark.guests
 def test_times_of_an_earlier_run_are_known_from_its_cache_or_its_junit_report(run: Run) -> None:
     slow = SUITE.replace("def test_plain():\n    pass", "def test_plain():\n    import time; time.sleep(3)")
     run(slow, "--junit-xml=report.xml")

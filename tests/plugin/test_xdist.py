@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    import pytest
 
     Run = Callable[..., pytest.RunResult]
 
@@ -41,6 +41,7 @@ def test_two_workers_build_a_pack_once_between_them_and_report_together(run: Run
     assert text.count("vmbottle: fake (1)") == 1
 
 
+@pytest.mark.guests
 def test_one_worker_rebuilds_for_both(run: Run, tmp_path: Path) -> None:
     built = tmp_path / "built"
     text = TEXT.format(built=str(built))
@@ -50,6 +51,7 @@ def test_one_worker_rebuilds_for_both(run: Run, tmp_path: Path) -> None:
     assert built.read_text() == "built\nbuilt\n"
 
 
+@pytest.mark.guests
 def test_an_error_of_a_machine_comes_through_from_a_worker_in_words(run: Run) -> None:
     result = run('@pytest.mark.vm("my-image")\ndef test_it(vm): pass\n', "-n2", status=1, errors=1)
 
@@ -57,6 +59,7 @@ def test_an_error_of_a_machine_comes_through_from_a_worker_in_words(run: Run) ->
     assert "provisioner.py" not in result.stdout.str()
 
 
+@pytest.mark.guests
 def test_no_run_leaves_a_folder_of_machines_behind(run: Run, catalog: Path) -> None:
     run('@pytest.mark.vm("debian-12")\n@pytest.mark.parametrize("n", range(4))\ndef test_it(vm, n): pass\n', "-n2", passed=4)
 

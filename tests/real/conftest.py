@@ -17,16 +17,11 @@ import pytest
 
 from pytest_vmbottle import Machine
 from pytest_vmbottle.host.deadline import Deadline
-from tests.conftest import leave_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pytest_vmbottle.catalog.catalog import Catalog
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    leave_out(config, items, Path(__file__).parent / "guests", "guests")
 
 
 def qemus(folder: Path) -> list[int]:

@@ -86,6 +86,7 @@ def test_a_server_with_another_key_than_the_machines_is_refused(config: Path) ->
     assert "verification failed" in done.stderr
 
 
+@pytest.mark.guests
 def test_the_configuration_is_written_anew_and_goes_with_its_machine(vm: Machine) -> None:
     first = vm.ssh_config()
     first.write_text("broken")
@@ -154,6 +155,7 @@ def test_ansible_finds_the_machine_by_its_name(config: Path, tmp_path: Path) -> 
     assert '"ping": "pong"' in done.stdout
 
 
+@pytest.mark.guests
 def test_testinfra_asks_the_machine(session_vm: Machine) -> None:
     host = session_vm.host
 
@@ -208,6 +210,7 @@ class Shell(threading.Thread):
         return self.outcome
 
 
+@pytest.mark.guests
 def test_a_shell_has_ctrl_c_and_ctrl_d_and_ends_with_its_status(session_vm: Machine, person: Person) -> None:
     shell = Shell(session_vm, person)
     person.sees("Ctrl-]")

@@ -17,6 +17,7 @@ def test_it_has_what_the_guest_wrote_to_it_with_control_characters_made_visible(
     assert session_vm.console.tail(2) == "red \\x1b[31m\nlast"
 
 
+@pytest.mark.guests
 def test_it_is_followed_line_by_line_until_the_machine_ends(vm: Machine) -> None:
     vm.exec("echo there already > /dev/ttyS0")
     vm.spawn("sleep 0.5; echo comes later > /dev/ttyS0; sleep 0.5; echo no end; echo o > /proc/sysrq-trigger")
@@ -26,6 +27,7 @@ def test_it_is_followed_line_by_line_until_the_machine_ends(vm: Machine) -> None
     vm.wait_for_shutdown()
 
 
+@pytest.mark.guests
 @pytest.mark.vm(panic="expected")
 def test_a_panic_ends_the_command_that_a_test_waits_for_at_once_with_the_console(vm: Machine) -> None:
     process = vm.spawn("echo waiting; sleep 1; echo c > /proc/sysrq-trigger")
@@ -40,6 +42,7 @@ def test_a_panic_ends_the_command_that_a_test_waits_for_at_once_with_the_console
     assert vm.panic == "Kernel panic - not syncing: sysrq triggered crash"
 
 
+@pytest.mark.guests
 @pytest.mark.vm(panic="expected")
 def test_a_task_that_hangs_in_the_kernel_is_noticed_and_where_it_is_expected_the_machine_can_be_used(vm: Machine) -> None:
     vm.exec(
@@ -78,6 +81,7 @@ def test_whose_programs_say_so(vm):
 """
 
 
+@pytest.mark.guests
 def test_a_kernel_in_trouble_fails_the_test_unless_it_is_expected_and_a_programs_own_words_do_not(
     inner: pytest.Pytester,
 ) -> None:

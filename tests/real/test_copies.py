@@ -17,8 +17,8 @@ from pytest_vmbottle.host.deadline import Deadline
 
 pytestmark = pytest.mark.vm("debian-12")
 
-MUCH = 64 << 20
-FILES = 1500
+MUCH = 20 << 20
+FILES = 500
 
 
 def plugged(vm: Machine) -> tuple[list[str], list[str], list[str]]:
@@ -50,6 +50,7 @@ def test_a_large_file_goes_there_and_back_on_a_clone_and_leaves_no_disk(vm: Mach
     assert vm.lifecycle.instance._channels._ssh is None, "it went over the disk"  # type: ignore[attr-defined]
 
 
+@pytest.mark.guests
 def test_many_files_with_modes_and_links_go_there_and_back(session_vm: Machine, place: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for number in range(FILES):
@@ -73,6 +74,7 @@ def facts(root: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.guests
 def test_holes_take_no_space_on_either_side(session_vm: Machine, place: str, tmp_path: Path) -> None:
     with (tmp_path / "holes").open("wb") as file:
         file.truncate(1 << 30)
@@ -88,6 +90,7 @@ def test_holes_take_no_space_on_either_side(session_vm: Machine, place: str, tmp
     assert back.st_blocks * 512 < 1 << 20
 
 
+@pytest.mark.guests
 def test_much_data_goes_by_ssh_where_no_disk_can_be_had(session_vm: Machine, place: str, tmp_path: Path) -> None:
     bulk, data = session_vm.lifecycle.bulk, os.urandom(3 << 20)
     (tmp_path / "f").write_bytes(data)
@@ -101,6 +104,7 @@ def test_much_data_goes_by_ssh_where_no_disk_can_be_had(session_vm: Machine, pla
     assert had
 
 
+@pytest.mark.guests
 def test_a_full_disk_of_the_guest_leaves_neither_a_part_nor_a_disk(session_vm: Machine, place: str, tmp_path: Path) -> None:
     session_vm.exec(["mount", "-t", "tmpfs", "-o", "size=2m", "small", place])
     try:
@@ -113,6 +117,7 @@ def test_a_full_disk_of_the_guest_leaves_neither_a_part_nor_a_disk(session_vm: M
     assert plugged(session_vm) == NOTHING
 
 
+@pytest.mark.guests
 def test_a_file_that_changes_all_the_time_is_copied_as_it_was_at_one_moment(session_vm: Machine, place: str, tmp_path: Path) -> None:
     session_vm.exec("head -c 8M /dev/urandom > f; truncate -s 16M f", cwd=place)
     session_vm.exec("nohup sh -c 'while :; do truncate -s 16M f; truncate -s 1M f; done' >/dev/null 2>&1 & echo $! > pid", cwd=place)
@@ -124,6 +129,7 @@ def test_a_file_that_changes_all_the_time_is_copied_as_it_was_at_one_moment(sess
     assert plugged(session_vm) == NOTHING
 
 
+@pytest.mark.guests
 def test_a_machine_that_dies_in_the_middle_is_an_error_and_leaves_nothing_on_the_host(vm: Machine, tmp_path: Path) -> None:
     vm.exec("head -c 96M /dev/urandom > /root/f", timeout=120)
     killer = threading.Timer(1.0, os.kill, (vm.pid, 9))
@@ -140,6 +146,7 @@ def test_a_machine_that_dies_in_the_middle_is_an_error_and_leaves_nothing_on_the
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.guests
 def test_a_guest_that_keeps_the_disk_is_waited_for_and_loses_it_before_the_next_copy(session_vm: Machine, tmp_path: Path) -> None:
     instance = session_vm.lifecycle.instance
     port = instance._disk_port  # type: ignore[attr-defined]
@@ -171,7 +178,7 @@ def test_an_ordinary_user_copies_too(session_vm: Machine, tmp_path: Path) -> Non
         ordinary.cp(tmp_path / "f", ordinary.path("/etc"))
 
 
-@pytest.mark.parametrize("form", ["zip", "tar.gz"])
+@pytest.mark.parametrize("form", ["zip", pytest.param("tar.gz", marks=pytest.mark.guests)])
 def test_a_folder_of_the_guest_is_packed_on_the_host(session_vm: Machine, place: str, tmp_path: Path, form: str) -> None:
     session_vm.exec("mkdir tree; cd tree; printf x > run; chmod 751 run; ln -s run link; head -c 2M /dev/zero > zeros", cwd=place)
     made = session_vm.archive(f"{place}/tree", tmp_path / "packed", format=form)

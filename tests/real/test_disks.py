@@ -20,6 +20,7 @@ def shelf(vm: Machine) -> None:
     vm.exec(f"mkfs.ext4 -q {BY_ID}data && mount {BY_ID}data /mnt && echo packed > /mnt/state")
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12", disks={"data": "32M", "other": "64M"})
 def test_a_machine_has_its_disks_by_name_from_the_start_and_in_a_snapshot(vm: Machine, vm_factory: MachineFactory) -> None:
     assert vm.exec(f"blockdev --getsize64 {BY_ID}data {BY_ID}other").stdout.split() == [str(32 << 20), str(64 << 20)]
@@ -90,6 +91,7 @@ def test_without_a_tracked_disk_a_power_cut_cannot_lose_more_and_says_so(vm: Mac
     assert vm.exec(["true"]).ok
 
 
+@pytest.mark.guests
 @pytest.mark.vm(shelf, disks={"more": "16M"})
 def test_the_disk_of_a_layer_is_in_its_pack_and_those_of_a_mark_are_added(vm: Machine, vm_factory: MachineFactory) -> None:
     assert vm.path("/mnt/state").read_text() == "packed\n"
@@ -100,6 +102,7 @@ def test_the_disk_of_a_layer_is_in_its_pack_and_those_of_a_mark_are_added(vm: Ma
         vm_factory(shelf, disks={"data": "64M"})
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12", disks={"data": "32M"}, run=[f"mkfs.ext4 -q -L shelf {BY_ID}data"])
 def test_commands_of_a_mark_prepare_its_disks(vm: Machine) -> None:
     assert vm.exec("blkid -s LABEL -o value /dev/disk/by-id/virtio-data").stdout == "shelf\n"

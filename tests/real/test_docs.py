@@ -30,10 +30,8 @@ ELSEWHERE = {
 PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", *(pytest.param(page, marks=pytest.mark.guests) for page in PAGES if count_tests(page) and page not in ELSEWHERE)],
-)
+@pytest.mark.guests
+@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if count_tests(page) and page not in ELSEWHERE)])
 def test_every_example_of_a_page_passes(inner: pytest.Pytester, page: str) -> None:
     inner.makepyfile(test_page="\n\n".join(blocks(page)))
     result = inner.runpytest_subprocess(*_OPTIONS)

@@ -70,6 +70,7 @@ def test_every_public_member_has_an_example_that_is_run() -> None:
     assert not [name for name, test in tests.items() for each in test.examples if doctest.SKIP in each.options]
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12")
 @of(PATHS)
 def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machine) -> None:

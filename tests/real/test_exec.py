@@ -125,6 +125,7 @@ def test_a_timeout_kills_the_command_with_its_children_and_says_what_it_had_prin
     assert either.exec(["echo", "alive"]).stdout == "alive\n"
 
 
+@pytest.mark.guests
 def test_a_timeout_also_kills_what_shed_its_environment_user_and_session_and_says_that_this_held_the_output(either: Machine) -> None:
     either.exec("sleep 4712 >/dev/null 2>&1 &")
     shedding = (

@@ -238,6 +238,7 @@ def test_a_kept_machine_ends_when_its_time_is_over(tmp_path: Path, vm_catalog: C
         place.discard()
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12")
 def test_the_journal_has_the_units_own_words(vm: Machine) -> None:
     vm.exec("systemd-run --unit=greeter --wait echo hello from a unit")

@@ -57,6 +57,7 @@ def test_requests_to_a_disk_fail_as_long_as_is_said_and_only_those(session_vm: M
     assert written(vm, "conv=fsync") == ""
 
 
+@pytest.mark.guests
 def test_faults_end_with_an_exception_and_lie_upon_each_other(session_vm: Machine) -> None:
     vm = session_vm
 

@@ -37,6 +37,7 @@ def test_a_written_file_is_read_back_byte_for_byte(either: Machine, place: str) 
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.guests
 def test_a_new_file_has_the_mode_of_a_new_file_and_an_old_one_keeps_its_own(either: Machine, place: str) -> None:
     path = either.path(place) / "f"
     path.write_text("x")
@@ -72,6 +73,7 @@ def test_paths_raise_what_pathlib_raises(either: Machine, place: str) -> None:
         either.path("relative")
 
 
+@pytest.mark.guests
 def test_folders_are_made_listed_and_emptied(either: Machine, place: str) -> None:
     folder = either.path(place) / "a" / "b"
     folder.mkdir(parents=True)
@@ -89,6 +91,7 @@ NAMES = st.binary(min_size=1, max_size=30).filter(lambda name: not set(b"/\0") &
 _SLOW = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
+@pytest.mark.guests
 @_SLOW
 @given(files=st.dictionaries(NAMES, st.binary(max_size=200), min_size=5, max_size=20))
 def test_files_of_any_name_and_content_are_in_the_guest_what_they_were(either: Machine, place: str, files: dict[bytes, bytes]) -> None:
@@ -132,6 +135,7 @@ def test_the_verbs_of_pathlib_work_in_a_guest(either: Machine, place: str) -> No
     assert not moved.exists()
 
 
+@pytest.mark.guests
 def test_what_root_may_not_do_either_says_why(either: Machine, place: str) -> None:
     folder = either.path(place)
     either.exec(["mount", "-t", "tmpfs", "-o", "size=1m", "small", place])
@@ -202,6 +206,7 @@ def place_of_nobody(session_vm: Machine) -> str:
     return folder
 
 
+@pytest.mark.guests
 def test_cleaning_refuses_what_a_guest_needs_and_stays_on_its_file_system(either: Machine, place: str) -> None:
     (either.path(place) / "etc").symlink_to("/etc")
     for path in ("/x", "/etc/x", "/usr/bin/x", "/var/lib/x", f"{place}/etc/x"):
@@ -222,6 +227,7 @@ def test_cleaning_refuses_what_a_guest_needs_and_stays_on_its_file_system(either
         either.exec(["umount", str(mounted)])
 
 
+@pytest.mark.guests
 def test_a_thousand_files_go_in_by_one_command(session_vm: Machine, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(os.urandom(2 << 20))
     files: dict[str, str | bytes | Path] = {f"/srv/many/{n % 10}/{n}": f"{n}\n" for n in range(1000)}
@@ -288,6 +294,7 @@ def test_a_folder_as_destination_means_a_place_in_it(either: Machine, place: str
     assert (tmp_path / "into" / "f.txt").read_text() == "content"
 
 
+@pytest.mark.guests
 def test_copying_a_tree_onto_one_that_is_there_adds_to_it(either: Machine, place: str, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "new").write_text("new")
@@ -300,6 +307,7 @@ def test_copying_a_tree_onto_one_that_is_there_adds_to_it(either: Machine, place
     assert {path.name: path.read_text() for path in there.iterdir()} == {"new": "new", "old": "old", "both": "from the host"}
 
 
+@pytest.mark.guests
 def test_a_large_file_arrives_whole_both_ways(session_vm: Machine, tmp_path: Path) -> None:
     data = os.urandom(5 << 20)
     (tmp_path / "large").write_bytes(data)
@@ -309,6 +317,7 @@ def test_a_large_file_arrives_whole_both_ways(session_vm: Machine, tmp_path: Pat
     assert (tmp_path / "again").read_bytes() == data
 
 
+@pytest.mark.guests
 def test_a_disk_that_fills_up_leaves_no_part_of_a_file(either: Machine, place: str, tmp_path: Path) -> None:
     either.exec(["mount", "-t", "tmpfs", "-o", "size=1m", "small", place])
     try:

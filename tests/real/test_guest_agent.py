@@ -15,6 +15,7 @@ BY = "ps -o comm= -p $PPID"
 """Ancestors of a command."""
 
 
+@pytest.mark.guests
 def test_commands_go_on_whatever_becomes_of_the_agent(vm: Machine) -> None:
     left = vm.exec("sleep 4720 >/dev/null 2>&1 & echo $!").stdout.strip()
     with pytest.raises(AgentEnded):

@@ -88,6 +88,7 @@ def test_kvm_that_is_quicker_than_emulation_is_used_with_the_hosts_processor(ins
     assert len(told(record)) > 3  # the work, a machine saved, and its clone
 
 
+@pytest.mark.guests
 def test_a_processor_that_kvm_aborts_on_is_tried_without_what_it_aborts_on(install: Install, record: Path, tmp_path: Path) -> None:
     install("host")
     proved = QemuBackend(proofs=tmp_path / "proofs").proof
@@ -98,6 +99,7 @@ def test_a_processor_that_kvm_aborts_on_is_tried_without_what_it_aborts_on(insta
     assert ["kvm", "host"] not in told(record)[2:]
 
 
+@pytest.mark.guests
 def test_kvm_that_aborts_with_every_processor_gives_way_to_emulation(install: Install, tmp_path: Path) -> None:
     install("host", "host,arch-capabilities=off")
     able = QemuBackend(proofs=tmp_path / "proofs").probe()
@@ -106,6 +108,7 @@ def test_kvm_that_aborts_with_every_processor_gives_way_to_emulation(install: In
     assert able.reason.startswith("KVM runs no guest here: QEMU was ended by signal 6")
 
 
+@pytest.mark.guests
 def test_packs_of_kvm_are_for_this_processor_and_this_kernel_alone(
     install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +130,7 @@ def test_packs_of_kvm_are_for_this_processor_and_this_kernel_alone(
     assert len({before[1], newer[1], other[1]}) == 3
 
 
+@pytest.mark.guests
 def test_the_doctor_says_that_kvm_is_used_and_that_a_guest_ran(install: Install, tmp_path: Path) -> None:
     install()
     found = {finding.topic: finding for finding in examine(tmp_path / "catalog", Told.read())}
@@ -167,6 +171,7 @@ def test_a_machine_is_bottled_and_poured_on_kvm(provisioner: Provisioner, record
     assert provisioner.pack(spec).manifest.backend.endswith(" kvm")
 
 
+@pytest.mark.guests
 def test_hvf_is_told_the_hosts_processor(install: Install, record: Path, tmp_path: Path) -> None:
     install()
     able = QemuBackend(accelerator="hvf", proofs=tmp_path / "proofs").probe()
@@ -175,6 +180,7 @@ def test_hvf_is_told_the_hosts_processor(install: Install, record: Path, tmp_pat
     assert told(record)[1:] == [["hvf", "host"]] * len(told(record)[1:])
 
 
+@pytest.mark.guests
 def test_a_mac_tries_hvf_and_not_kvm(install: Install, record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     monkeypatch.setattr(proof, "sys", SimpleNamespace(platform="darwin"))

@@ -55,18 +55,32 @@ def test_machines_are_poured_from_packs_of_this_very_qemu(provisioner: Provision
 # -- another user than root -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def of_nobody(vm_catalog: Catalog) -> Iterator[Provisioner]:
+    """Machines whose QEMU runs as a user who owns nothing, and has nothing in the end."""
+    backend = QemuBackend(account=Account.parse("nobody"), proofs=vm_catalog.proofs)
+    with closing(Provisioner(vm_catalog, backend, name="qemu", settings=Settings())) as provisioner:
+        yield provisioner
+    assert not _of_others(vm_catalog.root), "something in the catalog has changed hands"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as somebody else")
-def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_catalog: Catalog, tmp_path: Path) -> None:
+def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(of_nobody: Provisioner) -> None:
     account = Account.parse("nobody")
-    backend = QemuBackend(account=account, proofs=vm_catalog.proofs)
-    provisioner = Provisioner(vm_catalog, backend, name="qemu", settings=Settings())
-    (tmp_path / "much").write_bytes(os.urandom(3 << 20))
-    with provisioner.machine(MachineSpec.resolve("debian-12", {"disks": {"data": "16M"}, "track_writes": True})) as machine:
-        assert machine.exec("blockdev --getsize64 /dev/disk/by-id/virtio-data").stdout == f"{16 << 20}\n"
+    with of_nobody.machine(MachineSpec.resolve("debian-12", {})) as machine:
         status = Path(f"/proc/{machine.pid}/status").read_text()
         assert f"Uid:\t{account.uid}\t{account.uid}\t{account.uid}\t{account.uid}\n" in status
         assert f"Gid:\t{account.gid}\t{account.gid}\t{account.gid}\t{account.gid}\n" in status
         assert "CapEff:\t0000000000000000\n" in status
+        assert machine.exec(["id", "-un"]).stdout == "root\n"
+
+
+@pytest.mark.guests
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as somebody else")
+def test_a_qemu_that_owns_nothing_has_disks_copies_and_snapshots(of_nobody: Provisioner, tmp_path: Path) -> None:
+    (tmp_path / "much").write_bytes(os.urandom(3 << 20))
+    with of_nobody.machine(MachineSpec.resolve("debian-12", {"disks": {"data": "16M"}, "track_writes": True})) as machine:
+        assert machine.exec("blockdev --getsize64 /dev/disk/by-id/virtio-data").stdout == f"{16 << 20}\n"
         machine.cp(tmp_path / "much", machine.path("/root/much"))
         assert machine.path("/root/much").hash("sha256") == hashlib.sha256((tmp_path / "much").read_bytes()).hexdigest()
         before = machine.snapshot("before")
@@ -75,16 +89,13 @@ def test_where_root_runs_the_tests_qemu_can_be_somebody_who_owns_nothing(vm_cata
         assert machine.path("/root/much").exists()
         machine.restore()
         assert not machine.path("/root/much").exists()
-    assert provisioner.tally.restored >= 2
-    provisioner.close()
-    assert not _of_others(vm_catalog.root), "something in the catalog has changed hands"
+    assert of_nobody.tally.restored >= 2
 
 
 @pytest.mark.guests
-def test_a_qemu_that_owns_nothing_makes_screenshots(vm_catalog: Catalog, tmp_path: Path) -> None:
-    backend = QemuBackend(account=Account.parse("nobody"), proofs=vm_catalog.proofs)
-    spec = MachineSpec.resolve("debian-12", {"display": True})
-    with closing(Provisioner(vm_catalog, backend, name="qemu", settings=Settings())) as provisioner, provisioner.machine(spec) as machine:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as somebody else")
+def test_a_qemu_that_owns_nothing_makes_screenshots(of_nobody: Provisioner, tmp_path: Path) -> None:
+    with of_nobody.machine(MachineSpec.resolve("debian-12", {"display": True})) as machine:
         assert machine.screenshot(tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
 
 

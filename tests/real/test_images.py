@@ -38,6 +38,7 @@ def planted(vm: Machine) -> None:
     vm.exec(["dd", "of=/dev/vda", "bs=512", "count=1", "conv=notrunc", "oflag=direct", "status=none"], input=evil("/etc/passwd"))
 
 
+@pytest.mark.guests
 @pytest.mark.vm(planted)
 def test_a_qcow2_header_that_a_guest_wrote_to_its_disk_is_data_the_next_time(vm: Machine, vm_factory: MachineFactory) -> None:
     other = vm_factory("debian-12")

@@ -18,6 +18,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.standalone.client import Kept
 from pytest_vmbottle.standalone.orders import new_order
 
+pytestmark = pytest.mark.guests
 FACTOR = "3"
 LAYER = """
 from pytest_vmbottle import layer
@@ -69,7 +70,6 @@ def _runs(web: Kept) -> None:
         web.start_again(print)
 
 
-@pytest.mark.guests
 def test_a_machine_that_was_stopped_starts_again_with_its_disk(web: Kept, tmp_path: Path) -> None:
     sh(web, "echo kept >/root/file", tmp_path)
     stopped = web.stop()
@@ -89,7 +89,6 @@ def start_of_the_same_name(place: Kept) -> None:
     place.start({"keywords": {}, "settings": {}}, print)
 
 
-@pytest.mark.guests
 def test_a_machine_goes_back_to_its_snapshot_and_a_new_one_starts_from_it(web: Kept, vm_catalog: Catalog, tmp_path: Path) -> None:
     sh(web, "echo before >/root/file; sleep 500 >/dev/null 2>&1 & echo $! >/run/sleeper", tmp_path)
     web.ask({"verb": "snapshot", "label": "clean"})
@@ -115,7 +114,6 @@ def test_a_machine_goes_back_to_its_snapshot_and_a_new_one_starts_from_it(web: K
     assert web.snapshots() == ()
 
 
-@pytest.mark.guests
 def test_a_disk_outlives_a_daemon_that_is_killed_and_the_pack_that_it_stands_on(web: Kept, vm_catalog: Catalog, tmp_path: Path) -> None:
     sh(web, "echo written >/root/file; sync", tmp_path)
     record = web.record()
@@ -133,7 +131,6 @@ def test_a_disk_outlives_a_daemon_that_is_killed_and_the_pack_that_it_stands_on(
     assert sh(web, "cat /root/file", tmp_path) == "written\n"
 
 
-@pytest.mark.guests
 def test_a_machine_that_cannot_start_again_is_as_it_was(web: Kept, tmp_path: Path) -> None:
     sh(web, "echo there >/root/file; sync", tmp_path)
     web.stop(now=True)
@@ -148,7 +145,6 @@ def test_a_machine_that_cannot_start_again_is_as_it_was(web: Kept, tmp_path: Pat
     assert sh(web, "cat /root/file", tmp_path) == "there\n"
 
 
-@pytest.mark.guests
 def test_files_go_in_whole_or_not_at_all_and_come_back(web: Kept, tmp_path: Path) -> None:
     upload = tmp_path / "upload"
     (upload / "conf").mkdir(parents=True)
@@ -218,7 +214,6 @@ def test_a_terminal_has_the_size_of_its_window_and_the_status_of_its_program(web
     session.close()
 
 
-@pytest.mark.guests
 def test_a_pack_is_started_by_its_key_and_a_layer_by_its_file(web: Kept, vm_catalog: Catalog, tmp_path: Path) -> None:
     del web
     (tmp_path / "conftest.py").write_text(LAYER)

@@ -169,6 +169,7 @@ def test_a_command_ends_in_the_guest_when_whoever_asked_for_it_is_gone(commands:
     commands.exec(web, "timeout", "30", "sh", "-c", f"while pgrep -f '^sleep 1000{number}$'; do sleep 0.2; done")
 
 
+@pytest.mark.guests
 def test_a_command_is_killed_at_its_time_out(commands: Commands, web: str) -> None:
     ended = commands.run("exec", web, "--timeout", "2", "--", "sh", "-c", "echo begun; exec sleep 2000", status=124)
 
@@ -211,6 +212,7 @@ def test_metrics_have_both_sides(commands: Commands, web: str) -> None:
     assert figures["guest_memory_used_bytes"] > 0
 
 
+@pytest.mark.guests
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no OpenSSH client")
 def test_openssh_logs_in_with_the_configuration_and_with_its_file(commands: Commands, web: str, tmp_path: Path) -> None:
     path = commands.run("ssh-config", "--path", web).stdout.decode().strip()
@@ -311,6 +313,7 @@ def test_a_machine_that_powers_itself_off_is_off_and_one_that_is_killed_an_error
     assert lost["reason"].startswith("QEMU ended with status -9")
 
 
+@pytest.mark.guests
 def test_a_command_in_a_machine_whose_kernel_panicked_fails_at_once_with_that_reason(commands: Commands, name: str) -> None:
     commands.start(name)
     crash = commands.run("exec", name, "--", "sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger", status=1)
@@ -320,6 +323,7 @@ def test_a_command_in_a_machine_whose_kernel_panicked_fails_at_once_with_that_re
     assert b"panic" in later.stderr
 
 
+@pytest.mark.guests
 def test_a_killed_keeper_takes_its_machine_along_and_is_never_taken_for_running(commands: Commands, name: str, vm_catalog: Catalog) -> None:
     started = commands.start(name)
     running = commands.begin("exec", name, "--", "sleep", "1000", stderr=subprocess.PIPE)
@@ -364,6 +368,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(commands: Commands, name: st
         assert Deadline(60).poll(is_over)
 
 
+@pytest.mark.guests
 def test_two_starts_with_one_name_give_one_machine(commands: Commands, name: str) -> None:
     ended: list[int] = []
     starts = [commands.begin("start", "debian-12", "--name", name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
@@ -377,6 +382,7 @@ def test_two_starts_with_one_name_give_one_machine(commands: Commands, name: str
     assert commands.exec(name, "echo", "one") == "one\n"
 
 
+@pytest.mark.guests
 def test_a_machine_that_cannot_be_started_says_why_and_leaves_nothing(commands: Commands, name: str) -> None:
     refused = commands.run("start", "debian-12", "--name", name, "--memory", "9999G", status=1)
 

@@ -20,6 +20,8 @@ from tests.real.test_machine_commands import Commands
 if TYPE_CHECKING:
     from tests.real.conftest import Person
 
+pytestmark = pytest.mark.guests
+
 
 @pytest.fixture(scope="module")
 def commands(vm_catalog: Catalog) -> Commands:
@@ -50,7 +52,6 @@ def below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-@pytest.mark.guests
 def test_a_slash_at_the_end_of_the_source_is_the_contents_of_the_folder_both_ways(
     commands: Commands, web: str, site: Path, tmp_path: Path
 ) -> None:

@@ -64,11 +64,13 @@ def state(commands: Commands, name: str) -> str | None:
     return (commands.about(name) or {}).get("state")
 
 
+@pytest.mark.guests
 def test_a_command_needs_no_dashes_before_it(commands: Commands, web: str) -> None:
     assert b"hostname" in commands.run("exec", web, "ls", "-1", "/etc").stdout
     assert commands.run("exec", web, "-u", "nobody", "id", "-un").stdout == b"nobody\n"
 
 
+@pytest.mark.guests
 def test_a_machine_is_shown_with_all_its_facts_and_listed_by_its_name(commands: Commands, web: str) -> None:
     facts = json.loads(commands.run("show", web, "--json").stdout)
     (listed,) = json.loads(commands.run("list", web, "--json").stdout)
@@ -79,6 +81,7 @@ def test_a_machine_is_shown_with_all_its_facts_and_listed_by_its_name(commands: 
     assert b"nosuch" in commands.run("ls", "nosuch", status=1).stderr
 
 
+@pytest.mark.guests
 def test_ports_are_forwarded_at_the_start_and_while_the_machine_runs(commands: Commands, web: str) -> None:
     given = (commands.about(web) or {})["ports"]["8000"]
     commands.exec(web, *SERVER)
@@ -91,6 +94,7 @@ def test_ports_are_forwarded_at_the_start_and_while_the_machine_runs(commands: C
     assert (commands.about(web) or {})["ports"] == {"8000": given, "22": address}
 
 
+@pytest.mark.guests
 def test_the_journal_and_the_console_are_shown_as_text_and_as_json(commands: Commands, web: str) -> None:
     commands.exec(web, "sh", "-c", r"printf 'a \033[31mline\n' | tee /dev/console | systemd-cat -t mine")
     console = json.loads(commands.run("logs", web, "--json").stdout)
@@ -101,6 +105,7 @@ def test_the_journal_and_the_console_are_shown_as_text_and_as_json(commands: Com
     assert b"\x1b" not in commands.run("journal", web, "-n", "50").stdout
 
 
+@pytest.mark.guests
 def test_a_command_gets_the_keys_of_a_terminal_when_asked_to(commands: Commands, web: str, person: Person) -> None:
     for words, answer in (
         (("-i", web, "head", "-n1"), "typed"),
@@ -196,6 +201,7 @@ def test_a_run_has_the_status_of_its_command_and_leaves_nothing(commands: Comman
     assert not (commands.root / "machines" / name).exists()
 
 
+@pytest.mark.guests
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.guests)])
 def test_an_interrupted_run_removes_its_machine(commands: Commands, name: str, number: int) -> None:
     with commands.begin(
@@ -209,6 +215,7 @@ def test_an_interrupted_run_removes_its_machine(commands: Commands, name: str, n
     assert Deadline(60).poll(lambda: not (commands.root / "machines" / name).exists())
 
 
+@pytest.mark.guests
 def test_a_run_does_not_take_the_place_of_a_machine_of_its_name(commands: Commands, web: str) -> None:
     assert b"already" in commands.run("run", "debian-12", "--name", web, "true", status=1).stderr
     assert state(commands, web) == "running"

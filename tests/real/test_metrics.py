@@ -16,6 +16,7 @@ from pytest_vmbottle.host.deadline import Deadline
 pytestmark = pytest.mark.vm("debian-12")
 
 
+@pytest.mark.guests
 def test_a_busy_guest_shows_in_both_views(session_vm: Machine) -> None:
     session_vm.metrics()
     session_vm.exec("sleep 2")
@@ -41,6 +42,7 @@ def _write_out(machine: Machine) -> None:
             os.fsync(opened)
 
 
+@pytest.mark.guests
 def test_written_bytes_show_in_both_views_where_the_host_had_none_of_them_to_write_yet(session_vm: Machine) -> None:
     write = "dd if=/dev/urandom of=/root/written bs=1M count=16 conv=notrunc oflag=direct && sync"
     session_vm.exec(write)

@@ -28,9 +28,13 @@ MUCH = bytes(range(256)) * 8192
 def prepared(vm: Machine) -> None:
     vm.path("/root/on-disk").write_text("disk\n")
     vm.path("/dev/shm/in-memory").write_text("memory\n")
-    vm.path("/root/much").write_bytes(MUCH)
     vm.exec("systemd-run --unit=counting sh -c 'while :; do echo tick >> /dev/shm/ticks; sleep 0.2; done'")
     vm.wait_for_file("/dev/shm/ticks")
+
+
+@layer("debian-12")
+def laden(vm: Machine) -> None:
+    vm.path("/root/much").write_bytes(MUCH)
 
 
 @layer(prepared)
@@ -48,7 +52,8 @@ def test_a_clone_goes_on_from_where_the_layer_left_off_with_its_memory_and_its_p
     vm.wait_until(lambda: len(vm.path("/dev/shm/ticks").read_text().splitlines()) > before)
 
 
-@pytest.mark.vm(prepared)
+@pytest.mark.guests
+@pytest.mark.vm(laden)
 def test_what_came_over_a_disk_before_is_in_a_clone_and_another_disk_can_be_had(vm: Machine, tmp_path: Path) -> None:
     vm.cp(vm.path("/root/much"), tmp_path)
     assert (tmp_path / "much").read_bytes() == MUCH
@@ -99,6 +104,7 @@ def test_a_clone_answers_on_tcp_with_the_host_key_that_was_made_for_it(vm: Machi
     assert f"{key.get_name()} {key.get_base64()}" == " ".join(vm.path("/etc/ssh/ssh_host_ed25519_key.pub").read_text().split()[:2])
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12", ports=[8080])
 def test_forwarded_ports_lead_into_the_guest_and_only_this_host_can_use_them(vm: Machine) -> None:
     vm.exec("systemd-run python3 -m http.server --directory /etc 8080")
@@ -199,6 +205,7 @@ def test_packages_of_a_mark_are_installed_beforehand_and_the_machine_stays_close
     assert vm.exec(["apt-get", "update", "--error-on=any"], check=False).returncode != 0
 
 
+@pytest.mark.guests
 def test_a_damaged_pack_is_refused_put_aside_and_built_again(vm_catalog: Catalog) -> None:
     provisioner = _provisioner(vm_catalog)
     spec = MachineSpec.resolve("debian-12", {"run": ["echo damaged > /root/which"]})

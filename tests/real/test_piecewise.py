@@ -62,6 +62,7 @@ def test_a_program_that_there_is_not_is_told_as_over_other_channels(session_vm: 
     assert ran(session_vm, "/no/such") == (127, b"", b"/no/such: not found\n")
 
 
+@pytest.mark.guests
 def test_much_output_loses_nothing(session_vm: Machine) -> None:
     status, out, err = ran(session_vm, "bash", "-c", "head -c 5000000 /dev/urandom | tee >(sha256sum >&2)")
 
@@ -69,6 +70,7 @@ def test_much_output_loses_nothing(session_vm: Machine) -> None:
     assert err.split()[0].decode() == hashlib.sha256(out).hexdigest()
 
 
+@pytest.mark.guests
 def test_many_small_pieces_are_no_end_of_the_output(session_vm: Machine) -> None:
     """Reading them is cut short again and again, of which the guest's tools may warn in between."""
     status, out, err = ran(session_vm, "dd", "if=/dev/zero", "bs=1000", "count=5000", "status=none")
@@ -76,6 +78,7 @@ def test_many_small_pieces_are_no_end_of_the_output(session_vm: Machine) -> None
     assert (status, out, err) == (0, bytes(5_000_000), b"")
 
 
+@pytest.mark.guests
 def test_output_comes_while_the_command_runs_and_what_outlives_it_is_waited_for(session_vm: Machine) -> None:
     with started(session_vm, "sh", "-c", "echo first; sleep 3; (sleep 3; echo late) & echo last") as command:
         assert Deadline(LIMIT).poll(lambda: bytes(command.out) == b"first\n", every=0.05)
@@ -84,6 +87,7 @@ def test_output_comes_while_the_command_runs_and_what_outlives_it_is_waited_for(
     assert bytes(command.out) == b"first\nlast\nlate\n"
 
 
+@pytest.mark.guests
 def test_a_command_that_is_killed_has_ended_and_leaves_nothing_in_the_guest(session_vm: Machine) -> None:
     with started(session_vm, "sh", "-c", "echo begun; sleep 4711") as command:
         assert Deadline(LIMIT).poll(lambda: bytes(command.out) == b"begun\n", every=0.05)

@@ -98,6 +98,7 @@ def test_an_exception_without_a_cause_does_not_pass(
     assert stage in verdict.evidence
 
 
+@pytest.mark.guests
 def test_a_timer_that_never_interrupts_does_not_pass(emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(monkeypatch, "START", "20 e3 1b d5", "3f e3 1b d5")  # zero in the place of one: the timer stays off
     verdict = proof.run_guest(emulator, workdir=tmp_path, seconds=3)

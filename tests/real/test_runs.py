@@ -97,6 +97,7 @@ def test_ctrl_c_while_a_machine_boots_leaves_nothing(inner: pytest.Pytester, vm_
     assert list((vm_catalog.root / "run").glob(f"{run.pid}-*/*")) == []
 
 
+@pytest.mark.guests
 def test_a_machine_that_dies_in_a_test_is_told_at_once_with_its_cause(inner: pytest.Pytester) -> None:
     inner.makepyfile(
         """
@@ -129,6 +130,7 @@ def test_a_machine_that_dies_in_a_test_is_told_at_once_with_its_cause(inner: pyt
     inner.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=3)
 
 
+@pytest.mark.guests
 def test_two_workers_make_a_pack_once_and_each_uses_it(inner: pytest.Pytester) -> None:
     inner.makepyfile(
         f"""
@@ -197,12 +199,14 @@ def test_an_unknown_image_is_told_with_the_commands_that_bring_one(inner: pytest
     assert "vmbottle image add" in output
 
 
+@pytest.mark.guests
 def test_an_image_file_that_is_missing_or_no_image_is_told(inner: pytest.Pytester, tmp_path: Path) -> None:
     assert "none.qcow2" in _one_test(inner, repr(str(tmp_path / "none.qcow2")))
     (tmp_path / "text.qcow2").write_text("hello\n" * 1000)
     assert "disk" in _one_test(inner, repr(str(tmp_path / "text.qcow2")))
 
 
+@pytest.mark.guests
 def test_more_memory_than_the_host_has_is_told(inner: pytest.Pytester) -> None:
     assert "memory=64 TiB" in _one_test(inner, '"debian-12", memory="64T"')
 
@@ -214,6 +218,7 @@ def test_a_missing_qemu_is_told_with_the_command_that_installs_it(inner: pytest.
     assert "apt-get install qemu-system-x86" in output
 
 
+@pytest.mark.guests
 def test_a_qemu_that_dies_at_start_is_told_with_what_it_printed(
     inner: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

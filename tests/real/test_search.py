@@ -24,6 +24,7 @@ def fill(machine: Machine, place: str, program: str) -> None:
     machine.exec(["python3", "-c", f"import os\n{program}"], cwd=place)
 
 
+@pytest.mark.guests
 def test_names_and_patterns_are_taken_literally_over_either_channel(either: Machine, place: str) -> None:
     pattern = "-e a.*[b$(id)\\'\" ü"
     fill(either, place, f"for name in {NAMES!r}:\n open(os.fsencode(name), 'w').write('no\\n' + {pattern!r} + ':7: x\\naaa [b id\\n')")
@@ -52,6 +53,7 @@ def test_a_regular_expression_ignores_case_in_the_files_that_are_asked_for(sessi
     assert session_vm.search("größe = [0-9]+", folder, include=["*.py", "*.c"]) == []
 
 
+@pytest.mark.guests
 def test_binary_files_and_pipes_are_skipped_other_encodings_are_not_and_long_lines_are_cut(session_vm: Machine, place: str) -> None:
     fill(
         session_vm,
@@ -66,6 +68,7 @@ def test_binary_files_and_pipes_are_skipped_other_encodings_are_not_and_long_lin
     assert session_vm.search("needle", f"{place}/pipe") == []
 
 
+@pytest.mark.guests
 def test_what_is_left_out_is_reported(session_vm: Machine, place: str) -> None:
     fill(session_vm, place, "open('a\\nb', 'w').write('x\\n' * 30)")
     some, just_all = (session_vm.search("x", place, max_results=count) for count in (29, 30))
@@ -74,6 +77,7 @@ def test_what_is_left_out_is_reported(session_vm: Machine, place: str) -> None:
     assert ([match.line for match in just_all], just_all.truncated) == (list(range(1, 31)), False)
 
 
+@pytest.mark.guests
 def test_a_timeout_keeps_what_was_found(session_vm: Machine, place: str) -> None:
     fill(  # 60 GB to read, in 20 MB
         session_vm,

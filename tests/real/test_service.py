@@ -83,6 +83,7 @@ def test_a_name_that_is_taken_and_keywords_that_are_wrong_are_told_at_once(servi
     assert "did you mean 'network'" in wrong.json["detail"]
 
 
+@pytest.mark.guests
 def test_a_machine_that_cannot_be_started_is_an_error_with_the_reason_until_it_is_removed(service: Service) -> None:
     name = f"huge{os.getpid()}"
     service.post("/vms/", {"base_image": "debian-12", "name": name, "memory": "900G"}, 202)
@@ -143,6 +144,7 @@ def test_events_come_while_the_command_runs(service: Service, web: str) -> None:
     assert json.loads(rest.rsplit("data: ", 1)[1])["returncode"] == 0
 
 
+@pytest.mark.guests
 @pytest.mark.parametrize("accept", ["text/event-stream", pytest.param("application/json", marks=pytest.mark.guests)])
 def test_a_command_ends_in_the_guest_when_its_client_hangs_up(service: Service, web: str, accept: str) -> None:
     mark = f"7{len(accept)}"
@@ -159,6 +161,7 @@ def test_a_command_ends_in_the_guest_when_its_client_hangs_up(service: Service, 
 # -- files -----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guests
 def test_uploaded_files_are_there_with_their_modes_and_what_was_before_is_cleaned(service: Service, web: str) -> None:
     files = [
         {"path": "bin/run", "text": "#!/bin/sh\necho ran\n", "mode": "0750"},
@@ -182,6 +185,7 @@ def test_all_files_are_uploaded_or_none(service: Service, web: str) -> None:
     assert service.sh(web, "ls -d /srv/none /srv/bad 2>&1 || true").count("No such file") == 2
 
 
+@pytest.mark.guests
 def test_folders_are_made_listed_and_read(service: Service, web: str) -> None:
     service.post(f"/vms/{web}/create-dir", {"paths": ["/srv/tree/a/b", "/srv/tree/c"]}, 201)
     service.sh(web, "printf 'text \\377end' > /srv/tree/a/file; ln -sf /etc/hostname /srv/tree/link")
@@ -241,6 +245,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(service: Service, web: str) ->
     assert service.sh(web, "sleep 1; ls -d /srv/broken 2>&1 || true").count("No such file") == 1
 
 
+@pytest.mark.guests
 def test_a_folder_comes_as_either_kind_of_archive(service: Service, web: str) -> None:
     service.sh(web, "mkdir -p /srv/pack/in; echo content > /srv/pack/in/file")
     tarred = service.get(f"/vms/{web}/download-folder?path=/srv/pack")
@@ -385,6 +390,7 @@ def test_a_browsers_handshake_has_the_token_in_a_subprotocol_and_a_foreign_pages
 # -- two services, and their ends ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guests
 def test_another_service_of_the_catalog_has_the_same_machine_and_ends_without_it(
     service: Service, web: str, vm_catalog: Catalog, tmp_path: Path
 ) -> None:
@@ -396,6 +402,7 @@ def test_another_service_of_the_catalog_has_the_same_machine_and_ends_without_it
     assert service.sh(web, "uname") == "Linux\n"
 
 
+@pytest.mark.guests
 def test_a_start_that_sigterm_cuts_short_leaves_nothing(service: Service, web: str, vm_catalog: Catalog, tmp_path: Path) -> None:
     name = f"cut{os.getpid()}"
     with serving(vm_catalog.root, tmp_path) as other:

@@ -70,6 +70,7 @@ def test_a_snapshot_of_a_restored_machine_stands_on_the_one_before(vm: Machine) 
     assert not vm.path("/root/two").exists()
 
 
+@pytest.mark.guests
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 def test_a_host_disk_that_is_full_leaves_no_half_snapshot_and_the_machine_goes_on(vm: Machine, vm_catalog: Catalog) -> None:
     (folder,) = vm_catalog.root.glob(f"run/{os.getpid()}-*/{vm.id}")

@@ -45,6 +45,7 @@ def test_another_signal_can_be_caught_and_one_that_does_not_exist_is_refused(ses
     assert "caught\n" in list(process.stdout)
 
 
+@pytest.mark.guests
 def test_a_wait_that_takes_too_long_leaves_the_command_running(session_vm: Machine) -> None:
     with session_vm.spawn("echo so far; sleep 4716") as process:
         assert next(process.stdout) == "so far\n"
@@ -70,6 +71,7 @@ def test_the_keywords_of_exec_hold_and_a_program_that_is_not_there_ends_with_127
     assert session_vm.spawn(["no-such-program"]).wait() == 127
 
 
+@pytest.mark.guests
 def test_several_run_beside_each_other_and_beside_commands(session_vm: Machine) -> None:
     def said(number: int) -> list[str]:
         return list(session_vm.spawn(f"for i in 1 2 3; do echo {number}-$i; sleep 0.1; done").stdout)
@@ -80,6 +82,7 @@ def test_several_run_beside_each_other_and_beside_commands(session_vm: Machine) 
         assert list(all_said) == [[f"{number}-{i}\n" for i in (1, 2, 3)] for number in range(4)]
 
 
+@pytest.mark.guests
 def test_output_that_nobody_reads_does_not_hold_the_command_up_and_its_end_is_kept(session_vm: Machine) -> None:
     process = session_vm.spawn("head -c 20000000 /dev/zero; echo end")
     assert process.wait(timeout=300) == 0
@@ -91,6 +94,7 @@ def test_output_that_nobody_reads_does_not_hold_the_command_up_and_its_end_is_ke
     assert max(map(len, lines)) <= 1 << 20
 
 
+@pytest.mark.guests
 def test_a_lost_connection_ends_it_with_an_error_and_the_next_command_gets_a_new_one(session_vm: Machine) -> None:
     process = session_vm.spawn("echo here; sleep 4717")
     assert next(process.stdout) == "here\n"
@@ -100,6 +104,7 @@ def test_a_lost_connection_ends_it_with_an_error_and_the_next_command_gets_a_new
     assert list(session_vm.spawn("echo again").stdout) == ["again\n"]
 
 
+@pytest.mark.guests
 def test_it_ends_with_its_machine(vm: Machine) -> None:
     process = vm.spawn("echo here; sleep 4718")
     assert next(process.stdout) == "here\n"
@@ -121,6 +126,7 @@ def test_exec_passes_its_output_on_while_it_runs_and_gives_the_same_result(sessi
     assert (plain.argv, plain.returncode, plain.stdout, plain.stderr) == (result.argv, 3, result.stdout, result.stderr)
 
 
+@pytest.mark.guests
 def test_exec_that_passes_output_on_is_killed_at_its_deadline_or_where_nobody_takes_it(session_vm: Machine) -> None:
     with pytest.raises(CommandTimeout) as caught:
         session_vm.exec("echo begun; setsid sleep 4719 & sleep 4719", timeout=3, stream=lambda _: None)

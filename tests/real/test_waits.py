@@ -24,6 +24,7 @@ def test_what_is_waited_for_is_returned_with_its_own_type(session_vm: Machine) -
     assert assert_type(session_vm.wait_until(lambda: 5), int) == 5
 
 
+@pytest.mark.guests
 def test_a_unit_that_failed_ends_the_wait_at_once_with_its_journal(session_vm: Machine) -> None:
     session_vm.exec("systemd-run --unit=broken sh -c 'echo the reason; exit 3'; sleep 1")
     began = time.monotonic()
@@ -33,6 +34,7 @@ def test_a_unit_that_failed_ends_the_wait_at_once_with_its_journal(session_vm: M
     assert time.monotonic() - began < 100
 
 
+@pytest.mark.guests
 def test_a_wait_in_vain_tells_of_units_that_failed_or_keep_being_restarted_meanwhile(session_vm: Machine) -> None:
     session_vm.exec("systemd-run --unit=spoilt sh -c 'echo the cause; exit 3'")
     session_vm.exec(
@@ -61,9 +63,9 @@ def test_a_port_and_a_file_are_waited_for(session_vm: Machine) -> None:
 
 def test_a_wait_in_vain_says_what_for_how_long_and_what_was_seen_last(session_vm: Machine) -> None:
     with pytest.raises(MachineTimeout, match="port 81"):
-        session_vm.wait_for_port(81, timeout=2)
+        session_vm.wait_for_port(81, timeout=0.3)
     with pytest.raises(MachineTimeout, match="/none"):
-        session_vm.wait_for_file("/none", timeout=2)
+        session_vm.wait_for_file("/none", timeout=0.3)
     with pytest.raises(TimeoutError, match=r"(?m)^so far$"):
         session_vm.wait_until("echo so far; false", timeout=2)
 
@@ -80,6 +82,7 @@ def test_a_condition_of_ones_own_is_waited_for_and_its_value_returned(session_vm
     assert result.ok
 
 
+@pytest.mark.guests
 def test_a_command_that_hangs_does_not_outlast_the_wait(session_vm: Machine) -> None:
     with pytest.raises(MachineTimeout, match=r"(?m)^begun$"):
         session_vm.wait_until("echo begun; sleep 4713", timeout=2)
