@@ -121,10 +121,12 @@ class Benchmark:
             AssertionError: There are more instructions than allowed.
             CommandFailed: The command failed.
             MachineError: The machine does not count.
-            ValueError: `limit` or `rounds` is out of range, or the test has two works of one name.
+            ValueError: `limit` or `rounds` is out of range, a function is given keywords, or the test has two works of one name.
         """
         if limit < 0 or rounds < 1:
             raise ValueError(f"limit={limit!r}, rounds={rounds!r}: takes a percentage, and how often the work is measured")
+        if callable(work) and keywords:
+            raise ValueError(f"{', '.join(keywords)}: is for a command; write it where the function calls vm.exec")
         if name in self._seen:
             raise ValueError(f"this test has measured {name or 'a work without a name'} already: give each a name=")
         self._seen.add(name)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmbottle import Machine, MachineSpec
 from pytest_vmbottle.errors import SpecError
-from pytest_vmbottle.plugin.baselines import Baselines
+from pytest_vmbottle.plugin.baselines import Baselines, Benchmark
+from pytest_vmbottle.testing import FakeBackend, FakeChannel, FakeInstance
 
 
 @pytest.fixture
@@ -60,3 +62,14 @@ def test_a_file_of_something_else_is_refused_and_stays(file: Path, text: str) ->
     with pytest.raises(SpecError, match="baselines"):
         Baselines(file, renew=True).baseline("a test", "QEMU 7", 100)
     assert file.read_text() == text
+
+
+def test_a_function_with_keywords_of_commands_is_refused_and_not_called(tmp_path: Path, file: Path) -> None:
+    backend = FakeBackend()
+    channel = FakeChannel(backend.handler)
+    machine = Machine(FakeInstance(backend, tmp_path), MachineSpec(source="x"), id="m", backend="fake", channel=channel)
+    benchmark = Benchmark(baselines=Baselines(file, renew=False), test="a test", emulator_of=lambda _: "QEMU 7", say=print)
+
+    with pytest.raises(ValueError, match=r"env, user: .*where the function calls"):
+        benchmark(machine, lambda: pytest.fail("it was called"), env={"A": "1"}, user="nobody")
+    assert not file.exists()
