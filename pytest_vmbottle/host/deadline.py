@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,7 +11,10 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Deadline", "Reminder"]
+__all__ = ["FOREVER", "Deadline", "Reminder"]
+
+FOREVER = math.inf
+"""Seconds of a deadline that never expires."""
 
 _T = TypeVar("_T")
 

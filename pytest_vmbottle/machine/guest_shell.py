@@ -133,7 +133,7 @@ class GuestShell(Shell):
 
     def kill(self, command: Command) -> None:
         """End a command and all its descendants."""
-        self.channel.run(command.killer(), deadline=Deadline(_KILL_TIME))
+        self.channel.run(command.killer(), deadline=Deadline(_KILL_TIME * self._factor))
 
     # Internal scripts run as the spec's user as well, so that paths and copies have that user's rights.
     def script(self, text: str, *words: str) -> Result:

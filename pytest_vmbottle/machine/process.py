@@ -12,7 +12,7 @@ from typing import Self
 
 from pytest_vmbottle.channels.port import MAX_OUTPUT, Channel, Command, Finished, Running, not_run
 from pytest_vmbottle.errors import MachineError
-from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.deadline import FOREVER, Deadline
 from pytest_vmbottle.host.ownership import Owner
 from pytest_vmbottle.result import CommandTimeout, Result, printable
 
@@ -26,7 +26,6 @@ _PATIENCE = 15.0
 _TICK = 0.5
 # Seconds for the start of a command.
 _OWN_TIME = 60.0
-_FOREVER = float("inf")
 
 
 class Stream:
@@ -206,7 +205,7 @@ class Process:
 
     def _give(self, content: bytes) -> None:
         with suppress(OSError, MachineError):  # it may end without reading all of it
-            self.stdin.write(content, timeout=_FOREVER)
+            self.stdin.write(content, timeout=FOREVER)
             # Its input was given as a whole, so the command must read an end after it.
             self.stdin.close()
 
@@ -242,7 +241,7 @@ class Process:
             CommandTimeout: The command has not ended in time; it runs on, as with subprocess.
             MachineError: The guest is gone.
         """
-        limit = _FOREVER if timeout is None else timeout * self._factor
+        limit = FOREVER if timeout is None else timeout * self._factor
         status = self._wait(Deadline(limit))
         if status is None:
             raise CommandTimeout(self._so_far(), limit, killed=False)
@@ -318,9 +317,10 @@ class Process:
             status = self._wait(deadline)
             outlived = status is not None
             if status is None or not (self.stdout.ended and self.stderr.ended):  # what it has left behind counts, too
-                self._killer.run(self._command.killer(), deadline=Deadline(_PATIENCE))
+                patience = _PATIENCE * self._factor
+                self._killer.run(self._command.killer(), deadline=Deadline(patience))
                 # What it printed before it was killed may still be on the way.
-                pass_on(Deadline(_PATIENCE))
+                pass_on(Deadline(patience))
                 status = None
         out, err = (bytes(text[:MAX_OUTPUT]) for text in kept.values())
         truncated = any(len(text) > MAX_OUTPUT for text in kept.values())

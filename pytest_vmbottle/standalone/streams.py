@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytest_vmbottle.channels.port import Channel, Command, Running
 from pytest_vmbottle.errors import MachineError
-from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.deadline import FOREVER, Deadline
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.result import CommandTimeout, Result
 
@@ -25,7 +25,6 @@ _PACE = 0.1
 # Seconds for a killed command to be gone.
 _GRACE = 10.0
 _OPENING = 60.0
-_FOREVER = 1e8
 
 
 class _Sink:
@@ -172,5 +171,5 @@ def _feed(running: Running, source: int, over: int) -> None:
                 data = os.read(source, _CHUNK)
                 if not data:
                     break
-                running.write(data, deadline=Deadline(_FOREVER))
+                running.write(data, deadline=Deadline(FOREVER))
     running.close_input()

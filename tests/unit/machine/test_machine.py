@@ -12,6 +12,7 @@ import pytest
 
 from pytest_vmbottle import BackendUnavailable, CommandFailed, CommandTimeout, Machine, MachineSpec, Unsupported
 from pytest_vmbottle.channels.port import Command, Finished
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.testing import FakeBackend, FakeChannel, FakeInstance
 
 
@@ -80,6 +81,22 @@ def test_a_shell_that_would_not_be_used_is_refused(machine: Machine, command: li
     for run in (machine.exec, machine.spawn):
         with pytest.raises(ValueError, match="shell="):
             run(command, shell=shell)
+
+
+def test_the_time_for_a_kill_has_the_factor_of_all_time_outs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+
+    def run(self: FakeChannel, command: Command, *, deadline: Deadline) -> Finished:  # noqa: ARG001
+        seconds.append(deadline.seconds)
+        return Finished(returncode=0)
+
+    monkeypatch.setattr(FakeChannel, "run", run)
+    backend = FakeBackend()
+    for factor in (1.0, 3.0):
+        channel = FakeChannel(backend.handler)
+        machine = Machine(FakeInstance(backend, tmp_path), MachineSpec(source="x"), id="m", backend="fake", channel=channel, factor=factor)
+        machine.guest.kill(Command(argv=("x",)))
+    assert seconds[1] == 3 * seconds[0]
 
 
 def test_a_copy_of_which_a_side_is_empty_does_nothing(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,19 @@ def test_passing_on_ends_at_its_deadline_with_what_was_left_behind(theatre: Thea
     assert theatre.sent == ["KILL"]
 
 
+def test_the_time_for_a_kill_has_the_factor_of_all_time_outs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+
+    def run(self: Theatre, command: Command, *, deadline: Deadline) -> Finished:
+        seconds.append(deadline.seconds)
+        return self._note(command)
+
+    monkeypatch.setattr(Theatre, "run", run)
+    theatre = Theatre()
+    Process(theatre, Command(argv=("x",)), argv=("x",), killer=theatre, factor=3.0).relay(lambda _: None, 0.1)
+    assert seconds == [3 * process._PATIENCE]
+
+
 def test_a_time_out_of_a_machine_is_one_of_pythons() -> None:
     assert issubclass(MachineTimeout, TimeoutError)
     assert issubclass(CommandTimeout, TimeoutError)
