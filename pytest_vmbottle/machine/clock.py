@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pytest_vmbottle.machine.fault import Fault, guest_fault
+from pytest_vmbottle.machine.fault import CLOCK_FAULTS, Fault, guest_fault
 
 if TYPE_CHECKING:
     from pytest_vmbottle.machine.lifecycle import Lifecycle
@@ -16,7 +16,7 @@ __all__ = ["Clock", "clock_jump"]
 
 def clock_jump(lifecycle: Lifecycle, seconds: float) -> Fault:
     """Return the fault of a clock that is set forward, or back, by seconds; at the end it is right again."""
-    return guest_fault(lifecycle, "clock", "jump", seconds, jump=seconds)
+    return guest_fault(lifecycle, "clock", CLOCK_FAULTS, "jump", seconds, jump=seconds)
 
 
 class Clock:
@@ -71,4 +71,4 @@ class Clock:
         seconds = dt.timedelta(**span).total_seconds()
         if seconds <= 0:
             raise ValueError(f"fast_forward({span}): takes a time above 0")
-        return guest_fault(self._lifecycle, "clock.fast_forward", "forward", seconds, seconds=seconds).start()
+        return guest_fault(self._lifecycle, "clock.fast_forward", CLOCK_FAULTS, "forward", seconds, seconds=seconds).start()

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from pytest_vmbottle.machine.lifecycle import Lifecycle
 
-__all__ = ["Fault", "fault", "guest_fault", "note", "run_in_guest"]
+__all__ = ["CLOCK_FAULTS", "FAULTS", "Fault", "fault", "guest_fault", "note", "run_in_guest"]
 
-_HOLD, _END = read_script(__package__, "fault.py"), read_script(__package__, "fault_end.sh")
+FAULTS, CLOCK_FAULTS = read_script(__package__, "faults.py"), read_script(__package__, "clock_faults.py")
+"""Programs with the faults that a process in the guest holds: those of the wall clock, and all others."""
+_HOLD, _END = read_script(__package__, "hold.py"), read_script(__package__, "fault_end.sh")
 _PATIENCE = 3600.0
 """Seconds for a guest to begin a fault: to fill a disk, or to go from timer to timer."""
 
@@ -95,9 +97,18 @@ def fault(lifecycle: Lifecycle, name: str, begin: Callable[[Instance], AbstractC
     return Fault(lifecycle, name, {key: value for key, value in told.items() if value is not None}, begin)
 
 
-def guest_fault(lifecycle: Lifecycle, name: str, verb: str, /, *words: object, **told: object) -> Fault:
-    """Return a fault that a process in the guest holds: a verb of `scripts/fault.py`, and its words."""
-    return fault(lifecycle, name, lambda instance: _held(instance, lifecycle, verb, *map(str, words)), **told)
+def guest_fault(lifecycle: Lifecycle, name: str, program: str, verb: str, /, *words: object, **told: object) -> Fault:
+    """Return a fault that a process in the guest holds.
+
+    Args:
+        lifecycle: The machine.
+        name: Its name.
+        program: `FAULTS` or `CLOCK_FAULTS`.
+        verb: The name of a function there.
+        words: What that is called with.
+        told: Its arguments, for the timeline.
+    """
+    return fault(lifecycle, name, lambda instance: _held(instance, lifecycle, program, verb, *map(str, words)), **told)
 
 
 def note(lifecycle: Lifecycle, name: str, state: str, told: Mapping[str, object]) -> None:
@@ -106,10 +117,10 @@ def note(lifecycle: Lifecycle, name: str, state: str, told: Mapping[str, object]
 
 
 @contextmanager
-def _held(instance: Instance, lifecycle: Lifecycle, verb: str, *words: str) -> Iterator[None]:
+def _held(instance: Instance, lifecycle: Lifecycle, program: str, verb: str, *words: str) -> Iterator[None]:
     """Have a process in the guest hold a fault for the length of a block."""
     token = f"vmbottle-fault-{secrets.token_hex(8)}"
-    said = run_in_guest(lifecycle, ("python3", "-c", _HOLD, token, verb, *words), f"begin the fault {verb}")
+    said = run_in_guest(lifecycle, ("python3", "-c", _HOLD, token, program, verb, *words), f"begin the fault {verb}")
     try:
         yield
     finally:

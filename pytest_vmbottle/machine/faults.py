@@ -14,7 +14,7 @@ from pytest_vmbottle.backends.port import DiskErrors, Instance
 from pytest_vmbottle.guest.path import GuestPath
 from pytest_vmbottle.host.sizes import parse_size
 from pytest_vmbottle.machine.clock import clock_jump
-from pytest_vmbottle.machine.fault import Fault, fault, guest_fault
+from pytest_vmbottle.machine.fault import CLOCK_FAULTS, FAULTS, Fault, fault, guest_fault
 from pytest_vmbottle.machine.lan import DIRECTIONS, Direction, LanMember, impairment_of
 from pytest_vmbottle.machine.process_faults import ProcessFaults
 
@@ -63,7 +63,7 @@ class Faults:
         return fault(self._lifecycle, name, begin, **told)
 
     def _in_guest(self, name: str, verb: str, /, *words: object, **told: object) -> Fault:
-        return guest_fault(self._lifecycle, name, verb, *words, **told)
+        return guest_fault(self._lifecycle, name, FAULTS, verb, *words, **told)
 
     # -- disks -----------------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class Faults:
         """
         if (jump == 0) == (rate == 1) or not _RATES[0] <= rate <= _RATES[1]:
             raise ValueError(f"jump={jump!r}, rate={rate!r}: takes seconds, or a rate from {_RATES[0]} to {_RATES[1]}")
-        return clock_jump(self._lifecycle, jump) if jump else self._in_guest("clock", "rate", rate, rate=rate)
+        return clock_jump(self._lifecycle, jump) if jump else guest_fault(self._lifecycle, "clock", CLOCK_FAULTS, "rate", rate, rate=rate)
 
     # -- processes -------------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle.host.package_data import read_script
-from pytest_vmbottle.machine.fault import Fault, guest_fault, note, run_in_guest
+from pytest_vmbottle.machine.fault import FAULTS, Fault, guest_fault, note, run_in_guest
 
 if TYPE_CHECKING:
     from pytest_vmbottle.machine.lifecycle import Lifecycle
@@ -24,7 +24,7 @@ class ProcessFaults:
 
     def pause(self) -> Fault:
         """Stop the processes (SIGSTOP); they go on at the end."""
-        return guest_fault(self._lifecycle, "process.pause", "pause", self._target, target=self._target)
+        return guest_fault(self._lifecycle, "process.pause", FAULTS, "pause", self._target, target=self._target)
 
     def kill(self, sig: str = "KILL") -> None:
         """Send the processes a signal now.

@@ -1,142 +1,16 @@
-"""Holds a fault in a guest: python3 -c SCRIPT TOKEN FAULT ARGUMENT...; it prints its process id when the fault has begun.
-
-The fault ends, and with it the process that holds it, by SIGTERM.
-"""
+"""Faults of a guest's wall clock: steps, another rate, and a way from timer to timer. `hold.py` begins and ends them."""
 
 from __future__ import annotations
 
-import calendar
 import contextlib
-import ctypes
 import datetime as dt
-import errno
 import glob
-import mmap
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from typing import Callable, ContextManager, Iterator
-
-PAGE = 4096
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def available() -> int:
-    """Return the bytes of memory that programs can still get."""
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
-
-
-def pids_of(target: str) -> list[str]:
-    """Return the processes of a unit, or the one of a number."""
-    if target.isdigit():
-        return [target]
-    shown = subprocess.run(["systemctl", "show", "-p", "ControlGroup", target], check=False, stdout=subprocess.PIPE, text=True)
-    group = shown.stdout.strip().partition("=")[2]
-    if not group:
-        sys.exit("there is no running unit " + target)
-    found: list[str] = []
-    for path in glob.glob("/sys/fs/cgroup" + group + "/**/cgroup.procs", recursive=True):
-        with open(path) as file:
-            found += file.read().split()
-    return found
-
-
-@contextlib.contextmanager
-def disk_full(path: str, leave: str) -> Iterator[None]:
-    """Fill a file system."""
-    name = os.path.join(path, ".vmbottle-full-%d" % os.getpid())
-    fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        at, size = 0, 1 << 40
-        while size >= PAGE:
-            free = os.statvfs(path)
-            room = free.f_bfree * free.f_frsize - int(leave)
-            size = min(size, room // PAGE * PAGE)
-            if size <= 0:
-                break
-            try:
-                os.posix_fallocate(fd, at, size)
-                at += size
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                # What the file system needs for itself is not there for the file.
-                size //= 2
-        os.fsync(fd)
-        yield
-    finally:
-        os.close(fd)
-        os.unlink(name)
-
-
-@contextlib.contextmanager
-def inodes_full(path: str) -> Iterator[None]:
-    """Use up the inodes of a file system."""
-    folder = os.path.join(path, ".vmbottle-inodes-%d" % os.getpid())
-    os.mkdir(folder)
-    try:
-        count = 0
-        while True:
-            try:
-                os.close(os.open("%s/%d" % (folder, count), os.O_CREAT | os.O_WRONLY, 0o600))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                break
-            count += 1
-        yield
-    finally:
-        # A few at once, which ends the fault, and the rest by somebody whom nobody waits for.
-        for name in os.listdir(folder)[:64]:
-            os.unlink(os.path.join(folder, name))
-        if os.fork() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            os._exit(0)
-
-
-@contextlib.contextmanager
-def memory(leave: str) -> Iterator[None]:
-    """Take memory."""
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("-1000")
-    LIBC.mlockall(3)  # what is there and what will be: nothing goes to a swap
-    held: list[mmap.mmap] = []
-    while True:
-        size = min(available() - int(leave), 64 << 20)
-        if size < 1 << 20:
-            break
-        # Mapped and locked, so the pages are there at once.
-        held.append(mmap.mmap(-1, size))
-    yield
-
-
-@contextlib.contextmanager
-def cpu(percent: str) -> Iterator[None]:
-    """Leave other programs a part of the processors."""
-    busy = (1 - float(percent) / 100) * 0.02
-    children: list[int] = []
-    for number in range(os.cpu_count() or 1):
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.sched_setaffinity(0, [number])
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-            while True:
-                until = time.monotonic() + busy
-                while time.monotonic() < until:
-                    pass
-                time.sleep(0.02 - busy)
-        children.append(child)
-    try:
-        yield
-    finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+from typing import Iterator
 
 
 def shift(seconds: float) -> None:
@@ -156,13 +30,15 @@ def jump(seconds: str) -> Iterator[None]:
 
 def tick(value: int | None = None) -> int:
     """Set the microseconds by which the clock is advanced a hundred times a second; return those before (adjtimex(2))."""
-    words = (ctypes.c_long * 26)()
-    LIBC.adjtimex(words)
+    import ctypes  # noqa: PLC0415 - not every guest has it
+
+    libc, words = ctypes.CDLL(None, use_errno=True), (ctypes.c_long * 26)()
+    libc.adjtimex(words)
     before = words[11]
     if value is not None:
         words = (ctypes.c_long * 26)()
         words[0], words[11] = 0x4000, value
-        if LIBC.adjtimex(words) < 0:
+        if libc.adjtimex(words) < 0:
             raise OSError(ctypes.get_errno(), "adjtimex refused it")
     return int(before)
 
@@ -179,55 +55,9 @@ def rate(factor: str) -> Iterator[None]:
         shift((time.clock_gettime(time.CLOCK_MONOTONIC_RAW) - raw) - (time.time() - wall))
 
 
-@contextlib.contextmanager
-def pause(target: str) -> Iterator[None]:
-    """Stop processes."""
-    pids = pids_of(target)
-    try:
-        for pid in pids:
-            os.kill(int(pid), signal.SIGSTOP)
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGCONT)
-
-
-def unblock() -> None:
-    """Let the signal through that ends a fault."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-
-
-@contextlib.contextmanager
-def syscall(target: str, name: str, error: str, when: str) -> Iterator[None]:
-    """Have a system call fail."""
-    words = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + name]
-    words += ["-e", "inject=%s:error=%s%s" % (name, error, when and ":when=" + when)]
-    pids = pids_of(target)
-    for pid in pids:
-        words += ["-p", pid]
-    # Ours does not come to this process but by `sigwait`, which a program that is started would inherit.
-    tracer = subprocess.Popen(words, stderr=subprocess.PIPE, universal_newlines=True, preexec_fn=unblock)  # noqa: PLW1509 - there are no threads
-    try:
-        while not all(traced(pid) for pid in pids):
-            if tracer.poll() is not None:
-                sys.exit("strace could not attach: " + tracer.communicate()[1].strip())
-            time.sleep(0.02)
-        yield
-    finally:
-        tracer.terminate()
-        tracer.wait()
-
-
-def traced(pid: str) -> bool:
-    """Tell whether a process is traced, or gone."""
-    with contextlib.suppress(FileNotFoundError), open("/proc/%s/status" % pid) as file:
-        return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in file)
-    return True
-
-
-MONTHS, WEEKDAYS = calendar.month_abbr[1:], ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-NAMES = {name.lower(): number for names, low in ((MONTHS, 1), (WEEKDAYS, 0)) for number, name in enumerate(names, low)}
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+NAMES = {name: number for names, low in ((MONTHS, 1), (WEEKDAYS, 0)) for number, name in enumerate(names, low)}
 SHORT = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *"}
 SHORT["@yearly"] = SHORT["@annually"] = "0 0 1 1 *"
 LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
@@ -388,51 +218,3 @@ def forward(seconds: str) -> Iterator[None]:
         shift(-moved)
         if crontab:  # cron would pass over the time that it has seen before
             subprocess.run(["systemctl", "--no-block", "try-restart", "cron.service"], check=False, stderr=subprocess.DEVNULL)
-
-
-FAULTS: dict[str, Callable[..., ContextManager[None]]] = {
-    "disk_full": disk_full,
-    "inodes_full": inodes_full,
-    "memory": memory,
-    "cpu": cpu,
-    "jump": jump,
-    "forward": forward,
-    "rate": rate,
-    "pause": pause,
-    "syscall": syscall,
-}
-
-
-def hold(out: int) -> None:
-    """Begin the fault, say so, and wait for the end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    os.setsid()
-    for number in (0, 1, 2):
-        os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    try:
-        with FAULTS[sys.argv[2]](*sys.argv[3:]):
-            os.write(out, b"began")
-            os.close(out)
-            signal.sigwait([signal.SIGTERM])
-    except (OSError, ValueError, SystemExit) as error:
-        with contextlib.suppress(OSError):
-            os.write(out, str(error).encode())
-        os._exit(1)
-    os._exit(0)
-
-
-reader, writer = os.pipe()
-holder = os.fork()
-if holder == 0:
-    os.close(reader)
-    hold(writer)
-os.close(writer)
-said = b""
-while said != b"began":
-    piece = os.read(reader, 4096)
-    if not piece:
-        break
-    said += piece
-if said != b"began":
-    sys.exit(said.decode() or "the process that held the fault was ended")
-print(holder)
