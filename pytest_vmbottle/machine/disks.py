@@ -29,7 +29,7 @@ def new_disk(name: str, source: int | str | Path) -> DataDisk:
         SpecError: The name or the source is invalid.
     """
     # Imported here and not above: whoever only names `Machine` pays nothing for what images need.
-    from pytest_vmbottle.images.disk_format import inspect, opened  # noqa: PLC0415
+    from pytest_vmbottle.images.disk_format import check_whole, inspect, opened  # noqa: PLC0415
 
     checked = disk_source(name, source)
     if isinstance(checked, int):
@@ -37,9 +37,11 @@ def new_disk(name: str, source: int | str | Path) -> DataDisk:
     try:
         with opened(checked) as file:
             kind, size = inspect(file, checked)
+            check_whole(file, checked)
     except (OSError, CatalogError) as error:
         raise SpecError(f"disks={{{name!r}: {str(checked)!r}}}: {error}") from error
-    return DataDisk(name=name, size=size, disks=(Disk(path=checked, format=kind),))
+    # Resolved, because a symbolic link may soon lead elsewhere.
+    return DataDisk(name=name, size=size, disks=(Disk(path=checked.resolve(), format=kind),))
 
 
 def await_disks(channel: Channel, names: Sequence[str], deadline: Deadline) -> None:

@@ -13,7 +13,9 @@ from pytest_vmbottle.channels.port import Keys
 from pytest_vmbottle.channels.ssh import new_keys
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host import records
+from pytest_vmbottle.host.files import copy_sparse
 from pytest_vmbottle.host.sizes import format_size
+from pytest_vmbottle.images.disk_format import check_again, opened
 from pytest_vmbottle.machine.disks import new_disk
 from pytest_vmbottle.provision.seed import write_seed
 from pytest_vmbottle.spec.pack_kind import PackKind
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.images import Image
     from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["BackendOrigin", "DiskOrigin", "KeptOrigin", "Origin"]
+__all__ = ["BackendOrigin", "DiskOrigin", "KeptOrigin", "Origin", "with_own_images"]
 
 
 @attrs.frozen(kw_only=True)
@@ -215,18 +217,44 @@ class KeptOrigin(Origin):
         return SpecError(f"the machine {spec.name!r} starts from its own disk, and not from the image {self.name}")
 
 
+def with_own_images(start: Start, folder: Path) -> Start:
+    """Return the boot source of a pack that is built, with copies of the images that its new disks are made from, in the pack's folder.
+
+    A pack has all that its clones need: others may change or remove the images, which lie in their own places.
+
+    Raises:
+        CatalogError: An image is not safe any more.
+        OSError: It cannot be copied.
+    """
+    return attrs.evolve(start, data=tuple(disk if disk.saved else _with_own_image(disk, folder) for disk in start.data))
+
+
+def _with_own_image(disk: DataDisk, folder: Path) -> DataDisk:
+    copies = []
+    for image in disk.disks:
+        copy = folder / _image_file(disk.name, image.format)
+        with opened(image.path) as source, copy.open("xb") as target:
+            copy_sparse(source.fileno(), target.fileno())
+        # The copy and not the image, which may have changed in between.
+        check_again(copy, image.format)
+        copies.append(Disk(path=copy, format=image.format))
+    return attrs.evolve(disk, disks=tuple(copies))
+
+
+def _image_file(name: str, kind: str) -> str:
+    return f"image-{name}.{kind}"
+
+
 def _data_disks(spec: MachineSpec, chain: Iterable[Pack]) -> tuple[DataDisk, ...]:
     """Return the disks beside the root disk: those that the highest pack has first, then those that are new."""
-    wanted, found = dict(spec.disks), dict[str, DataDisk]()
+    found: dict[str, DataDisk] = {}
     for pack in chain:
         for name, size in pack.manifest.disks.items():
-            disk = found.get(name) or _packed_disk(name, size, wanted.get(name, size))
+            disk = found.get(name) or DataDisk(name=name, size=size, disks=_own_image(pack, name), saved=True)
             found[name] = attrs.evolve(disk, disks=(*disk.disks, Disk(path=pack.path / disk.file)))
-    return (*found.values(), *(new_disk(name, source) for name, source in wanted.items() if name not in found))
+    return (*found.values(), *(new_disk(name, source) for name, source in spec.disks if name not in found))
 
 
-def _packed_disk(name: str, size: int, wanted: int | Path) -> DataDisk:
-    disk = attrs.evolve(new_disk(name, wanted), saved=True)
-    if disk.size != size:
-        raise SpecError(f"disks={{{name!r}: {format_size(disk.size)}}}: a layer has made this disk with {format_size(size)}")
-    return disk
+def _own_image(pack: Pack, name: str) -> tuple[Disk, ...]:
+    files = ((kind, _image_file(name, kind)) for kind in ("qcow2", "raw"))
+    return tuple(Disk(path=pack.path / file, format=kind) for kind, file in files if file in pack.manifest.files)

@@ -16,6 +16,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.provision import layer_steps as steps
+from pytest_vmbottle.provision.origins import with_own_images
 from pytest_vmbottle.provision.pack_cache import PackCache
 from pytest_vmbottle.provision.pack_plan import plan as plan_of
 from pytest_vmbottle.spec.pack_kind import PackKind
@@ -142,6 +143,7 @@ class PackBuilder:
                 source = plan.origin.cold(plan.spec, staged, building=True)
             else:
                 source = self.start(plan.spec, parent, plan.origin, building=True)
+            source = with_own_images(source, staged)
             ready = not plan.steps and plan.origin.pack_without_machine(staged, deadline=context.deadline())
             kind = PackKind.DISK if ready else self._prepare(plan, source, staged)
             manifest = Manifest(
@@ -156,7 +158,8 @@ class PackBuilder:
                 disk_size=source.disk_size,
                 disks={disk.name: disk.size for disk in source.data},
             )
-            records.write(staged / SPEC, plan.spec.plain_keywords())
+            # Its disks are in the pack, whatever they were made from.
+            records.write(staged / SPEC, plan.spec.plain_keywords() | {"disks": dict(manifest.disks)})
             packs.seal(staged, manifest)
             with Holds() as holds:
                 holds.take(staged)  # before anybody else sees it, so that it cannot be pruned before it was ever used

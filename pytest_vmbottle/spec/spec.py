@@ -14,6 +14,7 @@ import stat
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -22,8 +23,8 @@ import attrs
 
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host.arch import ARCHITECTURES, host_arch
-from pytest_vmbottle.host.digests import digest
-from pytest_vmbottle.host.sizes import parse_size
+from pytest_vmbottle.host.digests import digest, sparse_digest
+from pytest_vmbottle.host.sizes import format_size, parse_size
 
 __all__ = [
     "BOOT",
@@ -33,6 +34,7 @@ __all__ = [
     "MachineKeywords",
     "MachineSpec",
     "Source",
+    "add_disks",
     "check_keywords",
     "disk_source",
     "ends_first_boot",
@@ -301,6 +303,28 @@ def disk_source(name: object, source: object) -> int | Path:
     return -(-size // 512) * 512
 
 
+def add_disks(below: Mapping[str, int | Path], own: object) -> dict[str, int | Path]:
+    """Return the disks of a layer with those that are added to them.
+
+    Args:
+        below: The disks of the layer, which are in its pack.
+        own: The keyword `disks` of what stands on it.
+
+    Raises:
+        SpecError: The keyword is invalid, or a disk of the layer would be another one.
+    """
+    added = dict(_disks(own))
+    for name, source in added.items():
+        there = below.get(name, source)
+        if there != source:
+            raise SpecError(f"disks={{{name!r}: {_shown(source)!r}}}: a layer has made this disk from {_shown(there)!r}; use another name")
+    return {**below, **added}
+
+
+def _shown(source: int | Path) -> str:
+    return str(source) if isinstance(source, Path) else format_size(source)
+
+
 def _track_writes(value: object) -> bool:
     if not isinstance(value, bool):
         raise _fail("track_writes", value, "takes True (a power cut can take from the root disk what it had not flushed) or False")
@@ -475,7 +499,7 @@ class Layer:
     @property
     def disks(self) -> dict[str, int | Path]:
         """The disks beside the root disk, of the whole chain."""
-        return {name: source for step in self.chain for name, source in _disks(step.keywords.get("disks", {}))}
+        return add_disks(self.source.disks if isinstance(self.source, Layer) else {}, self.keywords.get("disks", {}))
 
     @property
     def image(self) -> str | Path:
@@ -496,7 +520,7 @@ class Layer:
         """
         # Contents and not times: a fresh checkout of the same files must find the packs of the one before.
         depends = [_content(path, skipped) for path in self.depends]
-        disks = [(name, _content(source, skipped) if isinstance(source, Path) else source) for name, source in self.disks.items()]
+        disks = [(name, _image_content(source) if isinstance(source, Path) else source) for name, source in self.disks.items()]
         return digest(_function_source(self), depends, self.version, _prepared(self.keywords, skipped), disks)
 
 
@@ -571,6 +595,23 @@ def _content(path: Path, skipped: Callable[[Path], object]) -> list[object]:
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}") from error
     return found
+
+
+def _image_content(path: Path) -> str:
+    """Return a digest of a disk image."""
+    try:
+        status = path.stat()
+        # What is no file cannot be read to its end; it is refused with more words when a disk is made from it.
+        if not stat.S_ISREG(status.st_mode):
+            raise SpecError(f"{path} is not a disk image: it is not a regular file")
+        return _digest_of_image(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@cache
+def _digest_of_image(path: Path, stamp: tuple[int, ...]) -> str:  # noqa: ARG001 - the file is read again when that has changed
+    return sparse_digest(path)
 
 
 def _entry(path: Path, name: str, skipped: Callable[[Path], object]) -> list[object]:
@@ -720,7 +761,7 @@ class MachineSpec:
         merged.update(keywords)
         check_keywords(merged)
         # The disks of layers are in their packs, so a mark adds to them.
-        merged["disks"] = {**(source.disks if isinstance(source, Layer) else {}), **dict(_disks(merged.get("disks", {})))}
+        merged["disks"] = add_disks(source.disks if isinstance(source, Layer) else {}, merged.get("disks", {}))
         # The source that was given, and not one of the defaults or a layer.
         return cls(**{**merged, "source": source})
 

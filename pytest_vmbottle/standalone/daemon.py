@@ -35,7 +35,7 @@ from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.provision.origins import KeptOrigin, Origin
 from pytest_vmbottle.settings import Settings as Told
 from pytest_vmbottle.shown import printable
-from pytest_vmbottle.spec import MachineSpec
+from pytest_vmbottle.spec import MachineSpec, add_disks
 from pytest_vmbottle.spec.pack_kind import PackKind
 from pytest_vmbottle.standalone.client import DISK, SNAPSHOTS, Kept
 from pytest_vmbottle.standalone.line import Line, listen, peer_is_us
@@ -393,7 +393,8 @@ def _made_of(place: Kept, order: Mapping[str, Any], provisioner: Provisioner, ca
         return _MadeOf(spec=stored.spec(**{**spec_keywords(given), "name": place.name}), start=stored.start, origin=stored.origin)
     if source.startswith(PACK):
         pack, spec = provisioner.pack_of_key(packs.find(catalog.packs, source.removeprefix(PACK)).name.partition(".")[0])
-        spec = spec.but(**{"files": {}, **spec_keywords(keywords)})
+        given = spec_keywords(keywords)
+        spec = spec.but(**{"files": {}, **given, "disks": add_disks(dict(spec.disks), given.get("disks", {}))})
         return _MadeOf(spec=spec, start=provisioner.start(spec, pack))
     return _MadeOf(spec=MachineSpec.resolve(source_of(source, Path(order["folder"])), spec_keywords(keywords)))
 

@@ -242,9 +242,13 @@ def image_of(catalog: Catalog, manifest: Manifest) -> Image | None:
 
 def _spec(folder: Path) -> MachineSpec:
     try:
-        return MachineSpec(**records.read(folder / _SPEC))
+        spec = MachineSpec(**records.read(folder / _SPEC))
     except (OSError, ValueError, TypeError, VMBottleError) as error:
         raise PackCorrupt(f"the pack {folder.name[:12]} does not say what its machine is like: {error}") from error
+    # A pack has its disks in itself. A file of this computer would be shown to the guest.
+    if any(isinstance(source, Path) for _, source in spec.disks):
+        raise PackCorrupt(f"the pack {folder.name[:12]} names files that are not in it, for the disks of its machine")
+    return spec
 
 
 def _same_file(base: Pack | None, name: str) -> Path | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from pytest_vmbottle import Machine, MachineError, MachineFactory, SpecError, layer
+
+if TYPE_CHECKING:
+    from pytest_vmbottle.catalog.catalog import Catalog
 
 BY_ID = "/dev/disk/by-id/virtio-"
 
@@ -125,6 +128,68 @@ def test_disks_go_in_and_out_of_a_running_machine_and_an_image_is_not_written_to
     assert image.read_bytes() == given
     with pytest.raises(MachineError, match="no disk 'image'"):
         vm.unplug_disk("image")
+
+
+def image_with(folder: Path, text: str, kind: str = "raw") -> Path:
+    """Make a disk image with a file system, and a file in it."""
+    content, image = folder / "content", folder / f"image.{kind}"
+    content.mkdir(exist_ok=True)
+    (content / "state").write_text(text)
+    plain = image.with_suffix(".raw")
+    plain.write_bytes(bytes(8 << 20))
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", content, plain], check=True)
+    if kind != "raw":
+        subprocess.run(["qemu-img", "convert", "-c", "-O", kind, plain, image], check=True)
+    return image
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_disk_image_of_a_mark_is_seen_in_the_guest_and_stays_as_it_is(vm_factory: MachineFactory, tmp_path: Path, kind: str) -> None:
+    image = image_with(tmp_path, "host\n", kind)
+    given, before = image.read_bytes(), image.stat()
+    vm = vm_factory("debian-12", disks={"data": image})
+    assert vm.exec(f"blockdev --getsize64 {BY_ID}data; mount {BY_ID}data /mnt; cat /mnt/state").stdout == f"{8 << 20}\nhost\n"
+    vm.exec("echo guest > /mnt/state; sync")
+    assert vm_factory(vm.snapshot("written")).path("/mnt/state").read_text() == "guest\n"
+    # Another machine, and the same one as it was at first, have the image and not what this one wrote.
+    other = vm_factory("debian-12", disks={"data": str(image)})
+    vm.restore()
+    for each in (other, vm):
+        assert each.exec(f"mount {BY_ID}data /mnt; cat /mnt/state").stdout == "host\n"
+    assert (image.read_bytes(), image.stat().st_mode, image.stat().st_mtime_ns) == (given, before.st_mode, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_pack_has_the_disk_image_that_it_was_made_with(
+    vm_factory: MachineFactory, vm_catalog: Catalog, tmp_path: Path, kind: str
+) -> None:
+    def machine() -> Machine:
+        return vm_factory("debian-12", disks={"data": tmp_path / f"image.{kind}"}, run=[f"mount {BY_ID}data /mnt; echo pack >> /mnt/state"])
+
+    for text in ("one\n", "two\n"):
+        image = image_with(tmp_path, text, kind)
+        given = image.read_bytes()
+        vm = machine()
+        assert vm.path("/mnt/state").read_text() == f"{text}pack\n"
+        vm.exec("echo clone >> /mnt/state; sync")
+        image.write_bytes(bytes(len(given)))
+        vm.restore()
+        assert vm.path("/mnt/state").read_text() == f"{text}pack\n"
+        image.write_bytes(given)
+        before = set(vm_catalog.packs.iterdir())
+        assert machine().path("/mnt/state").read_text() == f"{text}pack\n"
+        assert set(vm_catalog.packs.iterdir()) == before
+
+
+def test_an_image_that_names_other_files_starts_no_machine(vm_factory: MachineFactory, tmp_path: Path) -> None:
+    image = image_with(tmp_path, "secret\n")
+    top = tmp_path / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", top], check=True)
+    (tmp_path / "link").symlink_to(top)
+    for wrong, reason in ((top, "backing file"), (tmp_path / "link", "backing file"), (tmp_path / "none", "No such file")):
+        for run in ([], ["true"]):
+            with pytest.raises(SpecError, match=reason):
+                vm_factory("debian-12", disks={"data": wrong}, run=run)
 
 
 @pytest.mark.vm("debian-12")

@@ -33,7 +33,7 @@ from pytest_vmbottle import (
     Unsupported,
     layer,
 )
-from pytest_vmbottle.backends.port import CannotSave, Instance, Start, State
+from pytest_vmbottle.backends.port import CannotSave, DataDisk, Instance, Start, State
 from pytest_vmbottle.catalog import packs
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.channels.port import Command, Finished
@@ -342,6 +342,37 @@ def test_what_a_mark_prepares_is_bottled_too(make: Make) -> None:
 
     assert first.tally.built == 2
     assert second.tally.built == 1
+
+
+def test_a_pack_has_the_images_of_its_disks_which_may_change_or_go(make: Make, backend: FakeBackend, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    keywords: dict[str, Any] = {"disks": {"data": image}, "run": ["mount it"]}
+
+    def made(mark: int) -> tuple[Provisioner, DataDisk, Path]:
+        disk(image, mark=mark)
+        provisioner = make()
+        pour(provisioner, **keywords)
+        (data,) = backend.launched[-1].data
+        own, overlay = data.disks
+        assert (own.path.read_bytes(), own.format) == (image.read_bytes(), "raw")
+        assert own.path.parent == overlay.path.parent != image.parent
+        return provisioner, data, own.path.parent
+
+    _, _, before = made(1)
+    provisioner, data, folder = made(2)
+    assert folder != before
+    image.unlink()
+    pack, spec = provisioner.pack_of_key(folder.name.partition(".")[0])
+    assert provisioner.start(spec, pack).data == (data,)
+    assert spec.disks == (("data", 1 << 20),)
+
+
+def test_a_disk_of_a_mark_alone_stands_on_its_image_in_its_own_place(make: Make, backend: FakeBackend, tmp_path: Path) -> None:
+    image = disk(tmp_path / "image")
+    (tmp_path / "link").symlink_to(image)
+    pour(make(), disks={"data": tmp_path / "link"})
+    (data,) = backend.launched[-1].data
+    assert [(each.path, each.format) for each in data.disks] == [(image, "raw")]
 
 
 def test_a_cold_machine_boots_from_the_image_and_builds_nothing(make: Make, backend: FakeBackend, catalog: Catalog) -> None:

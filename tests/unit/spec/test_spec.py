@@ -320,6 +320,37 @@ def test_every_keyword_makes_another_spec_and_only_what_the_guest_boots_with_in_
     assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "cpu", "nested", "memory", "display", "user_data"})
 
 
+def test_disks_of_a_mark_are_added_to_those_of_its_layers_and_change_none(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+
+    @layer("debian-12", disks={"data": "1G", "given": image})
+    def below(_: object) -> None: ...
+
+    same = {"data": "1G", "given": str(image)}
+    spec = MachineSpec.resolve(below, {"disks": {**same, "more": "2G"}})
+    assert dict(spec.disks) == {"data": 1 << 30, "given": image, "more": 2 << 30}
+    for other in ({"data": "2G"}, {"data": image}, {"given": tmp_path / "other"}, {"given": "1G"}):
+        with pytest.raises(SpecError, match="a layer has made this disk from"):
+            MachineSpec.resolve(below, {"disks": other})
+
+
+def test_a_recipe_has_the_content_of_disk_images_and_not_their_place(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for path in (one, two):
+        path.write_bytes(b"content")
+
+    def recipe(image: Path) -> str:
+        return MachineSpec.resolve("debian-12", {"disks": {"data": image}, "run": ["true"]}).steps[-1].recipe()
+
+    before = recipe(one)
+    assert recipe(two) == before
+    one.write_bytes(b"CONTENT")
+    assert recipe(one) != before
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "regular file")):
+        with pytest.raises(SpecError, match=reason):
+            recipe(path)
+
+
 def test_a_guest_whose_clocks_follow_its_instructions_shares_no_pack_with_another() -> None:
     counting = MachineSpec.resolve("debian-12", {"cpu_clock": "instructions"})
     assert counting.boot_digest() != MachineSpec.resolve("debian-12", {}).boot_digest()

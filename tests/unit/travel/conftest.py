@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 
 import attrs
 import pytest
@@ -31,7 +32,15 @@ def catalog(folder: Path) -> Catalog:
     return Catalog(folder)
 
 
-def publish(home: Catalog, name: str, ram: list[tuple[int, bytes]], image: str, parent: Pack | None = None) -> Pack:
+def publish(
+    home: Catalog,
+    name: str,
+    ram: list[tuple[int, bytes]],
+    image: str,
+    parent: Pack | None = None,
+    *,
+    disks: Mapping[str, str] = MappingProxyType({}),
+) -> Pack:
     with home.staging() as staging:
         folder = staging / "pack"
         folder.mkdir()
@@ -42,9 +51,9 @@ def publish(home: Catalog, name: str, ram: list[tuple[int, bytes]], image: str, 
         (folder / "state.bin").write_bytes(os.urandom(1000))
         with (folder / "ram.img").open("rb") as nothing:
             write_overlay(folder / "disk.qcow2", size=64 * MIB, block=512, blocks={}, data=nothing)
-        records.write(folder / "spec.json", MachineSpec(source="debian-12", name=name).plain_keywords())
+        records.write(folder / "spec.json", MachineSpec(source="debian-12", name=name, disks=disks).plain_keywords())
         manifest = Manifest(
-            key=("ab" if parent is None else "cd") * 32,
+            key=("ab" if parent is None else "ef" if disks else "cd") * 32,
             kind="template",
             name=name,
             parent=parent.key if parent else None,

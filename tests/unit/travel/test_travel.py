@@ -20,9 +20,10 @@ from pytest_vmbottle.errors import CatalogError
 from pytest_vmbottle.images import ImageStore
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.travel import archive as format_of
+from pytest_vmbottle.travel import packs as travel
 from pytest_vmbottle.travel.archive import ArchiveReader
 from pytest_vmbottle.travel.packs import Exporter, Importer
-from tests.unit.travel.conftest import MIB, Home, quiet
+from tests.unit.travel.conftest import MIB, Home, publish, quiet
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,19 @@ def test_nothing_is_left_of_an_export_that_fails(home: Home, tmp_path: Path) -> 
     with pytest.raises(CatalogError, match="no QEMU"):
         Exporter(catalog=home.catalog, fingerprint=fail, say=quiet).write(home.layer, tmp_path / "file", parents=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pack_that_names_a_file_of_this_computer_as_a_disk_is_refused(
+    home: Home, elsewhere: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guest would read the file."""
+    secret = tmp_path / "secret.raw"
+    pack = publish(home.catalog, "web", [], home.image, home.base, disks={"data": str(secret)})
+    with pytest.raises(CatalogError, match="names files"):
+        home.export(tmp_path / "hostile", pack=pack)
+    with monkeypatch.context() as forging:
+        forging.setattr(travel, "_spec", lambda _: MachineSpec(source="debian-12"))
+        hostile = home.export(tmp_path / "hostile", pack=pack)
+    with pytest.raises(CatalogError, match="names files"):
+        arrive(elsewhere, hostile)
+    assert [packs.read(path).manifest.name for path in elsewhere.packs.iterdir()] == ["debian-12"]
