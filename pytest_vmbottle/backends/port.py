@@ -479,9 +479,16 @@ class Instance(ABC):
             folder: A private folder; it gets the log, and a copy of the disk's own file as it is at the beginning: `DataDisk.file`.
 
         Raises:
-            MachineError: There is no such disk.
+            MachineError: There is no such disk; or, at the end, its log became too long.
         """
         raise self.unsupported("cannot record what is written to a disk")
+
+    def bound_logs(self) -> Sequence[str]:
+        """End the logs of what is written to disks that have become too long for the host's disk; return what is to be told of each.
+
+        It is called every second. By default there are no logs.
+        """
+        return ()
 
     def disk_errors(self, name: str, errors: DiskErrors) -> AbstractContextManager[None]:
         """Have requests to a disk fail (EIO), for the length of a block.

@@ -49,7 +49,7 @@ def record_crashes(vm: Machine, disk: str, make: MakeMachine) -> Iterator[CrashL
         make: Function that starts the machines which look at states.
 
     Raises:
-        MachineError: There is no such disk.
+        MachineError: There is no such disk; or, at the end of the block, so much was written that its log was ended.
         Unsupported: The backend cannot record it.
     """
     folder = private_dir(vm.lifecycle.folder / f"crash-{secrets.token_hex(4)}")
@@ -125,7 +125,8 @@ class CrashLog:
         Args:
             value: What it was, for `AfterCrash.marks`.
         """
-        self._marks.append((self._file.stat().st_size, value))
+        with suppress(FileNotFoundError):  # it became too long, which the end of the block tells
+            self._marks.append((self._file.stat().st_size, value))
 
     @cached_property
     def _history(self) -> WriteHistory:

@@ -128,6 +128,12 @@ class Lifecycle:
                 self._uncaptured = self._instance
                 self._instance.end_capture()
 
+    def bound_logs(self) -> None:
+        """End logs of what is written to disks that have become too long."""
+        if self._instance is not None:
+            for text in self._instance.bound_logs():
+                self.timeline.note("disk", text=text)
+
     def _adopt(self, instance: Instance, channel: Channel) -> None:
         # All four belong together: a channel or a disk port of the instance before leads to a process that has ended.
         self._instance = instance

@@ -73,6 +73,7 @@ class Sampler:
         timeline.look()
         with suppress(MachineError, OSError):  # it is off
             machine.lifecycle.bound_capture()
+            machine.lifecycle.bound_logs()
             pid, meter = machine.lifecycle.pid, self._machines[machine]
             # Another process starts from zero.
             if meter is None or meter.pid != pid:

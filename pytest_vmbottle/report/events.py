@@ -21,7 +21,7 @@ _LANE_OF = {
     **dict.fromkeys(("command", "spawn", "exit"), "commands"),
     **dict.fromkeys(("file", "copy", "search"), "files"),
     **dict.fromkeys(("wait", "answer"), "waits"),
-    **dict.fromkeys(("power", "snapshot", "network", "screen", "fault"), "machine"),
+    **dict.fromkeys(("power", "snapshot", "network", "screen", "fault", "disk"), "machine"),
     "console": "console",
 }
 _MOST = 1e15

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from pytest_vmbottle.errors import MachineError
 from pytest_vmbottle.host.account import Account
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import copy_sparse, descriptor
+from pytest_vmbottle.host.sizes import format_size
 
 __all__ = ["OVERLAY", "Disks", "lay_disks", "slots"]
 
@@ -32,6 +35,8 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _EVENTS = {"read": "read_aio", "write": "write_aio", "flush": "flush_to_os"}
 """Events of QEMU's format "raw" before a request."""
 _UNTRACKED = "no disk is tracked, so nothing is known of what it has not flushed: write track_writes=True in the mark, or disks={...}"
+_LONGEST_LOG = 4 << 30
+"""Bytes that the logs of a disk may have; on a host's disk with less room, as much as they leave free."""
 _LOG, _FAULT = 0, 1
 """Ranks of filters: a request that a fault refuses never came to the disk."""
 
@@ -99,7 +104,11 @@ class _Filter:
 
 
 class Disks:
-    """The disks of a running machine."""
+    """The disks of a running machine.
+
+    Attributes:
+        lock: Lock that is held while they are changed, and while the machine is stopped for that.
+    """
 
     def __init__(self, qmp: Qmp, plugged: tuple[DiskSlot, ...], *, account: Account | None, alive: Callable[[], None]) -> None:
         """Take over the disks that the machine was started with.
@@ -116,6 +125,9 @@ class Disks:
         self._files: dict[str, list[int]] = {}
         self._filters: dict[str, list[_Filter]] = {}
         self._lies: dict[str, list[tuple[int, int | None]]] = {}
+        self._recordings: dict[Path, str] = {}
+        self._ended_logs: dict[str, str] = {}
+        self.lock = threading.RLock()
 
     @property
     def slots(self) -> tuple[DiskSlot, ...]:
@@ -156,19 +168,27 @@ class Disks:
         slot.file.unlink(missing_ok=True)
         _lay(slot, kept=False)
         try:
-            self.attach(slot)
+            with self.lock:
+                self.attach(slot)
         except BaseException:
             slot.file.unlink(missing_ok=True)
             raise
 
     def attach(self, slot: DiskSlot) -> None:
         """Plug in a disk whose files are there."""
+        with self._opened(slot) as opened:
+            self._execute("device_add", **slot.device_options())
+        self._plugged[slot.disk.name], self._files[slot.disk.name] = slot, opened
+
+    @contextmanager
+    def _opened(self, slot: DiskSlot) -> Iterator[list[int]]:
+        """Have QEMU open a disk's files, and close them again if the block fails; give the numbers of the sets that have them."""
         opened, added = list[int](), list[str]()
         try:
             for node in self._lent_slot(slot, opened).nodes():
                 self._execute("blockdev-add", **node)
                 added.append(str(node["node-name"]))
-            self._execute("device_add", **slot.device_options())
+            yield opened
         except QmpFailed as error:
             for name in reversed(added):
                 with suppress(QmpFailed):
@@ -176,7 +196,16 @@ class Disks:
             self._forget(opened)
             self._alive()
             raise NotPlugged(f"QEMU could not plug in the disk {slot.disk.name!r}: {error}") from error
-        self._plugged[slot.disk.name], self._files[slot.disk.name] = slot, opened
+
+    def _forget_disk(self, slot: DiskSlot) -> None:
+        """Forget a disk that QEMU does not use any more."""
+        name = slot.disk.name
+        del self._plugged[name]
+        for known in (self._filters, self._lies, self._ended_logs):
+            known.pop(name, None)
+        self._forget(self._files.pop(name, []))
+        if slot.log is not None:
+            slot.log.unlink(missing_ok=True)
 
     def _execute(self, command: str, **arguments: Any) -> Any:
         return self._qmp.execute(command, deadline=Deadline(_GRACE), **arguments)
@@ -208,20 +237,17 @@ class Disks:
 
     def unplug(self, name: str, deadline: Deadline) -> None:
         """Remove a disk and its files (see `Instance.unplug_disk`)."""
-        slot = self.slot(name)
-        if not slot.port:
-            raise NotPlugged("the root disk cannot be removed")
-        with suppress(QmpFailed):  # it was asked before
-            self._execute("device_del", id=slot.device)
-        nodes = [*(each.name for each in reversed(self._filters.get(name, []))), *dict.fromkeys((slot.top, slot.node))]
-        if not deadline.poll(lambda: self._released(nodes), every=0.2, first=0.01):
-            raise NotPlugged(f"the guest has not released the disk {name!r} within {deadline.seconds:g} s")
-        del self._plugged[name]
-        self._filters.pop(name, None)
-        self._forget(self._files.pop(name, []))
-        for file in (slot.file, slot.log):
-            if file is not None:
-                file.unlink(missing_ok=True)
+        with self.lock:
+            slot = self.slot(name)
+            if not slot.port:
+                raise NotPlugged("the root disk cannot be removed")
+            with suppress(QmpFailed):  # it was asked before
+                self._execute("device_del", id=slot.device)
+            nodes = [*(each.name for each in reversed(self._filters.get(name, []))), *dict.fromkeys((slot.top, slot.node))]
+            if not deadline.poll(lambda: self._released(nodes), every=0.2, first=0.01):
+                raise NotPlugged(f"the guest has not released the disk {name!r} within {deadline.seconds:g} s")
+            self._forget_disk(slot)
+        slot.file.unlink(missing_ok=True)
 
     def _released(self, nodes: list[str]) -> bool:
         self._alive()
@@ -247,10 +273,10 @@ class Disks:
             rank: Its place: those of a higher rank lie above it.
         """
         added = _Filter(f"filter-{secrets.token_hex(4)}", options, rank)
-        stack = self._filters.setdefault(self.slot(name).disk.name, [])
+        _ = self.slot(name)  # raises if there is none
         try:
             with self.stopped():
-                self._restack(name, sorted([*stack, added], key=lambda each: each.rank))
+                self._restack(name, sorted([*self._filters.setdefault(name, []), added], key=lambda each: each.rank))
             yield
         finally:
             # The machine may be gone, and with it all filters; or the disk, which another one may have followed.
@@ -285,14 +311,15 @@ class Disks:
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Stop the processors for the length of a block, so that no request is under way."""
-        running = self._execute("query-status")["running"]
-        if running:
-            self._execute("stop")
-        try:
-            yield
-        finally:
+        with self.lock:
+            running = self._execute("query-status")["running"]
             if running:
-                self._execute("cont")
+                self._execute("stop")
+            try:
+                yield
+            finally:
+                if running:
+                    self._execute("cont")
 
     @contextmanager
     def recorded(self, name: str, folder: Path) -> Iterator[Path]:
@@ -308,12 +335,48 @@ class Disks:
                     with descriptor(slot.file, os.O_RDONLY) as disk, descriptor(folder / slot.file.name, _NEW) as copy:
                         copy_sparse(disk, copy)
                     stack.enter_context(self.filtered(name, lambda below: log_node("", below, lent), rank=_LOG))
+                self._recordings[log] = name
                 yield log
+            if self._recordings.pop(log, None) is None:
+                raise MachineError(f"so much was written to the disk {name!r} that its recording was ended: record less of it at once")
         except QmpFailed as error:
             self._alive()
             raise MachineError(f"QEMU could not record what is written to the disk {name!r}: {error}") from error
         finally:
+            self._recordings.pop(log, None)
             self._forget(opened)
+
+    def bound_logs(self) -> list[str]:
+        """End the logs of disks that have become too long; return what is to be told of them (see `Instance.bound_logs`)."""
+        with self.lock:
+            found = [(slot, reason) for slot in self.slots if (reason := _too_long(self._logs(slot)))]
+            # While the machine stands still nothing is written, and its state may be saved just now.
+            if not found or not self._execute("query-status")["running"]:
+                return []
+            return [self._end_logs(slot, reason) for slot, reason in found]
+
+    def _logs(self, slot: DiskSlot) -> list[Path]:
+        tracked = [] if slot.log is None else [slot.log]
+        return tracked + [log for log, name in self._recordings.items() if name == slot.disk.name]
+
+    def _end_logs(self, slot: DiskSlot, reason: str) -> str:
+        name, logs, filters = slot.disk.name, self._logs(slot), self._filters.setdefault(slot.disk.name, [])
+        with self.stopped():
+            self._restack(name, [])
+            if slot.log is not None:
+                self._put(slot.device, slot.node)
+                self._execute("blockdev-del", node_name=slot.top)
+                self._plugged[name] = attrs.evolve(slot, log=None)
+            self._restack(name, [each for each in filters if each.rank != _LOG])
+        for log in logs:
+            # QEMU may still have it open, in a set of descriptors.
+            os.truncate(log, 0)
+            log.unlink()
+            self._recordings.pop(log, None)
+        told = f"what is written to the disk {name!r} is not recorded any more, since {reason}"
+        if slot.log is not None:
+            self._ended_logs[name] = f"{told}; it is again after vm.restore(), or vm.power_cut() and vm.start()"
+        return told
 
     # -- faults ----------------------------------------------------------------------------------------------------------------------
 
@@ -345,7 +408,7 @@ class Disks:
         """Count no flush of a tracked disk as one, for the length of a block (see `Instance.lying_disk`)."""
         log = self.slot(name).log
         if log is None:
-            raise NotPlugged(_UNTRACKED)
+            raise NotPlugged(self._ended_logs.get(name, _UNTRACKED))
         told = self._lies.setdefault(name, [])
         begin = log.stat().st_size
         told.append((begin, None))
@@ -357,7 +420,9 @@ class Disks:
                 told.append((begin, log.stat().st_size))
 
     def check_tracked(self) -> None:
-        """Raise `NotPlugged` if no disk is tracked."""
+        """Raise `NotPlugged` if no disk is tracked, or one is not any more."""
+        for reason in self._ended_logs.values():
+            raise NotPlugged(reason)
         if not any(slot.log for slot in self.slots):
             raise NotPlugged(_UNTRACKED)
 
@@ -366,6 +431,13 @@ class Disks:
         for slot in self.slots:
             if slot.log is not None:
                 _lose(slot, slot.log, loss, self._lies.get(slot.disk.name, []))
+
+
+def _too_long(logs: list[Path]) -> str:
+    """Return why logs of a disk have become too long; empty if they have not."""
+    size = sum(log.stat().st_size for log in logs)
+    free = shutil.disk_usage(logs[0]).free if size else 0
+    return f"the log had {format_size(size)}, with {format_size(free)} free on the host's disk" if size > min(free, _LONGEST_LOG) else ""
 
 
 def _lose(slot: DiskSlot, log: Path, loss: Loss, lies: Iterable[tuple[int, int | None]]) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -296,6 +296,11 @@ class QemuInstance(Instance):
         """Record what the guest writes to a disk (see `Instance.record_writes`)."""
         return self._disks.recorded(name, folder)
 
+    def bound_logs(self) -> Sequence[str]:
+        """End logs of writes that have become too long (see `Instance.bound_logs`)."""
+        with self._asked("end the log of a disk"):
+            return self._disks.bound_logs()
+
     @contextmanager
     def disk_errors(self, name: str, errors: DiskErrors) -> Iterator[None]:
         """Have requests to a disk fail (see `Instance.disk_errors`)."""
@@ -520,9 +525,10 @@ class QemuInstance(Instance):
 
     def cut_losing(self, loss: Loss) -> None:
         """Kill QEMU, and take from the tracked disks what they had not flushed (see `Instance.cut_losing`)."""
-        self._disks.check_tracked()
-        self.cut()
-        self._disks.lose(loss)
+        with self._disks.lock:
+            self._disks.check_tracked()
+            self.cut()
+            self._disks.lose(loss)
 
     def _shut_down(self, deadline: Deadline) -> None:
         ended = self.shut_down(deadline=deadline)
@@ -532,7 +538,9 @@ class QemuInstance(Instance):
 
     def pause(self) -> None:
         """Stop the processors."""
-        self._qmp.execute("stop", deadline=Deadline(_GRACE))
+        # With the lock, so that they do not run on when a change of a disk is done.
+        with self._disks.lock:
+            self._qmp.execute("stop", deadline=Deadline(_GRACE))
 
     def resume(self) -> None:
         """Let the processors run on."""
