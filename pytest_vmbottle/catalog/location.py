@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-
-import platformdirs
 
 __all__ = ["default_reason", "default_root"]
 
@@ -40,11 +39,10 @@ def _usual() -> Path | None:
 
     None for a container's user without a name and without HOME.
     """
-    try:
-        folder = platformdirs.user_cache_path("pytest-vmbottle")
-    except RuntimeError:
-        return None
-    # HOME may be relative or empty in a container.
+    # https://specifications.freedesktop.org/basedir-spec, and the custom of macOS.
+    caches = os.environ.get("XDG_CACHE_HOME", "").strip() or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    # HOME may be relative or empty in a container. Not by `Path`, which raises where there is none.
+    folder = Path(os.path.expanduser(caches), "pytest-vmbottle")  # noqa: PTH111
     return folder if folder.is_absolute() else None
 
 

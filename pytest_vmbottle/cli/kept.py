@@ -22,7 +22,6 @@ __all__ = [
     "STANDARD",
     "ask",
     "described",
-    "exit_status",
     "find_all",
     "find_machine",
     "name_argument",
@@ -74,11 +73,6 @@ def record_facts(record: Record) -> dict[str, Any]:
     facts["keeper"] = record.keeper.pid if record.keeper is not None else None
     facts["ports"] = {port: f"127.0.0.1:{here}" for port, here in record.ports.items()}
     return facts
-
-
-def exit_status(status: int) -> int:
-    """Return a status as shells do: 128 + N for a command ended by signal N."""
-    return status if status >= 0 else 128 - status
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ import click
 
 from pytest_vmbottle.cli.command import emit, examples, json_option, say
 from pytest_vmbottle.cli.completion import machine_names
-from pytest_vmbottle.cli.kept import ask, exit_status, find_machine, name_argument, sink
+from pytest_vmbottle.cli.kept import ask, find_machine, name_argument, sink
 from pytest_vmbottle.cli.words import LeadingOptions, env_option
 from pytest_vmbottle.shown import visible
+from pytest_vmbottle.standalone.quick import exit_status, request, streams
 
 if TYPE_CHECKING:
     from pytest_vmbottle.channels.port import Terminal
@@ -89,25 +89,12 @@ def with_streams(  # noqa: PLR0913 - what makes a command
     """Run a command with the standard streams of this process, and return its exit status."""
     from pytest_vmbottle.result import CommandTimeout
 
-    request = {"verb": "exec", "argv": words, "user": user, "cwd": cwd, "env": dict(env), "timeout": timeout}
     try:
-        with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
-            # A terminal is not passed on: two readers of one terminal would steal each other's keys.
-            source = 0 if interactive or not _is_terminal(0) else nothing.fileno()
-            # The three descriptors themselves go to the daemon, which writes to the terminal or pipe without a copy by this process.
-            return exit_status(place.ask(request, (source, 1, 2)))
+        with streams(interactive=interactive) as descriptors:
+            return exit_status(place.ask(request(words, user=user, cwd=cwd, env=env, timeout=timeout), descriptors))
     except CommandTimeout as error:
         say(f"the command did not end within {error.timeout:g} s and was killed")
         return _TIMED_OUT
-
-
-def _is_terminal(fd: int) -> bool:
-    """Tell whether a descriptor is a terminal or closed; neither is passed on."""
-    try:
-        os.fstat(fd)
-        return os.isatty(fd)
-    except OSError:
-        return True
 
 
 def on_terminal(

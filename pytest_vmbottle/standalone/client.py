@@ -36,7 +36,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import private_dir, size_on_disk
 from pytest_vmbottle.host.locks import is_locked, tried, try_lock
 from pytest_vmbottle.result import CommandTimeout, Result, printable
-from pytest_vmbottle.standalone.line import Line, connect
+from pytest_vmbottle.standalone.line import Line, connect, exchange
 from pytest_vmbottle.standalone.record import ERROR, OFF, STARTING, STOPPED, Record
 
 if TYPE_CHECKING:
@@ -358,14 +358,15 @@ class Kept:
             MachineError: The machine is not running, or ended meanwhile.
             VMBottleError: The request failed.
         """
-        line = self._connect()
-        try:
-            line.send(request, descriptors)
-            message = line.receive()
-        except (BrokenPipeError, ConnectionResetError):
-            message = None
-        finally:
-            line.close()
+        return self.answered(exchange(self._connect(), request, descriptors))
+
+    def answered(self, message: Mapping[str, Any] | None) -> Any:
+        """Return what the daemon has answered to a request, None being a line that broke.
+
+        Raises:
+            MachineError: The machine ended before there was an answer.
+            VMBottleError: The request failed.
+        """
         if message is None:
             # The line breaks a moment before whoever ends has let go of the machine, and only then is it known why.
             self.wait(Deadline(_MOMENT))

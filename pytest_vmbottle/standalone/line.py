@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Line", "connect", "listen", "peer_is_us"]
+__all__ = ["Line", "connect", "exchange", "listen", "peer_is_us"]
 
 _SOCKET = "socket"
 # Bytes of a message: far more than any request or answer has.
@@ -84,6 +84,17 @@ class Line:
         self._sock.close()
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+
+def exchange(line: Line, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any] | None:
+    """Send a request, close the line and return the answer; None if the other side ended before it answered."""
+    try:
+        line.send(request, descriptors)
+        return line.receive()
+    except (BrokenPipeError, ConnectionResetError):
+        return None
+    finally:
+        line.close()
 
 
 def peer_is_us(sock: socket.socket) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 OURS = ("catalog.catalog", "catalog.packs", "channels", "guest", "images", "machine", "provision")
 HEAVY = (
-    *("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "platformdirs", "psutil", "pycdlib", "qemu", "urllib3", "yaml"),
+    *("asyncio", "cattrs", "cryptography", "filelock", "paramiko", "psutil", "pycdlib", "qemu", "urllib3", "yaml"),
     *(f"pytest_vmbottle.{name}" for name in OURS),
 )
 PROBE = f"""

@@ -27,7 +27,7 @@ from tests.conftest import is_gone
 if TYPE_CHECKING:
     from tests.real.conftest import Person
 
-COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pytest_vmbottle.cli import main; main()"
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pytest_vmbottle.__main__ import main; main()"
 FACTOR = "3"
 
 Ended = subprocess.CompletedProcess[bytes]
@@ -40,11 +40,12 @@ class Commands:
     root: Path
 
     def argv(self, *words: str | Path) -> list[str]:
-        return [sys.executable, "-P", "-c", COMMAND, "--catalog", str(self.root), "machine", *map(str, words)]
+        return [sys.executable, "-P", "-c", COMMAND, "machine", *map(str, words)]
 
     def environment(self) -> dict[str, str]:
         paths = os.pathsep.join(str(Path(each).absolute()) for each in sys.path if each)
-        return {**os.environ, "PYTHONPATH": paths, "VMBOTTLE_TIMEOUT_FACTOR": FACTOR}
+        # By this and not by `--catalog`, with which no command takes the quick way.
+        return {**os.environ, "PYTHONPATH": paths, "VMBOTTLE_TIMEOUT_FACTOR": FACTOR, "VMBOTTLE_CATALOG": str(self.root)}
 
     def run(self, *words: str | Path, stdin: bytes = b"", status: int = 0) -> Ended:
         ended = subprocess.run(self.argv(*words), input=stdin, capture_output=True, timeout=500, env=self.environment(), check=False)
@@ -327,7 +328,8 @@ def test_a_command_in_a_machine_whose_kernel_panicked_fails_at_once_with_that_re
 def test_a_killed_keeper_takes_its_machine_along_and_is_never_taken_for_running(commands: Commands, name: str, vm_catalog: Catalog) -> None:
     started = commands.start(name)
     running = commands.begin("exec", name, "--", "sleep", "1000", stderr=subprocess.PIPE)
-    assert Deadline(60).poll(lambda: subprocess.run(commands.argv("exec", name, "--", "pgrep", "sleep"), check=False).returncode == 0)
+    argv, environment = commands.argv("exec", name, "--", "pgrep", "sleep"), commands.environment()
+    assert Deadline(60).poll(lambda: subprocess.run(argv, check=False, env=environment).returncode == 0)
     os.kill(started["keeper"], signal.SIGKILL)
 
     assert Deadline(20).poll(lambda: is_gone(started["pid"]), every=0.05)
