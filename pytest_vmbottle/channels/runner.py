@@ -7,6 +7,7 @@ bounded, and nothing but bytes and numbers.
 
 from __future__ import annotations
 
+import queue
 import secrets
 import socket
 import struct
@@ -55,41 +56,70 @@ class _Job(Running):
         self._changed = threading.Condition()
         self._room, self._reads = _WINDOW, True
         self._owed = {_OUT: 0, _ERR: 0}
+        self._waiting: queue.SimpleQueue[tuple[int, bytes]] | None = None
 
     # -- what comes from the guest; called by the thread that reads ------------------------------------------------------------------
 
     def take(self, kind: int, content: bytes) -> None:
         """Take a frame."""
-        if kind in self._sinks and content:
-            self._sinks[kind](content)
+        if kind in self._owed:
+            if self._waiting is None:
+                self._deliver(kind, content)
+            else:
+                self._waiting.put((kind, content))
+            return
+        with self._changed:
+            if kind == _END:
+                self._status = _number(content, -255, 255)
+            elif kind == _WRITTEN:
+                written = _number(content, -1, _WINDOW)
+                self._reads, self._room = self._reads and written >= 0, self._room + max(written, 0)
+            elif kind == _REFUSED:
+                self._status = 126 if _number(content, 1, 4095) == _EACCES else 127
+            self._changed.notify_all()
+        if kind == _REFUSED:
+            self.take(_ERR, not_run(Finished(returncode=self._status or 0, stderr=b"env: "), self._command).stderr)
+            self._end_streams()
+        self._forget_if_over()
+
+    def _deliver(self, kind: int, content: bytes) -> None:
+        sink = self._sinks.get(kind)
+        if sink is None:
+            return
+        try:
+            sink(content)
+        except OSError:  # nobody takes it any more: the command need not be held up
+            self._sinks[kind] = lambda _: None
+        if content:
             self._owed[kind] += len(content)
             # Seldom: each of these costs the guest time.
             if self._owed[kind] >= _WINDOW // 4:
                 self._runner.owe(_TAKEN, self._number, bytes([kind]) + b"%d" % self._owed[kind])
                 self._owed[kind] = 0
             return
-        if kind in self._sinks:
-            self._sinks[kind](b"")
         with self._changed:
-            if kind in self._sinks and not content:
-                del self._sinks[kind]
-            elif kind == _END:
-                self._status = _number(content, -255, 255)
-            elif kind == _WRITTEN:
-                written = _number(content, -1, _WINDOW)
-                self._reads, self._room = self._reads and written >= 0, self._room + max(written, 0)
-            elif kind == _REFUSED:
-                self._refused(_number(content, 1, 4095))
+            self._sinks.pop(kind, None)
             self._changed.notify_all()
+        self._forget_if_over()
 
-    def _refused(self, error: int) -> None:
-        code = 126 if error == _EACCES else 127
-        message = not_run(Finished(returncode=code, stderr=b"env: "), self._command).stderr
-        self._sinks[_ERR](message)
-        for sink in self._sinks.values():
-            sink(b"")
-        self._sinks.clear()
-        self._status = code
+    def deliver_beside(self) -> None:
+        """Have what comes delivered by a thread of its own: a sink that takes its time holds up no other command."""
+        waiting = self._waiting = queue.SimpleQueue()
+
+        def deliver() -> None:
+            while self._sinks:
+                with suppress(MachineError):  # whoever waits for the command hears of it
+                    self._deliver(*waiting.get())
+
+        threading.Thread(target=deliver, name="vmbottle-output", daemon=True).start()
+
+    def _end_streams(self) -> None:
+        for kind in self._owed:
+            self.take(kind, b"")
+
+    def _forget_if_over(self) -> None:
+        if self.is_over:
+            self._runner.forget(self._number)
 
     def fail(self, error: MachineError) -> None:
         """End it, because its runner has ended."""
@@ -97,10 +127,8 @@ class _Job(Running):
             if self.is_over:
                 return
             self._error = error
-            sinks, self._sinks = self._sinks, {}
             self._changed.notify_all()
-        for sink in sinks.values():
-            sink(b"")
+        self._end_streams()
 
     # -- what its user asks ----------------------------------------------------------------------------------------------------------
 
@@ -155,6 +183,7 @@ class _Job(Running):
     def close(self) -> None:
         """Take no more of its output."""
         self._runner.forget(self._number)
+        self._end_streams()
 
 
 class Runner(Channel):
@@ -306,8 +335,6 @@ class Runner(Channel):
             self._synced.set()
         elif (job := self._jobs.get(number)) is not None:
             job.take(kind, content)
-            if job.is_over:
-                self.forget(number)
 
     def forget(self, number: int) -> None:
         """Take no more frames for a command."""
@@ -316,11 +343,21 @@ class Runner(Channel):
 
     # -- commands --------------------------------------------------------------------------------------------------------------------
 
-    def _job(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object], *, has_input: bool) -> _Job:
+    def _job(
+        self,
+        command: Command,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        *,
+        has_input: bool,
+        beside: bool = False,
+    ) -> _Job:
         with self._lock:
             self._last = (self._last + 1) % (1 << 32)
             number = self._last
             job = self._jobs[number] = _Job(self, number, command, (stdout, stderr))
+        if beside:
+            job.deliver_beside()
         path = dict(command.env).get("PATH", GUEST_PATH)
         env = (f"{name}={value}" for name, value in command.environment)
         words = ("1" if has_input else "0", command.tag, path, str(len(command.argv)), *command.argv, *env)
@@ -359,7 +396,7 @@ class Runner(Channel):
     ) -> Running:
         """Start a command beside others (see `Channel.start`)."""
         del deadline  # it takes no time
-        return self._job(command, stdout, stderr, has_input=True)
+        return self._job(command, stdout, stderr, has_input=True, beside=True)
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Run a command with a host file as its input (see `Channel.put`)."""

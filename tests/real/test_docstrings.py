@@ -19,7 +19,10 @@ from pytest_vmbottle import GuestPath, Machine
 from pytest_vmbottle.machine.clock import Clock
 from pytest_vmbottle.machine.faults import Faults
 
-WITHOUT = {"Machine.shell": "takes a terminal: it is tested with one"}
+WITHOUT = {
+    "Machine.shell": "takes a terminal: it is tested with one",
+    "Machine.join_lan": "takes a fork on a LAN: it is tested with one",
+}
 """Members without an example, and why."""
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""
