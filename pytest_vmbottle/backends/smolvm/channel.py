@@ -17,7 +17,7 @@ import struct
 import subprocess
 import termios
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
 from typing import IO, BinaryIO
@@ -111,7 +111,6 @@ class SmolvmProcess(Running):
     def __init__(  # noqa: PLR0913 - as Channel.start, and what it is told by
         self,
         argv: list[str],
-        environment: Mapping[str, str],
         mark: str,
         words: str,
         *,
@@ -124,7 +123,6 @@ class SmolvmProcess(Running):
 
         Args:
             argv: The command line of smolvm.
-            environment: Its environment.
             mark: The mark before the command's status on stderr.
             words: The command, as a shell reads it.
             stdout: Sink for its output, with `b""` at the end.
@@ -141,7 +139,6 @@ class SmolvmProcess(Running):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
             # Ctrl-C on this terminal is not for it, and `close` can kill it with all that is in its group.
             start_new_session=True,
         )
@@ -279,7 +276,7 @@ class SmolvmChannel(Channel):
         words = f"env -i VMBOTTLE_EXEC={command.tag} {shlex.join((*environment, *command.argv))}"
         argv = self._engine.exec_argv(self._name, ("/bin/sh", "-c", _WRAP))
         closed = self._running.discard
-        process = SmolvmProcess(argv, self._engine.environment, mark, words, stdout=stdout, stderr=stderr, alive=self._alive, closed=closed)
+        process = SmolvmProcess(argv, mark, words, stdout=stdout, stderr=stderr, alive=self._alive, closed=closed)
         self._running.add(process)
         return process
 
@@ -347,7 +344,7 @@ class SmolvmChannel(Channel):
         if command is not None:
             environment, words = tuple(f"{name}={value}" for name, value in command.environment), command.argv
         words = ("env", "-i", *environment, *words)
-        return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), self._engine.environment, size)
+        return SmolvmTerminal(self._engine.exec_argv(self._name, words, terminal=True), size)
 
     def close(self) -> None:
         """End the commands that still run; others can be run."""
@@ -359,14 +356,12 @@ class SmolvmChannel(Channel):
 class SmolvmTerminal(Terminal):
     """A program on a terminal in the guest, by a smolvm on a terminal here (see `Terminal`)."""
 
-    def __init__(self, argv: list[str], environment: Mapping[str, str], size: tuple[int, int]) -> None:
+    def __init__(self, argv: list[str], size: tuple[int, int]) -> None:
         """Start the program in a window of this many columns and lines."""
         self._master, slave = pty.openpty()
         try:
             self._resize(*size)
-            self._process = subprocess.Popen(  # noqa: S603 - argv list, no shell
-                argv, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
-            )
+            self._process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)  # noqa: S603
         except BaseException:
             os.close(self._master)
             raise

@@ -135,17 +135,13 @@ class Engine:
         """
         self.program = program
         self.state = state and private_dir(state)
-        self._variables = {f"{_VARIABLE}{name}": value for name, value in (variables or {}).items()}
-        self._environment = supervisor.environment(rundir) | self._variables if rundir is not None else None
+        self._environment = supervisor.environment(rundir) if rundir is not None else None
+        if self._environment is not None:
+            self._environment |= {f"{_VARIABLE}{name}": value for name, value in (variables or {}).items()}
 
     def of(self, rundir: Path, variables: Mapping[str, str] | None = None) -> Engine:
         """Return the same engine for the machine of another folder, with the values of its environment variables."""
         return Engine(self.program, self.state, rundir=rundir, variables=variables)
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Environment for `exec_argv`: smolvm runs no command in a machine without the values of its variables."""
-        return {**os.environ, **self._variables}
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 

@@ -135,8 +135,7 @@ def creation(spec: MachineSpec, source: Start, ports: Mapping[int, int]) -> Crea
         label=me(),
         disk=spec.disk or 0,
         nested=spec.nested,
-        # Not of one that is to be packed: its pack would ask for them in every machine.
-        variables=() if source.building else tuple(name for name, _ in spec.env),
+        variables=tuple(name for name, _ in spec.env),
     )
 
 
