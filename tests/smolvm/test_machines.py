@@ -47,18 +47,6 @@ def test_a_layer_is_packed_and_its_machines_have_what_was_prepared_their_ports_a
     assert not reached.stdout, "network=False, and it reached this host"
 
 
-@layer("smolvm", backend="smolvm", memory="256M", disk="12G", run=["mkdir -p /workspace && echo kept > /workspace/file"], timeout=300)
-def with_workspace(vm: Machine) -> None:
-    vm.path("/root/two").write_text("two\n")
-
-
-@pytest.mark.vm(with_workspace, env={"WHO": "me"})
-def test_a_pack_has_the_workspace_and_a_machine_the_disk_that_was_asked_for(vm: Machine) -> None:
-    assert vm.exec("cat /workspace/file /root/two; echo $WHO").stdout == "kept\ntwo\nme\n"
-    size = int(vm.exec("df -Pk / | tail -n 1").stdout.split()[1])
-    assert size > 11 << 20, "the disk of / is smaller than 12 GiB less its file system"
-
-
 def test_a_machine_is_rebooted_written_down_taken_back_cut_off_and_started_again(vm: Machine) -> None:
     kept = vm.path("/root/kept")
     boot = vm.path("/proc/sys/kernel/random/boot_id").read_text()

@@ -56,9 +56,6 @@ class Creation:
         network: Whether it reaches the network, or the only networks that it reaches (CIDR).
         ports: Host ports by guest port.
         label: Name of the process that made it.
-        disk: Bytes of the disk for changes of its root file system; 0 for smolvm's own size.
-        nested: Whether it can run virtual machines itself.
-        variables: Names of environment variables of everything that smolvm runs in it; their values are those of `Engine.of`.
     """
 
     image: str = ""
@@ -68,9 +65,6 @@ class Creation:
     network: bool | tuple[str, ...] = False
     ports: Mapping[int, int] = attrs.field(factory=dict)
     label: str = ""
-    disk: int = 0
-    nested: bool = False
-    variables: tuple[str, ...] = ()
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -82,11 +76,6 @@ class Creation:
             *(("--image", self.image) if self.image else ()),
             # Always given: smolvm's defaults are 4 processors and 8 GiB.
             *("--cpus", str(self.cpus), "--mem", str(max(1, self.memory >> 20))),
-            # In whole GiB, rounded up.
-            *(("--overlay", str(-(-self.disk >> 30))) if self.disk else ()),
-            *(("--nested",) if self.nested else ()),
-            # By reference and not by value: every user of this computer can read a command line.
-            *(word for name in self.variables for word in ("--secret-env", f"{name}={_VARIABLE}{name}")),
             *network,
             *(word for guest, host in self.ports.items() for word in ("--port", f"{host}:{guest}")),
             *(("--label", f"{LABEL}={self.label}") if self.label else ()),
@@ -94,8 +83,6 @@ class Creation:
 
 
 LABEL = "vmbottle-owner"
-_VARIABLE = "VMBOTTLE_ENV_"
-"""Prefix of variables of smolvm itself that have the values of a machine's variables."""
 
 
 def _networks(network: bool | tuple[str, ...]) -> tuple[str, ...]:  # noqa: FBT001 - as a spec says it
@@ -122,26 +109,21 @@ class Listed:
 class Engine:
     """A smolvm with the folder of its machines."""
 
-    def __init__(
-        self, program: Program, state: Path | None, *, rundir: Path | None = None, variables: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, program: Program, state: Path | None, *, rundir: Path | None = None) -> None:
         """Make the folder, by default smolvm's own; run nothing.
 
         Args:
             program: The program.
             state: Its folder.
             rundir: The machine's folder; every process that is started is marked with it, which proves whose it is.
-            variables: Values of `Creation.variables`.
         """
         self.program = program
         self.state = state and private_dir(state)
         self._environment = supervisor.environment(rundir) if rundir is not None else None
-        if self._environment is not None:
-            self._environment |= {f"{_VARIABLE}{name}": value for name, value in (variables or {}).items()}
 
-    def of(self, rundir: Path, variables: Mapping[str, str] | None = None) -> Engine:
-        """Return the same engine for the machine of another folder, with the values of its environment variables."""
-        return Engine(self.program, self.state, rundir=rundir, variables=variables)
+    def of(self, rundir: Path) -> Engine:
+        """Return the same engine for the machine of another folder."""
+        return Engine(self.program, self.state, rundir=rundir)
 
     # -- machines --------------------------------------------------------------------------------------------------------------------
 
@@ -256,8 +238,7 @@ class Engine:
         Raises:
             SmolvmError: smolvm failed, for example because the machine is running.
         """
-        # /workspace lies on another disk, which a pack has only if it is asked for.
-        source = ("--from-vm", machine, "--include-workspace") if machine else ("--image", image)
+        source = ("--from-vm", machine) if machine else ("--image", image)
         self._do("pack", "create", *source, "--output", str(dest), seconds=_SLOW, deadline=deadline)
         dest.unlink(missing_ok=True)  # a program that would run it, 50 MB, of which nothing is needed
         return dest.with_name(f"{dest.name}.smolmachine")
