@@ -32,7 +32,7 @@ def test_set_up(ready): pass
 """
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.guests)])
 def test_failed_tests_with_machines_leave_a_capsule_each_and_say_how_to_open_it(run: Run, catalog: Path, workers: tuple[str, ...]) -> None:
     text = said(run(TESTS, "--vm-capsule=failed", *workers, status=1, passed=1, failed=2, errors=1))
     found = {each.name: each for each in all_in(catalog)}

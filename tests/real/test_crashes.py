@@ -58,6 +58,7 @@ def test_what_was_synced_before_it_was_acknowledged_survives_every_crash(vm: Mac
     assert "of" in log.summary
 
 
+@pytest.mark.guests
 @pytest.mark.vm("debian-12", disks={"data": "32M"})
 def test_a_state_has_nothing_of_the_one_before_and_no_program_is_left_on_its_disk(vm: Machine, crash_explorer: Explorer) -> None:
     vm.exec("mkdir /data")

@@ -178,7 +178,7 @@ def image_with(folder: Path, text: str, kind: str = "raw") -> Path:
     return image
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("kind", ["qcow2", pytest.param("raw", marks=pytest.mark.guests)])
 def test_a_disk_image_of_a_mark_is_seen_in_the_guest_and_stays_as_it_is(vm_factory: MachineFactory, tmp_path: Path, kind: str) -> None:
     image = image_with(tmp_path, "host\n", kind)
     given, before = image.read_bytes(), image.stat()
@@ -194,6 +194,7 @@ def test_a_disk_image_of_a_mark_is_seen_in_the_guest_and_stays_as_it_is(vm_facto
     assert (image.read_bytes(), image.stat().st_mode, image.stat().st_mtime_ns) == (given, before.st_mode, before.st_mtime_ns)
 
 
+@pytest.mark.guests
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_a_pack_has_the_disk_image_that_it_was_made_with(
     vm_factory: MachineFactory, vm_catalog: Catalog, tmp_path: Path, kind: str

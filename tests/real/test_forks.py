@@ -46,6 +46,7 @@ def test_a_fork_is_as_its_machine_was_and_each_goes_on_for_itself(vm: Machine) -
     assert fork.exec(_STATE).stdout == began
 
 
+@pytest.mark.guests
 def test_forks_of_forks_and_several_at_once_begin_with_all_that_was_before(vm: Machine) -> None:
     machine = vm
     for depth in range(3):
@@ -74,6 +75,7 @@ def test_a_fork_boots_again_by_its_firmware_and_from_its_own_disk(vm_factory: Ma
     assert "SeaBIOS" in fork.exec(["cat", "/sys/class/dmi/id/bios_vendor"]).stdout
 
 
+@pytest.mark.guests
 @pytest.mark.vm(disks={"data": "64M"})
 def test_a_fork_has_disks_of_its_own_with_what_was_on_them(vm: Machine) -> None:
     vm.exec("mkfs.ext4 -q /dev/disk/by-id/virtio-data && mount /dev/disk/by-id/virtio-data /mnt && echo before > /mnt/state")
