@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from pytest_vmbottle import Machine, MachineError, MachineFactory, SpecError, layer
+from pytest_vmbottle.host.deadline import Deadline
 
 if TYPE_CHECKING:
     from pytest_vmbottle.catalog.catalog import Catalog
@@ -87,6 +89,39 @@ def test_what_a_power_cut_leaves_of_a_disk(vm: Machine, lose: Literal["unflushed
     assert read == expected
 
 
+@pytest.mark.guests
+@pytest.mark.vm("debian-12", disks={"data": "32M", "other": "16M"})
+def test_a_log_of_writes_that_becomes_too_long_is_ended_and_what_to_do_is_told(
+    vm: Machine, crash_explorer: Callable[[Machine, str], AbstractContextManager[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_vmbottle.backends.qemu.disks._LONGEST_LOG", 8 << 20)
+
+    def told() -> list[str]:
+        return [event["text"] for event in vm.lifecycle.timeline.events() if event["kind"] == "disk"]
+
+    fill = f"yes text | dd of={BY_ID}data bs=1M count=20 iflag=fullblock oflag=direct"
+    vm.exec(f"dd if=/dev/zero of={BY_ID}other bs=1M count=2 oflag=direct")
+    ended = pytest.raises(MachineError, match="recording was ended")
+    with vm.faults.slow_disk("data", iops=1000), ended, crash_explorer(vm, "data"):
+        vm.exec(fill)
+        assert Deadline(60).poll(told)
+    assert len(told()) == 1
+    assert vm.exec(f"yes text | head -c 20M | cmp -n 20971520 - {BY_ID}data").ok
+    assert not list(vm.lifecycle.folder.rglob("disk-data.log"))
+    vm.exec(fill)
+    with vm.faults.disk_errors("data", on="write"):
+        assert not vm.exec(fill, check=False).ok
+    for use in (lambda: vm.power_cut(lose="unflushed"), vm.faults.lying_disk("data").start):
+        with pytest.raises(MachineError, match="is again after"):
+            use()
+    with vm.faults.lying_disk("other"):
+        assert vm.exec(["true"]).ok
+    vm.restore()
+    with vm.faults.lying_disk("data"):
+        assert vm.exec(["true"]).ok
+    assert len(told()) == 1
+
+
 @pytest.mark.vm("debian-12")
 def test_without_a_tracked_disk_a_power_cut_cannot_lose_more_and_says_so(vm: Machine) -> None:
     with pytest.raises(MachineError, match="track_writes"):
@@ -143,7 +178,7 @@ def image_with(folder: Path, text: str, kind: str = "raw") -> Path:
     return image
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("kind", ["qcow2", pytest.param("raw", marks=pytest.mark.guests)])
 def test_a_disk_image_of_a_mark_is_seen_in_the_guest_and_stays_as_it_is(vm_factory: MachineFactory, tmp_path: Path, kind: str) -> None:
     image = image_with(tmp_path, "host\n", kind)
     given, before = image.read_bytes(), image.stat()
@@ -159,6 +194,7 @@ def test_a_disk_image_of_a_mark_is_seen_in_the_guest_and_stays_as_it_is(vm_facto
     assert (image.read_bytes(), image.stat().st_mode, image.stat().st_mtime_ns) == (given, before.st_mode, before.st_mtime_ns)
 
 
+@pytest.mark.guests
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_a_pack_has_the_disk_image_that_it_was_made_with(
     vm_factory: MachineFactory, vm_catalog: Catalog, tmp_path: Path, kind: str
