@@ -135,13 +135,19 @@ class Spares:
         spare.done.wait()
         try:
             if spare.machine is not None:
-                spare.machine.lifecycle.resume()
-                spare.machine.lifecycle.instance.refresh(deadline=Deadline(_SECONDS))
+                self._wake(spare.machine)
                 return spare.machine, spare.held.pop_all()
         except VMBottleError:
             pass  # it has died meanwhile
         self._end(spare)
         return None
+
+    @staticmethod
+    def _wake(machine: Machine) -> None:
+        # The launch itself came before the test, whose record begins with this.
+        with machine.lifecycle.timeline.span("power", verb="launch", args=["made beforehand"]):
+            machine.lifecycle.resume()
+            machine.lifecycle.instance.refresh(deadline=Deadline(_SECONDS))
 
     def give_up(self, *spares: _Spare) -> None:
         """End spares; by default all of them."""

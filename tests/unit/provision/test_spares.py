@@ -78,6 +78,11 @@ def test_a_spare_is_given_to_who_asks_for_the_same_machine_and_runs(make: Callab
     with provisioner.machine(spec) as machine:
         assert (machine.spec, machine.state) == (spec, State.RUNNING)
         assert machine.exec(["echo", "it"]).stdout == "echo it"
+        events = [event for event in machine.lifecycle.timeline.events() if event["kind"] == "power"]
+        assert [event["args"] for event in events] == [
+            ["from the pack " + (machine.lifecycle.boot_source.saved or Path()).name[:12]],
+            ["made beforehand"],
+        ]
     assert (len(backend.launched), provisioner.tally.spares, provisioner.tally.spared) == (launched, 1, 1)
 
 
