@@ -1,4 +1,4 @@
-"""What a fork costs: how long its machine stands still, how soon it runs a command, how much memory it has of its own.
+"""Cost of a fork: pause of its machine, time to its first command, memory of its own.
 
 In turns with a snapshot that has all of the RAM, as it is written where the quick way cannot be gone, and as it was for all snapshots once.
 Only ratios within one run mean something. The exit status is 1 if a bar is missed.

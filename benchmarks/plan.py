@@ -1,4 +1,4 @@
-"""How long `vmbottle ci plan` takes for a suite of 5,000 tests, next to pytest that only collects it: `python benchmarks/plan.py [-n N]`.
+"""Time of `vmbottle ci plan` for a suite of 5,000 tests, next to pytest that only collects it: `python benchmarks/plan.py [-n N]`.
 
 The suite was never run, as on the runner of a CI that plans: nothing of it is compiled yet. Of all runs the quickest counts, since other
 work on the computer only adds to it. It exits with 1 if a plan takes more than 5 seconds.

@@ -1,4 +1,4 @@
-"""How long until a test has its machine where nothing is but a registry, next to a boot; and how much goes over the wire.
+"""Time to a first machine where there is nothing but a registry, next to a boot; and bytes on the wire.
 
 Debian's docker-registry on the loopback gets the packs of an image and of a small layer on it. Then pulls into empty catalogs, each to the
 first command of a clone, and boots of the same machine take turns, so that other work on the computer falls on both. It exits with 1 if

@@ -37,7 +37,7 @@ _UNLOCKED, _SCRYPT = bytes(2), b"Sc"
 _PUBLIC, _SIGNATURE, _WHOLE = "<2s8s32s", "<2s8s64s", "<64s"
 _SECRET = "<2s2s2s32sQQ104s"  # noqa: S105 # a layout, as the others are
 _HALVES = "<8s32s32s32x"
-"""What may be locked in a secret key: its number, its two halves, and a checksum, which is nought in keys without a password."""
+"""Part of a secret key that may be locked: its number, its two halves, and a checksum, which is nought in keys without a password."""
 _TRUSTED = b"trusted comment: "
 _LARGEST = 16 << 10
 """Bytes of a file of minisign at most; it allows 8 KiB for a trusted comment."""

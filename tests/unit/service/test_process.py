@@ -35,7 +35,7 @@ def test_it_serves_until_a_signal_and_tells_by_its_status_which_one(tmp_path: Pa
 
 
 def over_tls(authority: Authority, port: int, headers: Mapping[str, str], *, source: str = "127.0.0.1") -> Answer:
-    """What `GET /vms/` gives under the name that the certificate has, from an address of this computer."""
+    """Answer to `GET /vms/` under the certificate's name, from an address of this computer."""
     context = ssl.create_default_context(cafile=authority.certificate)
     where = http.client.HTTPSConnection("localhost", port, context=context, timeout=60, source_address=(source, 0))
     with closing(where) as connection:

@@ -30,7 +30,7 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
 
 @pytest.fixture
 def stored(catalog: Catalog) -> Iterator[Stored]:
-    """What is left of a machine that runs."""
+    """Boot source of a snapshot of a running machine."""
     spec = MachineSpec(source="debian-12", name="web")
     with (
         closing(Provisioner(catalog, FakeBackend(), name="fake", settings=Settings())) as provisioner,
