@@ -40,6 +40,9 @@ _PIECE = 1 << 16
 _GRACE = 10.0
 _LOOK = 0.5
 """Seconds between two looks whether the guest is still there."""
+_STUCK = 60.0
+"""Seconds that a guest may take to read what is sent to it; its runner always reads."""
+_TIME = struct.Struct("@ll")
 _EACCES = 13
 
 
@@ -199,6 +202,8 @@ class Runner(Channel):
             is_there: Function that tells whether a runner has the port open.
         """
         self._sock, self._alive, self._changes, self._is_there = sock, alive, changes, is_there
+        # For writing alone: the thread that reads waits as long as it takes.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(0, round(_LOOK * 1e6)))
         self._jobs: dict[int, _Job] = {}
         self._lock, self._sending = threading.Lock(), threading.Lock()
         self._owed: deque[bytes] = deque()
@@ -248,7 +253,7 @@ class Runner(Channel):
         """Send nothing for a block, after the guest has read what was sent: no frame is cut in two where the machine is written down."""
         with self._sending:
             if self.is_ready:
-                self._answers(deadline, lambda token: self._sock.sendall(_frame(_SYNC, 0, token)))
+                self._answers(deadline, lambda token: self._put(_frame(_SYNC, 0, token)))
             yield
         self._pay()
 
@@ -279,11 +284,32 @@ class Runner(Channel):
         """
         try:
             with self._sending:
-                self._sock.sendall(_frame(kind, number, content))
+                self._put(_frame(kind, number, content))
+        except MachineError:
+            raise
         except OSError as error:
             Deadline(2.0).poll(self._alive, every=0.05)
             raise MachineDied(f"the connection to the guest's runner is closed: {error}") from error
         self._pay()
+
+    def _put(self, frame: bytes) -> None:
+        """Write a whole frame; the caller has the lock.
+
+        Raises:
+            MachineDied: The guest can no longer answer.
+            MachineTimeout: It takes nothing. What it took of the frame is lost, and the runner is not asked again.
+        """
+        left, limit = memoryview(frame), Deadline(_STUCK)
+        while left:
+            try:
+                left = left[self._sock.send(left) :]
+            except BlockingIOError:  # the time of SO_SNDTIMEO is over, as for a guest that hangs
+                self._alive()
+                if limit.expired:
+                    self._known = None
+                    reason = f"it has taken nothing for {_STUCK:g} s"
+                    self._end(reason)
+                    raise MachineTimeout(f"the guest's runner does not answer: {reason}") from None
 
     def owe(self, kind: int, number: int, content: bytes) -> None:
         """Send a frame at once or, while others send, after theirs; the thread that reads waits for nobody."""
@@ -295,7 +321,7 @@ class Runner(Channel):
         while self._owed and self._sending.acquire(blocking=False):
             try:
                 while self._owed:
-                    self._sock.sendall(self._owed.popleft())
+                    self._put(self._owed.popleft())
             finally:
                 self._sending.release()
 

@@ -131,14 +131,17 @@ class Spares:
             if spare is None:
                 return None
             self._spares.remove(spare)
-        # It is further than a new one would be.
-        spare.done.wait()
         try:
+            # It is further than a new one would be.
+            spare.done.wait()
             if spare.machine is not None:
                 self._wake(spare.machine)
                 return spare.machine, spare.held.pop_all()
         except VMBottleError:
             pass  # it has died meanwhile
+        except BaseException:  # Ctrl-C: nobody else knows of it any more
+            self._end(spare)
+            raise
         self._end(spare)
         return None
 

@@ -223,6 +223,23 @@ def test_a_guest_that_sends_nonsense_ends_the_command_with_an_error(ends: tuple[
     player.join()
 
 
+@pytest.mark.parametrize(("lost", "kind"), [(MachineDied("its kernel panicked"), MachineDied), (None, AgentEnded)], ids=["panic", "hang"])
+def test_a_guest_that_takes_nothing_any_more_ends_the_wait_for_it(
+    ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, lost: MachineDied | None, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr("pytest_vmbottle.channels.runner._STUCK", 1.0)
+
+    def alive() -> None:
+        if lost is not None:
+            raise lost
+
+    with closing(Runner(ends[0], alive=alive, changes=lambda: 0, is_there=lambda: True)) as runner:
+        command = Command(argv=("cat",), input=b"x" * (1 << 20))
+        with pytest.raises(kind):
+            runner.run(command, deadline=Deadline(30))
+        assert not runner.is_ready
+
+
 def test_nothing_is_cut_in_two_while_it_is_quiet(runner: Runner) -> None:
     done = list[bytes]()
     with runner.quiet(Deadline(20)):
