@@ -471,6 +471,23 @@ class Instance(ABC):
         """
         raise self.unsupported("has no disks beside the root disk")
 
+    def release_disk(self, name: str, *, deadline: Deadline) -> bool:
+        """Have the guest unmount what is on a disk; return whether nothing there uses it any more.
+
+        Raises:
+            Unsupported: This needs more time than to unplug the disk, or is impossible.
+        """
+        raise self.unsupported("cannot have a guest release a disk that stays")
+
+    def change_disk(self, disk: DataDisk, *, deadline: Deadline) -> None:
+        """Put a disk in the place of another one with its name and size, which the guest has released.
+
+        Raises:
+            NotPlugged: It cannot take its place; the one before is of no use any more.
+            MachineError: The guest does not tell that it has seen it.
+        """
+        raise self.unsupported("cannot have a guest release a disk that stays")
+
     def record_writes(self, name: str, folder: Path) -> AbstractContextManager[Path]:
         """Record everything that the guest writes to a disk, for the length of a block, which gets the log (`read_log`).
 

@@ -16,7 +16,7 @@ from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.disks.crash_states import CrashState, WriteHistory
 from pytest_vmbottle.disks.overlay import write_overlay
 from pytest_vmbottle.disks.write_log import read_log
-from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.errors import MachineError, Unsupported
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.package_data import read_script
@@ -260,7 +260,10 @@ class CrashLog:
         self._checker = None
         data = self._data
         disk = attrs.evolve(data, disks=(*data.disks, Disk(path=self._file.with_name(data.file))), overlay=image, saved=False)
-        checker.lifecycle.plug_disk(disk, Deadline(_PATIENCE))
+        if any(each.name == self._name for each in checker.lifecycle.instance.data):
+            checker.lifecycle.change_disk(disk, Deadline(_PATIENCE))
+        else:
+            checker.lifecycle.plug_disk(disk, Deadline(_PATIENCE))
         yield checker
         if self._released(checker):
             self._checker = checker
@@ -278,10 +281,17 @@ class CrashLog:
         return checker
 
     def _released(self, checker: Machine) -> bool:
-        """Unmount and remove the disk; return whether the guest let it go."""
-        command = Command(argv=("/bin/sh", "-c", _RELEASE, "sh", self._name), env=(("PATH", GUEST_PATH),))
+        """Have the disk unmounted, and removed where it cannot be changed; return whether the guest let it go."""
         with suppress(MachineError):
-            if checker.lifecycle.channel.run(command, deadline=Deadline(_PATIENCE)).returncode == 0:
-                checker.lifecycle.unplug_disk(self._name, Deadline(_PATIENCE))
-                return True
+            try:
+                return checker.lifecycle.release_disk(self._name, Deadline(_PATIENCE))
+            except Unsupported:
+                return self._unplugged(checker)
         return False
+
+    def _unplugged(self, checker: Machine) -> bool:
+        command = Command(argv=("/bin/sh", "-c", _RELEASE, "sh", self._name), env=(("PATH", GUEST_PATH),))
+        if checker.lifecycle.channel.run(command, deadline=Deadline(_PATIENCE)).returncode != 0:
+            return False
+        checker.lifecycle.unplug_disk(self._name, Deadline(_PATIENCE))
+        return True

@@ -280,6 +280,17 @@ class Lifecycle:
         self.instance.unplug_disk(name, deadline=deadline)
         self._current = attrs.evolve(self.boot_source, data=self.instance.data)
 
+    def release_disk(self, name: str, deadline: Deadline) -> bool:
+        """Have the guest unmount a disk, which `change_disk` may then change (see `Instance.release_disk`)."""
+        # Raises if it is off or paused.
+        _ = self.channel
+        return self.instance.release_disk(name, deadline=deadline)
+
+    def change_disk(self, disk: DataDisk, deadline: Deadline) -> None:
+        """Put a disk in the place of another one (see `Instance.change_disk`)."""
+        self.instance.change_disk(disk, deadline=deadline)
+        self._current = attrs.evolve(self.boot_source, data=self.instance.data)
+
     def _relaunchable(self) -> Relauncher:
         self.check_owner()
         if self._relauncher is None:

@@ -58,6 +58,32 @@ def test_what_was_synced_before_it_was_acknowledged_survives_every_crash(vm: Mac
     assert "of" in log.summary
 
 
+@pytest.mark.vm(notebook, disks={"data": "32M"})
+def test_a_state_has_nothing_of_the_one_before_and_no_program_is_left_on_its_disk(vm: Machine, crash_explorer: Explorer) -> None:
+    with crash_explorer(vm, "data") as log:
+        for name in ("one", "two"):
+            vm.exec(f"mkfs.ext4 -q -F -L {name} {DISK}; mount {DISK} /data; echo {name} > /data/notes; umount /data")
+            log.mark(name)
+    whole = [state for state in log.states(limit=1000) if not state.lost and state.kind == "cut"]
+    one = next(state for state in whole if state.marks == ("one",))
+    machines = []
+    for state, name in ((whole[-1], "two"), (one, "one"), (whole[-1], "two"), (one, "one")):
+        with state.machine() as after:
+            assert after.exec(f"blkid -p -s LABEL -o value {DISK}").stdout.split() == [name]
+            assert after.exec("ls /dev/disk/by-label").stdout.split() == [name]
+            assert after.exec("mount LABEL=$(ls /dev/disk/by-label) /data; cat /data/notes").stdout == f"{name}\n"
+            after.exec("echo three > /data/notes; mount --bind /data '/mnt'; sync")
+            machines.append(after.id)
+    with one.machine() as after:
+        after.exec(f"sleep 1000 < {DISK} >/dev/null 2>&1 &")
+    for _ in range(2):
+        with one.machine() as after:
+            machines.append(after.id)
+            assert after.exec(f"mount {DISK} /data; cat /data/notes").stdout == "one\n"
+    assert machines == [machines[0]] * 4 + [machines[-1]] * 2
+    assert machines[0] != machines[-1]
+
+
 @pytest.mark.guests
 @pytest.mark.vm("debian-12", disks={"data": "32M"})
 def test_what_was_not_synced_is_found_to_be_lost_and_the_state_is_told_and_comes_back(vm: Machine, crash_explorer: Explorer) -> None:

@@ -1,4 +1,4 @@
-"""Logs of writes that end, in a QEMU whose guest has no system."""
+"""Disks that are changed beneath a device, and logs of writes that end, in a QEMU whose guest has no system."""
 
 from __future__ import annotations
 
@@ -47,6 +47,29 @@ def disks(tmp_path: Path) -> Iterator[Disks]:
 def nodes(disks: Disks) -> list[str]:
     """The names of block nodes, without those that QEMU gives."""
     return sorted(name for node in disks._execute("query-named-block-nodes") if not (name := node["node-name"]).startswith("#"))
+
+
+def test_a_disk_is_changed_as_often_as_is_wanted_and_nothing_is_left_of_those_before(disks: Disks, tmp_path: Path) -> None:
+    disks.plug(DataDisk(name="data", size=SIZE))
+    for number in range(1, 4):
+        image = tmp_path / f"state-{number}"
+        write_overlay(image, size=SIZE)
+        disks.change(DataDisk(name="data", size=SIZE, overlay=image))
+        image.unlink()
+        (slot,) = disks.slots[1:]
+        assert nodes(disks) == ["disk0", slot.top]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["disk-data.qcow2", OVERLAY]
+    assert disks._execute("query-status")["running"]
+
+
+def test_a_disk_of_another_size_or_with_a_fault_takes_no_place(disks: Disks) -> None:
+    disks.plug(DataDisk(name="data", size=SIZE))
+    with pytest.raises(NotPlugged, match="another size"):
+        disks.change(DataDisk(name="data", size=2 * SIZE))
+    with disks.slow("data", iops=5, bytes_per_second=0), pytest.raises(NotPlugged, match="faults"):
+        disks.change(DataDisk(name="data", size=SIZE))
+    with pytest.raises(NotPlugged, match="no disk 'other'"):
+        disks.change(DataDisk(name="other", size=SIZE))
 
 
 def test_logs_of_a_disk_that_are_too_long_together_end_and_faults_stay(

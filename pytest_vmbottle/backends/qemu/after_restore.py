@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from pytest_vmbottle.backends.port import CannotSave
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
-from pytest_vmbottle.errors import MachineError
+from pytest_vmbottle.errors import MachineError, Unsupported
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
 
@@ -32,6 +32,7 @@ class AfterRestore:
     def __init__(self, sock: socket.socket, is_there: Callable[[], bool]) -> None:
         """Take the connected socket of its port, and a function that tells whether the process has the port open."""
         self._sock, self._is_there = sock, is_there
+        self._is_silent = False
 
     def freeze(self, channel: Channel, *, deadline: Deadline) -> str:
         """Ready the guest for being saved; return the secret that identifies it.
@@ -67,6 +68,22 @@ class AfterRestore:
         # A guest that booted instead of being restored has no nonce, and another guest has another one.
         if answer != nonce:
             raise MachineError("the restored guest does not answer" if answer is None else "the restored guest is not the saved one")
+
+    def do(self, program: str, *, deadline: Deadline) -> str:
+        """Have the process run a program, and return what that leaves as `answer`.
+
+        Raises:
+            Unsupported: The guest was booted, or is another kind than those with such a process.
+            MachineError: It does not answer.
+        """
+        if self._is_silent or not self._is_there():
+            raise Unsupported("there is no after-restore process in this guest")
+        answer = self._ask(f"do {program.encode().hex()}", deadline)
+        if answer is None:
+            # What it says later would be taken for another answer.
+            self._is_silent = True
+            raise MachineError("the guest's after-restore process does not answer")
+        return answer
 
     def _ask(self, line: str, deadline: Deadline) -> str | None:
         received = b""

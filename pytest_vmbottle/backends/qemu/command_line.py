@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 FORMAT = 6
-"""Version of the command line, part of every fingerprint.
+"""Version of the command line and of the after-restore process, part of every fingerprint.
 
 Packs made with another processor or another set of devices are not restored.
 """
@@ -176,17 +176,19 @@ class DiskSlot:
         port: Its port, of `DISK_PORTS`; empty for the root disk, which has none.
         file: The file of its overlay.
         log: The file that gets everything that is written to it (see `read_log`); None if nobody wants to know.
+        turn: How many disks its device has had before it.
     """
 
     disk: DataDisk
     port: str
     file: Path
     log: Path | None = None
+    turn: int = 0
 
     @property
     def node(self) -> str:
         """Name of the block node of its overlay."""
-        return f"node-{self.port}" if self.port else "disk0"
+        return (f"node-{self.port}" if self.port else "disk0") + (f"-{self.turn}" if self.turn else "")
 
     @property
     def top(self) -> str:

@@ -197,6 +197,23 @@ class Disks:
             self._alive()
             raise NotPlugged(f"QEMU could not plug in the disk {slot.disk.name!r}: {error}") from error
 
+    def change(self, disk: DataDisk) -> None:
+        """Put a disk in the place of another one (see `Instance.change_disk`)."""
+        with self.lock:
+            before = self.slot(disk.name)
+            if self._filters.get(disk.name) or before.disk.size != disk.size:
+                raise NotPlugged(f"the disk {disk.name!r} has another size, or faults, and cannot be changed")
+            slot = attrs.evolve(_slot(disk, before.port, before.file), turn=before.turn + 1)
+            # QEMU has the file open that had the name, until its node is gone.
+            before.file.unlink(missing_ok=True)
+            _lay(slot, kept=False)
+            with self._opened(slot) as opened, self.stopped():
+                self._put(before.device, slot.top)
+            for node in dict.fromkeys((before.top, before.node)):
+                self._execute("blockdev-del", node_name=node)
+            self._forget_disk(before)
+            self._plugged[disk.name], self._files[disk.name] = slot, opened
+
     def _forget_disk(self, slot: DiskSlot) -> None:
         """Forget a disk that QEMU does not use any more."""
         name = slot.disk.name

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ from pytest_vmbottle.errors import GuestPanic, MachineDied, MachineError, Machin
 from pytest_vmbottle.host import records
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import copy_sparse, descriptor
+from pytest_vmbottle.host.package_data import read_script
+from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
@@ -43,6 +46,7 @@ _GRACE = 10.0
 _MOMENT = 2.0
 """Seconds within which a QEMU whose monitor has closed ends."""
 _SAVED, _STATE = "saved.json", "state.bin"
+_DISK_CHANGE = read_script(__package__, "disk_change.py")
 CONSOLE = "console.log"
 # Exclusive, so that nothing that stands there is written over, or through as a link.
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -291,6 +295,23 @@ class QemuInstance(Instance):
     def unplug_disk(self, name: str, *, deadline: Deadline) -> None:
         """Remove a disk (see `Instance.unplug_disk`)."""
         self._disks.unplug(name, deadline)
+
+    def release_disk(self, name: str, *, deadline: Deadline) -> bool:
+        """Have the guest unmount a disk (see `Instance.release_disk`)."""
+        return self._told_of_disk(f"release({name!r})", ("free", "used"), deadline) == "free"
+
+    def change_disk(self, disk: DataDisk, *, deadline: Deadline) -> None:
+        """Put a disk in the place of another one (see `Instance.change_disk`)."""
+        with self._asked("change a disk"):
+            self._disks.change(disk)
+        self._told_of_disk(f"changed({disk.name!r}, {str(uuid.uuid4())!r})", ("seen",), deadline)
+
+    def _told_of_disk(self, call: str, answers: Sequence[str], deadline: Deadline) -> str:
+        answer = self._waker.do(f"{_DISK_CHANGE}\nanswer = {call}\n", deadline=deadline)
+        if answer not in answers:
+            self.alive()
+            raise MachineError(f"the guest could not do {call}: {printable(answer)}", machine=self._spec.name)
+        return answer
 
     def record_writes(self, name: str, folder: Path) -> AbstractContextManager[Path]:
         """Record what the guest writes to a disk (see `Instance.record_writes`)."""

@@ -1,4 +1,4 @@
-"""Set the clock of a restored guest, and reseed its random numbers; the guest's own Python runs it, 3.7 or newer."""
+"""Set the clock of a restored guest, reseed its random numbers, and run small programs; the guest's own Python runs it, 3.7 or newer."""
 
 import fcntl
 import os
@@ -37,6 +37,16 @@ def wake(clock: bytes, entropy: bytes) -> bytes:
     return nonce
 
 
+def do(program: bytes) -> bytes:
+    """Run a program that the host has sent, and return what it leaves as `answer`."""
+    names: dict[str, object] = {}
+    try:
+        exec(bytes.fromhex(program.decode()), names)  # noqa: S102 - it comes from where this program does
+        return str(names["answer"]).encode()
+    except Exception as error:  # the clock must be set after the next restore, whatever went wrong here
+        return repr(error).encode()[:200]
+
+
 while True:
     data = os.read(port, 4096)
     if not data:  # nobody is connected on the host
@@ -51,5 +61,5 @@ while True:
                 wake(str(time.time_ns()).encode(), b"00" * 32)
             answer = b"kept"
         else:
-            answer = wake(*words)
+            answer = do(*words) if verb == b"do" else wake(*words)
         os.write(port, answer + b"\n")
