@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,27 @@ def test_tests_get_aarch64_machines_from_packs_of_each_kind(kind: PackKind, arm:
     # A machine that could change its pack would have it made again, by another boot.
     machines = "0 machines restored, *" if kind is PackKind.DISK else "2 machines restored, 1 booted; 2 packs built, *"
     result.stdout.fnmatch_lines([f"*vmbottle: {machines}"])
+
+
+def test_its_disks_and_its_clock_have_faults(arm: Catalog) -> None:
+    spec = MachineSpec.resolve("arm", {"arch": "aarch64", "memory": "256M", "disks": {"data": "8M"}})
+    with closing(_provisioner(arm, PackKind.TEMPLATE, [])) as provisioner, provisioner.machine(spec) as vm:
+        # It has no udev, which gives disks their names.
+        where = "disk=/dev/$(basename $(dirname $(grep -lx data /sys/block/*/serial))); "
+        write = where + "printf %s | dd of=$disk conv=fsync"
+        with vm.faults.disk_errors("data", on="write"):
+            assert "Input/output error" in vm.exec(write % "text", check=False).stderr
+        with vm.faults.slow_disk("data", latency=0.5):
+            assert vm.exec(f"{write % 'text'}; {write % 'text'}").duration > 1
+        for jump in (86400, -86400):
+            with vm.faults.clock(jump=jump):
+                assert abs(float(vm.exec(["date", "+%s"]).stdout) - time.time() - jump) < 10
+            assert abs(float(vm.exec(["date", "+%s"]).stdout) - time.time()) < 10
+        vm.exec(write % "flushed")
+        vm.exec(where + "dd if=/dev/zero of=$disk bs=4k count=1 oflag=direct")
+        vm.power_cut(lose="unflushed")
+        vm.start()
+        assert vm.exec(where + "head -c 7 $disk").stdout == "flushed"
 
 
 def _provisioner(catalog: Catalog, kind: PackKind, warned: list[str]) -> Provisioner:
