@@ -58,8 +58,9 @@ def test_what_was_synced_before_it_was_acknowledged_survives_every_crash(vm: Mac
     assert "of" in log.summary
 
 
-@pytest.mark.vm(notebook, disks={"data": "32M"})
+@pytest.mark.vm("debian-12", disks={"data": "32M"})
 def test_a_state_has_nothing_of_the_one_before_and_no_program_is_left_on_its_disk(vm: Machine, crash_explorer: Explorer) -> None:
+    vm.exec("mkdir /data")
     with crash_explorer(vm, "data") as log:
         for name in ("one", "two"):
             vm.exec(f"mkfs.ext4 -q -F -L {name} {DISK}; mount {DISK} /data; echo {name} > /data/notes; umount /data")

@@ -15,10 +15,16 @@ from pytest_vmbottle.host.package_data import read_script
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[AfterRestore, socket.socket]]:
+def there() -> list[bool]:
+    """Whether the process has its port open, as the only element."""
+    return [False]
+
+
+@pytest.fixture
+def ends(there: list[bool]) -> Iterator[tuple[AfterRestore, socket.socket]]:
     """The host's end, and the guest's."""
     ours, its = socket.socketpair()
-    asking = AfterRestore(ours)
+    asking = AfterRestore(ours, lambda: there[0])
     yield asking, its
     asking.close()
     its.close()
@@ -38,22 +44,26 @@ def answering(its: socket.socket, *answers: bytes) -> list[bytes]:
     return asked
 
 
-def test_a_program_is_run_in_a_guest_that_was_restored_and_in_no_other(ends: tuple[AfterRestore, socket.socket]) -> None:
+def test_a_program_is_run_in_a_guest_that_has_the_process_and_in_no_other(
+    ends: tuple[AfterRestore, socket.socket], there: list[bool]
+) -> None:
     asking, its = ends
     with pytest.raises(Unsupported, match="after-restore"):
         asking.do("answer = 1", deadline=Deadline(5))
+    there[0] = True
     asked = answering(its, b"nonce\n", b"it is 1\n")
     asking.wake("nonce", deadline=Deadline(5))
     assert asking.do("answer = 'it is 1'", deadline=Deadline(5)) == "it is 1"
     verb, program = asked[1].split()
     assert (verb, bytes.fromhex(program.decode())) == (b"do", b"answer = 'it is 1'")
-    asking.forget()
+    there[0] = False  # the guest has booted again
     with pytest.raises(Unsupported):
         asking.do("answer = 1", deadline=Deadline(5))
 
 
-def test_a_process_that_did_not_answer_in_time_is_asked_nothing_more(ends: tuple[AfterRestore, socket.socket]) -> None:
+def test_a_process_that_did_not_answer_in_time_is_asked_nothing_more(ends: tuple[AfterRestore, socket.socket], there: list[bool]) -> None:
     asking, its = ends
+    there[0] = True
     answering(its, b"nonce\n")
     asking.wake("nonce", deadline=Deadline(5))
     with pytest.raises(MachineError, match="does not answer"):
