@@ -164,7 +164,7 @@ def _cpus(value: object) -> int:
 def _cpu(value: object) -> str | None:
     if value is None:
         return None
-    takes = "takes a CPU model of QEMU, then features to switch on or off: 'EPYC-v1,+svm,-avx2' or 'max,la57=off'"
+    takes = "takes a CPU model of QEMU, then features to switch on or off: 'EPYC-v1,+svm,-avx2', 'max,la57=off', or a level, 'x86-64-v2'"
     if not isinstance(value, str):
         raise _fail("cpu", value, f"{takes}; did you mean 'cpus'?")
     # Names are not checked here: which models and features there are depends on the QEMU that starts the machine.
@@ -669,7 +669,8 @@ class MachineSpec:
         backend: `"auto"` or the name of a backend.
         arch: The guest's architecture, as `uname -m` says it.
         cpus: Virtual processors.
-        cpu: The model of its processors and their features, as QEMU's option `-cpu` takes them; None for the best on this host.
+        cpu: The model of its processors and their features, as QEMU's option `-cpu` takes them, or a level such as `"x86-64-v2"`; None for
+            the best on this host.
         cpu_clock: What moves its clocks: `"host"`, the time of the host, or `"instructions"`, those that its processor has run.
         nested: Whether the guest can itself run virtual machines, by KVM.
         memory: Bytes of RAM.

@@ -39,7 +39,8 @@ _SPEC, _RECORD = "spec.json", "pack.json"
 _IMAGE_FILES = {"disk.qcow2", "disk.raw", KERNEL, INITRD}
 _KEY = re.compile(r"[0-9a-f]{64}")
 _UNFIT = (
-    "and cannot be restored here: it needs the same QEMU and accelerator, and with KVM the same processor and kernel of the host; "
+    "and cannot be restored here: it needs the same QEMU and accelerator, and with KVM the same processor and kernel of the host "
+    "(of its processor only the maker, where cpu= is a level such as 'x86-64-v2'); "
     "`vmbottle doctor` tells those of this computer"
 )
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_vmbottle import MachineSpec
-from pytest_vmbottle.backends.qemu import QemuBackend, backend, proof
+from pytest_vmbottle.backends.qemu import QemuBackend, proof
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.doctor import State, examine
 from pytest_vmbottle.host.arch import host_arch
@@ -109,25 +109,23 @@ def test_kvm_that_aborts_with_every_processor_gives_way_to_emulation(install: In
 
 
 @pytest.mark.guests
-def test_packs_of_kvm_are_for_this_processor_and_this_kernel_alone(
+def test_packs_of_kvm_are_for_this_kernel_alone_but_for_those_of_a_level(
     install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
-    spec = MachineSpec.resolve("debian-12", {})
     emulated, real = (QemuBackend(accelerator=name, proofs=tmp_path / "proofs") for name in ("tcg", "kvm"))
 
-    def keys() -> list[str]:
+    def keys(**keywords: str) -> list[str]:
+        spec = MachineSpec.resolve("debian-12", keywords)
         return [each.fingerprint(spec) for each in (emulated, real)]
 
-    before = keys()
-    assert before[0] != before[1]
+    before, levels = keys(), keys(cpu="x86-64-v2")
+    assert len({*before, *levels}) == 4
     assert keys() == before
     monkeypatch.setattr(platform, "release", lambda: "6.99.0")
-    newer = keys()
-    monkeypatch.setattr(backend, "_processor", lambda: "another")
-    other = keys()
-    assert before[0] == newer[0] == other[0]
-    assert len({before[1], newer[1], other[1]}) == 3
+    assert keys(cpu="x86-64-v2") == levels
+    assert keys()[0] == before[0]
+    assert keys()[1] != before[1]
 
 
 @pytest.mark.guests

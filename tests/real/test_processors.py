@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineFactory, SpecError
+from pytest_vmbottle import BackendUnavailable, Machine, MachineFactory, MachineSpec, SpecError
+from pytest_vmbottle.backends.qemu import QemuBackend
+from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.provision import Provisioner, Settings
 
 REWRITING = """
 import os, signal, time
@@ -69,3 +73,24 @@ def test_a_kernel_that_rewrites_its_code_goes_on_with_two_processors(vm: Machine
 
     assert int(rounds) > 0
     assert vm.exec("nproc").stdout == "2\n"
+
+
+@pytest.mark.guests
+@pytest.mark.skipif(host_arch() != "x86_64", reason="these are features of x86-64")
+@pytest.mark.vm("debian-12", cpu="x86-64-v2")
+def test_a_guest_of_a_level_has_what_that_has_and_no_more(vm: Machine) -> None:
+    has = features(vm.path("/proc/cpuinfo").read_text())
+    assert {"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"} <= has
+    assert not has & {"avx", "avx2", "svm", "vmx"}
+
+
+@pytest.mark.skipif(host_arch() != "x86_64", reason="these are features of x86-64")
+def test_what_a_level_is_to_have_and_this_host_lacks_is_named(vm_catalog: Catalog) -> None:
+    spec = MachineSpec.resolve("debian-12", {"cpu": "x86-64-v2,+xstore"})  # of processors by VIA
+    with (
+        closing(Provisioner(vm_catalog, QemuBackend(proofs=vm_catalog.proofs), name="qemu", settings=Settings())) as provisioner,
+        pytest.raises(BackendUnavailable, match=r"cpu='x86-64-v2,\+xstore': .*: xstore") as caught,
+        provisioner.machine(spec),
+    ):
+        pass
+    assert "x86-64-v2" in caught.value.remedy

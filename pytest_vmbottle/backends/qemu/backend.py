@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from pytest_vmbottle.backends.qemu.checks import QemuChecks
 from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emulator, board_of
 from pytest_vmbottle.backends.qemu.features import Features, probe_features
 from pytest_vmbottle.backends.qemu.launch import start
-from pytest_vmbottle.backends.qemu.processor import accelerator_for
+from pytest_vmbottle.backends.qemu.processor import accelerator_for, host_processor
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host import records
 from pytest_vmbottle.host.account import Account
@@ -241,8 +240,7 @@ class QemuBackend(Backend):
     def fingerprint(self, spec: MachineSpec) -> str:
         """Return a digest of a pack's dependencies besides its spec (see `Backend.fingerprint`)."""
         emulator, version = self._emulator(spec), self._prover(spec.arch).proof.version
-        # TCG's processor is the same everywhere; under hardware virtualisation a guest sees the host's, by way of the host's kernel.
-        processor = "" if emulator.accelerator.name == "tcg" else f"{_processor()} {platform.release()}"
+        processor = host_processor(spec, emulator.accelerator)
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
         # The program's content too: a distribution's update or a build of one's own may keep the version's text, and a saved state fits
         # only the program that wrote it.
@@ -270,13 +268,6 @@ def _run_as(account: Account, emulator: Emulator) -> Emulator:
 
 def _boot_id() -> str:
     return read_or_empty(Path("/proc/sys/kernel/random/boot_id"))
-
-
-def _processor() -> str:
-    lines = read_or_empty(Path("/proc/cpuinfo")).splitlines()
-    # Only what stays: other lines, such as the clock rate, change from one moment to the next.
-    keep = ("model name", "flags", "microcode", "stepping")
-    return digest(sorted({line for line in lines if line.startswith(keep)}))
 
 
 def _kvm_access() -> bool:

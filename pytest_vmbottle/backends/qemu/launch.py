@@ -20,7 +20,7 @@ from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.backends.qemu.ram import Ram
 from pytest_vmbottle.backends.qemu.run_as import PassedFds
 from pytest_vmbottle.backends.qemu.uefi import find_uefi
-from pytest_vmbottle.errors import LaunchError, MachineError, SpecError
+from pytest_vmbottle.errors import BackendUnavailable, LaunchError, MachineError, SpecError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.spec import MachineSpec
 
@@ -32,6 +32,8 @@ _LAST_WORDS = 300
 """Most characters of QEMU's last line that the first sentence of an error has."""
 _UNKNOWN_PROCESSOR = re.compile(r"unable to find CPU model|-cpu\.\S+' not found")
 """Message of QEMU, from 7.2 to 10.0 at least, for an unknown model or feature."""
+_LACKED = re.compile(r"support requested feature: .*(?:E[A-D]X|\))\.(\S+) \[bit")
+"""Message of those QEMUs for each feature that an accelerator lacks, here or everywhere."""
 
 
 def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> QemuInstance:
@@ -39,6 +41,7 @@ def start(emulator: Emulator, spec: MachineSpec, *, source: Start, rundir: Path,
 
     Raises:
         SpecError: QEMU does not know the processor.
+        BackendUnavailable: This host lacks something that the processor is to have.
         LaunchError: QEMU did not start.
         MachineError: The saved state could not be restored, or the guest did not answer.
     """
@@ -145,7 +148,7 @@ def _firmware(emulator: Emulator, spec: MachineSpec, source: Start) -> Path | No
     return find_uefi(spec.arch, emulator.binary) if needed else None
 
 
-def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError | SpecError:
+def _not_launched(process: QemuProcess, spec: MachineSpec) -> BackendUnavailable | LaunchError | SpecError:
     status = process.wait(Deadline(1))
     ending = "did not answer" if status is None else f"ended with status {status}{signal_hint(status)}"
     output = process.output
@@ -154,6 +157,9 @@ def _not_launched(process: QemuProcess, spec: MachineSpec) -> LaunchError | Spec
     # Told apart from a broken QEMU: the mark is wrong, and no retry would help.
     if spec.cpu and _UNKNOWN_PROCESSOR.search(last):
         return SpecError(f"cpu={spec.cpu!r}: {last}; `{program} -cpu help` lists the models")
+    if spec.cpu and last.endswith("support requested features"):
+        lacked = ", ".join(dict.fromkeys(_LACKED.findall(output)))
+        return BackendUnavailable(f"cpu={spec.cpu!r}: {last}: {lacked}", "Ask for a lower level, such as cpu='x86-64-v2'")
     return LaunchError(
         f"QEMU {ending} before the machine {spec.name!r} could run{last and f': {last}'}",
         argv=process.argv,

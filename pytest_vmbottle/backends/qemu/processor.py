@@ -5,6 +5,7 @@ It is the best one of this host or the one asked for, with or without virtualisa
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 
@@ -13,9 +14,17 @@ import attrs
 from pytest_vmbottle.backends.port import NANOSECONDS_PER_INSTRUCTION
 from pytest_vmbottle.backends.qemu.command_line import Accelerator
 from pytest_vmbottle.errors import BackendUnavailable
+from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.host.files import read_or_empty
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["accelerator_for"]
+__all__ = ["accelerator_for", "host_processor"]
+
+_V2 = "ssse3=on,sse4.1=on,sse4.2=on,popcnt=on"
+_V3 = f"{_V2},xsave=on,avx=on,avx2=on,bmi1=on,bmi2=on,f16c=on,fma=on,abm=on,movbe=on"
+_V4 = f"{_V3},avx512f=on,avx512bw=on,avx512cd=on,avx512dq=on,avx512vl=on"
+_LEVELS = {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4}
+"""What each level of the x86-64 psABI (section 3.1.1, "Processor Architecture") has beside the features of QEMU's model qemu64."""
 
 _NESTING_MODEL = "EPYC-v1"
 """Model that TCG emulates for nested guests. Its widest model, `max`, has AMD-V too, but a guest of libkrun starts ten times as slowly."""
@@ -60,17 +69,50 @@ def accelerator_for(
     """
     if spec.cpu_clock == "instructions":  # which hardware does not count
         option = emulation.option.replace("thread=multi", "thread=single")
-        return attrs.evolve(emulation, option=option, cpu=spec.cpu or emulation.cpu, counting=_COUNTING)
+        return attrs.evolve(emulation, option=option, cpu=_model(spec) or emulation.cpu, counting=_COUNTING)
     if not spec.nested:
         if spec.cpus > 1 and not _has_safe_threads(version):
             # Only the option of TCG has these words: with hardware virtualisation nothing changes.
             accelerator = attrs.evolve(accelerator, option=accelerator.option.replace("thread=multi", "thread=single"))
-        return attrs.evolve(accelerator, cpu=spec.cpu or accelerator.cpu)
+        return attrs.evolve(accelerator, cpu=_model(spec) or accelerator.cpu)
     if accelerator.name == "tcg":  # more code of more address spaces is kept translated
-        model = spec.cpu or _NESTING_MODEL
+        model = _model(spec) or _NESTING_MODEL
         return attrs.evolve(accelerator, option=accelerator.option.replace("tb-size=256", "tb-size=512"), cpu=model + _NESTING_FEATURES)
     features = _hardware_features(accelerator, modules)
-    return attrs.evolve(accelerator, cpu=spec.cpu + features if spec.cpu else accelerator.cpu)
+    return attrs.evolve(accelerator, cpu=_model(spec) + features if spec.cpu else accelerator.cpu)
+
+
+def host_processor(spec: MachineSpec, accelerator: Accelerator, *, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return a digest of what the saved state of a machine depends on in this host's processor and kernel.
+
+    Args:
+        spec: The machine's spec.
+        accelerator: The accelerator for its processors.
+        cpuinfo: What proc_cpuinfo(5) describes.
+    """
+    if accelerator.name == "tcg":
+        return ""  # its processors are the same everywhere
+    lines = set(read_or_empty(cpuinfo).splitlines())
+    if _is_level(spec):
+        # A level has nothing of the host's processor but the maker, and of its kernel only what QEMU insists on.
+        return digest(sorted(line for line in lines if line.startswith("vendor_id")))
+    # Only what stays: other lines, such as the clock rate, change from one moment to the next.
+    keep = ("model name", "flags", "microcode", "stepping")
+    return f"{digest(sorted(line for line in lines if line.startswith(keep)))} {platform.release()}"
+
+
+def _is_level(spec: MachineSpec) -> bool:
+    # What nested guests need is the host's own.
+    return not spec.nested and (spec.cpu or "").partition(",")[0] in _LEVELS
+
+
+def _model(spec: MachineSpec) -> str:
+    """Return the processor that a spec names, as QEMU takes it; empty if it names none."""
+    name, comma, features = (spec.cpu or "").partition(",")
+    if name not in _LEVELS:
+        return spec.cpu or ""
+    # Without "enforce" QEMU leaves out what the host lacks, and a pack would be restored where its programs meet an invalid instruction.
+    return f"qemu64,svm=off,{_LEVELS[name]}{comma}{features},enforce=on"
 
 
 def _has_safe_threads(version: str) -> bool:

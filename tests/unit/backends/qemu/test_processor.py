@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_vmbottle.backends.qemu.command_line import BOARDS, HVF, KVM, Accelerator
-from pytest_vmbottle.backends.qemu.processor import accelerator_for
+from pytest_vmbottle.backends.qemu.processor import accelerator_for, host_processor
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.spec import MachineSpec
 
@@ -59,6 +59,31 @@ def test_instructions_are_counted_by_emulation_whatever_the_host_could_do(tmp_pa
 def test_a_model_that_was_asked_for_is_taken_as_it_was_written(tmp_path: Path) -> None:
     assert cpu(TCG, tmp_path, cpu="EPYC-v1,-avx2") == "EPYC-v1,-avx2"
     assert cpu(KVM, tmp_path, cpu="host,pmu=off") == "host,pmu=off"
+
+
+def test_a_level_is_a_plain_model_with_all_that_it_has_and_what_lacks_any_of_it_is_refused(tmp_path: Path) -> None:
+    levels = [cpu(KVM, tmp_path, cpu=f"x86-64-v{number}").split(",") for number in (2, 3, 4)]
+    for each in levels:
+        assert (each[0], each[-1]) == ("qemu64", "enforce=on")
+    assert set(levels[0]) < set(levels[1]) < set(levels[2])
+    assert cpu(TCG, tmp_path, cpu="x86-64-v2,+aes") == ",".join((*levels[0][:-1], "+aes", "enforce=on"))
+    assert cpu(TCG, tmp_path, cpu="x86-64-v2", nested=True).endswith(",+svm,+npt")
+
+
+def test_a_level_depends_on_the_maker_of_the_hosts_processor_and_anything_else_on_all_that_it_has(tmp_path: Path) -> None:
+    here = "vendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t\t: avx avx2\n"
+
+    def key(text: str, accelerator: Accelerator = KVM, **keywords: Any) -> str:
+        (tmp_path / "cpuinfo").write_text(text)
+        return host_processor(MachineSpec(source="x", arch="x86_64", **keywords), accelerator, cpuinfo=tmp_path / "cpuinfo")
+
+    other = here.replace("EPYC", "Opteron").replace(" avx2", "")
+    for level in ("x86-64-v2", "x86-64-v3,+aes"):
+        assert key(here, cpu=level) == key(other, cpu=level) != key(here.replace("AMD", "Hygon"), cpu=level)
+        assert key(here, cpu=level, nested=True) != key(other, cpu=level, nested=True)
+    for model in (None, "EPYC-v1"):
+        assert key(here, cpu=model) != key(other, cpu=model)
+        assert key(here, TCG, cpu=model) == key(other, TCG, cpu=model) == ""
 
 
 def test_emulation_gives_amds_virtualisation_to_any_model(tmp_path: Path) -> None:
