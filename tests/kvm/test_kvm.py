@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import Machine
+from pytest_vmbottle import Machine, MachineFactory
 from pytest_vmbottle.result import Result
 from tests.kvm.conftest import kvm_host
 
@@ -18,9 +19,9 @@ PROCESSORS = "1,2"
 ONE = "clone_goes_on"
 
 
-def vmbottle(vm: Machine, *words: str, accel: str = "kvm", catalog: str = "", check: bool = True) -> Result:
+def vmbottle(vm: Machine, *words: str, accel: str = "kvm", catalog: str = "", check: bool = True, **environment: str) -> Result:
     argv = ["taskset", "-c", PROCESSORS, "python3", "-m", "pytest_vmbottle", *words]
-    env = {"VMBOTTLE_ACCEL": accel, **({"VMBOTTLE_CATALOG": catalog} if catalog else {})}
+    env = {"VMBOTTLE_ACCEL": accel, **({"VMBOTTLE_CATALOG": catalog} if catalog else {}), **environment}
     return vm.exec(argv, env=env, check=check, timeout=600)
 
 
@@ -68,3 +69,68 @@ def test_machines_are_cloned_changed_restored_and_shared_under_kvm(host: Machine
 @pytest.mark.parametrize("kind", ["stream", "disk"])
 def test_packs_of_other_kinds_are_saved_and_restored_under_kvm(host: Machine, kind: str) -> None:
     assert [*outcomes(host, "--vm-accel=kvm", f"--vm-pack={kind}", "-k", ONE).values()] == [""]
+
+
+SLOW = """#!/bin/sh
+case "$*" in *"-accel kvm"*) echo $$ > /sys/fs/cgroup/slow/cgroup.procs;; esac
+exec /usr/bin/qemu-system-x86_64 "$@"
+"""
+"""A QEMU that has a twentieth of a processor for what it runs under KVM."""
+
+
+def test_kvm_that_is_slower_than_emulation_is_not_used(host: Machine) -> None:
+    host.exec("cd /sys/fs/cgroup; echo +cpu > cgroup.subtree_control; mkdir slow; echo '5000 100000' > slow/cpu.max")
+    host.path("/root/slow").mkdir()
+    host.path("/root/slow/qemu-system-x86_64").write_text(SLOW, mode=0o755)
+    found = vmbottle(host, "doctor", "--json", accel="auto", PATH="/root/slow:/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin")
+    findings = {each["topic"]: each for each in json.loads(found.stdout)}
+    assert findings["accelerator"]["state"] == "degraded"
+    assert "using TCG" in findings["accelerator"]["text"]
+
+
+def exported(vm: Machine, name: str, *options: str, accel: str = "kvm") -> str:
+    """Makes a pack in a catalog of its own, and returns the file that it was written into."""
+    catalog, file = f"/root/{name}", f"/root/{name}.vmpack"
+    with_images(vm, catalog)
+    vmbottle(vm, "machine", "run", *options, "--memory", "256M", "small", "true", accel=accel, catalog=catalog)
+    (pack,) = json.loads(vmbottle(vm, "pack", "ls", "--json", accel=accel, catalog=catalog).stdout)
+    vmbottle(vm, "pack", "export", pack["key"], "-o", file, accel=accel, catalog=catalog)
+    return file
+
+
+def with_images(vm: Machine, catalog: str) -> str:
+    vm.exec(["mkdir", "-m", "700", catalog])
+    vm.exec(["ln", "-s", "/root/.cache/pytest-vmbottle/images", f"{catalog}/images"])
+    return catalog
+
+
+@pytest.mark.parametrize(("maker", "taker"), [("tcg", "kvm"), ("kvm", "tcg")])
+def test_a_pack_of_one_accelerator_is_refused_under_the_other(host: Machine, maker: str, taker: str) -> None:
+    file = exported(host, f"of-{maker}", accel=maker)
+    catalog = with_images(host, f"/root/for-{taker}")
+    refused = vmbottle(host, "pack", "import", file, accel=taker, catalog=catalog, check=False)
+    assert refused.returncode == 1
+    assert "cannot be restored here: it needs the same QEMU and accelerator" in refused.stderr
+    assert json.loads(vmbottle(host, "pack", "ls", "--json", accel=taker, catalog=catalog).stdout) == []
+
+
+def test_a_pack_of_a_level_fits_another_processor_and_any_other_pack_does_not(
+    host: Machine, vm_factory: MachineFactory, tmp_path: Path
+) -> None:
+    level, own = exported(host, "level", "--cpu", "x86-64-v2"), exported(host, "own")
+    other = vm_factory(kvm_host, cpu="Opteron_G5")
+    models = [vm.exec("grep -m1 'model name' /proc/cpuinfo").stdout for vm in (host, other)]
+    assert models[0] != models[1]
+    for file in (level, own):
+        host.cp(host.path(file), tmp_path / "pack")
+        other.cp(tmp_path / "pack", other.path(file))
+    assert "cannot be restored here" in vmbottle(other, "pack", "import", own, check=False).stderr
+    catalog = with_images(other, "/root/there")
+    vmbottle(other, "pack", "import", level, catalog=catalog)
+    run = ("machine", "run", "--memory", "256M")
+    flags = vmbottle(other, *run, "--cpu", "x86-64-v2", "small", "grep", "-m1", "flags", "/proc/cpuinfo", catalog=catalog).stdout.split()
+    assert ("ssse3" in flags, "avx" in flags) == (True, False)
+    assert len(json.loads(vmbottle(other, "pack", "ls", "--json", catalog=catalog).stdout)) == 1, "the pack that came was taken"
+    refused = vmbottle(other, *run, "--cpu", "x86-64-v3", "small", "true", catalog=catalog, check=False)
+    assert refused.returncode == 3
+    assert "avx2" in refused.stderr
