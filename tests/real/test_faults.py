@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from pytest_vmbottle import Machine, MachineError
@@ -84,8 +85,11 @@ def test_a_file_system_is_full_of_data_or_of_files_and_the_machine_goes_on(sessi
     assert "No space left" in vm.exec("head -c 100000 /dev/zero > /mnt/file", check=False).stderr
     assert ends_at_once(vm, full)
     assert vm.exec("head -c 1000000 /dev/zero > /mnt/file && rm /mnt/file").ok
-    with vm.faults.disk_full("/mnt", leave="8M"):
-        assert 7 << 20 < int(vm.exec("stat -f -c %f /mnt").stdout) * int(vm.exec("stat -f -c %S /mnt").stdout) < 9 << 20
+    for place in ("/mnt", "/root"):
+        with vm.faults.disk_full(place, leave="8M"):
+            vm.exec(f"head -c 7000000 /dev/zero > {place}/file && sync && rm {place}/file && sync")
+            assert "No space left" in vm.exec(f"head -c 9000000 /dev/zero > {place}/file", check=False).stderr
+            vm.exec(f"rm {place}/file")
     inodes = vm.faults.inodes_full("/mnt").start()
     assert "No space left" in vm.exec("touch /mnt/file", check=False).stderr
     assert ends_at_once(vm, inodes)
@@ -126,10 +130,21 @@ def test_memory_and_processors_are_short(session_vm: Machine) -> None:
         assert vm.exec("python3 -c \"b'x' * (900 << 20)\"", check=False, timeout=300).returncode != 0
     assert int(vm.exec("awk '/MemAvailable/ {print $2}' /proc/meminfo").stdout) > 300_000
     usual = min(vm.exec(loop).duration for _ in range(2))
-    for fault in (vm.faults.cpu_throttle(25), vm.faults.cpu_steal(75)):
-        with fault:
-            assert vm.exec(loop).duration > 1.7 * usual
-        assert min(vm.exec(loop).duration for _ in range(3)) < 1.7 * usual
+    with vm.faults.cpu_throttle(25):
+        assert vm.exec(loop).duration > 1.7 * usual
+    # By the host's figures, since a host with much else to do takes as much away.
+    with vm.faults.cpu_steal(75):
+        stolen = _share(vm, loop)
+    assert stolen < 0.45
+    assert max(_share(vm, loop) for _ in range(3)) > 1.2 * stolen
+
+
+def _share(vm: Machine, command: list[str]) -> float:
+    """How much of a processor its machine had while a command ran."""
+    hypervisor = psutil.Process(vm.pid)
+    before, began = sum(hypervisor.cpu_times()[:2]), time.monotonic()
+    vm.exec(command)
+    return float(sum(hypervisor.cpu_times()[:2]) - before) / (time.monotonic() - began)
 
 
 @pytest.mark.guests

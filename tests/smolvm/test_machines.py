@@ -47,16 +47,66 @@ def test_a_layer_is_packed_and_its_machines_have_what_was_prepared_their_ports_a
     assert not reached.stdout, "network=False, and it reached this host"
 
 
+_PLACES = ["/etc", "/home", "/opt", "/root", "/srv", "/usr/local/bin", "/var/lib", "/var/tmp", "/new/place", "/workspace", "/workspace/a/b"]
+_WRITE = """
+mkdir -p "$1"
+cd "$1"
+echo "$1" > kept
+ln -s kept link
+ln kept hard
+mkfifo fifo
+chown 1234:4321 kept
+chown -h 1234 link
+chmod 4751 kept
+mkdir -m 1777 empty
+head -c 300000 /dev/urandom > random
+md5sum random > sum
+"""
+_READ = """
+cd "$1"
+cat kept
+readlink link
+stat -c '%a %u %g %h' kept
+stat -c '%u %F' link
+stat -c '%a' empty
+test -p fifo
+md5sum -c -s sum
+"""
+
+
+@layer("smolvm", backend="smolvm", memory="256M", run=["mkdir -p /workspace && echo kept > /workspace/run"], timeout=300)
+def written(vm: Machine) -> None:
+    vm.exec(["sh", "-eu", "-c", f'for place; do (set -- "$place"; {_WRITE}) done', "sh", *_PLACES])
+    vm.exec("mv /etc/hosts /etc/moved; rm -r /etc/network; echo more >> /etc/passwd")
+
+
+@pytest.mark.vm(written)
+def test_a_pack_has_all_that_a_layer_wrote(vm: Machine) -> None:
+    for place in _PLACES:
+        read = vm.exec(["sh", "-eu", "-c", _READ, "sh", place]).stdout
+        assert read == f"{place}\nkept\n4751 1234 4321 2\n1234 symbolic link\n1777\n"
+    assert vm.exec("cat /workspace/run; tail -n 1 /etc/passwd; test -e /etc/moved -a ! -e /etc/network").stdout == "kept\nmore\n"
+
+
+@pytest.mark.vm(disk="12G", nested=True, timeout=900)
+def test_a_machine_has_the_disk_and_the_kvm_that_were_asked_for(vm: Machine) -> None:
+    vm.exec(["test", "-c", "/dev/kvm"])
+    size = int(vm.exec("df -Pk / | tail -n 1").stdout.split()[1])
+    assert size > 11 << 20, "the disk of / is smaller than 12 GiB less its file system"
+
+
 def test_a_machine_is_rebooted_written_down_taken_back_cut_off_and_started_again(vm: Machine) -> None:
-    kept = vm.path("/root/kept")
+    kept, workspace = vm.path("/root/kept"), vm.path("/workspace/kept")
     boot = vm.path("/proc/sys/kernel/random/boot_id").read_text()
     kept.write_text("kept\n")
+    vm.exec("mkdir -p /workspace && cp /root/kept /workspace")
     vm.reboot()
     assert vm.path("/proc/sys/kernel/random/boot_id").read_text() != boot
     before = vm.snapshot("before")
     kept.unlink()
+    workspace.unlink()
     vm.restore(before)
-    assert kept.read_text() == "kept\n"
+    assert (kept.read_text(), workspace.read_text()) == ("kept\n", "kept\n")
     process, lost = vm.spawn(["sleep", "4711"]), vm.pid
     vm.exec("sync")
     vm.power_cut()

@@ -35,7 +35,7 @@ from pytest_vmbottle.spec.pack_kind import PackKind
 
 __all__ = ["ProbeResult", "SmolvmBackend"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of how machines are made and packed, part of every fingerprint."""
 # Longer than smolvm itself waits for a guest's agent (30 s), so that its own reason for a failure is the one that is reported.
 _PROOF_SECONDS = 38.0
@@ -216,9 +216,7 @@ class SmolvmBackend(Backend):
             "capture=True: smolvm does not record network traffic": spec.capture,
             f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
             "cpu_clock='instructions': smolvm's machines have the host's processor, which does not count": spec.cpu_clock != "host",
-            "nested=True: smolvm's machines cannot run virtual machines": spec.nested,
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
-            "disk=: the disk of a smolvm machine cannot be given a size": spec.disk is not None,
             "disks=: smolvm machines have no disks beside their own": bool(spec.disks),
             f"arch={spec.arch!r}: smolvm runs only guests of this host's architecture, {host_arch()}": spec.arch != host_arch(),
         }

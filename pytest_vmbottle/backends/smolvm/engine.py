@@ -56,6 +56,8 @@ class Creation:
         network: Whether it reaches the network, or the only networks that it reaches (CIDR).
         ports: Host ports by guest port.
         label: Name of the process that made it.
+        disk: Bytes of the disk for changes of its root file system; 0 for smolvm's own size.
+        nested: Whether it can run virtual machines itself.
     """
 
     image: str = ""
@@ -65,6 +67,8 @@ class Creation:
     network: bool | tuple[str, ...] = False
     ports: Mapping[int, int] = attrs.field(factory=dict)
     label: str = ""
+    disk: int = 0
+    nested: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -76,6 +80,9 @@ class Creation:
             *(("--image", self.image) if self.image else ()),
             # Always given: smolvm's defaults are 4 processors and 8 GiB.
             *("--cpus", str(self.cpus), "--mem", str(max(1, self.memory >> 20))),
+            # In whole GiB, rounded up.
+            *(("--overlay", str(-(-self.disk >> 30))) if self.disk else ()),
+            *(("--nested",) if self.nested else ()),
             *network,
             *(word for guest, host in self.ports.items() for word in ("--port", f"{host}:{guest}")),
             *(("--label", f"{LABEL}={self.label}") if self.label else ()),
@@ -238,7 +245,8 @@ class Engine:
         Raises:
             SmolvmError: smolvm failed, for example because the machine is running.
         """
-        source = ("--from-vm", machine) if machine else ("--image", image)
+        # /workspace lies on another disk, which a pack has only if it is asked for.
+        source = ("--from-vm", machine, "--include-workspace") if machine else ("--image", image)
         self._do("pack", "create", *source, "--output", str(dest), seconds=_SLOW, deadline=deadline)
         dest.unlink(missing_ok=True)  # a program that would run it, 50 MB, of which nothing is needed
         return dest.with_name(f"{dest.name}.smolmachine")

@@ -133,6 +133,8 @@ def creation(spec: MachineSpec, source: Start, ports: Mapping[int, int]) -> Crea
         network=() if isinstance(spec.network, str) else spec.network,
         ports=ports,
         label=me(),
+        disk=spec.disk or 0,
+        nested=spec.nested,
     )
 
 

@@ -26,7 +26,7 @@ def hold(out: int) -> None:
             os.write(out, b"began")
             os.close(out)
             signal.sigwait([signal.SIGTERM])
-    except (OSError, ValueError, SystemExit) as error:
+    except (ImportError, OSError, ValueError, SystemExit) as error:
         with contextlib.suppress(OSError):
             os.write(out, str(error).encode())
         os._exit(1)

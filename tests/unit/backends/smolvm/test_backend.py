@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import psutil
 import pytest
 
@@ -66,10 +67,25 @@ def words(folder: Path) -> list[str]:
 
 def test_a_machine_is_made_with_everything_said_and_its_network_always_switched_on(engine: Callable[[str], Engine], tmp_path: Path) -> None:
     made_of = Creation(packed=Path("/p/x.smolmachine"), cpus=2, memory=512 << 20, network=("10.0.0.0/8",), ports={80: 4000}, label="me")
-    engine("").create("m1", made_of)
+    engine("").create("m1", attrs.evolve(made_of, disk=(4 << 30) + 1, nested=True))
     state = ["--error-format", "json", "--state-dir", str(tmp_path / "state")]
     assert words(tmp_path) == [
-        *("machine", "create", *state, "--name", "m1", "--from", "/p/x.smolmachine", "--cpus", "2", "--mem", "512"),
+        *(
+            "machine",
+            "create",
+            *state,
+            "--name",
+            "m1",
+            "--from",
+            "/p/x.smolmachine",
+            "--cpus",
+            "2",
+            "--mem",
+            "512",
+            "--overlay",
+            "5",
+            "--nested",
+        ),
         *("--net", "--allow-cidr", "10.0.0.0/8", "--port", "4000:80", "--label", f"{LABEL}=me"),
     ]
 
@@ -89,7 +105,10 @@ def test_the_network_is_off_or_on(*, network: bool, expected: tuple[str, ...]) -
         (lambda engine: engine.status("m1"), ["machine", "status", "--name", "m1"]),
         (lambda engine: engine.data_dir("m1"), ["machine", "data-dir", "--name", "m1"]),
         (lambda engine: engine.checkpoint("m1", Path("/c")), ["machine", "checkpoint", "--name", "m1", "--output", "/c"]),
-        (lambda engine: engine.pack(Path("/p"), machine="m1"), ["pack", "create", "--from-vm", "m1", "--output", "/p"]),
+        (
+            lambda engine: engine.pack(Path("/p"), machine="m1"),
+            ["pack", "create", "--from-vm", "m1", "--include-workspace", "--output", "/p"],
+        ),
         (lambda engine: engine.pack(Path("/p"), image="alpine"), ["pack", "create", "--image", "alpine", "--output", "/p"]),
     ],
 )
@@ -319,7 +338,6 @@ def backend(tmp_path: Path) -> SmolvmBackend:
         ({"display": True}, "display"),
         ({"cpu_clock": "instructions"}, "cpu_clock"),
         ({"user_data": {"a": 1}}, "cloud-init"),
-        ({"disk": "4G"}, "disk="),
         ({"arch": "aarch64"}, "arch='aarch64'"),
     ],
 )
@@ -327,7 +345,10 @@ def test_what_cannot_be_is_said_in_a_sentence_and_runs_nothing(backend: SmolvmBa
     refusal = backend.unsupported_reason(MachineSpec(source="smolvm", **keywords))
     assert refusal is not None
     assert why in refusal
-    assert backend.unsupported_reason(MachineSpec(source="smolvm", network=["10.0.0.0/8"], ports=[80], env={"A": "b"})) is None
+    assert (
+        backend.unsupported_reason(MachineSpec(source="smolvm", network=["10.0.0.0/8"], disk="4G", nested=True, ports=[80], env={"A": "b"}))
+        is None
+    )
 
 
 def test_sources_are_names_references_archives_folders_and_packs(
