@@ -95,6 +95,19 @@ def test_its_disks_and_its_clock_have_faults(arm: Catalog) -> None:
         assert vm.exec(where + "head -c 7 $disk").stdout == "flushed"
 
 
+def test_a_machine_by_hand_is_of_the_architecture_that_was_asked_for(arm: Catalog) -> None:
+    def vmbottle(*words: str) -> str:
+        argv = [sys.executable, "-m", "pytest_vmbottle", "--catalog", str(arm.root), "machine", *words]
+        return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
+
+    vmbottle("start", "arm", "--arch", "aarch64", "--memory", "256M", "--name", "by-hand")
+    try:
+        assert vmbottle("exec", "by-hand", "uname", "-m") == "aarch64\n"
+        assert vmbottle("exec", "by-hand", "ls", "/sys/firmware/devicetree/base/compatible") != ""
+    finally:
+        vmbottle("rm", "--force", "by-hand")
+
+
 def _provisioner(catalog: Catalog, kind: PackKind, warned: list[str]) -> Provisioner:
     return Provisioner(catalog, QemuBackend(proofs=catalog.proofs, pack_kind=kind), name="qemu", settings=Settings(warn=warned.append))
 
