@@ -73,6 +73,7 @@ class Machine:
         lifecycle: Its current instance and power, for extensions of this package.
         guest: Runner of commands in its guest, for extensions of this package.
         launch_fork: Function that starts another machine from a boot source, which ends before this one does; None if it was made without.
+        end: Function that ends it before the machine that it was forked from; None if it is no fork.
     """
 
     def __init__(  # noqa: PLR0913
@@ -110,6 +111,7 @@ class Machine:
         self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
         self._factor = factor
         self.launch_fork: Callable[[MachineSpec, Start], Machine] | None = None
+        self.end: Callable[[], None] | None = None
         self._forks = 0
         # Made on first use: most tests measure nothing.
         self._meter: Meter | None = None
@@ -880,6 +882,20 @@ class Machine:
         self._forks += len(specs)
         with self.lifecycle.written("fork") as start:
             return tuple(self.launch_fork(spec, start) for spec in specs)
+
+    def discard(self) -> None:
+        """End a fork, with what was forked from it, before the machine that it was forked from; its memory and its disk are free then.
+
+        Raises:
+            MachineError: It is no fork.
+
+        Example:
+            >>> other = vm.fork()
+            >>> other.discard()
+        """
+        if self.end is None:
+            raise MachineError(f"the machine {self.name} is no fork: it ends with its test", machine=self.name)
+        self.end()
 
     @recorded("network")
     def join_lan(self) -> str:

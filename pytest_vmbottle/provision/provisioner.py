@@ -113,9 +113,7 @@ class Provisioner:
                 self._connect(machine, lan, stack, joins=joins)
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
-            machine.launch_fork = lambda spec, start: forks.enter_context(
-                self.machine(spec, start=start, origin=origin, lans=lans, joins=False)
-            )
+            machine.launch_fork = lambda spec, start: _fork(self.machine(spec, start=start, origin=origin, lans=lans, joins=False), forks)
             self.tally.waited += time.monotonic() - began
             # Outside of `_infra`: an error of a hook or of the test is not the machine's.
             self._settings.ready(machine)
@@ -314,6 +312,15 @@ class Provisioner:
         # A hook's error must not hide the test's own, which may be on its way.
         except Exception as error:
             self._settings.warn(f"a hook failed while the machine {machine.name!r} was ending: {error!r}")
+
+
+def _fork(started: AbstractContextManager[Machine], forks: ExitStack) -> Machine:
+    """Start a fork, which ends with the others at the latest."""
+    with ExitStack() as stack:
+        machine = stack.enter_context(started)
+        machine.end = stack.pop_all().close
+    forks.callback(machine.end)
+    return machine
 
 
 @contextmanager

@@ -114,6 +114,21 @@ def test_what_cannot_be_forked_says_why_and_leaves_nothing(vm: Machine) -> None:
     assert vm.exec(["echo", "on"]).stdout == "on\n"
 
 
+def test_a_fork_that_is_discarded_is_gone_with_those_forked_from_it_and_its_machine_goes_on(vm: Machine) -> None:
+    first = vm.fork()
+    second = first.fork()
+    folders = [each.lifecycle.folder for each in (first, second)]
+    first.discard()
+    first.discard()
+    assert not [each for each in folders if each.exists()]
+    for each in (first, second):
+        with pytest.raises(MachineError):
+            each.exec(["true"])
+    assert vm.exec(["echo", "on"]).stdout == "on\n"
+    with pytest.raises(MachineError, match="is no fork"):
+        vm.discard()
+
+
 def _pages(memory: Memory) -> list[bytes]:
     with closing(mmap.mmap(-1, memory.ram.size)) as content:
         memory.read([memory.ram], content)
