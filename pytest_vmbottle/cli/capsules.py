@@ -16,6 +16,7 @@ from pytest_vmbottle.cli.command import Failure, as_duration, catalog_root, emit
 from pytest_vmbottle.cli.completion import capsule_names
 from pytest_vmbottle.cli.groups import Group
 from pytest_vmbottle.cli.kept import described
+from pytest_vmbottle.cli.travel import check_folder, public_key_option, qemu_backend, read_secret_key, settings_of_environment, sign_option
 from pytest_vmbottle.host.sizes import format_size
 
 if TYPE_CHECKING:
@@ -108,6 +109,61 @@ def prune(*, older_than: float | None) -> None:
                 click.echo(found.name)
 
 
+@capsule.command(
+    "export",
+    epilog=examples(
+        "vmbottle capsule export test_web-py-test_it -o failed.vmcapsule", "vmbottle capsule export test_web-py-test_it -o F --with-pack"
+    ),
+)
+@_name
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to write.")
+@click.option(
+    "--with-pack", is_flag=True, help="Write the packs and the image that it stands on too, for a computer that has not got them."
+)
+@sign_option
+def export_capsule(*, name: str, output: Path, with_pack: bool, sign: Path | None) -> None:
+    """Write a capsule into a file, for another computer.
+
+    The file has what the machines have beyond their packs. Whoever imports it must have those, unless they are in the file too. Its path is
+    written to stdout.
+
+    It has the RAM of the machines, and so what was secret in them: passwords, keys, data. Only you can read the file; give it to nobody who
+    must not know them.
+    """
+    from pytest_vmbottle.standalone.capsule_files import CapsuleExporter
+
+    check_folder(output)
+    # First, since it may have to ask for a password, which may be wrong.
+    key = read_secret_key(sign) if sign is not None else None
+    catalog, found = open_catalog(), _find(name)
+    exporter = CapsuleExporter(catalog=catalog, fingerprint=qemu_backend(catalog, settings_of_environment()).fingerprint, say=say)
+    exporter.write(found, output.absolute(), with_packs=with_pack)
+    say(f"{format_size(output.stat().st_size)}; it has the RAM of these machines, and so what was secret in them")
+    if key is not None:
+        say(f"signed: {key.sign(output.absolute())}")
+    click.echo(output)
+
+
+@capsule.command("import", epilog=examples("vmbottle capsule import failed.vmcapsule", "vmbottle replay test_web-py-test_it --shell"))
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@public_key_option
+def import_capsule(*, file: Path, public_key: str | None) -> None:
+    """Import the capsule of a file, with the packs that are in it.
+
+    It is checked in full, and refused if this computer could not restore it, or lacks a pack that it stands on. Its name is written to
+    stdout.
+
+    A capsule has the RAM of running machines and the state of their devices: import only files of people whom you trust.
+    """
+    from pytest_vmbottle.standalone.capsule_files import CapsuleImporter
+    from pytest_vmbottle.travel.minisign import PublicKey
+
+    signer = PublicKey.read(public_key) if public_key is not None else None
+    catalog = open_catalog()
+    importer = CapsuleImporter(catalog=catalog, fingerprint=qemu_backend(catalog, settings_of_environment()).fingerprint, say=say)
+    click.echo(importer.read(file, signer).name)
+
+
 @click.command(
     epilog=examples(
         "vmbottle replay test_web-py-test_it",
@@ -152,7 +208,6 @@ def _used(place: Kept, command: str | None) -> int:
 def _started(found: Capsule, names: list[str], *, keep: bool) -> Iterator[dict[str, Kept]]:
     """Start the machines of a capsule, and end them after the block."""
     from pytest_vmbottle.backends.make import make
-    from pytest_vmbottle.cli.travel import settings_of_environment
     from pytest_vmbottle.standalone.client import Kept
     from pytest_vmbottle.standalone.orders import free_name
 

@@ -22,7 +22,32 @@ if TYPE_CHECKING:
     from pytest_vmbottle.travel.exchange import Exchange
     from pytest_vmbottle.travel.minisign import SecretKey
 
-__all__ = ["exchange_of", "export_pack", "import_packs", "pull_pack", "push_pack", "settings_of_environment"]
+__all__ = [
+    "check_folder",
+    "exchange_of",
+    "export_pack",
+    "import_packs",
+    "public_key_option",
+    "pull_pack",
+    "push_pack",
+    "qemu_backend",
+    "read_secret_key",
+    "settings_of_environment",
+    "sign_option",
+]
+
+sign_option = click.option(
+    "--sign",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="SECRET-KEY",
+    help="Sign the file with minisign's secret key in this file; the signature becomes FILE.minisig.",
+)
+public_key_option = click.option(
+    "--public-key",
+    envvar="VMBOTTLE_PUBLIC_KEY",
+    metavar="KEY|FILE",
+    help="Refuse the file unless FILE.minisig beside it is its signature with minisign's key; also VMBOTTLE_PUBLIC_KEY.",
+)
 
 
 @click.command(
@@ -37,12 +62,7 @@ __all__ = ["exchange_of", "export_pack", "import_packs", "pull_pack", "push_pack
 @click.argument("pack", metavar="KEY|LAYER", shell_complete=pack_keys)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File to write.")
 @click.option("--without-parents", is_flag=True, help="Leave out what it stands on, which whoever imports it must then have.")
-@click.option(
-    "--sign",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="SECRET-KEY",
-    help="Sign the file with minisign's secret key in this file; the signature becomes FILE.minisig.",
-)
+@sign_option
 def export_pack(*, pack: str, output: Path, without_parents: bool, sign: Path | None) -> None:
     """Write a pack into a file, for another computer.
 
@@ -51,15 +71,14 @@ def export_pack(*, pack: str, output: Path, without_parents: bool, sign: Path | 
     """
     from pytest_vmbottle.travel.packs import Exporter
 
-    if not output.absolute().parent.is_dir():
-        raise Failure(f"there is no folder {output.absolute().parent}")
+    check_folder(output)
     # First, since it may have to ask for a password, which may be wrong.
-    key = _secret_key(sign) if sign is not None else None
+    key = read_secret_key(sign) if sign is not None else None
     catalog, settings = open_catalog(), settings_of_environment()
     found = _of_layer(catalog, settings, pack) if "::" in pack else _of_key(catalog, pack)
     if not found.manifest.backend.startswith("qemu"):
         raise Failure("only packs of QEMU can be exported; `vmbottle pack build` writes those of smolvm into files")
-    exporter = Exporter(catalog=catalog, fingerprint=_backend(catalog, settings).fingerprint, say=say)
+    exporter = Exporter(catalog=catalog, fingerprint=qemu_backend(catalog, settings).fingerprint, say=say)
     exporter.write(found, output.absolute(), parents=not without_parents)
     say(f"{format_size(output.stat().st_size)}")
     if key is not None:
@@ -67,7 +86,14 @@ def export_pack(*, pack: str, output: Path, without_parents: bool, sign: Path | 
     click.echo(output)
 
 
-def _secret_key(path: Path) -> SecretKey:
+def check_folder(output: Path) -> None:
+    """Refuse an output file whose folder is not there, before anything is read."""
+    if not output.absolute().parent.is_dir():
+        raise Failure(f"there is no folder {output.absolute().parent}")
+
+
+def read_secret_key(path: Path) -> SecretKey:
+    """Read a secret key, whose password is asked for on the terminal."""
     from pytest_vmbottle.travel.minisign import SecretKey
 
     def ask() -> str:
@@ -81,12 +107,7 @@ def _secret_key(path: Path) -> SecretKey:
 
 @click.command("import", epilog=examples("vmbottle pack import web.vmpack", "vmbottle pack import web.vmpack --public-key packs.pub"))
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option(
-    "--public-key",
-    envvar="VMBOTTLE_PUBLIC_KEY",
-    metavar="KEY|FILE",
-    help="Refuse the file unless FILE.minisig beside it is its signature with minisign's key; also VMBOTTLE_PUBLIC_KEY.",
-)
+@public_key_option
 def import_packs(*, file: Path, public_key: str | None) -> None:
     """Import the packs of a file.
 
@@ -100,7 +121,7 @@ def import_packs(*, file: Path, public_key: str | None) -> None:
     signer = PublicKey.read(public_key) if public_key is not None else None
 
     catalog = open_catalog()
-    importer = Importer(catalog=catalog, fingerprint=_backend(catalog, settings_of_environment()).fingerprint, say=say)
+    importer = Importer(catalog=catalog, fingerprint=qemu_backend(catalog, settings_of_environment()).fingerprint, say=say)
     for pack in importer.read(file, signer):
         click.echo(pack.key)
 
@@ -152,7 +173,7 @@ def exchange_of(catalog: Catalog, settings: Settings, text: str) -> tuple[Exchan
         from pytest_vmbottle.travel.run_registry import open_exchange
     except ImportError as error:
         raise Failure(f"registries need the library {error.name}: pip install 'pytest-vmbottle[oci]'") from error
-    return open_exchange(reference, catalog, lambda spec: _backend(catalog, settings).fingerprint(spec), say), reference
+    return open_exchange(reference, catalog, lambda spec: qemu_backend(catalog, settings).fingerprint(spec), say), reference
 
 
 def settings_of_environment() -> Settings:
@@ -162,7 +183,8 @@ def settings_of_environment() -> Settings:
     return Settings.read(lambda setting: os.environ.get(setting.env))
 
 
-def _backend(catalog: Catalog, settings: Settings) -> Backend:
+def qemu_backend(catalog: Catalog, settings: Settings) -> Backend:
+    """Return the backend for QEMU, whose packs travel."""
     from pytest_vmbottle.backends.make import make
 
     backend = make("qemu", settings, folder=catalog.root, warn=say)
@@ -192,7 +214,7 @@ def _of_layer(catalog: Catalog, settings: Settings, layer: str) -> Pack:
         registry=settings.registry,
         registry_push=settings.registry_push,
     )
-    provisioner = Provisioner(catalog, _backend(catalog, settings), name="qemu", settings=provision)
+    provisioner = Provisioner(catalog, qemu_backend(catalog, settings), name="qemu", settings=provision)
     try:
         return provisioner.pack(MachineSpec.resolve(source_of(layer, Path.cwd()), {}))
     finally:

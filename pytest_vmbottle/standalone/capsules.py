@@ -133,6 +133,10 @@ class Capsule:
         """Return a machine as a snapshot (see `stored`)."""
         return self.stored(machine).snapshot()
 
+    def depends(self, machine: str) -> str:
+        """Return what one of its machines depends on (see `Backend.fingerprint`)."""
+        return self._facts.machines[machine]
+
     def check_fits(self, fingerprint: str, machine: str | None = None) -> None:
         """Check that a machine can be restored by what is here.
 
@@ -144,7 +148,7 @@ class Capsule:
             CatalogError: Another QEMU, accelerator or processor made it.
         """
         wanted = self.machines[0] if machine is None else machine
-        if self._facts.machines[wanted] != fingerprint:
+        if self.depends(wanted) != fingerprint:
             raise CatalogError(
                 f"the capsule {self.name} was made by another QEMU or accelerator, or with KVM on another processor or kernel of the host, "
                 "and cannot be restored here; `vmbottle doctor` tells those of this computer"
@@ -167,7 +171,9 @@ class Capsule:
         shutil.rmtree(self.path)
 
     @classmethod
-    def save(cls, root: Path, machines: Mapping[str, tuple[Stored, str]], *, test: str, error: str) -> Capsule:
+    def save(
+        cls, root: Path, machines: Mapping[str, tuple[Stored, str]], *, test: str, error: str, created: float | None = None
+    ) -> Capsule:
         """Write a capsule, whole or not at all.
 
         Args:
@@ -175,6 +181,7 @@ class Capsule:
             machines: The boot source of each machine and what it depends on, by the machine's name.
             test: The id of the test.
             error: The first line of its error.
+            created: The time of the failure, in seconds since 1970; by default now.
 
         Raises:
             OSError: There is no room.
@@ -183,7 +190,8 @@ class Capsule:
         try:
             for name, (stored, _) in machines.items():
                 stored.write(folder / name)
-            facts = _Facts(test=test, error=error, created=time.time(), machines={name: needs for name, (_, needs) in machines.items()})
+            depends = {name: needs for name, (_, needs) in machines.items()}
+            facts = _Facts(test=test, error=error, created=time.time() if created is None else created, machines=depends)
             records.write(folder / _FACTS, attrs.asdict(facts))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from pytest_vmbottle.provision.origins import KeptOrigin
 from pytest_vmbottle.spec import MachineSpec
 
 if TYPE_CHECKING:
+    from cattrs import Converter
+
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.provision.origins import Origin
 
@@ -35,9 +37,18 @@ __all__ = ["FACTS", "Stored"]
 FACTS = "start.json"
 """File that makes a folder a boot source; it is written last."""
 _OVERLAY = "own.qcow2"
-_converter = make_converter()
-_converter.register_unstructure_hook_func(lambda kind: isinstance(kind, type) and issubclass(kind, Path), str)
-_converter.register_structure_hook(Path, lambda value, _: Path(value))
+
+
+def _make_converter(unstructure: Callable[[Path], str], structure: Callable[[str], Path]) -> Converter:
+    converter = make_converter()
+    # By both names: of a field's type, and of a value's.
+    for kind in (Path, type(Path())):
+        converter.register_unstructure_hook(kind, unstructure)
+    converter.register_structure_hook(Path, lambda value, _: structure(value))
+    return converter
+
+
+_converter = _make_converter(str, Path)
 
 
 @attrs.frozen(kw_only=True)
@@ -74,6 +85,11 @@ class Stored:
     def of(cls, snapshot: Snapshot, origin: Origin, label: str) -> Stored:
         """Return the boot source of a snapshot."""
         return cls(start=snapshot.start, origin=KeptOrigin.of(origin), keywords=snapshot.spec.plain_keywords(), label=label)
+
+    @staticmethod
+    def converter(*, unstructure: Callable[[Path], str] = str, structure: Callable[[str], Path] = Path) -> Converter:
+        """Return a converter between boot sources and values of JSON, which has something else in place of paths."""
+        return _make_converter(unstructure, structure)
 
     def spec(self, **keywords: Any) -> MachineSpec:
         """Return the spec of a machine that starts from this, with other values for some keywords.

@@ -2,7 +2,7 @@
 
 ::
 
-    index.json      the packs, lowest first, the image, and the pieces of their files
+    index.json      the packs, lowest first, the image, the capsule, and the pieces of their files
     pieces/SHA256   a compressed piece (see `pieces`), by the digest of what is in the file
     (the comment)   the sha256 of all before it, so that no bit of the file changes unnoticed
 
@@ -33,7 +33,18 @@ from pytest_vmbottle.travel.pieces import LARGEST_BLOB, Piece, join, split
 if TYPE_CHECKING:
     from pytest_vmbottle.travel.minisign import PublicKey
 
-__all__ = ["ArchiveReader", "ArchiveWriter", "Index", "TravelFile", "TravelImage", "TravelPack", "writing"]
+__all__ = [
+    "ArchiveReader",
+    "ArchiveWriter",
+    "Index",
+    "TravelCapsule",
+    "TravelFile",
+    "TravelImage",
+    "TravelMachine",
+    "TravelNeed",
+    "TravelPack",
+    "writing",
+]
 
 _FORMAT = 1
 _SEAL = 64
@@ -41,11 +52,14 @@ _SEAL = 64
 _INDEX, _PIECES = "index.json", "pieces/"
 _LARGEST_INDEX = 64 << 20
 _LARGEST_FILE = 1 << 42
+_LATEST = 1e11
+"""Latest time of a capsule, in seconds since 1970, which a calendar still has."""
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _SPOILED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError)
 """Errors of reading a damaged zip archive."""
 
 _size = [attrs.validators.instance_of(int), attrs.validators.ge(0), attrs.validators.le(_LARGEST_FILE)]
+_time = attrs.validators.and_(attrs.validators.instance_of(float), attrs.validators.ge(0.0), attrs.validators.le(_LATEST))
 _text = attrs.validators.instance_of(str)
 
 
@@ -92,12 +106,64 @@ class TravelImage:
 
 
 @attrs.frozen(kw_only=True)
+class TravelNeed:
+    """A pack that a capsule stands on.
+
+    Attributes:
+        name: Its name, for people.
+        seal: Its `Pack.seal`.
+    """
+
+    name: str = attrs.field(validator=_text)
+    seal: str = attrs.field(validator=_text)
+
+
+@attrs.frozen(kw_only=True)
+class TravelMachine:
+    """A machine of a capsule.
+
+    Attributes:
+        name: Its name in the capsule.
+        depends: As for `TravelPack`.
+        stored: Its boot source, with places instead of paths.
+        files: The files that are in no pack and no image, by their places.
+    """
+
+    name: str = attrs.field(validator=_text)
+    depends: str = attrs.field(validator=_text)
+    stored: Mapping[str, Any]
+    files: Mapping[str, TravelFile]
+
+
+@attrs.frozen(kw_only=True)
+class TravelCapsule:
+    """A capsule.
+
+    Attributes:
+        test, error, created: As of `Capsule`.
+        machines: Its machines, the test's own first.
+        packs: The packs that it stands on, by key.
+        images: The names of the images that it stands on, by key.
+        with_images: Those of them that are in the file, by key.
+    """
+
+    test: str = attrs.field(validator=_text)
+    error: str = attrs.field(validator=_text)
+    created: float = attrs.field(validator=_time)
+    machines: tuple[TravelMachine, ...]
+    packs: Mapping[str, TravelNeed]
+    images: Mapping[str, str]
+    with_images: Mapping[str, TravelImage]
+
+
+@attrs.frozen(kw_only=True)
 class Index:
     """Content of `index.json`."""
 
     format: int = _FORMAT
     packs: tuple[TravelPack, ...] = ()
     image: TravelImage | None = None
+    capsule: TravelCapsule | None = None
 
 
 class ArchiveWriter:

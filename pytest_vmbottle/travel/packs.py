@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.images import Image
     from pytest_vmbottle.travel.minisign import PublicKey
 
-__all__ = ["Exporter", "Fingerprint", "Importer", "image_of"]
+__all__ = ["UNFIT", "Exporter", "Fingerprint", "Importer", "image_of"]
 
 Fingerprint = Callable[[MachineSpec], str]
 """Function that returns what a pack for machines of a spec depends on, on this computer."""
@@ -38,11 +38,12 @@ _SAY = Callable[[str], object]
 _SPEC, _RECORD = "spec.json", "pack.json"
 _IMAGE_FILES = {"disk.qcow2", "disk.raw", KERNEL, INITRD}
 _KEY = re.compile(r"[0-9a-f]{64}")
-_UNFIT = (
+UNFIT = (
     "and cannot be restored here: it needs the same QEMU and accelerator, and with KVM the same processor and kernel of the host "
     "(of its processor only the maker, where cpu= is a level such as 'x86-64-v2'); "
     "`vmbottle doctor` tells those of this computer"
 )
+"""End of the sentence about what was made elsewhere."""
 
 
 @attrs.frozen(kw_only=True)
@@ -74,8 +75,25 @@ class Exporter:
             chain = self._chain(pack, holds)
             bases = (None, *chain)
             written = [self._written(archive, each, base) for each, base in zip(chain, bases, strict=False) if parents or each is chain[-1]]
-            image = self._image(archive, self._image_below(pack), holds) if parents else None
+            image = self.add_image(archive, self._image_below(pack), holds) if parents else None
             archive.finish(Index(packs=tuple(written), image=image))
+
+    def add(self, archive: ArchiveWriter, several: Iterable[Pack], holds: Holds) -> tuple[list[TravelPack], list[Image]]:
+        """Add packs and those below them to an archive, each once; return them, lowest first, and the images below them.
+
+        Raises:
+            CatalogError: A pack or an image is gone or damaged.
+        """
+        written: dict[str, TravelPack] = {}
+        images: dict[str, Image] = {}
+        for pack in several:
+            chain = self._chain(pack, holds)
+            for each, base in zip(chain, (None, *chain), strict=False):
+                if each.key not in written:
+                    written[each.key] = self._written(archive, each, base)
+            image = self._image_below(pack)
+            images[image.key] = image
+        return list(written.values()), list(images.values())
 
     def write_image(self, image: Image, target: Path) -> None:
         """Write an image into a file, which is there when it is complete.
@@ -84,7 +102,7 @@ class Exporter:
             CatalogError: The image is gone or damaged.
         """
         with explained(f"write {target}"), Holds() as holds, writing(target) as archive:
-            archive.finish(Index(image=self._image(archive, image, holds)))
+            archive.finish(Index(image=self.add_image(archive, image, holds)))
 
     def _chain(self, pack: Pack, holds: Holds) -> list[Pack]:
         """Return the packs from the lowest one up to a pack, held."""
@@ -109,7 +127,8 @@ class Exporter:
             raise CatalogError(f"the image of the pack {pack.key[:12]} ({pack.manifest.name}) is not among the images: --without-parents")
         return image
 
-    def _image(self, archive: ArchiveWriter, image: Image, holds: Holds) -> TravelImage:
+    def add_image(self, archive: ArchiveWriter, image: Image, holds: Holds) -> TravelImage:
+        """Add an image to an archive, and return what the index says of it."""
         holds.take(image.disk.parent)
         self.say(f"packing the image {image.name}")
         files = tuple(archive.add(path, None) for path in (image.disk, image.kernel, image.initrd) if path is not None)
@@ -146,18 +165,27 @@ class Importer:
         with explained(f"import {source}"), ArchiveReader(source, signer) as archive, Holds() as holds:
             if signer is not None:
                 self.say(f"signed with the key {signer.name}: {archive.comment}")
-            wanted = [(_manifest(each), each) for each in archive.index.packs]
-            if not wanted:
-                raise CatalogError(f"{source} has no packs")
+            if not archive.index.packs:
+                hint = ": `vmbottle capsule import` reads the capsule in it" if archive.index.capsule is not None else ""
+                raise CatalogError(f"{source} has no packs{hint}")
             if archive.index.image is not None:
-                self._add_image(archive, archive.index.image, {manifest.image for manifest, _ in wanted})
-            new = []
-            for manifest, each in wanted:
-                if not self._is_there(manifest):
-                    new.append(self._add(archive, manifest, each))
-                # So that what stands on it finds it, whoever prunes meanwhile.
-                holds.take(self.catalog.pack(manifest.key))
-            return new
+                self.add_image(archive, archive.index.image, {_manifest(each).image for each in archive.index.packs})
+            return self.add(archive, holds)
+
+    def add(self, archive: ArchiveReader, holds: Holds) -> list[Pack]:
+        """Import the packs of an open archive, and hold them; return those that are new, lowest first.
+
+        Raises:
+            CatalogError: As for `read`.
+        """
+        wanted = [(_manifest(each), each) for each in archive.index.packs]
+        new = []
+        for manifest, each in wanted:
+            if not self._is_there(manifest):
+                new.append(self._add(archive, manifest, each))
+            # So that what stands on it finds it, whoever prunes meanwhile.
+            holds.take(self.catalog.pack(manifest.key))
+        return new
 
     def _is_there(self, manifest: Manifest) -> bool:
         try:
@@ -182,7 +210,7 @@ class Importer:
             for file in sorted(wanted.files, key=lambda file: file.name != _SPEC):
                 _extract(archive, file, folder, parent)
                 if file.name == _SPEC and self.fingerprint(_spec(folder)) != wanted.depends:
-                    raise CatalogError(f"{_label(manifest)} was made by {manifest.backend}, {_UNFIT}")
+                    raise CatalogError(f"{_label(manifest)} was made by {manifest.backend}, {UNFIT}")
             records.write(folder / _RECORD, cattrs.unstructure(manifest), version=0, mode=0o400)
             packs.read(folder).verify()
             return packs.read(self.catalog.publish(folder, manifest.key))
@@ -208,7 +236,17 @@ class Importer:
                 raise CatalogError(f"{source} has no image")
             return self._unpack(archive, archive.index.image, name)
 
-    def _add_image(self, archive: ArchiveReader, wanted: TravelImage, needed: set[str]) -> None:
+    def add_image(self, archive: ArchiveReader, wanted: TravelImage, needed: set[str]) -> None:
+        """Import an image of an open archive, unless one that is needed is here.
+
+        Args:
+            archive: The archive.
+            wanted: The image.
+            needed: The keys of images, or the digests of their disks, of which it must have one.
+
+        Raises:
+            CatalogError: It is another image, or is damaged.
+        """
         store = ImageStore(self.catalog.images)
         if any(needed & {image.key, image.sha256} for image in store.list()):
             return

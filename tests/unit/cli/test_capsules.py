@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,32 @@ def test_capsules_are_listed_shown_removed_and_pruned(root: Path) -> None:
     assert json.loads(_run(root, "capsule", "ls", "--json").stdout) == []
 
 
+def test_a_file_of_a_capsule_is_its_owners_alone_and_says_that_it_has_secrets(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "failed"
+    result = _run(root, "capsule", "export", "test_a-py-test_it", "-o", str(file))
+    assert result.stdout == f"{file}\n"
+    assert "secret" in result.stderr
+    assert file.stat().st_mode & 0o777 == 0o600
+    # No QEMU made it. It is told before anything is made of it.
+    assert "cannot be restored here" in _run(root, "capsule", "import", str(file), status=1).stderr
+    assert len(json.loads(_run(root, "capsule", "ls", "--json").stdout)) == 2
+    assert "secret" in _run(root, "capsule", "export", "--help").stdout
+
+
+def test_a_signed_file_is_read_only_if_its_owner_signed_it(root: Path, tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        words = ["minisign", "-G", "-W", "-p", str(tmp_path / f"{name}.pub"), "-s", str(tmp_path / name)]
+        subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    file = str(tmp_path / "failed")
+    _run(root, "capsule", "export", "test_a-py-test_it", "-o", file)
+    assert "is not signed" in _run(root, "capsule", "import", file, "--public-key", str(tmp_path / "ours.pub"), status=1).stderr
+    _run(root, "capsule", "export", "test_a-py-test_it", "-o", file, "--sign", str(tmp_path / "ours"))
+    assert "and not with" in _run(root, "capsule", "import", file, "--public-key", str(tmp_path / "theirs.pub"), status=1).stderr
+    told = _run(root, "capsule", "import", file, "--public-key", str(tmp_path / "ours.pub"), status=1).stderr
+    assert "signed with the key" in told
+    assert "cannot be restored here" in told
+
+
 @pytest.mark.parametrize(
     ("words", "status", "reason"),
     [
@@ -63,6 +90,9 @@ def test_capsules_are_listed_shown_removed_and_pruned(root: Path) -> None:
         (("replay", "test_a-py-test_it", "--exec", "true", "--shell"), 2, "choose one"),
         (("replay", "test_a-py-test_it", "--machine", "db", "--exec", "true"), 1, "no machine 'db'"),
         (("replay", "test_a-py-test_it", "--exec", "true"), 1, "cannot be restored here"),
+        (("capsule", "export", "test_a-py-test_it", "-o", "/none/file"), 1, "there is no folder /none"),
+        (("capsule", "export", "none", "-o", "/tmp/none"), 1, "there is no capsule"),
+        (("capsule", "import", __file__), 1, "is no archive of packs, or is damaged"),
     ],
 )
 def test_what_cannot_be_done_says_why(root: Path, words: tuple[str, ...], status: int, reason: str) -> None:

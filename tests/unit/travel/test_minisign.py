@@ -269,7 +269,7 @@ def test_a_file_that_takes_the_name_of_the_one_that_was_checked_is_not_read(
 def test_the_commands_sign_and_refuse_what_is_not_signed(
     home: Home, tmp_path: Path, keys: Pair, others: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(travel, "_backend", lambda *_: SimpleNamespace(fingerprint=lambda _: "a computer"))
+    monkeypatch.setattr(travel, "qemu_backend", lambda *_: SimpleNamespace(fingerprint=lambda _: "a computer"))
     elsewhere, file = tmp_path / "elsewhere", tmp_path / "web.vmpack"
 
     def run(root: Path, *words: str | Path, status: int = 0) -> str:
