@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +21,11 @@ from pytest_vmbottle.cli.travel import check_folder, public_key_option, qemu_bac
 from pytest_vmbottle.host.sizes import format_size
 
 if TYPE_CHECKING:
+    from pytest_vmbottle.catalog.catalog import Catalog
+    from pytest_vmbottle.machine.shared_lan import Seat
     from pytest_vmbottle.standalone.capsules import Capsule
     from pytest_vmbottle.standalone.client import Kept
+    from pytest_vmbottle.standalone.stored import Stored
 
 __all__ = ["capsule", "replay"]
 
@@ -180,7 +184,8 @@ def import_capsule(*, file: Path, public_key: str | None) -> None:
 def replay(*, name: str, machine: str | None, command: str | None, shell: bool, keep: bool) -> None:
     """Start the machines of a capsule, as they were when their test failed.
 
-    Their processes go on from there; clocks are right. They are on no private LAN. The machines end with the command or the shell.
+    Their processes go on from there; clocks are right. Those of a private LAN are on one of their own, with the names and addresses that
+    they had. The machines end with the command or the shell.
     """
     if command is not None and shell:
         raise click.UsageError("--exec and --shell: choose one")
@@ -188,8 +193,9 @@ def replay(*, name: str, machine: str | None, command: str | None, shell: bool, 
         raise click.UsageError("standard input is no terminal: name a command with --exec, or use --keep")
     found = _find(name)
     chosen = machine or found.machines[0]
-    found.stored(chosen)
-    with _started(found, [*found.machines], keep=keep) as places:
+    # The chosen one first, for its error.
+    stored = {each: found.stored(each) for each in dict.fromkeys((chosen, *found.machines))}
+    with _started(found, {each: stored[each] for each in found.machines}, keep=keep) as places:
         if keep and command is None and not shell:
             for place in places.values():
                 click.echo(place.name)
@@ -205,31 +211,23 @@ def _used(place: Kept, command: str | None) -> int:
 
 
 @contextmanager
-def _started(found: Capsule, names: list[str], *, keep: bool) -> Iterator[dict[str, Kept]]:
+def _started(found: Capsule, stored: Mapping[str, Stored], *, keep: bool) -> Iterator[dict[str, Kept]]:
     """Start the machines of a capsule, and end them after the block."""
-    from pytest_vmbottle.backends.make import make
-    from pytest_vmbottle.standalone.client import Kept
+    from pytest_vmbottle.standalone.client import LANS, Kept
     from pytest_vmbottle.standalone.orders import free_name
+    from pytest_vmbottle.standalone.replaying import lans_of
 
-    catalog, settings = open_catalog(), settings_of_environment()
+    catalog = open_catalog()
     places: dict[str, Kept] = {}
+    lans = {machine: lan for lan in lans_of(found, stored) for machine in lan.machines}
+    # Of the name of a machine, which no other one has as long as it is there.
+    names: dict[str, str] = {}
     try:
-        for name in names:
-            stored = found.stored(name)
-            spec = stored.spec()
-            backend = make(settings.backend_for(spec.backend), settings, folder=catalog.root, warn=say)
-            if backend is None:
-                raise Failure(f"there is no backend {spec.backend!r} here")
-            found.check_fits(backend.fingerprint(spec), name)
+        _check_fit(found, stored, catalog)
+        for name, each in stored.items():
             place = places[name] = Kept(catalog.machines / free_name(catalog.machines, f"replay-{name}"))
-            order = {
-                "catalog": str(catalog.root),
-                "folder": str(Path.cwd()),
-                "settings": {},
-                # Without a LAN, whose switch was a thread of the run.
-                "keywords": {"name": place.name, "source": str(spec.image), "network": spec.nat},
-            }
-            place.start(order, say, snapshot=stored)
+            lan = lans.get(name)
+            _start(place, each, catalog, None if lan is None else (names.setdefault(lan.name, f"{place.name}-lan"), lan.seat(name)))
         yield places
     finally:
         if not keep:
@@ -237,4 +235,40 @@ def _started(found: Capsule, names: list[str], *, keep: bool) -> Iterator[dict[s
                 with suppress(FileNotFoundError):
                     place.stop(now=True)
                 place.discard()
+            for lan_name in names.values():
+                shutil.rmtree(catalog.root / LANS / lan_name, ignore_errors=True)
             catalog.gc()
+
+
+def _check_fit(found: Capsule, stored: Mapping[str, Stored], catalog: Catalog) -> None:
+    """Check that all machines can be restored here, before the first one is started."""
+    from pytest_vmbottle.backends.make import make
+
+    settings = settings_of_environment()
+    for name, each in stored.items():
+        spec = each.spec()
+        backend = make(settings.backend_for(spec.backend), settings, folder=catalog.root, warn=say)
+        if backend is None:
+            raise Failure(f"there is no backend {spec.backend!r} here")
+        found.check_fits(backend.fingerprint(spec), name)
+
+
+def _start(place: Kept, stored: Stored, catalog: Catalog, lan: tuple[str, Seat] | None) -> None:
+    """Start a machine, on its LAN if it can be there."""
+    import attrs
+
+    from pytest_vmbottle.errors import MachineError, SpecError
+
+    spec = stored.spec()
+    keywords = {"name": place.name, "source": str(spec.image)}
+    order = {"catalog": str(catalog.root), "folder": str(Path.cwd()), "settings": {}}
+    if lan is not None:
+        name, seat = lan
+        try:
+            place.start(order | {"keywords": keywords | {"network": name}, "seat": attrs.asdict(seat)}, say, snapshot=stored)
+        except (MachineError, SpecError) as error:
+            say(f"{seat.name} comes back without its private LAN {spec.lan!r}: {str(error).partition(chr(10))[0]}")
+        else:
+            say(f"{place.name} is {seat.name} ({seat.members[seat.name]}) on a private LAN of its own")
+            return
+    place.start(order | {"keywords": keywords | {"network": spec.nat}}, say, snapshot=stored)

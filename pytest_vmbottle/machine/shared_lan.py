@@ -5,7 +5,7 @@ this user can send. Whoever joins or leaves tells the others, which look into th
 
 ::
 
-    lans/NAME/7       locked by the process of the member 7 as long as that lives; its text is the machine's name
+    lans/NAME/7       locked by the process of the member 7 as long as that lives; its text is the machine's name there
     lans/NAME/7.sock  takes frames for it; an empty datagram says that somebody came or went
 """
 
@@ -17,10 +17,12 @@ import os
 import selectors
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
+
+import attrs
 
 from pytest_vmbottle.errors import MachineError, SpecError
 from pytest_vmbottle.host.digests import digest
@@ -29,7 +31,7 @@ from pytest_vmbottle.host.locks import is_locked, locked, try_lock
 from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
 from pytest_vmbottle.machine.switch import MAX_FRAME, is_group, target_of
 
-__all__ = ["SharedLan", "SharedLans"]
+__all__ = ["Seat", "SharedLan", "SharedLans"]
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +40,40 @@ _PATIENCE = 0.05
 """Seconds in which a socket takes a frame."""
 
 
+@attrs.frozen(kw_only=True)
+class Seat:
+    """The place of a machine on a LAN whose members are known beforehand.
+
+    Attributes:
+        name: Its name there, which need not be the machine's.
+        members: The addresses of all members, itself included, by their names; all in one /24.
+    """
+
+    name: str
+    members: Mapping[str, str]
+
+    @property
+    def network(self) -> ipaddress.IPv4Network:
+        """The network of its address."""
+        return ipaddress.IPv4Interface(f"{self.members[self.name]}/24").network
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The names of all members, by their numbers, which are the last bytes of their addresses."""
+        return {ipaddress.IPv4Address(address).packed[-1]: name for name, address in self.members.items()}
+
+
 class SharedLans:
     """The private LANs of all machines of a catalog, by name."""
 
-    def __init__(self, root: Path) -> None:
-        """Take the folder for them, which need not exist."""
-        self._root = root
+    def __init__(self, root: Path, seat: Seat | None = None) -> None:
+        """Take the folder for them, which need not exist, and the place of a machine, if it has a certain one."""
+        self._root, self._seat = root, seat
 
     def __getitem__(self, name: str) -> SharedLan:
         """Return the LAN of this name, for one machine, with which it ends."""
+        if self._seat is not None:
+            return SharedLan(name, self._seat.network, private_dir(self._root / name), self._seat)
         # One of 256 networks, beside those of the LANs of tests. Two LANs may have the same one: they never meet.
         network = ipaddress.IPv4Network(f"10.78.{int(digest(name)[:2], 16)}.0/24")
         return SharedLan(name, network, private_dir(self._root / name))
@@ -55,28 +82,32 @@ class SharedLans:
 class SharedLan(Lan):
     """One private LAN, as the process of one of its machines sees it."""
 
-    def __init__(self, name: str, network: ipaddress.IPv4Network, folder: Path) -> None:
+    def __init__(self, name: str, network: ipaddress.IPv4Network, folder: Path, seat: Seat | None = None) -> None:
         """Start a switch of its own.
 
         Args:
             name: Its name.
             network: Its addresses, a /24.
             folder: The folder of its members.
+            seat: The place of the machine, if it has a certain one.
         """
         super().__init__(name, network)
-        self._network, self._folder = network, folder
+        self._network, self._folder, self._seat = network, folder, seat
 
     @property
     def hosts(self) -> str:
         """Return its members in the form of /etc/hosts."""
-        return "\n".join(f"{self._network[number]} {name}" for number, name in sorted(_members(self._folder).items()))
+        # All that are known beforehand, so that no command runs in a guest which has not got the names of those that come a moment later.
+        known = self._seat.names if self._seat is not None else {}
+        return "\n".join(f"{self._network[number]} {name}" for number, name in sorted({**known, **_members(self._folder)}.items()))
 
     @contextmanager
     def joined(self, name: str, body: LanGuest) -> Iterator[LanMember]:
         """Join a machine to the LAN for a block (see `Lan.joined`), and tell the others when it comes and goes."""
         with ExitStack() as stack:
             stack.callback(self.close)
-            number = stack.enter_context(_membership(self._folder, name, self.name))
+            name = self._seat.name if self._seat is not None else name
+            number = stack.enter_context(_membership(self._folder, name, self.name, self._seat))
             place = LanMember(self, name, ipaddress.IPv4Interface(f"{self._network[number]}/{self._network.prefixlen}"), body=body)
             mailbox = stack.enter_context(_Mailbox(self._folder, number))
             uplink = stack.enter_context(_Uplink(self, mailbox, number))
@@ -98,7 +129,7 @@ def _members(folder: Path) -> dict[int, str]:
 
 
 @contextmanager
-def _membership(folder: Path, name: str, lan: str) -> Iterator[int]:
+def _membership(folder: Path, name: str, lan: str, seat: Seat | None) -> Iterator[int]:
     """Be a member of a LAN for a block, which gets its number.
 
     Raises:
@@ -108,7 +139,8 @@ def _membership(folder: Path, name: str, lan: str) -> Iterator[int]:
         # Host names have no case (RFC 4343).
         if name.lower() in {other.lower() for other in _members(folder).values()}:
             raise SpecError(f"the LAN {lan!r} has a machine named {name!r} already: give this one another name")
-        number, fd = _free_place(folder, lan)
+        wanted = [number for number, each in seat.names.items() if each == name] if seat is not None else _MEMBERS
+        number, fd = _free_place(folder, lan, wanted)
         (folder / str(number)).write_text(name)
     try:
         yield number
@@ -119,9 +151,9 @@ def _membership(folder: Path, name: str, lan: str) -> Iterator[int]:
             others.send_all(b"")
 
 
-def _free_place(folder: Path, lan: str) -> tuple[int, int]:
-    """Return the number of a place that nobody has, and the descriptor that holds it."""
-    for number in _MEMBERS:
+def _free_place(folder: Path, lan: str, wanted: Iterable[int]) -> tuple[int, int]:
+    """Return the number of the first place that nobody has, and the descriptor that holds it."""
+    for number in wanted:
         fd = try_lock(folder / str(number), create=True)
         if fd is not None:
             return number, fd

@@ -27,16 +27,21 @@ def save_capsule(session: Session, test: str, error: str) -> str:
         error: The first line of its error.
     """
     machines: dict[str, tuple[Stored, str]] = {}
+    addresses: dict[str, str] = {}
     lines = list[str]()
     try:
         for machine in session.machines:
             try:
-                machines[_free(machine.name, machines)] = _saved(session, machine)
+                name = _free(machine.name, machines)
+                machines[name] = _saved(session, machine)
+                if machine.lifecycle.place is not None:
+                    addresses[name] = machine.lifecycle.place.address
             # It must not hide the test's own error, nor keep the others out.
             except (VMBottleError, OSError) as reason:
                 lines.append(f"{machine.name} is not in the capsule: {str(reason).partition(chr(10))[0]}")
         if machines:
-            lines.append(_written(session, machines, test, error))
+            capsule = Capsule.save(session.catalog.root, machines, test=test, error=error, addresses=addresses)
+            lines.append(_command(session, capsule))
     except (VMBottleError, OSError) as reason:
         lines.append(f"the machines could not be saved: {str(reason).partition(chr(10))[0]}")
     finally:
@@ -46,8 +51,7 @@ def save_capsule(session: Session, test: str, error: str) -> str:
     return "\n".join(lines)
 
 
-def _written(session: Session, machines: dict[str, tuple[Stored, str]], test: str, error: str) -> str:
-    capsule = Capsule.save(session.catalog.root, machines, test=test, error=error)
+def _command(session: Session, capsule: Capsule) -> str:
     command = f"vmbottle {f'--catalog {session.catalog.root} ' if session.options.catalog else ''}replay {capsule.name}"
     session.capsules.append(command)
     return command

@@ -55,7 +55,8 @@ _KEY = r"[0-9a-f]{64}"
 _OWN_PLACE = re.compile(rf"own/(?:{_KEY}/)?{_FILE}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,49}")
 """Name of a machine in a capsule, where two of one name have numbers."""
-_RECORD = "pack.json"
+_HIGHEST = 255
+"""Highest number in an address."""
 
 
 @attrs.frozen(kw_only=True)
@@ -173,7 +174,8 @@ class _Departing:
         keywords = {**stored.keywords, "disks": {disk.name: disk.size for disk in stored.start.data}}
         converter = Stored.converter(unstructure=self._place)
         facts = converter.unstructure(attrs.evolve(stored, keywords=keywords))
-        return TravelMachine(name=name, depends=capsule.depends(name), stored=facts, files=self._files)
+        address = capsule.addresses.get(name, "")
+        return TravelMachine(name=name, depends=capsule.depends(name), stored=facts, files=self._files, address=address)
 
     def _place(self, path: Path) -> str:
         if path.is_dir():
@@ -240,7 +242,12 @@ class CapsuleImporter:
             with self.catalog.staging() as staging:
                 machines = {name: self._machine(archive, each, below, staging) for name, each in _named(wanted)}
                 return Capsule.save(
-                    self.catalog.root, machines, test=printable(wanted.test), error=printable(wanted.error), created=wanted.created
+                    self.catalog.root,
+                    machines,
+                    test=printable(wanted.test),
+                    error=printable(wanted.error),
+                    created=wanted.created,
+                    addresses={each.name: each.address for each in wanted.machines if each.address},
                 )
 
     def _machine(self, archive: ArchiveReader, wanted: TravelMachine, below: _Below, staging: Path) -> tuple[Stored, str]:
@@ -270,6 +277,10 @@ def _named(capsule: TravelCapsule) -> Iterator[tuple[str, TravelMachine]]:
     # Each becomes the name of a folder.
     if not names or len(set(names)) != len(names) or not all(map(_NAME.fullmatch, names)):
         raise CatalogError("the capsule of the archive is damaged: its machines have no proper names")
+    # The last number becomes the name of a file, and a part of a MAC address.
+    numbers = [each for machine in capsule.machines if machine.address for each in machine.address.split(".")]
+    if any(each != str(int(each)) or int(each) > _HIGHEST for each in numbers) or {"0", "255"} & set(numbers[3::4]):
+        raise CatalogError("the capsule of the archive is damaged: its machines have no proper addresses")
     yield from zip(names, capsule.machines, strict=True)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import attrs
@@ -49,12 +50,14 @@ class _Facts:
         error: The first line of its error.
         created: The time of the failure, in seconds since 1970.
         machines: What each machine depends on, by its name (see `Backend.fingerprint`); the test's own machine first.
+        addresses: The addresses of those that were on a private LAN.
     """
 
     test: str
     error: str
     created: float
     machines: Mapping[str, str]
+    addresses: Mapping[str, str] = attrs.field(factory=dict)
 
 
 class Capsule:
@@ -104,6 +107,11 @@ class Capsule:
     def machines(self) -> tuple[str, ...]:
         """The names of its machines, the test's own first."""
         return tuple(self._facts.machines)
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """The addresses of those machines that were on a private LAN, by name."""
+        return self._facts.addresses
 
     @property
     def size(self) -> int:
@@ -171,8 +179,15 @@ class Capsule:
         shutil.rmtree(self.path)
 
     @classmethod
-    def save(
-        cls, root: Path, machines: Mapping[str, tuple[Stored, str]], *, test: str, error: str, created: float | None = None
+    def save(  # noqa: PLR0913 - all that a capsule has
+        cls,
+        root: Path,
+        machines: Mapping[str, tuple[Stored, str]],
+        *,
+        test: str,
+        error: str,
+        created: float | None = None,
+        addresses: Mapping[str, str] = MappingProxyType({}),
     ) -> Capsule:
         """Write a capsule, whole or not at all.
 
@@ -182,6 +197,7 @@ class Capsule:
             test: The id of the test.
             error: The first line of its error.
             created: The time of the failure, in seconds since 1970; by default now.
+            addresses: The addresses of those that are on a private LAN, by name.
 
         Raises:
             OSError: There is no room.
@@ -191,7 +207,8 @@ class Capsule:
             for name, (stored, _) in machines.items():
                 stored.write(folder / name)
             depends = {name: needs for name, (_, needs) in machines.items()}
-            facts = _Facts(test=test, error=error, created=time.time() if created is None else created, machines=depends)
+            created = time.time() if created is None else created
+            facts = _Facts(test=test, error=error, created=created, machines=depends, addresses=dict(addresses))
             records.write(folder / _FACTS, attrs.asdict(facts))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

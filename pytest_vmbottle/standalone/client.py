@@ -43,11 +43,13 @@ if TYPE_CHECKING:
     from pytest_vmbottle.channels.port import Terminal
     from pytest_vmbottle.standalone.stored import Stored
 
-__all__ = ["DISK", "LABEL", "SNAPSHOTS", "Kept", "Record", "Saved", "all_kept", "find"]
+__all__ = ["DISK", "LABEL", "LANS", "SNAPSHOTS", "Kept", "Record", "Saved", "all_kept", "find"]
 
 _RECORD, _ORDER, _LOG, _CONSOLE = "record.json", "order.json", "keeper.log", "console.log"
 DISK, SNAPSHOTS = "disk", "snapshots"
 """Folders in a machine's folder."""
+LANS = "lans"
+"""Folder of the private LANs, in the catalog (see `SharedLans`)."""
 _FACTS = "start.json"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}")
 """Name of a snapshot."""
@@ -245,7 +247,7 @@ class Kept:
 
         Args:
             order: The daemon's instructions: `catalog`, `folder`, `settings` and `keywords`, and perhaps `seconds`, after which the machine
-                is ended, and `memory_seconds`, which it waits for memory at most.
+                is ended, `memory_seconds`, which it waits for memory at most, and `seat`, its place on its private LAN (see `Seat`).
             say: Function that gets a line about long work.
             snapshot: A snapshot to start from, in place of the source.
 

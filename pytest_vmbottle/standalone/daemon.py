@@ -30,14 +30,14 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.signals import Interruption, left
 from pytest_vmbottle.host.supervisor import Identity
 from pytest_vmbottle.machine.machine import Machine
-from pytest_vmbottle.machine.shared_lan import SharedLans
+from pytest_vmbottle.machine.shared_lan import Seat, SharedLans
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.provision.origins import KeptOrigin, Origin
 from pytest_vmbottle.settings import Settings as Told
 from pytest_vmbottle.shown import printable
 from pytest_vmbottle.spec import MachineSpec, add_disks
 from pytest_vmbottle.spec.pack_kind import PackKind
-from pytest_vmbottle.standalone.client import DISK, SNAPSHOTS, Kept
+from pytest_vmbottle.standalone.client import DISK, LANS, SNAPSHOTS, Kept
 from pytest_vmbottle.standalone.line import Line, listen, peer_is_us
 from pytest_vmbottle.standalone.orders import PACK, forwards, source_of, spec_keywords
 from pytest_vmbottle.standalone.record import ERROR, OFF, RUNNING, STOPPED, Record
@@ -354,7 +354,7 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
     try:
         made_of = _made_of(place, order, provisioner, catalog)
         # The console is linked within the block of the machine, whose folder is gone after it.
-        lans = SharedLans(catalog.root / "lans")
+        lans = SharedLans(catalog.root / LANS, Seat(**order["seat"]) if "seat" in order else None)
         with (
             provisioner.machine(made_of.spec, start=made_of.start, origin=made_of.origin, lans=lans) as machine,
             _shown_console(place, machine),

@@ -58,6 +58,9 @@ _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _SPOILED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError)
 """Errors of reading a damaged zip archive."""
 
+_ADDRESS = r"(10\.7[78]\.[0-9]{1,3}\.[0-9]{1,3})?"
+"""Addresses of private LANs (see `Lan` and `SharedLan`)."""
+
 _size = [attrs.validators.instance_of(int), attrs.validators.ge(0), attrs.validators.le(_LARGEST_FILE)]
 _time = attrs.validators.and_(attrs.validators.instance_of(float), attrs.validators.ge(0.0), attrs.validators.le(_LATEST))
 _text = attrs.validators.instance_of(str)
@@ -127,12 +130,14 @@ class TravelMachine:
         depends: As for `TravelPack`.
         stored: Its boot source, with places instead of paths.
         files: The files that are in no pack and no image, by their places.
+        address: Its address on a private LAN; empty if it was on none.
     """
 
     name: str = attrs.field(validator=_text)
     depends: str = attrs.field(validator=_text)
     stored: Mapping[str, Any]
     files: Mapping[str, TravelFile]
+    address: str = attrs.field(default="", validator=attrs.validators.matches_re(_ADDRESS))
 
 
 @attrs.frozen(kw_only=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import pytest
 from click.testing import CliRunner, Result
 
-from pytest_vmbottle import MachineSpec
+from pytest_vmbottle import MachineError, MachineSpec
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.cli import main
+from pytest_vmbottle.cli.capsules import _start
 from pytest_vmbottle.images import ImageStore, Traits
+from pytest_vmbottle.machine.shared_lan import Seat
 from pytest_vmbottle.provision import Provisioner, Settings
 from pytest_vmbottle.standalone.capsules import Capsule
 from pytest_vmbottle.standalone.stored import Stored
@@ -21,6 +24,8 @@ from pytest_vmbottle.testing import FakeBackend
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pytest_vmbottle.standalone.client import Kept
 
 
 @pytest.fixture
@@ -97,3 +102,22 @@ def test_a_signed_file_is_read_only_if_its_owner_signed_it(root: Path, tmp_path:
 )
 def test_what_cannot_be_done_says_why(root: Path, words: tuple[str, ...], status: int, reason: str) -> None:
     assert reason in _run(root, *words, status=status).stderr
+
+
+def test_a_machine_that_cannot_be_on_its_lan_comes_back_without_it_and_says_why(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tried = []
+
+    class Place:
+        name = "replay-web"
+
+        def start(self, order: dict[str, Any], _: object, **__: object) -> None:
+            tried.append((order["keywords"]["network"], order.get("seat")))
+            if "seat" in order:
+                raise MachineError("the machine 'web' cannot be on the LAN 'lan': its guest has no program `ip`")
+
+    stored = Stored.read(root / "capsules" / "test_a-py-test_it" / "web")
+    stored = attrs.evolve(stored, keywords={**stored.keywords, "network": "lan"})
+    with closing(Catalog(root)) as catalog:
+        _start(cast("Kept", Place()), stored, catalog, ("replay-web-lan", Seat(name="web", members={"web": "10.77.0.1"})))
+    assert tried == [("replay-web-lan", {"name": "web", "members": {"web": "10.77.0.1"}}), (False, None)]
+    assert "web comes back without its private LAN 'lan': the machine 'web' cannot be" in capsys.readouterr().err

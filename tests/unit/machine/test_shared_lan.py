@@ -15,7 +15,7 @@ import pytest
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.machine.lan import LanMember
-from pytest_vmbottle.machine.shared_lan import SharedLans
+from pytest_vmbottle.machine.shared_lan import Seat, SharedLans
 from tests.conftest import line, process
 from tests.unit.machine.test_lan import Cabled
 
@@ -128,3 +128,19 @@ def test_nothing_is_left_when_all_have_gone(root: Path) -> None:
     wire.close()
     assert not list((root / "lan").iterdir())
     assert isinstance(wire, socket.socket)
+
+
+def test_a_machine_takes_its_certain_place_under_another_name_and_knows_all_others_from_the_beginning(root: Path) -> None:
+    members = {"web": "10.77.3.1", "db": "10.77.3.9"}
+    machine = Cabled()
+    with SharedLans(root, Seat(name="db", members=members))["lan"].joined("replay-db", machine.body) as place:
+        assert (place.name, place.address, place.mac) == ("db", "10.77.3.9", "52:54:0a:4d:03:09")
+        # Before the other one has come.
+        assert machine.commands[-1].argv[-3:] == ("10.77.3.9/24", "db", "10.77.3.1 web\n10.77.3.9 db")
+        with (
+            pytest.raises(SpecError, match="'db' already"),
+            SharedLans(root, Seat(name="db", members=members))["lan"].joined("x", machine.body),
+        ):
+            pass
+    for wire in machine.wires:
+        wire.close()

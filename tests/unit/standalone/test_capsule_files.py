@@ -29,6 +29,7 @@ from pytest_vmbottle.travel import archive as format_of
 from pytest_vmbottle.travel.packs import Importer
 
 MIB = 1 << 20
+ADDRESSES = {"web-2": "10.77.0.12"}
 
 
 def quiet(_: str) -> None:
@@ -74,7 +75,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, _real_disks: None) -> Iterato
             provisioner.machine(spec) as machine,
         ):
             stored = Stored.of(machine.snapshot("failed"), provisioner.origin(spec), "failed")
-            Capsule.save(catalog.root, {"web": (stored, "here"), "web-2": (stored, "here")}, test="test_it.py::test_it", error="no")
+            Capsule.save(
+                catalog.root,
+                {"web": (stored, "here"), "web-2": (stored, "here")},
+                test="test_it.py::test_it",
+                error="no",
+                addresses=ADDRESSES,
+            )
         yield catalog
 
 
@@ -130,6 +137,7 @@ def test_a_capsule_arrives_as_it_left_and_whole_where_nothing_is(home: Catalog, 
         left.created,
         left.machines,
     )
+    assert came.addresses == ADDRESSES
     for name in left.machines:
         assert came.stored(name).spec() == left.stored(name).spec()
         start = came.stored(name).start
@@ -272,6 +280,9 @@ START = (*FIRST, "stored", "start")
         pytest.param(set_at("created", value="now"), id="created at a word"),
         pytest.param(set_at(*FIRST, "name", value="../evil"), id="machine outside"),
         pytest.param(set_at(*FIRST, "name", value="web-2"), id="machine twice"),
+        pytest.param(set_at(*FIRST, "address", value="192.168.0.1"), id="address of another network"),
+        pytest.param(set_at(*FIRST, "address", value="10.77.0.256"), id="no address"),
+        pytest.param(set_at(*FIRST, "address", value="10.77.0.255"), id="address of all"),
         pytest.param(set_at(*FIRST, "depends", value="there"), id="for another computer"),
         pytest.param(set_at(*FIRST, "files", value={}), id="no files"),
         pytest.param(set_at(*FIRST, "stored", value={}), id="no boot source"),
