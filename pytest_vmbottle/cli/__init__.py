@@ -43,6 +43,7 @@ _SECTIONS = (
             "replay": "Start the machines of a capsule, as they were when their test failed.",
         },
     ),
+    Section("Failed tests", "bisect", {"bisect": "Find the layer, the package upgrade or the command after which COMMAND fails."}),
     Section("This command", "completion", {"completion": "Write the script that completes words of this command in a shell."}),
 )
 

@@ -22,6 +22,7 @@ __all__ = [
     "completion",
     "copy_sides",
     "image_names",
+    "lineages",
     "machine_names",
     "official_names",
     "pack_keys",
@@ -135,6 +136,19 @@ def sources(ctx: click.Context, _: str) -> Words:
     for name in _names(root / "machines"):
         yield name, "machine"
         yield from ((f"{name}@{label}", "snapshot") for label in _names(root / "machines" / name / "snapshots"))
+    yield from _layers(Path())
+    yield from ((f"pack:{key}", name) for key, name in _packs(root))
+
+
+@_completing(files=True)
+def lineages(ctx: click.Context, _: str) -> Words:
+    """Find all that a bisection searches: capsules, images and recipes, layers and packs."""
+    from pytest_vmbottle.images.recipes import RECIPES
+
+    root = catalog_root(ctx)
+    yield from ((name, "capsule") for name in _names(root / "capsules"))
+    yield from _images(root)
+    yield from ((name, recipe.description) for name, recipe in RECIPES.items())
     yield from _layers(Path())
     yield from ((f"pack:{key}", name) for key, name in _packs(root))
 

@@ -35,10 +35,11 @@ def shop(vm):
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A catalog with a machine that has a snapshot, an image and two packs, of which one is damaged."""
+    """A catalog with a machine that has a snapshot, a capsule, an image and two packs, of which one is damaged."""
     root = tmp_path / "catalog"
     (root / "machines" / "web" / "snapshots" / "clean").mkdir(parents=True)
     (root / "machines" / ".web-1f").mkdir()
+    (root / "capsules" / "test_it-py-test_web").mkdir(parents=True)
     for key, text in (("a1" * 32, '{"name": "shop"}'), ("b2" * 32, "{")):
         (root / "packs" / key).mkdir(parents=True)
         (root / "packs" / key / "pack.json").write_text(text)
@@ -80,6 +81,9 @@ def completed(words: str) -> list[str]:
         ("vmbottle machine start debian-12 --acc", ["plain,--accel"]),
         ("vmbottle machine start ./", ["file,./"]),
         ("vmbottle machine run de", ["plain,debian-12", "plain,debian-13"]),
+        ("vmbottle capsule show te", ["plain,test_it-py-test_web"]),
+        ("vmbottle bisect te", ["plain,test_it-py-test_web", "plain,tests/conftest.py::web", "plain,tests/conftest.py::shop"]),
+        ("vmbottle bisect w", ["file,w"]),
         ("vmbottle machine cp w", ["plain,web:/"]),
         ("vmbottle machine cp site web", ["plain,web:/"]),
         ("vmbottle machine cp ./s", ["file,./s"]),
