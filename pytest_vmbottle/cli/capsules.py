@@ -6,14 +6,26 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pytest_vmbottle.cli.command import Failure, as_duration, catalog_root, emit, examples, json_option, open_catalog, say, show_table
+from pytest_vmbottle.cli.command import (
+    SHORT,
+    Failure,
+    as_duration,
+    catalog_root,
+    emit,
+    examples,
+    json_option,
+    one_line,
+    open_catalog,
+    say,
+    show_table,
+)
 from pytest_vmbottle.cli.completion import capsule_names
 from pytest_vmbottle.cli.groups import Group
 from pytest_vmbottle.cli.kept import described
@@ -78,17 +90,48 @@ def list_capsules(*, as_json: bool) -> None:
 @_name
 @json_option
 def show(*, name: str, as_json: bool) -> None:
-    """Show what is in a capsule, and whether it is whole."""
+    """Show what is in a capsule, whether it is whole, and whether it can be restored here.
+
+    Of each machine: its image, its memory, what is its own on disk, the pack that it stands on, its place on a private LAN, and the
+    obstacle, if it cannot be restored by this computer.
+    """
     found = _find(name)
     facts = _facts(found)
-    for machine in found.machines:
-        found.stored(machine)
+    with closing(open_catalog()) as catalog:
+        details = {machine: _details(found, machine, catalog) for machine in found.machines}
     if as_json:
-        emit(facts)
+        emit(facts | {"details": details})
         return
-    for key, value in described({**facts, "size": format_size(facts["size"])}):
-        click.echo(f"{key}: {value}")
+    shown = {machine: _readable(each) for machine, each in details.items()}
+    for key, value in described({**facts, "size": format_size(facts["size"]), "machines": shown}):
+        click.echo(f"{key}: {one_line(value)}")
     say("it has the RAM of these machines, and so what was secret in them")
+
+
+def _details(found: Capsule, machine: str, catalog: Catalog) -> dict[str, Any]:
+    from pytest_vmbottle.catalog import packs
+    from pytest_vmbottle.errors import VMBottleError
+
+    stored = found.stored(machine)
+    spec, pack = stored.spec(), packs.read(stored.start.ram).manifest if stored.start.ram is not None else None
+    try:
+        _check_fit(found, {machine: stored}, catalog)
+        obstacle = ""
+    except (VMBottleError, Failure) as error:
+        obstacle = str(error)
+    return {
+        "image": stored.origin.name,
+        "memory": spec.memory,
+        "size": packs.read(stored.snapshot().path).size,
+        "pack": f"{pack.name} ({pack.key[:SHORT]})" if pack is not None else None,
+        "lan": spec.lan,
+        "address": found.addresses.get(machine),
+        "obstacle": obstacle,
+    }
+
+
+def _readable(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {**details, "memory": format_size(details["memory"]), "size": format_size(details["size"])}
 
 
 @capsule.command("rm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -50,6 +51,9 @@ def test_a_failed_tests_machine_is_replayed_with_its_memory_its_disk_and_its_pro
     try:
         # What the packs have takes no room.
         assert capsule.size < 40 << 20
+        (details,) = json.loads(_run(vm_catalog, "capsule", "show", "--json", capsule.name).stdout)["details"].values()
+        assert (details["image"], details["obstacle"], details["lan"]) == ("debian-12", "", None)
+        assert details["pack"].startswith("debian-12 (")
         for _ in range(2):  # it is not changed by what is done in it
             done = _run(vm_catalog, "replay", capsule.name, "--exec", _SEEN)
             assert (done.returncode, done.stdout) == (0, "disk\nram\nruns\n"), done.stderr

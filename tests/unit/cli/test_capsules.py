@@ -54,6 +54,9 @@ def test_capsules_are_listed_shown_removed_and_pruned(root: Path) -> None:
     assert json.loads(_run(root, "capsule", "show", "test_a-py-test_it", "--json").stdout)["machines"] == ["web"]
     shown = _run(root, "capsule", "show", "test_a-py-test_it")
     assert "secret" in shown.stderr
+    assert "machines.web.image: debian-12\nmachines.web.memory: 1.0 GiB\n" in shown.stdout
+    # No QEMU made it.
+    assert "machines.web.obstacle: the capsule test_a-py-test_it was made by another QEMU" in shown.stdout
     _run(root, "capsule", "rm", "test_a-py-test_it")
     assert not _run(root, "capsule", "prune", "--older-than", "1d").stdout
     assert _run(root, "capsule", "prune").stdout == "test_b-py-test_it\n"
