@@ -15,7 +15,7 @@ from pytest_vmbottle.channels.piecewise import PiecewiseProcess
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running
 from pytest_vmbottle.channels.runner import Runner
 from pytest_vmbottle.channels.ssh import SshChannel
-from pytest_vmbottle.errors import MachineDied, MachineTimeout
+from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
 
 __all__ = ["AgentOrSsh"]
@@ -26,6 +26,8 @@ _ENDING = 60.0
 """Seconds that a guest may take to power off once its agent has gone."""
 # It prints "stopping" from the moment that a shutdown or reboot begins (systemctl(1)).
 _STATE = Command(argv=("systemctl", "is-system-running"), env=(("PATH", GUEST_PATH),))
+_START = 10.0
+"""Seconds for the start of a runner."""
 _PATIENCE = 20.0
 """Seconds for finding another channel, even if the command has less."""
 
@@ -83,6 +85,14 @@ class AgentOrSsh(Channel):
         if (ssh := self.logged_in()) is not None:
             return ssh.start(command, stdout=stdout, stderr=stderr, deadline=deadline)
         return PiecewiseProcess(self, command, stdout=stdout, stderr=stderr)
+
+    def streaming(self, *, deadline: Deadline) -> Channel | None:
+        """Return the runner, which is started anew where the guest has booted since (see `Channel.streaming`)."""
+        limit = Deadline(min(_START, deadline.remaining))
+        with suppress(MachineError):
+            if self.runner.is_ready or (self.present() and self.runner.start_in(self.agent, deadline=limit, again=False)):
+                return self.runner
+        return None
 
     @contextmanager
     def _told_from_the_end(self) -> Iterator[None]:

@@ -144,6 +144,10 @@ class Channel(ABC):
         """
         raise Unsupported(f"this channel does not run {command.argv[0]!r} in the background: use exec, or systemd-run in the guest")
 
+    def streaming(self, *, deadline: Deadline) -> Channel | None:
+        """Return a channel for commands that take input while they run; None where another one has to be asked for (`Instance.channel`)."""
+        return None
+
     def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline, command: Command | None = None) -> Terminal:
         """Start a user's login shell on a terminal, or a command.
 

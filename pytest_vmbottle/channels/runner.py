@@ -7,13 +7,12 @@ bounded, and nothing but bytes and numbers.
 
 from __future__ import annotations
 
-import queue
 import secrets
 import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -24,19 +23,26 @@ from pytest_vmbottle.channels.outputs import Outputs
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running, not_run
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.host.digests import digest
 from pytest_vmbottle.host.package_data import read_script
 
-__all__ = ["Runner"]
+__all__ = ["RUNNER", "Runner"]
 
 _SCRIPT = read_script(__package__, "runner.py")
+RUNNER = digest(_SCRIPT)
+"""Digest of the program in the guest: it is part of a pack."""
 _HEAD = struct.Struct(">IBI")
-_RUN, _INPUT, _TAKEN, _SYNC = 1, 2, 3, 4
+_RUN, _INPUT, _TAKEN, _SYNC, _LEFT = 1, 2, 3, 4, 5
 _OUT, _ERR, _END, _REFUSED, _SYNCED, _WRITTEN = 17, 18, 19, 20, 21, 22
 _MAX_FRAME = 1 << 17
 """Bytes of one frame from the guest; it sends 64 KiB at most."""
 _WINDOW = 1 << 20
 """Bytes of input that a command may have unread."""
 _PIECE = 1 << 16
+_PIECES = 1000
+"""Pieces of output that wait for their reader, each of the other stream than the one before."""
+_REPLIES = 1000
+"""Frames that wait to be sent for a guest that writes for nobody: it could go on for ever."""
 _GRACE = 10.0
 _LOOK = 0.5
 """Seconds between two looks whether the guest is still there."""
@@ -44,6 +50,56 @@ _STUCK = 60.0
 """Seconds that a guest may take to read what is sent to it; its runner always reads."""
 _TIME = struct.Struct("@ll")
 _EACCES = 13
+
+
+class _Waiting:
+    """Output that waits for its readers, in the order in which it came, and bounded whatever the guest sends."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[int, bytearray]] = deque()
+        self._ended: list[int] = []
+        self._news = threading.Condition()
+        self._size = 0
+
+    def put(self, kind: int, content: bytes) -> None:
+        """Add output; `b""` is the end of a stream.
+
+        Raises:
+            ValueError: It is more than the guest may send.
+        """
+        with self._news:
+            self._size += len(content)
+            # Both streams may fill their windows.
+            if content and self._size > 2 * _WINDOW + _MAX_FRAME:
+                raise ValueError("it sent more than was taken")
+            if not content:
+                self._ended.append(kind)
+            elif not self._joined(kind, content):
+                self._pieces.append((kind, bytearray(content)))
+            self._news.notify_all()
+
+    def _joined(self, kind: int, content: bytes) -> bool:
+        # Neighbours are of different streams, so the last two are all that there is to look at. Of very many pieces the order counts less
+        # than the memory that each takes.
+        for back in range(1, 1 + min(len(self._pieces), 1 if len(self._pieces) < _PIECES else 2)):
+            if self._pieces[-back][0] == kind:
+                self._pieces[-back][1].extend(content)
+                return True
+        return False
+
+    def get(self) -> Sequence[tuple[int, bytes]]:
+        """Wait for output, and return it."""
+        with self._news:
+            self._news.wait_for(lambda: self._pieces or self._ended)
+            found = [*((kind, bytes(piece)) for kind, piece in self._pieces), *((kind, b"") for kind in self._ended)]
+            self._pieces.clear()
+            self._ended.clear()
+            return found
+
+    def delivered(self, size: int) -> None:
+        """Make room for so many bytes, which their reader has taken."""
+        with self._news:
+            self._size -= size
 
 
 class _Job(Running):
@@ -59,7 +115,8 @@ class _Job(Running):
         self._changed = threading.Condition()
         self._room, self._reads = _WINDOW, True
         self._owed = {_OUT: 0, _ERR: 0}
-        self._waiting: queue.SimpleQueue[tuple[int, bytes]] | None = None
+        self._waiting: _Waiting | None = None
+        self._is_closed = False
 
     # -- what comes from the guest; called by the thread that reads ------------------------------------------------------------------
 
@@ -69,7 +126,7 @@ class _Job(Running):
             if self._waiting is None:
                 self._deliver(kind, content)
             else:
-                self._waiting.put((kind, content))
+                self._waiting.put(kind, content)
             return
         with self._changed:
             if kind == _END:
@@ -107,12 +164,15 @@ class _Job(Running):
 
     def deliver_beside(self) -> None:
         """Have what comes delivered by a thread of its own: a sink that takes its time holds up no other command."""
-        waiting = self._waiting = queue.SimpleQueue()
+        waiting = self._waiting = _Waiting()
 
         def deliver() -> None:
             while self._sinks:
-                with suppress(MachineError):  # whoever waits for the command hears of it
-                    self._deliver(*waiting.get())
+                for kind, content in waiting.get():
+                    # Counted before the guest is told that it may send more.
+                    waiting.delivered(len(content))
+                    with suppress(MachineError, OSError):  # whoever waits for the command hears of it
+                        self._deliver(kind, content)
 
         threading.Thread(target=deliver, name="vmbottle-output", daemon=True).start()
 
@@ -138,7 +198,7 @@ class _Job(Running):
     @property
     def is_over(self) -> bool:
         """Tell whether nothing comes any more."""
-        return self._error is not None or (self._status is not None and not self._sinks)
+        return self._is_closed or self._error is not None or (self._status is not None and not self._sinks)
 
     @property
     def has_ended(self) -> bool:
@@ -174,7 +234,7 @@ class _Job(Running):
             if not self._until(lambda: self._room >= _PIECE or not self._reads or self.is_over, deadline):
                 raise MachineTimeout(f"the command {self._command.argv[0]!r} did not read its input within {deadline.seconds:g} s")
             with self._changed:
-                if not self._reads or self._status is not None or self._error is not None:
+                if not self._reads or self._is_closed or self._status is not None or self._error is not None:
                     raise BrokenPipeError
                 self._room -= len(piece)
             self._runner.send(_INPUT, self._number, piece)
@@ -184,9 +244,15 @@ class _Job(Running):
         self._runner.send(_INPUT, self._number, b"")
 
     def close(self) -> None:
-        """Take no more of its output."""
+        """Take no more of its output; the command runs on, as with an output that is /dev/null."""
+        with self._changed:
+            runs, self._is_closed = not self.is_over, True
+            self._changed.notify_all()
         self._runner.forget(self._number)
         self._end_streams()
+        if runs:
+            with suppress(MachineError):
+                self._runner.send(_LEFT, self._number, b"")
 
 
 class Runner(Channel):
@@ -209,6 +275,8 @@ class Runner(Channel):
         self._owed: deque[bytes] = deque()
         self._last = secrets.randbits(30)
         self._known: int | None = None
+        self._failed: int | None = None
+        self._starting = threading.Lock()
         self._token = b""
         self._synced = threading.Event()
         self._reader: threading.Thread | None = None
@@ -220,10 +288,24 @@ class Runner(Channel):
         """Tell whether the runner that answered is still the one that has the port open."""
         return self._known is not None and self._known == self._changes()
 
-    def start_in(self, channel: Channel, *, deadline: Deadline) -> bool:
-        """Have another channel start the runner in the guest if it does not run; return whether it answers."""
-        if self.is_ready:
-            return True
+    def start_in(self, channel: Channel, *, deadline: Deadline, again: bool = True) -> bool:
+        """Have another channel start the runner in the guest if it does not run; return whether it answers.
+
+        Args:
+            channel: The other channel.
+            deadline: Deadline of all that.
+            again: Whether to try it also where it has failed before and the guest is still the same.
+        """
+        with self._starting:
+            if self.is_ready:
+                return True
+            if not again and self._failed == self._changes():
+                return False
+            started = self._start_in(channel, deadline)
+            self._failed = None if started else self._changes()
+            return started
+
+    def _start_in(self, channel: Channel, deadline: Deadline) -> bool:
         if not self._is_there():
             # The program is the input, so nothing is written to the guest's disk.
             script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
@@ -264,15 +346,21 @@ class Runner(Channel):
             self._end("it was stopped, or the guest reboots")
             self._known = None
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, error: MachineError | None = None) -> None:
         with self._lock:
             jobs, self._jobs = self._jobs, {}
+        lost = f"the guest's runner ended while a command ran: {reason}; the command may still run there, but its status is lost"
         for job in jobs.values():
-            job.fail(
-                AgentEnded(
-                    f"the guest's runner ended while a command ran: {reason}; the command may still run there, but its status is lost"
-                )
-            )
+            job.fail(error or AgentEnded(lost))
+
+    def _end_with_the_machine(self, reason: str) -> None:
+        """End all commands by the reason of the machine's end, which is known a moment after its ports are closed."""
+        try:
+            if self._jobs:
+                Deadline(2.0).poll(self._alive, every=0.05)
+        except MachineError as error:
+            self._end(reason, error)
+        self._end(reason)
 
     # -- frames ----------------------------------------------------------------------------------------------------------------------
 
@@ -331,7 +419,8 @@ class Runner(Channel):
             while data := self._sock.recv(1 << 18):
                 buffer += data
                 self._parse(buffer)
-            self._end("the hypervisor closed its port")
+            self._known = None
+            self._end_with_the_machine("the hypervisor closed its port")
         except (OSError, ValueError, MachineError) as error:
             self._known = None
             self._end(str(error))
@@ -361,6 +450,9 @@ class Runner(Channel):
             self._synced.set()
         elif (job := self._jobs.get(number)) is not None:
             job.take(kind, content)
+        # Of a command that was left, or that another machine had started from which this one was cloned.
+        elif kind in (_OUT, _ERR) and content and len(self._owed) < _REPLIES:
+            self.owe(_LEFT, number, b"")
 
     def forget(self, number: int) -> None:
         """Take no more frames for a command."""

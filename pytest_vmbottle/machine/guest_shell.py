@@ -24,7 +24,7 @@ __all__ = ["GuestShell", "words_of"]
 
 _ANSWER = 5.0
 """Seconds for the guest to tell why a command was killed."""
-# The first command in the background logs in by SSH, which without KVM takes several seconds.
+# In a guest without a runner the first command in the background logs in by SSH, which without KVM takes several seconds.
 _LOGIN_TIME = 60.0
 _MARK = "\n[vmbottle: truncated after 16 MiB]\n"
 _MAX_COMMAND = 120 << 10
@@ -66,7 +66,7 @@ class GuestShell(Shell):
         """Start a prepared command, and return while it runs."""
         self._lifecycle.alive()
         # Not over the guest agent, which has no streams: it returns all output at the end of a command.
-        channel = self._lifecycle.bulk_channel(Deadline(_LOGIN_TIME * self._factor))
+        channel = self._lifecycle.stream_channel(Deadline(_LOGIN_TIME * self._factor))
         return Process(
             channel, prepared, argv=argv, killer=self.channel, factor=self._factor, ended=lambda status: self._told(argv, status)
         )

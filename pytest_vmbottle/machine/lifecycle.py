@@ -220,6 +220,11 @@ class Lifecycle:
         _ = self.channel
         return self.instance.channel(deadline=deadline, bulk=True)
 
+    def stream_channel(self, deadline: Deadline) -> Channel:
+        """Return a channel for commands that take input while they run; raise as `channel` does."""
+        # A login takes long, so it is made only where nothing else has streams.
+        return self.channel.streaming(deadline=deadline) or self.bulk_channel(deadline)
+
     @property
     def panic(self) -> str | None:
         """The kernel's report of trouble, also after the machine went off; see `Instance.panic`."""

@@ -126,11 +126,11 @@ class Requests:
             return piped.wait(cancelled=lambda: line.is_cut, deadline=deadline)
 
     def _log_in(self) -> None:
-        """Have the quicker channel for streams made meanwhile, once: the first command does not wait for it."""
+        """Have the channel for streams made meanwhile, once, if there is none: the first command does not wait for it."""
 
         def attempt() -> None:
             with suppress(MachineError):
-                self._machine.lifecycle.bulk_channel(Deadline(_LOGIN))
+                self._machine.lifecycle.stream_channel(Deadline(_LOGIN))
 
         if not self._has_logged_in:
             self._has_logged_in = True

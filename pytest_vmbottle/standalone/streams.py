@@ -130,7 +130,7 @@ def connect(  # noqa: PLR0913 - the keywords are those of exec
     command = machine.guest.command(tuple(argv), env=env, cwd=cwd, user=user)
     source, *targets = descriptors
     # A command without input need not wait for a login, which takes 10 s without KVM.
-    channel = machine.lifecycle.channel if _is_null(source) else machine.lifecycle.bulk_channel(Deadline(_OPENING))
+    channel = machine.lifecycle.channel if _is_null(source) else machine.lifecycle.stream_channel(Deadline(_OPENING))
     sinks = [_Sink(target) for target in targets]
     running = _started(channel, command, sinks)
     # A pipe whose end wakes the feeder at once, however long its source says nothing.
@@ -172,4 +172,5 @@ def _feed(running: Running, source: int, over: int) -> None:
                 if not data:
                     break
                 running.write(data, deadline=Deadline(FOREVER))
-    running.close_input()
+    with suppress(MachineError):
+        running.close_input()

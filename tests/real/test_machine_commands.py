@@ -159,6 +159,48 @@ def test_output_comes_as_it_is_made_and_goes_on_until_its_reader_has_enough(comm
     assert commands.run("exec", web, "--", "pgrep", "-f", "^yes endless", status=1).stdout == b""
 
 
+@pytest.fixture
+def deaf(commands: Commands, web: str) -> Iterator[str]:
+    """The machine, for a while without a server for SSH."""
+    commands.exec(web, "sh", "-c", "systemctl mask --now ssh.service ssh.socket; pkill -x sshd; ! pgrep -x sshd")
+    yield web
+    commands.exec(web, "sh", "-c", "systemctl unmask ssh.service ssh.socket; systemctl start ssh")
+
+
+def test_a_command_with_input_needs_no_ssh_in_the_guest(commands: Commands, deaf: str) -> None:
+    data = os.urandom(3 << 20)
+    ended = commands.run("exec", deaf, "--", "sh", "-c", "cat; echo aside >&2; exit 7", stdin=data, status=7)
+    assert (ended.stdout, ended.stderr) == (data, b"aside\n")
+    # It need not read all of it, and what it does not read ends nothing.
+    assert commands.run("exec", deaf, "--", "head", "-c", "5", stdin=data).stdout == data[:5]
+    assert commands.run("exec", deaf, "--", "sh", "-c", "exec <&-; sleep 1; exit 3", stdin=data, status=3).stdout == b""
+
+
+@pytest.mark.guests
+@pytest.mark.parametrize("rebooted", [False, True], ids=["cloned", "rebooted"])
+def test_a_command_with_input_that_is_not_over_ends_with_who_asked_for_it(commands: Commands, deaf: str, *, rebooted: bool) -> None:
+    if rebooted:
+        commands.run("reboot", deaf)
+        # The first command with input starts a runner: the one of the pack has ended with its boot.
+        assert commands.exec(deaf, "pgrep", "-x", "vmbottle-runner")
+    argv = ("exec", deaf, "--", "sh", "-c", "echo begun; cat; exec sleep 4720")
+    with commands.begin(*argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"begun\n"
+        running.send_signal(signal.SIGINT)
+    assert running.returncode != 0
+    commands.exec(deaf, "timeout", "30", "sh", "-c", "while pgrep -f '^sh -c echo begun'; do sleep 0.2; done")
+    with commands.begin("exec", "--timeout", "2", *argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as late:
+        assert late.wait(120) == 124
+    with commands.begin("exec", deaf, "--", "yes", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as endless:
+        assert endless.stdout is not None
+        assert endless.stdout.readline() == b"y\n"
+        endless.stdout.close()
+        assert endless.wait(120) != 0
+    left = "pgrep -x yes; pgrep -f 'sleep 472[0]'; pgrep -x vmbottle-runner > /dev/null && echo nothing else"
+    assert commands.exec(deaf, "sh", "-c", left) == "nothing else\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.guests)])
 def test_a_command_ends_in_the_guest_when_whoever_asked_for_it_is_gone(commands: Commands, web: str, number: int) -> None:
     with commands.begin("exec", web, "--", "sh", "-c", f"echo begun; exec sleep 1000{number}", stdout=subprocess.PIPE) as running:

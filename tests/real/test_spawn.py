@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
-from pytest_vmbottle import CommandTimeout, Machine, MachineDied
+from pytest_vmbottle import CommandTimeout, Machine, MachineDied, MachineError
+from pytest_vmbottle.channels.ssh import SshChannel
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -95,13 +97,25 @@ def test_output_that_nobody_reads_does_not_hold_the_command_up_and_its_end_is_ke
 
 
 @pytest.mark.guests
-def test_a_lost_connection_ends_it_with_an_error_and_the_next_command_gets_a_new_one(session_vm: Machine) -> None:
-    process = session_vm.spawn("echo here; sleep 4717")
+def test_a_lost_connection_ends_it_with_an_error_and_the_next_command_gets_a_new_one(session_vm: Machine, either: Machine) -> None:
+    over_ssh = isinstance(either.guest.channel, SshChannel)
+    process = either.spawn("echo here; sleep 4717")
     assert next(process.stdout) == "here\n"
-    session_vm.exec("pkill -KILL -x sshd; systemctl reset-failed ssh; systemctl restart ssh")
-    with pytest.raises(MachineDied, match="SSH"):
+    # The command that ends what carries it has no status itself.
+    with suppress(MachineError):
+        session_vm.exec("pkill -KILL -x sshd; systemctl restart ssh" if over_ssh else "pkill -KILL -x vmbottle-runner", check=False)
+    with pytest.raises(MachineError, match="SSH" if over_ssh else "runner ended"):
         process.wait(timeout=300)
-    assert list(session_vm.spawn("echo again").stdout) == ["again\n"]
+    assert list(session_vm.spawn("echo again; pkill -f 'sleep 471[7]'").stdout) == ["again\n"]
+
+
+@pytest.mark.guests
+def test_it_needs_no_ssh_in_the_guest_also_after_a_reboot(vm: Machine) -> None:
+    vm.exec("systemctl mask --now ssh.service ssh.socket; pkill -x sshd", check=False)
+    for _ in range(2):
+        assert vm.spawn(["cat"], input="typed").wait(timeout=60) == 0
+        assert vm.exec("cat", input="typed", stream=lambda _: None).stdout == "typed"
+        vm.reboot()
 
 
 @pytest.mark.guests

@@ -19,6 +19,7 @@ from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emul
 from pytest_vmbottle.backends.qemu.features import Features, probe_features
 from pytest_vmbottle.backends.qemu.launch import start
 from pytest_vmbottle.backends.qemu.processor import accelerator_for, host_processor
+from pytest_vmbottle.channels.runner import RUNNER
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host import records
 from pytest_vmbottle.host.account import Account
@@ -244,7 +245,7 @@ class QemuBackend(Backend):
         known = (attrs.astuple(emulator.accelerator), attrs.astuple(emulator.board))
         # The program's content too: a distribution's update or a build of one's own may keep the version's text, and a saved state fits
         # only the program that wrote it.
-        return digest("qemu", FORMAT, version, file_digest(emulator.binary, self._proofs), known, processor, spec.arch)
+        return digest("qemu", FORMAT, RUNNER, version, file_digest(emulator.binary, self._proofs), known, processor, spec.arch)
 
     def unsupported_reason(self, spec: MachineSpec) -> str | None:
         """Return what in a spec QEMU does not support (see `Backend.unsupported_reason`)."""

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 
-RUN, INPUT, TAKEN, SYNC = 1, 2, 3, 4
+RUN, INPUT, TAKEN, SYNC, LEFT = 1, 2, 3, 4, 5
 OUT, ERR, END, REFUSED, SYNCED, WRITTEN = 17, 18, 19, 20, 21, 22
 HEAD, WINDOW, PIECE = struct.Struct(">IBI"), 1 << 20, 1 << 16
 
@@ -59,7 +59,7 @@ class Command:
 
     def __init__(self, number: int, pid: int, stdin: int) -> None:
         self.number, self.pid, self.stdin = number, pid, stdin
-        self.input, self.is_last = b"", False
+        self.input, self.is_last, self.is_left = b"", False, False
         if stdin >= 0:
             os.set_blocking(stdin, False)
         # The descriptor of each stream, and how much of it the host has not taken yet.
@@ -76,8 +76,9 @@ class Command:
             data = os.read(state[0], PIECE)
         except BlockingIOError:
             return
-        send(kind, self.number, data)
-        state[1] += len(data)
+        if not self.is_left:
+            send(kind, self.number, data)
+            state[1] += len(data)
         if not data:
             selector.unregister(state[0])
             os.close(state[0])
@@ -92,6 +93,13 @@ class Command:
             before, state[1] = state[1], state[1] - size
             if before >= WINDOW > state[1]:
                 selector.register(state[0], selectors.EVENT_READ, lambda: self.read(kind))
+
+    def left(self) -> None:
+        """Read on for nobody: the host takes no more, or is another one than started it."""
+        self.is_left = True
+        for kind, state in self.open.items():
+            self.taken(kind, state[1])
+        self.feed(b"")
 
     def feed(self, data: bytes) -> None:
         if self.stdin < 0:
@@ -208,6 +216,8 @@ def handle(kind: int, number: int, content: bytes) -> None:
             commands[number].feed(content)
         elif kind == TAKEN:
             commands[number].taken(content[0], int(content[1:]))
+        elif kind == LEFT:
+            commands[number].left()
 
 
 incoming = bytearray()

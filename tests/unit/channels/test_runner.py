@@ -258,3 +258,81 @@ def test_a_runner_that_is_not_there_is_not_taken_up(ends: tuple[socket.socket, s
         ends[1].close()
         with pytest.raises(MachineError):
             runner.run(Command(argv=("true",)), deadline=Deadline(5))
+
+
+def test_a_command_that_is_left_runs_on_and_who_writes_to_it_is_let_go(runner: Runner, tmp_path: Path) -> None:
+    script = _sh(f"head -c 5000000 /dev/zero; echo done > {tmp_path}/mark; exec sleep 30")
+    running = runner.start(script, stdout=lambda _: time.sleep(0.2), stderr=lambda _: None, deadline=Deadline(20))
+    refused = list[type[Exception]]()
+
+    def insist() -> None:
+        try:
+            running.write(b"x" * (4 << 20), deadline=Deadline(60))
+        except BrokenPipeError as error:
+            refused.append(type(error))
+
+    writer = threading.Thread(target=insist)
+    writer.start()
+    time.sleep(0.3)
+    assert not (tmp_path / "mark").exists()
+    running.close()
+    writer.join(20)
+    assert refused == [BrokenPipeError]
+    assert Deadline(20).poll((tmp_path / "mark").exists)
+    runner.run(script.killer(), deadline=Deadline(20))
+
+
+def test_the_output_of_a_command_that_another_host_has_started_is_read_for_nobody(
+    guest: Guest, ends: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    first = Runner(ends[0], alive=guest.alive, changes=lambda: 0, is_there=lambda: True)
+    assert first.adopt(deadline=Deadline(30))
+    script = _sh(f"sleep 1; head -c 5000000 /dev/zero; echo done > {tmp_path}/mark")
+    first.start(script, stdout=lambda _: time.sleep(30), stderr=lambda _: None, deadline=Deadline(20))
+    assert first.run(_sh("echo begun"), deadline=Deadline(20)).stdout == b"begun\n"
+    # A clone: the guest goes on, and knows nothing of what the first host has heard.
+    first._jobs.clear()
+    assert Deadline(30).poll((tmp_path / "mark").exists)
+    first.close()
+
+
+def test_output_beyond_what_a_guest_may_send_ends_the_conversation(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    runner = Runner(ours, alive=lambda: None, changes=lambda: 0, is_there=lambda: True)
+
+    def play() -> None:
+        asked = theirs.recv(9 + 16)
+        theirs.sendall(struct.pack(">IBI", 16, 21, 0) + asked[9:])
+        number = struct.unpack(">IBI", theirs.recv(1 << 16)[:9])[2]
+        piece = bytes(1 << 16)
+        try:
+            for _ in range(200):
+                theirs.sendall(struct.pack(">IBI", len(piece), 17, number) + piece)
+        except OSError:
+            return
+
+    player = threading.Thread(target=play)
+    player.start()
+    stuck = threading.Event()
+    with closing(runner):
+        assert runner.adopt(deadline=Deadline(20))
+        running = runner.start(Command(argv=("true",)), stdout=lambda _: stuck.wait(60), stderr=lambda _: None, deadline=Deadline(20))
+        with pytest.raises(AgentEnded, match="more than was taken"):
+            running.wait(deadline=Deadline(30))
+        stuck.set()
+    player.join()
+
+
+def test_output_that_waits_keeps_its_order_and_does_not_grow_with_its_pieces(runner: Runner) -> None:
+    go, got = threading.Event(), list[bytes]()
+
+    def take(data: bytes) -> None:
+        go.wait(60)
+        got.append(data)
+
+    script = _sh("for i in 1 2 3; do echo out$i; sleep 0.05; echo err$i >&2; sleep 0.05; done")
+    running = runner.start(script, stdout=take, stderr=take, deadline=Deadline(20))
+    time.sleep(1)
+    go.set()
+    assert running.wait(deadline=Deadline(30)) == 0
+    assert b"".join(got) == b"out1\nerr1\nout2\nerr2\nout3\nerr3\n"
