@@ -86,6 +86,11 @@ class AgentOrSsh(Channel):
             return ssh.start(command, stdout=stdout, stderr=stderr, deadline=deadline)
         return PiecewiseProcess(self, command, stdout=stdout, stderr=stderr)
 
+    @property
+    def has_files(self) -> bool:
+        """Tell whether the runner is there and has them (see `Channel.has_files`)."""
+        return self.runner.has_files
+
     def streaming(self, *, deadline: Deadline) -> Channel | None:
         """Return the runner, which is started anew where the guest has booted since (see `Channel.streaming`)."""
         limit = Deadline(min(_START, deadline.remaining))

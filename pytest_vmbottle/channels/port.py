@@ -50,6 +50,7 @@ class Command:
         argv: Program and arguments; the program is looked up in the guest's standard path.
         env: The complete environment, nothing is inherited.
         input: The whole content of its standard input.
+        operation: The operation on files that gives the same, for channels that have those: its name, the user and the words.
         tag: The number that marks all processes of this command, so that a time-out can end them. The kernel's audit hands down the
             number of a login (/proc/self/loginuid), which neither another user, another session, a clean environment nor another control
             group sheds; it is in their environment for kernels without it.
@@ -58,6 +59,7 @@ class Command:
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()
     input: bytes = b""
+    operation: tuple[str, ...] = ()
     # Random, so that the processes of two commands are never confused, not even after a restore.
     tag: str = attrs.field(factory=lambda: str(secrets.choice(_LOGINS)))
 
@@ -143,6 +145,11 @@ class Channel(ABC):
         Its input stays open.
         """
         raise Unsupported(f"this channel does not run {command.argv[0]!r} in the background: use exec, or systemd-run in the guest")
+
+    @property
+    def has_files(self) -> bool:
+        """Tell whether it has operations on files, which take no programs in the guest, and much data."""
+        return False
 
     def streaming(self, *, deadline: Deadline) -> Channel | None:
         """Return a channel for commands that take input while they run; None where another one has to be asked for (`Instance.channel`)."""

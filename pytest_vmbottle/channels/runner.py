@@ -32,8 +32,10 @@ _SCRIPT = read_script(__package__, "runner.py")
 RUNNER = digest(_SCRIPT)
 """Digest of the program in the guest: it is part of a pack."""
 _HEAD = struct.Struct(">IBI")
-_RUN, _INPUT, _TAKEN, _SYNC, _LEFT = 1, 2, 3, 4, 5
-_OUT, _ERR, _END, _REFUSED, _SYNCED, _WRITTEN = 17, 18, 19, 20, 21, 22
+_RUN, _INPUT, _TAKEN, _SYNC, _LEFT, _FILE, _KILL = 1, 2, 3, 4, 5, 6, 7
+_OUT, _ERR, _END, _REFUSED, _SYNCED, _WRITTEN, _LEVEL = 17, 18, 19, 20, 21, 22, 23
+_WITH_FILES = 2
+"""Level from which on a runner has operations on files; those in older snapshots have none."""
 _MAX_FRAME = 1 << 17
 """Bytes of one frame from the guest; it sends 64 KiB at most."""
 _WINDOW = 1 << 20
@@ -103,12 +105,16 @@ class _Waiting:
 
 
 class _Job(Running):
-    """A command that runs."""
+    """A command that runs.
+
+    Attributes:
+        number: Its number in frames.
+    """
 
     def __init__(
         self, runner: Runner, number: int, command: Command, sinks: tuple[Callable[[bytes], object], Callable[[bytes], object]]
     ) -> None:
-        self._runner, self._number, self._command = runner, number, command
+        self._runner, self.number, self._command = runner, number, command
         self._sinks = dict(zip((_OUT, _ERR), sinks, strict=True))
         self._status: int | None = None
         self._error: MachineError | None = None
@@ -154,7 +160,7 @@ class _Job(Running):
             self._owed[kind] += len(content)
             # Seldom: each of these costs the guest time.
             if self._owed[kind] >= _WINDOW // 4:
-                self._runner.owe(_TAKEN, self._number, bytes([kind]) + b"%d" % self._owed[kind])
+                self._runner.owe(_TAKEN, self.number, bytes([kind]) + b"%d" % self._owed[kind])
                 self._owed[kind] = 0
             return
         with self._changed:
@@ -182,7 +188,7 @@ class _Job(Running):
 
     def _forget_if_over(self) -> None:
         if self.is_over:
-            self._runner.forget(self._number)
+            self._runner.forget(self.number)
 
     def fail(self, error: MachineError) -> None:
         """End it, because its runner has ended."""
@@ -237,22 +243,22 @@ class _Job(Running):
                 if not self._reads or self._is_closed or self._status is not None or self._error is not None:
                     raise BrokenPipeError
                 self._room -= len(piece)
-            self._runner.send(_INPUT, self._number, piece)
+            self._runner.send(_INPUT, self.number, piece)
 
     def close_input(self) -> None:
         """End the input."""
-        self._runner.send(_INPUT, self._number, b"")
+        self._runner.send(_INPUT, self.number, b"")
 
     def close(self) -> None:
         """Take no more of its output; the command runs on, as with an output that is /dev/null."""
         with self._changed:
             runs, self._is_closed = not self.is_over, True
             self._changed.notify_all()
-        self._runner.forget(self._number)
+        self._runner.forget(self.number)
         self._end_streams()
         if runs:
             with suppress(MachineError):
-                self._runner.send(_LEFT, self._number, b"")
+                self._runner.send(_LEFT, self.number, b"")
 
 
 class Runner(Channel):
@@ -275,6 +281,7 @@ class Runner(Channel):
         self._owed: deque[bytes] = deque()
         self._last = secrets.randbits(30)
         self._known: int | None = None
+        self._level = 1
         self._failed: int | None = None
         self._starting = threading.Lock()
         self._token = b""
@@ -287,6 +294,11 @@ class Runner(Channel):
     def is_ready(self) -> bool:
         """Tell whether the runner that answered is still the one that has the port open."""
         return self._known is not None and self._known == self._changes()
+
+    @property
+    def has_files(self) -> bool:
+        """Tell whether it is there and has operations on files (see `Channel.has_files`)."""
+        return self.is_ready and self._level >= _WITH_FILES
 
     def start_in(self, channel: Channel, *, deadline: Deadline, again: bool = True) -> bool:
         """Have another channel start the runner in the guest if it does not run; return whether it answers.
@@ -315,7 +327,7 @@ class Runner(Channel):
 
     def adopt(self, *, deadline: Deadline) -> bool:
         """Take up a runner that runs; return whether it answers."""
-        known = self._changes()
+        known, self._level = self._changes(), 1
         if not self._is_there() or not self._answers(deadline, lambda token: self.send(_SYNC, 0, token)):
             return False
         self._known = known
@@ -448,6 +460,8 @@ class Runner(Channel):
     def _take(self, kind: int, number: int, content: bytes) -> None:
         if kind == _SYNCED and content == self._token:
             self._synced.set()
+        elif kind == _LEVEL:
+            self._level = _number(content, 1, 1 << 20)
         elif (job := self._jobs.get(number)) is not None:
             job.take(kind, content)
         # Of a command that was left, or that another machine had started from which this one was cloned.
@@ -476,11 +490,16 @@ class Runner(Channel):
             job = self._jobs[number] = _Job(self, number, command, (stdout, stderr))
         if beside:
             job.deliver_beside()
-        path = dict(command.env).get("PATH", GUEST_PATH)
-        env = (f"{name}={value}" for name, value in command.environment)
-        words = ("1" if has_input else "0", command.tag, path, str(len(command.argv)), *command.argv, *env)
-        self.send(_RUN, number, "\0".join(words).encode("utf-8", "surrogateescape"))
+        kind, words = _FILE, command.operation
+        if not self._operates(command):
+            path = dict(command.env).get("PATH", GUEST_PATH)
+            env = (f"{name}={value}" for name, value in command.environment)
+            kind, words = _RUN, (command.tag, path, str(len(command.argv)), *command.argv, *env)
+        self.send(kind, number, "\0".join(("1" if has_input else "0", *words)).encode("utf-8", "surrogateescape"))
         return job
+
+    def _operates(self, command: Command) -> bool:
+        return bool(command.operation) and self.has_files
 
     def run(self, command: Command, *, deadline: Deadline) -> Finished:
         """Run a command to its end (see `Channel.run`)."""
@@ -495,7 +514,10 @@ class Runner(Channel):
             if status is not None:
                 return outputs.finished(command, status=status, timed_out=False)
             ended = job.has_ended
-            self.run(command.killer(), deadline=Deadline(_GRACE))
+            if command.operation:  # it has started nothing
+                self.send(_KILL, job.number, b"")
+            if not self._operates(command):
+                self.run(command.killer(), deadline=Deadline(_GRACE))
             job.wait(deadline=Deadline(_GRACE))
             return attrs.evolve(outputs.finished(command, status=None, timed_out=True), outlived=ended)
         finally:

@@ -20,7 +20,7 @@ from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import is_mode
 from pytest_vmbottle.timeline import Timeline, recorded
 
-__all__ = ["BULK", "Entry", "GuestPath", "Shell", "mode_word", "owner_word", "raise_for", "with_any_bytes"]
+__all__ = ["BULK", "Entry", "GuestPath", "Shell", "mode_word", "operation_of", "owner_word", "raise_for", "with_any_bytes"]
 
 _SAID = 2000
 """Characters of a guest program's error output that a message quotes."""
@@ -104,6 +104,25 @@ _OWNER = 'exec stat -L -c "$2" "$1"'
 _CHMOD = 'stat -L "$1" > /dev/null && exec chmod "0$2" "$1"'  # five digits clear a folder's set-id bits too
 _CHOWN = 'exec chown -- "$2" "$1"'
 
+_UNLINK = 'exec unlink "$1"'
+_RMDIR = 'exec rmdir "$1"'
+_OPERATIONS = {
+    _CHMOD: "chmod",
+    _CHOWN: "chown",
+    _LINK: "link",
+    _MKDIR: "mkdir",
+    _OWNER: "owner",
+    _READ: "read",
+    _READLINK: "readlink",
+    _RENAME: "rename",
+    _RMDIR: "rmdir",
+    _SCAN: "list",
+    _STAT: "stat",
+    _TOUCH: "touch",
+    _UNLINK: "unlink",
+    _WRITE: "write",
+}
+"""Operations of the runner that take a script's words and give its output."""
 _HASHES = {
     "md5": "md5sum",
     "sha1": "sha1sum",
@@ -785,7 +804,7 @@ class GuestPath:
             >>> vm.path("/srv/gone").exists()
             False
         """
-        self._remove('exec unlink "$1"', missing_ok=missing_ok)
+        self._remove(_UNLINK, missing_ok=missing_ok)
 
     @_verb
     def rmdir(self) -> None:
@@ -799,7 +818,7 @@ class GuestPath:
             >>> vm.path("/srv/empty").mkdir()
             >>> vm.path("/srv/empty").rmdir()
         """
-        self._remove('exec rmdir "$1"')
+        self._remove(_RMDIR)
 
     @_verb
     def rmtree(self, *, missing_ok: bool = False) -> None:
@@ -968,6 +987,13 @@ def with_any_bytes(text: str, words: Sequence[str]) -> tuple[str, tuple[str, ...
         encoded = (word.encode("utf-8", "surrogateescape") for word in words)
         return _DECODE + text, tuple("".join(f"\\0{byte:03o}" for byte in word) for word in encoded)
     return text, tuple(words)
+
+
+def operation_of(text: str, words: Sequence[str]) -> str:
+    """Return the operation of the runner that does what a script does with such words, or an empty string."""
+    name = _OPERATIONS.get(text, "")
+    # Of a folder alone: what find(1) does with a tree has more to it.
+    return name if name != "list" or tuple(words[1:]) == ("1", "") else ""
 
 
 def owner_word(owner: str | int | None) -> str:

@@ -8,9 +8,11 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+import attrs
+
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
 from pytest_vmbottle.errors import MachineError
-from pytest_vmbottle.guest.path import BULK, GuestPath, Shell, with_any_bytes
+from pytest_vmbottle.guest.path import BULK, GuestPath, Shell, operation_of, with_any_bytes
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.machine import guestlog
@@ -31,6 +33,8 @@ _MAX_COMMAND = 120 << 10
 """Most bytes of a command with its environment: Linux takes 128 KiB for one string, and SSH passes the whole command as one."""
 _OWN_TIME = 600.0
 _KILL_TIME = 10.0
+_MOST_BY_OPERATION = 8 << 20
+"""Bytes up to which a file is written by the runner, and not over a disk."""
 # Of env(1) and of shells, for a program that they do not find.
 _NOT_FOUND = 127
 _KILLED = (-9, 128 + 9)
@@ -138,7 +142,7 @@ class GuestShell(Shell):
     # Internal scripts run as the spec's user as well, so that paths and copies have that user's rights.
     def script(self, text: str, *words: str) -> Result:
         """Run a shell script with arguments for `GuestPath`; never raise for its status."""
-        return self._carry(lambda command, deadline: self.channel.run(command, deadline=deadline), text, words)
+        return self._direct(text, words)
 
     def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:
         """Run a script with `size` bytes of a host file as its input.
@@ -146,9 +150,8 @@ class GuestShell(Shell):
         With `framed` the script finds the end of its input itself.
         """
         # Small data goes with the command: a disk, or a login by SSH, costs more than it saves.
-        if size < BULK:
-            content = source.read(size)
-            return self._carry(lambda command, deadline: self.channel.run(command, deadline=deadline), text, words, content)
+        if size < BULK or (size <= _MOST_BY_OPERATION and self._operation(text, words) and self.channel.has_files):
+            return self._direct(text, words, source.read(size))
         return self._carry(
             lambda command, deadline: self._lifecycle.bulk.put(source, size, command, deadline=deadline, framed=framed), text, words
         )
@@ -160,6 +163,19 @@ class GuestShell(Shell):
             sink.write(result.stdout_bytes)
             return result
         return self._carry(lambda command, deadline: self._lifecycle.bulk.get(command, sink, size, deadline=deadline), text, words)
+
+    def _operation(self, text: str, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the operation that does what a script does; nothing where a control group is to have what that takes."""
+        name = "" if self.control_group else operation_of(text, words)
+        return (name, self._spec.user, *words) if name else ()
+
+    def _direct(self, text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
+        operation = self._operation(text, words)
+
+        def run(command: Command, deadline: Deadline) -> Finished:
+            return self.channel.run(attrs.evolve(command, operation=operation), deadline=deadline)
+
+        return self._carry(run, text, words, content)
 
     def _carry(self, run: Callable[[Command, Deadline], Finished], text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
         # Names of files may be bytes that are not UTF-8, and the guest agent takes only JSON.

@@ -6,15 +6,23 @@ Everything is a frame: length of the content, kind, number of the command, conte
 import contextlib
 import errno
 import fcntl
+import grp
 import os
+import pwd
 import selectors
 import signal
+import stat
 import struct
 import sys
 import time
 
-RUN, INPUT, TAKEN, SYNC, LEFT = 1, 2, 3, 4, 5
-OUT, ERR, END, REFUSED, SYNCED, WRITTEN = 17, 18, 19, 20, 21, 22
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL = 1, 2, 3, 4, 5, 6, 7
+OUT, ERR, END, REFUSED, SYNCED, WRITTEN, LEVEL = 17, 18, 19, 20, 21, 22, 23
+UMASK = 0o022
 HEAD, WINDOW, PIECE = struct.Struct(">IBI"), 1 << 20, 1 << 16
 
 if not hasattr(os, "posix_spawn"):
@@ -30,7 +38,7 @@ if os.fork():
     os._exit(0)
 os.setsid()
 os.chdir("/")
-os.umask(0o022)
+os.umask(UMASK)
 null = os.open(os.devnull, os.O_RDWR)
 for fd in 0, 1, 2:
     os.dup2(null, fd)
@@ -52,6 +60,7 @@ signal.signal(signal.SIGCHLD, lambda *_: None)
 selector = selectors.DefaultSelector()
 commands: "dict[int, Command]" = {}
 outgoing = bytearray()
+highest = 0
 
 
 class Command:
@@ -171,15 +180,26 @@ def find(name: bytes, path: bytes) -> bytes:
 def run(number: int, content: bytes) -> None:
     has_input, tag, path, count, *words = content.split(b"\0")
     argv, env = words[: int(count)], dict(word.split(b"=", 1) for word in words[int(count) :])
-    with contextlib.suppress(OSError):  # then its processes are known by their environment alone
-        os.pwrite(login, tag, 0)
+
+    def begin(theirs: "tuple[int, ...]") -> int:
+        with contextlib.suppress(OSError):  # then its processes are known by their environment alone
+            os.pwrite(login, tag, 0)
+        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)]
+        defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
+        return os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsigmask=(), setsigdef=defaults)
+
+    start(number, has_input, begin)
+
+
+def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int]") -> None:
+    """Start a process with streams of its own, which `begin` gets, and whose number it returns."""
+    global highest  # noqa: PLW0603 - of this whole process
     pipes = [os.pipe(), os.pipe()]
     stdin, feeding = os.pipe() if has_input == b"1" else (os.dup(null), -1)
     theirs = (stdin, *(writing for _, writing in pipes))
-    actions = [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)]
-    defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
+    highest = max(highest, feeding, *theirs)
     try:
-        pid = os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsigmask=(), setsigdef=defaults)
+        pid = begin(theirs)
     except OSError as error:
         send(REFUSED, number, str(error.errno).encode())
         for fd in {feeding, *(reading for reading, _ in pipes)} - {-1}:
@@ -190,6 +210,231 @@ def run(number: int, content: bytes) -> None:
         commands[number].watch(ERR, pipes[1][0])
     for fd in theirs:
         os.close(fd)
+
+
+# -- files: a copy of this process does what would cost a program each, with the words, statuses and output of the scripts for that -------
+
+
+def operate(number: int, content: bytes) -> None:
+    has_input, verb, user, *words = content.split(b"\0")
+
+    def begin(theirs: "tuple[int, ...]") -> int:
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                for to, fd in enumerate(theirs):
+                    os.dup2(fd, to)
+                # Not those of commands, whose end would not be seen as long as this one waits for something.
+                os.closerange(3, highest + 1)
+                status = perform(verb, user, words)
+            finally:
+                os._exit(status)
+        return pid
+
+    start(number, has_input, begin)
+
+
+def perform(verb: bytes, user: bytes, words: "list[bytes]") -> int:
+    try:
+        if user != b"root":
+            entry = pwd.getpwnam(os.fsdecode(user))
+            os.initgroups(entry.pw_name, entry.pw_gid)
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+    except KeyError:
+        os.write(2, b"there is no user " + user + b" in the guest\n")
+        return 125
+    try:
+        return OPERATIONS[verb](*words) or 0
+    except OSError as error:
+        os.write(2, os.fsencode(f"{os.fsdecode(verb)}: {error.strerror}\n"))
+        return 1
+
+
+def put(fd: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
+def show_status(path: bytes, how: bytes) -> None:
+    s = os.stat(path, follow_symlinks=how == b"-L")
+    times = [divmod(each, 10**9) for each in (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)]
+    numbers = (s.st_ino, s.st_dev, s.st_nlink, s.st_uid, s.st_gid, s.st_size, *(whole for whole, _ in times), s.st_blocks, s.st_blksize)
+    device = f"{os.major(s.st_rdev):x} {os.minor(s.st_rdev):x}"
+    fractions = "|".join(f".{fraction:09}" for _, fraction in times)
+    put(1, f"{s.st_mode:x} {' '.join(map(str, numbers))} {device}|{fractions}\n".encode())
+
+
+def show_owner(path: bytes, which: bytes) -> None:
+    found = os.stat(path)
+    try:
+        name = pwd.getpwuid(found.st_uid).pw_name if which == b"%U" else grp.getgrgid(found.st_gid).gr_name
+    except KeyError:
+        name = "UNKNOWN"
+    put(1, os.fsencode(name) + b"\n")
+
+
+def read(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    data = b"the first"
+    while data:
+        data = os.read(fd, PIECE)
+        put(1, data)
+
+
+def follow(path: bytes) -> bytes:
+    for _ in range(41):
+        if not os.path.islink(path):
+            return path
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def numbers_of(owner: bytes) -> "tuple[int, int]":
+    """Return user and group of an owner as chown(1) takes it, -1 where it names none."""
+    user, colon, group = os.fsdecode(owner).partition(":")
+    uid = gid = -1
+    kind = "user"
+    try:
+        if user:
+            uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+            if colon and not group:
+                gid = pwd.getpwuid(uid).pw_gid
+        kind = "group"
+        if group:
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise OSError(0, f"chown: invalid {kind}: '{os.fsdecode(owner)}'") from None
+    return uid, gid
+
+
+def make_beside(path: bytes) -> "tuple[bytes, int]":
+    """Make a file beside another one, whose name it gets later; return the other one itself where it alone can be written."""
+    new = os.path.join(os.path.dirname(path), b".vmbottle." + os.urandom(6).hex().encode())
+    try:
+        return new, os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR} or not os.access(path, os.W_OK):
+            raise
+    return path, in_place(path)
+
+
+def in_place(path: bytes) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+
+def copy_input(fd: int) -> int:
+    """Copy the input to a file, and return how much it was."""
+    written, data = 0, b"the first"
+    while data:
+        data = os.read(0, WINDOW)
+        put(fd, data)
+        written += len(data)
+    os.close(fd)
+    return written
+
+
+def write(path: bytes, size: bytes, mode: bytes, owner: bytes) -> "int | None":
+    path, old = follow(path), None
+    with contextlib.suppress(FileNotFoundError):
+        old = os.stat(path)
+    if old is not None and stat.S_ISDIR(old.st_mode):
+        return 102
+    is_ours = old is None or (stat.S_ISREG(old.st_mode) and os.geteuid() in {0, old.st_uid})
+    new, fd = make_beside(path) if is_ours else (path, in_place(path))
+    try:
+        if copy_input(fd) != int(size) and new != path:  # where a connection is lost, the input just ends
+            raise OSError(errno.EIO, "only a part of it arrived")
+        if new != path and old is None:
+            mode = mode or b"%o" % (0o666 & ~UMASK)
+        elif new != path and old is not None:
+            owner, mode = owner or b"%d:%d" % (old.st_uid, old.st_gid), mode or b"%o" % stat.S_IMODE(old.st_mode)
+        settle(new, path, mode, owner)
+    except BaseException:
+        if new != path:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+        raise
+    return None
+
+
+def settle(new: bytes, path: bytes, mode: bytes, owner: bytes) -> None:
+    """Give a file its owner, its mode and its name."""
+    if owner:
+        os.chown(new, *numbers_of(owner))
+    if mode:
+        os.chmod(new, int(mode, 8))
+    if new != path:
+        os.rename(new, path)
+
+
+def list_folder(path: bytes, _depth: bytes, _follow: bytes) -> "int | None":
+    kinds = {stat.S_IFDIR: b"d", stat.S_IFLNK: b"l", stat.S_IFREG: b"f", stat.S_IFIFO: b"p", stat.S_IFSOCK: b"s", stat.S_IFBLK: b"b"}
+    os.stat(path + b"/")
+    if not os.access(path, os.R_OK):
+        return 105
+    found = bytearray()
+    with os.scandir(path + b"/") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                s = entry.stat(follow_symlinks=False)
+                kind, (whole, rest) = kinds.get(stat.S_IFMT(s.st_mode), b"c"), divmod(s.st_mtime_ns, 10**9)
+                found += b"%s %d %o %d.%09d %s/%s\0" % (kind, s.st_size, stat.S_IMODE(s.st_mode), whole, rest, path, entry.name)
+    put(1, bytes(found))
+    return None
+
+
+def make_folder(path: bytes, exist_ok: bytes, parents: bytes, mode: bytes) -> "int | None":
+    if exist_ok and os.path.isdir(path):
+        return 0
+    if parents:
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        except FileExistsError:  # one of them is no folder
+            return 103
+    bits = int(mode, 8)
+    os.mkdir(path, bits)
+    if bits & 0o7000:  # which mkdir(2) ignores
+        os.chmod(path, bits & ~UMASK)
+    return None
+
+
+def touch(path: bytes, mode: bytes, exist_ok: bytes) -> "int | None":
+    if not exist_ok and os.path.lexists(path):
+        return 104
+    if os.path.exists(path):
+        os.utime(path)
+        return None
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.fchmod(fd, int(mode, 8) & ~UMASK)
+    return None
+
+
+def link(path: bytes, target: bytes, how: bytes) -> None:
+    (os.symlink if how else os.link)(target, path)
+
+
+OPERATIONS: "dict[bytes, Callable[..., int | None]]" = {
+    b"chmod": lambda path, mode: os.chmod(path, int(mode, 8)),
+    b"chown": lambda path, owner: os.chown(path, *numbers_of(owner)),
+    b"link": link,
+    b"list": list_folder,
+    b"mkdir": make_folder,
+    b"owner": show_owner,
+    b"read": read,
+    b"readlink": lambda path: put(1, os.readlink(path) + b"\n"),
+    b"rename": os.rename,
+    b"rmdir": os.rmdir,
+    b"stat": show_status,
+    b"touch": touch,
+    b"unlink": os.unlink,
+    b"write": write,
+}
+
+
+# -- what comes from the host -------------------------------------------------------------------------------------------------------------
 
 
 def reap() -> None:
@@ -206,18 +451,30 @@ def reap() -> None:
             by_pid.pop(pid).ended(status)
 
 
+def synced(number: int, content: bytes) -> None:
+    send(SYNCED, number, content)
+    send(LEVEL, number, b"2")
+
+
+def kill(command: Command) -> None:
+    if command.pid:
+        os.kill(command.pid, signal.SIGKILL)
+
+
+ASKED: "dict[int, Callable[[int, bytes], object]]" = {RUN: run, FILE: operate, SYNC: synced}
+OF_COMMANDS: "dict[int, Callable[[Command, bytes], object]]" = {
+    INPUT: Command.feed,
+    TAKEN: lambda command, content: command.taken(content[0], int(content[1:])),
+    LEFT: lambda command, _: command.left(),
+    KILL: lambda command, _: kill(command),
+}
+
+
 def handle(kind: int, number: int, content: bytes) -> None:
-    if kind == RUN:
-        run(number, content)
-    elif kind == SYNC:
-        send(SYNCED, number, content)
-    elif number in commands:
-        if kind == INPUT:
-            commands[number].feed(content)
-        elif kind == TAKEN:
-            commands[number].taken(content[0], int(content[1:]))
-        elif kind == LEFT:
-            commands[number].left()
+    if kind in ASKED:
+        ASKED[kind](number, content)
+    elif kind in OF_COMMANDS and number in commands:
+        OF_COMMANDS[kind](commands[number], content)
 
 
 incoming = bytearray()
