@@ -8,19 +8,21 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 from pytest_vmbottle.errors import TransferError, VMBottleError
 from pytest_vmbottle.guest import landing
 from pytest_vmbottle.guest import tar as archive
-from pytest_vmbottle.guest.path import BULK, GuestPath, raise_for
+from pytest_vmbottle.guest.path import BULK, UNABLE, GuestPath, mode_word, raise_for
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.host.package_data import read_script
+from pytest_vmbottle.result import Result
 
 __all__ = ["FORMATS", "copy_in", "copy_out", "pack_out"]
 
@@ -36,6 +38,8 @@ _HEADERS = 4
 _MOST = 1 << 40
 """Bytes that a guest may send at most."""
 _GET = read_script(__package__, "copy_get.sh")
+_MOST_AT_ONCE = 8 << 20
+"""Bytes of a file alone that goes by one operation of the runner; beyond that a disk is quicker."""
 
 
 def copy_in(source: Path, target: GuestPath) -> None:
@@ -54,6 +58,10 @@ def copy_in(source: Path, target: GuestPath) -> None:
     temporary = f".vmbottle.{secrets.token_hex(8)}"
     if not name:
         raise TransferError("the whole file system cannot be copied: name its folders", src=source, dst=str(target))
+    with _failures(source, target):
+        if (placed := _place(source, target, name)) is not None:
+            raise_for(placed, target)
+            return
     with _failures(source, target), tempfile.TemporaryFile() as stream:
         # Asked once, and only if there is a file with holes: it is another round trip.
         archive.pack(source, stream, name=name, sparse=cache(lambda: target.shell.script(_GNU).ok))
@@ -68,6 +76,24 @@ def copy_in(source: Path, target: GuestPath) -> None:
                 target.shell.script(_CLEAR, str(target), temporary)
             raise
         raise_for(result, target)
+
+
+def _place(source: Path, target: GuestPath, name: str) -> Result | None:
+    """Copy a file alone at once; return None if it is none, has holes or is large, or if the channel cannot."""
+    about = source.lstat()
+    if not _is_small(about):
+        return None
+    with source.open("rb") as file:
+        content = file.read(about.st_size)
+    if len(content) < about.st_size:  # it is just being written: the other way says so if it stays shorter
+        return None
+    words = (str(target), name, str(len(content)), mode_word(stat.S_IMODE(about.st_mode)), str(int(about.st_mtime)))
+    result = target.shell.operation("place", *words, content=content)
+    return None if result is None or result.returncode == UNABLE else result
+
+
+def _is_small(about: os.stat_result) -> bool:
+    return stat.S_ISREG(about.st_mode) and about.st_size <= _MOST_AT_ONCE and about.st_blocks * 512 >= about.st_size
 
 
 def copy_out(source: GuestPath, target: Path) -> None:
@@ -154,16 +180,27 @@ def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
         raise archive.Refused("the whole file system cannot be copied: name its folders")
     # On the target's file system, so that the last step is a rename.
     with tempfile.TemporaryFile(dir=folder) as stream, landing.scratch(folder) as scratch:
-        measured = source.shell.script(_MEASURE, str(source))
-        raise_for(measured, source)
-        kilobytes, entries, *gnu = measured.stdout.split()
-        # The guest measures, so the number is bounded: it becomes the size of a disk.
-        size = min(int(kilobytes) + _HEADERS * int(entries) << 10, _MOST)
-        result = source.shell.fetch(_GET, str(source), _blocking(size), *(gnu or [""]), sink=stream, size=size)
-        raise_for(result, source)
+        _fetch(source, stream)
         stream.seek(0)
         archive.unpack(stream, scratch)
         arrived = scratch / source.name
         if not os.path.lexists(arrived):
             raise archive.Refused("the archive does not contain what was requested")
         yield arrived
+
+
+def _fetch(source: GuestPath, stream: IO[bytes]) -> None:
+    """Write the guest's file or tree to a host file, as a tar archive."""
+    # A small file alone comes at once; anything else is only looked at.
+    whole = source.shell.operation("fetch", str(source), str(_MOST_AT_ONCE))
+    if whole is not None and whole.returncode != UNABLE:
+        raise_for(whole, source)
+        stream.write(whole.stdout_bytes)
+        return
+    measured = source.shell.script(_MEASURE, str(source))
+    raise_for(measured, source)
+    kilobytes, entries, *gnu = measured.stdout.split()
+    # The guest measures, so the number is bounded: it becomes the size of a disk.
+    size = min(int(kilobytes) + _HEADERS * int(entries) << 10, _MOST)
+    result = source.shell.fetch(_GET, str(source), _blocking(size), *(gnu or [""]), sink=cast("BinaryIO", stream), size=size)
+    raise_for(result, source)

@@ -20,12 +20,15 @@ from pytest_vmbottle.result import Result, printable
 from pytest_vmbottle.spec import is_mode
 from pytest_vmbottle.timeline import Timeline, recorded
 
-__all__ = ["BULK", "Entry", "GuestPath", "Shell", "mode_word", "operation_of", "owner_word", "raise_for", "with_any_bytes"]
+__all__ = ["BULK", "UNABLE", "Entry", "GuestPath", "Shell", "mode_word", "operation_of", "owner_word", "raise_for", "with_any_bytes"]
 
 _SAID = 2000
 """Characters of a guest program's error output that a message quotes."""
 BULK = 1 << 20
 """Bytes from which on data takes the channel with the most throughput."""
+
+UNABLE = 120
+"""Status of an operation that cannot do what it is asked for; nothing has happened then."""
 
 # What our scripts say by their status; far from what the programs in them end with.
 _STATUS = {
@@ -150,6 +153,10 @@ class Shell(ABC):
     @abstractmethod
     def script(self, text: str, *words: str) -> Result:
         """Run one of our POSIX shell scripts with arguments; never raise for its status."""
+
+    def operation(self, name: str, *words: str, content: bytes = b"") -> Result | None:  # noqa: ARG002
+        """Have an operation of the runner done; return None where there are none, or the status `UNABLE` where it cannot do this."""
+        return None
 
     @abstractmethod
     def feed(self, text: str, *words: str, source: BinaryIO, size: int, framed: bool = False) -> Result:

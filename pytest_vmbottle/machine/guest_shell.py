@@ -12,7 +12,7 @@ import attrs
 
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished
 from pytest_vmbottle.errors import MachineError
-from pytest_vmbottle.guest.path import BULK, GuestPath, Shell, operation_of, with_any_bytes
+from pytest_vmbottle.guest.path import BULK, UNABLE, GuestPath, Shell, operation_of, with_any_bytes
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.machine import guestlog
@@ -164,13 +164,20 @@ class GuestShell(Shell):
             return result
         return self._carry(lambda command, deadline: self._lifecycle.bulk.get(command, sink, size, deadline=deadline), text, words)
 
-    def _operation(self, text: str, words: tuple[str, ...]) -> tuple[str, ...]:
+    def operation(self, name: str, *words: str, content: bytes = b"") -> Result | None:
+        """Have an operation of the runner done (see `Shell.operation`)."""
+        if self.control_group or not self.channel.has_files:
+            return None
+        # The script is for a channel that takes the place of a runner that has ended just now.
+        return self._direct(f"exit {UNABLE}", words, content, name)
+
+    def _operation(self, text: str, words: tuple[str, ...], name: str = "") -> tuple[str, ...]:
         """Return the operation that does what a script does; nothing where a control group is to have what that takes."""
-        name = "" if self.control_group else operation_of(text, words)
+        name = "" if self.control_group else name or operation_of(text, words)
         return (name, self._spec.user, *words) if name else ()
 
-    def _direct(self, text: str, words: tuple[str, ...], content: bytes = b"") -> Result:
-        operation = self._operation(text, words)
+    def _direct(self, text: str, words: tuple[str, ...], content: bytes = b"", name: str = "") -> Result:
+        operation = self._operation(text, words, name)
 
         def run(command: Command, deadline: Deadline) -> Finished:
             return self.channel.run(attrs.evolve(command, operation=operation), deadline=deadline)

@@ -158,10 +158,10 @@ def test_a_guest_that_keeps_the_disk_is_waited_for_and_loses_it_before_the_next_
             assert not port.empty(0.3)
         finally:
             instance.resume()
-    (tmp_path / "f").write_bytes(os.urandom(2 << 20))
+    (tmp_path / "f").write_bytes(os.urandom(9 << 20))
     session_vm.cp(tmp_path / "f", session_vm.path("/root/after"))
 
-    assert session_vm.exec(["stat", "-c", "%s", "/root/after"]).stdout == f"{2 << 20}\n"
+    assert session_vm.exec(["stat", "-c", "%s", "/root/after"]).stdout == f"{9 << 20}\n"
     assert plugged(session_vm) == NOTHING
 
 

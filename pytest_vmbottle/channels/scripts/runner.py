@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL = 1, 2, 3, 4, 5, 6, 7
 OUT, ERR, END, REFUSED, SYNCED, WRITTEN, LEVEL = 17, 18, 19, 20, 21, 22, 23
-UMASK = 0o022
+UMASK, UNABLE, LONGEST = 0o022, 120, 100
 HEAD, WINDOW, PIECE = struct.Struct(">IBI"), 1 << 20, 1 << 16
 
 if not hasattr(os, "posix_spawn"):
@@ -245,6 +245,8 @@ def perform(verb: bytes, user: bytes, words: "list[bytes]") -> int:
     except KeyError:
         os.write(2, b"there is no user " + user + b" in the guest\n")
         return 125
+    if verb not in OPERATIONS:
+        return UNABLE
     try:
         return OPERATIONS[verb](*words) or 0
     except OSError as error:
@@ -370,6 +372,51 @@ def settle(new: bytes, path: bytes, mode: bytes, owner: bytes) -> None:
         os.rename(new, path)
 
 
+def place(target: bytes, name: bytes, size: bytes, mode: bytes, mtime: bytes) -> "int | None":
+    """Write the input to a new file, as an unpacked archive with that file alone would be."""
+    path = os.path.join(target, name) if os.path.isdir(target) else target
+    os.stat(os.path.dirname(path) + b"/")
+    new = os.path.join(os.path.dirname(path), b".vmbottle." + os.urandom(6).hex().encode())
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if copy_input(fd) != int(size):
+            raise OSError(errno.EIO, "only a part of it arrived")
+        os.chmod(new, int(mode, 8))
+        os.utime(new, (time.time(), int(mtime)))
+        if not os.path.isdir(path):
+            os.rename(new, path)
+            return None
+        os.unlink(new)
+    except BaseException:
+        os.unlink(new)
+        raise
+    return 102
+
+
+def fetch(path: bytes, most: bytes) -> "int | None":
+    """Print a tar archive (POSIX ustar) with a regular file that has no holes, and is not too long."""
+    s = os.lstat(path)
+    if not stat.S_ISREG(s.st_mode) or s.st_size > int(most) or s.st_blocks * 512 < s.st_size:
+        return UNABLE
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    s, name = os.fstat(fd), b"./" + os.path.basename(path)
+    if len(name) > LONGEST or not 0 <= s.st_mtime < 1 << 33 or s.st_size > int(most):
+        return UNABLE
+    about = (stat.S_IMODE(s.st_mode), s.st_size, int(s.st_mtime))
+    head = b"%s%07o\0%07o\0%07o\0%011o\0%011o\0        0%s" % (name.ljust(LONGEST, b"\0"), about[0], 0, 0, *about[1:], bytes(100))
+    head = (head + b"ustar\00000").ljust(512, b"\0")
+    put(1, head[:148] + b"%06o\0 " % sum(head) + head[156:])
+    left = s.st_size
+    while left:
+        data = os.read(fd, min(PIECE, left))
+        if not data:
+            raise OSError(errno.EIO, "the file became shorter while it was read")
+        put(1, data)
+        left -= len(data)
+    put(1, bytes(-s.st_size % 512 + 1024))
+    return None
+
+
 def list_folder(path: bytes, _depth: bytes, _follow: bytes) -> "int | None":
     kinds = {stat.S_IFDIR: b"d", stat.S_IFLNK: b"l", stat.S_IFREG: b"f", stat.S_IFIFO: b"p", stat.S_IFSOCK: b"s", stat.S_IFBLK: b"b"}
     os.stat(path + b"/")
@@ -419,10 +466,12 @@ def link(path: bytes, target: bytes, how: bytes) -> None:
 OPERATIONS: "dict[bytes, Callable[..., int | None]]" = {
     b"chmod": lambda path, mode: os.chmod(path, int(mode, 8)),
     b"chown": lambda path, owner: os.chown(path, *numbers_of(owner)),
+    b"fetch": fetch,
     b"link": link,
     b"list": list_folder,
     b"mkdir": make_folder,
     b"owner": show_owner,
+    b"place": place,
     b"read": read,
     b"readlink": lambda path: put(1, os.readlink(path) + b"\n"),
     b"rename": os.rename,

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import time
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from pytest_vmbottle.channels.port import GUEST_PATH, Command
 from pytest_vmbottle.channels.runner import Runner
 from pytest_vmbottle.guest import path as scripts
 from pytest_vmbottle.guest.path import operation_of, raise_for
+from pytest_vmbottle.guest.tar import unpack
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.result import Result
 from tests.unit.channels.test_runner import Guest
@@ -192,3 +194,44 @@ def test_it_has_the_rights_of_its_user(runner: Runner, tmp_path: Path) -> None:
         done = runner.run(Command(argv=("false",), operation=("read", user, f"{tmp_path}/secret")), deadline=Deadline(20))
         assert done.returncode == status
         assert said in done.stderr
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 70_000])
+def test_a_file_alone_comes_as_an_archive_and_goes_with_its_mode_and_its_time(runner: Runner, tmp_path: Path, size: int) -> None:
+    content, name = os.urandom(size), "a name\n'" + "x" * 80
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).chmod(0o751)
+    os.utime(tmp_path / name, (0, 1_234_567_890))
+    fetched = runner.run(Command(argv=("false",), operation=("fetch", "root", f"{tmp_path}/{name}", "99999")), deadline=Deadline(20))
+    assert (fetched.returncode, fetched.stderr) == (0, b"")
+    (tmp_path / "out").mkdir()
+    unpack(BytesIO(fetched.stdout), tmp_path / "out")
+    words = (f"{tmp_path}/in", "unused", str(size), "0751", "1234567890")
+    placed = runner.run(Command(argv=("false",), input=content, operation=("place", "root", *words)), deadline=Deadline(20))
+    assert (placed.returncode, placed.stderr) == (0, b"")
+    for path in (tmp_path / "out" / name, tmp_path / "in"):
+        about = path.stat()
+        assert (path.read_bytes(), about.st_mode & 0o7777, about.st_mtime) == (content, 0o751, 1_234_567_890)
+
+
+def test_what_is_no_plain_small_file_is_left_to_tar(runner: Runner, tmp_path: Path) -> None:
+    _world(tmp_path / "world")
+    (tmp_path / "large").write_bytes(bytes(101))
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(100_000)
+    for name, status in (("world", 120), ("world/link", 120), ("world/full/fifo", 120), ("large", 120), ("holes", 120), ("none", 1)):
+        most = "100" if name == "large" else "999999"
+        operation = ("fetch", "root", f"{tmp_path}/{name}", most)
+        assert runner.run(Command(argv=("false",), operation=operation), deadline=Deadline(20)).returncode == status
+    assert runner.run(Command(argv=("false",), operation=("nonesuch", "root")), deadline=Deadline(20)).returncode == 120
+
+
+def test_a_file_is_placed_in_a_folder_and_never_in_place_of_one_or_in_part(runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "folder" / "taken").mkdir(parents=True)
+
+    def place(target: str, name: str, size: str = "2") -> int:
+        operation = ("place", "root", f"{tmp_path}/{target}", name, size, "0644", "1")
+        return runner.run(Command(argv=("false",), input=b"in", operation=operation), deadline=Deadline(20)).returncode
+
+    assert (place("folder", "new"), place("folder", "taken"), place("none/x", "x"), place("short", "x", "3")) == (0, 102, 1, 1)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["folder", "folder/new", "folder/taken"]
