@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.process import Process
     from pytest_vmbottle.machine.recording import Recording
     from pytest_vmbottle.machine.snapshot import Snapshot
-    from pytest_vmbottle.result import CommandFailed, CommandTimeout, Match, Matches, Result
+    from pytest_vmbottle.result import CommandFailed, CommandSucceeded, CommandTimeout, Match, Matches, Result
     from pytest_vmbottle.spec import Layer, MachineKeywords, MachineSpec, layer
     from pytest_vmbottle.standalone.capsules import Capsule
 
@@ -38,6 +38,7 @@ __all__ = [
     "Capsule",
     "CatalogError",
     "CommandFailed",
+    "CommandSucceeded",
     "CommandTimeout",
     "Console",
     "GuestPanic",
@@ -75,6 +76,7 @@ _LATER = {
     "Capsule": "standalone.capsules",
     "CatalogError": "errors",
     "CommandFailed": "result",
+    "CommandSucceeded": "result",
     "CommandTimeout": "result",
     "Console": "backends.console",
     "GuestPanic": "errors",

@@ -13,6 +13,7 @@
     │   └── MachineDied
     │       └── GuestPanic              its kernel panicked, met a bug of its own, or a task hangs in it
     ├── CommandFailed                   a command in the guest ended with another status than 0
+    ├── CommandSucceeded                a command in the guest that had to fail ended with status 0
     ├── CommandTimeout (TimeoutError)   a command in the guest was killed at its deadline
     ├── TransferError                   a copy between host and guest was not completed
     └── CatalogError                    the shared directory cannot be used

@@ -10,7 +10,7 @@ import attrs
 from pytest_vmbottle.errors import VMBottleError
 from pytest_vmbottle.shown import printable, tail
 
-__all__ = ["CommandFailed", "CommandTimeout", "Match", "Matches", "Result", "printable", "tail"]
+__all__ = ["CommandFailed", "CommandSucceeded", "CommandTimeout", "Match", "Matches", "Result", "printable", "tail"]
 
 # Lines of a stream, and matches of a search, that are shown.
 _SHOWN_LINES = 60
@@ -159,6 +159,18 @@ class CommandFailed(VMBottleError):
     def __init__(self, result: Result) -> None:
         # The first line has the command and the status, as pytest's short summary shows no more.
         super().__init__(f"`{_title(result)}` ended with status {result.returncode}{_noted(result)}\n{result.describe()}")
+        self.result = result
+
+
+class CommandSucceeded(VMBottleError):
+    """A command in the guest that had to fail ended with status 0.
+
+    Attributes:
+        result: The `Result`, with the command and both streams.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(f"`{_title(result)}` succeeded, but had to fail{_noted(result)}\n{result.describe()}")
         self.result = result
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, Literal, TypedDict
 
 import attrs
 
@@ -22,7 +22,7 @@ from pytest_vmbottle.result import CommandTimeout, Result, printable
 from pytest_vmbottle.shown import redact_variables
 from pytest_vmbottle.spec import MachineSpec
 
-__all__ = ["GuestShell", "words_of"]
+__all__ = ["CommandKeywords", "GuestShell", "words_of"]
 
 _ANSWER = 5.0
 """Seconds for the guest to tell why a command was killed."""
@@ -46,6 +46,18 @@ _HELD = "the command itself had ended, but a background process of it held its o
 _CD = 'cd -- "$1" && shift && exec "$@"'
 _AS_USER = read_script(__package__, "as_user.sh")
 _IN_GROUP = 'echo $$ >"/sys/fs/cgroup$1/cgroup.procs" && shift && exec "$@"'
+
+
+class CommandKeywords(TypedDict, total=False):
+    """Keywords of a command that its verb passes on to `Machine.exec`."""
+
+    timeout: float
+    env: Mapping[str, str] | None
+    cwd: str | PurePosixPath | GuestPath | None
+    user: str | None
+    input: str | bytes | None
+    stream: Callable[[str], object] | None
+    shell: Literal["sh", "bash"]
 
 
 class GuestShell(Shell):

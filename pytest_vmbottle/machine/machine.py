@@ -23,7 +23,7 @@ from pytest_vmbottle.machine import keyboard, openssh
 from pytest_vmbottle.machine.clock import Clock
 from pytest_vmbottle.machine.disks import new_disk
 from pytest_vmbottle.machine.faults import Faults
-from pytest_vmbottle.machine.guest_shell import GuestShell, words_of
+from pytest_vmbottle.machine.guest_shell import CommandKeywords, GuestShell, words_of
 from pytest_vmbottle.machine.instructions import Instructions, count_instructions
 from pytest_vmbottle.machine.lan import impairment_of
 from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
@@ -32,7 +32,7 @@ from pytest_vmbottle.machine.process import Process
 from pytest_vmbottle.machine.recording import Recording
 from pytest_vmbottle.machine.terminal import attach
 from pytest_vmbottle.machine.waits import Wait
-from pytest_vmbottle.result import CommandTimeout, Matches, Result
+from pytest_vmbottle.result import CommandSucceeded, CommandTimeout, Matches, Result
 from pytest_vmbottle.shown import redact
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.timeline import Timeline, recorded
@@ -218,6 +218,30 @@ class Machine:
             event.finish(result)
         # After the span, whose event has the status already: whether that is an error is up to the caller.
         return result.check() if check else result
+
+    def fail(self, command: str | Sequence[str], **keywords: Unpack[CommandKeywords]) -> Result:
+        r"""Run a command in the guest that has to fail, and return its result.
+
+        Any status other than 0 counts, also that of a program that does not exist (127).
+
+        Args:
+            command: As for `exec`.
+            keywords: `timeout`, `env`, `cwd`, `user`, `input`, `stream` and `shell`, as for `exec`.
+
+        Raises:
+            CommandSucceeded: The status was 0.
+            CommandTimeout: As for `exec`.
+            MachineError: The guest is gone.
+            ValueError: As for `exec`.
+
+        Example:
+            >>> vm.fail(["cat", "/nothing"]).stderr
+            'cat: /nothing: No such file or directory\n'
+        """
+        result = self.exec(command, check=False, **keywords)
+        if result.ok:
+            raise CommandSucceeded(result)
+        return result
 
     def spawn(  # noqa: PLR0913 - as for exec
         self,

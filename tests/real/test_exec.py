@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pytest_vmbottle import CommandFailed, CommandTimeout, Machine
+from pytest_vmbottle import CommandFailed, CommandSucceeded, CommandTimeout, Machine
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -74,6 +74,16 @@ def test_a_failing_command_raises_with_everything_it_printed(either: Machine) ->
     assert caught.value.result.stdout == "evidence\n"
     assert "evidence" in str(caught.value)
     assert "more" in str(caught.value)
+
+
+def test_a_command_that_has_to_fail_gives_its_result_and_success_is_an_error_with_everything_it_printed(session_vm: Machine) -> None:
+    refused = session_vm.fail("cat; cat /etc/shadow", user="nobody", input="asked\n")
+    assert (refused.returncode, refused.stdout) == (1, "asked\n")
+    with pytest.raises(CommandSucceeded, match="`sh -eu -c 'echo evidence'` succeeded, but had to fail") as caught:
+        session_vm.fail("echo evidence")
+    assert caught.value.result.stdout == "evidence\n"
+    with pytest.raises(CommandTimeout):
+        session_vm.fail(["sleep", "1000"], timeout=1)
 
 
 def test_bytes_that_are_no_text_are_kept(either: Machine) -> None:

@@ -28,6 +28,7 @@ EXAMPLES: list[VMBottleError] = [
     errors.MachineDied("dead", machine="vm", console_tail="Kernel panic"),
     errors.GuestPanic("in trouble", machine="vm", console_tail="BUG: of its own"),
     pytest_vmbottle.CommandFailed(RESULT),
+    pytest_vmbottle.CommandSucceeded(RESULT),
     pytest_vmbottle.CommandTimeout(RESULT, 2.5),
     errors.TransferError("it was interrupted", src=Path("/here"), dst="/there"),
     errors.CatalogError("not writable"),
@@ -37,7 +38,7 @@ EXAMPLES: list[VMBottleError] = [
 
 
 def test_every_public_error_has_an_example_here() -> None:
-    assert {type(each).__name__ for each in EXAMPLES} == {*errors.__all__, "CommandFailed", "CommandTimeout"}
+    assert {type(each).__name__ for each in EXAMPLES} == {*errors.__all__, "CommandFailed", "CommandSucceeded", "CommandTimeout"}
 
 
 def test_every_public_error_is_a_name_of_the_package() -> None:
