@@ -111,10 +111,10 @@ class GuestShell(Shell):
             raise CommandTimeout(result, deadline.seconds)
         return result
 
-    def ask(self, command: str | Sequence[str], deadline: Deadline) -> Result:
-        """Run an internal command as the spec's user, whatever its status."""
+    def ask(self, command: str | Sequence[str], deadline: Deadline, user: str | None = None) -> Result:
+        """Run an internal command as the spec's user, or another one, whatever its status."""
         argv = words_of(command)
-        return self.run(argv, self.command(argv), deadline)
+        return self.run(argv, self.command(argv, user=user), deadline)
 
     def command(
         self,

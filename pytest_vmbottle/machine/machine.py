@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO, TypeVar, Unpack, overload
 
@@ -31,6 +31,7 @@ from pytest_vmbottle.machine.metrics import Meter, Sample
 from pytest_vmbottle.machine.process import Process
 from pytest_vmbottle.machine.recording import Recording
 from pytest_vmbottle.machine.terminal import attach
+from pytest_vmbottle.machine.units import GuestUnit
 from pytest_vmbottle.machine.waits import Wait
 from pytest_vmbottle.result import CommandSucceeded, CommandTimeout, Matches, Result
 from pytest_vmbottle.shown import redact
@@ -482,21 +483,36 @@ class Machine:
         """
         return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), _host_path(dest), format)
 
-    # -- waiting ---------------------------------------------------------------------------------------------------------------------
+    # -- units and waiting -----------------------------------------------------------------------------------------------------------
 
-    def _wait(self, timeout: float) -> Wait:
+    def _wait(self, timeout: float, user: str | None = None) -> Wait:
         deadline = Deadline(timeout * self._factor)
         # The deadline begins here, once for the whole wait: a slow answer of the guest costs time of it too.
         return Wait(
             machine=self.name,
             console=self.console,
             alive=self.lifecycle.alive,
-            run=self.guest.ask,
+            run=partial(self.guest.ask, user=user),
             deadline=deadline,
             # Asked only by a wait that failed. What a unit did before the machine was cloned explains nothing.
             age=lambda: host.age(self.pid),
             record=lambda seen: self._timeline.note("answer", text=seen[:_ANSWER_TEXT]) if seen else None,
         )
+
+    def unit(self, name: str, *, user: str | None = None) -> GuestUnit:
+        """Return a systemd unit of the guest, with its state and properties; it can be started and stopped.
+
+        Args:
+            name: Its name.
+            user: The user whose unit it is; by default it is one of the system.
+
+        Example:
+            >>> vm.unit("ssh").state
+            'active'
+            >>> vm.unit("ssh").property("Restart")
+            'on-failure'
+        """
+        return GuestUnit(name, self.exec, user=user)
 
     @overload
     def wait_until(self, check: str | Sequence[str], *, timeout: float = 60, every: float = 0.25) -> Result: ...
@@ -525,37 +541,79 @@ class Machine:
         return wait.condition(check, every=every) if callable(check) else wait.command(check, every=every)
 
     @recorded("wait")
-    def wait_for_unit(self, unit: str, *, timeout: float = 60) -> None:
+    def wait_for_unit(self, unit: str, *, user: str | None = None, finished: bool = False, timeout: float = 60) -> None:
         """Wait until a systemd unit is active.
+
+        Args:
+            unit: Its name.
+            user: The user whose unit it is; by default it is one of the system.
+            finished: Whether it has to have run and to be over, without a failure, in place of being active: for a unit that runs once,
+                such as a service with `Type=oneshot`.
+            timeout: Seconds to wait at most.
 
         Raises:
             MachineError: The unit failed, does not exist, or is inactive with no job queued to start it. Raised at once, with its last
                 journal lines.
-            MachineTimeout: The unit was not active in time.
+            MachineTimeout: The unit was not active, or not over, in time.
 
         Example:
             >>> vm.wait_for_unit("ssh.service")
+            >>> vm.wait_for_unit("systemd-tmpfiles-setup.service", finished=True)
         """
-        self._wait(timeout).unit(unit)
+        self._wait(timeout, user).unit(unit, of_user=user is not None, finished=finished)
 
     @recorded("wait")
-    def wait_for_port(self, port: int, *, forwarded: bool = False, timeout: float = 60) -> None:
+    def wait_for_port(
+        self, port: int, *, address: str | None = None, closed: bool = False, forwarded: bool = False, timeout: float = 60
+    ) -> None:
         """Wait until something in the guest listens on a TCP port.
 
         Args:
-            port: The port's number in the guest.
+            port: The port's number.
+            address: A name or an address that the guest has to reach the port at: one of its own, or another machine's. By default the
+                port is the guest's, at any address.
+            closed: Whether to wait for the opposite: until nothing listens there, or it is reached no more.
             forwarded: Whether a connection from the host must reach it too, which the guest's own loopback address and its firewall do not
                 let through. `forward` gives the address to connect to.
+            timeout: Seconds to wait at most.
+
+        Raises:
+            MachineTimeout: Nothing listened in time, or something still did.
+            MachineError: The guest has no program to connect with; only with `address`.
+            ValueError: `forwarded` is given together with `address` or `closed`.
+
+        Example:
+            >>> vm.wait_for_port(22, forwarded=True)
+            >>> vm.wait_for_port(22, address="localhost")
+            >>> vm.wait_for_port(23, closed=True)
+        """
+        if forwarded and (closed or address is not None):
+            raise ValueError("forwarded=True waits for a connection from the host: give it without address= and closed=")
+        wait = self._wait(timeout)
+        if forwarded:
+            wait.forwarded_port(port, self.forward(port))
+        elif address is not None:
+            wait.port_of(address, port, closed=closed)
+        else:
+            wait.port(port, closed=closed)
+
+    @recorded("wait")
+    def wait_for_socket(self, path: str | PurePosixPath | GuestPath, *, timeout: float = 60) -> None:
+        """Wait until something in the guest listens on a unix socket.
+
+        A socket for datagrams needs to be there only. The file of a socket alone does not count: it may be one that a program has left.
+
+        Args:
+            path: Its path, or `@` and the name of an abstract one.
             timeout: Seconds to wait at most.
 
         Raises:
             MachineTimeout: Nothing listened in time.
 
         Example:
-            >>> vm.wait_for_port(22, forwarded=True)
+            >>> vm.wait_for_socket("/run/systemd/private")
         """
-        wait = self._wait(timeout)
-        wait.forwarded_port(port, self.forward(port)) if forwarded else wait.port(port)
+        self._wait(timeout).socket(str(path))
 
     @recorded("wait")
     def wait_for_file(self, path: str | PurePosixPath | GuestPath, *, timeout: float = 60) -> GuestPath:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -19,7 +19,8 @@ from pytest_vmbottle.backends.port import Instance
 from pytest_vmbottle.errors import MachineError, MachineTimeout
 from pytest_vmbottle.guest.path import GuestPath
 from pytest_vmbottle.host.deadline import Deadline
-from pytest_vmbottle.machine import guestlog
+from pytest_vmbottle.machine import guestlog, sockets, units
+from pytest_vmbottle.machine.units import UnitState
 from pytest_vmbottle.result import CommandTimeout, Result, printable
 
 __all__ = ["Wait"]
@@ -32,10 +33,6 @@ _EXPLAINED = 20.0
 # Seconds between two questions: each of them is a process in the guest.
 _EVERY = 0.25
 _NO_PROGRAM = 127
-_LISTEN, _CONNECTED = "0A", ("01", "08")  # TCP_LISTEN, TCP_ESTABLISHED and TCP_CLOSE_WAIT in /proc/net/tcp
-_TABLES = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true"
-# systemctl shows no number for `Job` if nothing is queued for the unit.
-_PROPERTIES = "LoadState,ActiveState,SubState,Job,Result"
 
 
 class _Unanswered(Exception):
@@ -178,44 +175,72 @@ class Wait:
 
         return self.until(asked, f"{name} to become true", every=every, last=lambda: printable(repr(answers[-1]))[:1000] if answers else "")
 
-    def unit(self, unit: str) -> None:
-        """Wait until a systemd unit is active."""
-        state: dict[str, str] = {}
+    def unit(self, unit: str, *, of_user: bool = False, finished: bool = False) -> None:
+        """Wait until a systemd unit is active, or until it has run and is over."""
+        # The last state, and the last one in which the unit was there.
+        last: list[UnitState] = []
+        loaded: list[UnitState] = []
 
-        def active() -> bool:
-            shown = self._ask(["systemctl", "show", "-p", _PROPERTIES, "--", unit])
-            # Without systemctl no wait can succeed. A unit that is not there is told by its state, not by the status.
-            if shown.returncode == _NO_PROGRAM:
-                raise MachineError(f"the unit {unit} cannot become active: the guest has no systemd", machine=self.machine)
-            state.clear()
-            state.update({key: printable(value) for key, _, value in (line.partition("=") for line in shown.stdout.splitlines())})
+        def reached() -> bool:
+            state = self._unit_state(unit, of_user=of_user)
+            last[:] = [state]
+            if state.is_loaded:
+                loaded[:] = [state]
+            # A transient unit is forgotten when it is over, unless it failed.
+            if (state.has_finished or (loaded and state.is_missing)) if finished else state.is_active:
+                return True
             # A unit that is inactive without a job will not start by itself, so waiting longer cannot help.
-            hopeless = state.get("ActiveState") == "failed" or (state.get("ActiveState") == "inactive" and not state.get("Job"))
-            if hopeless or state.get("LoadState") == "not-found":
-                raise self._hopeless(unit, state)
-            return state.get("ActiveState") == "active"
+            if state.is_hopeless:
+                raise self._hopeless(unit, state, of_user=of_user, finished=finished)
+            return False
 
         # Unlike the other waits this one explains nothing more: a unit that failed has ended it already, with its journal.
-        self.until(active, f"the unit {unit} to be active", last=lambda: _listed(state))
+        what = f"the unit {unit} to {'have run and be over' if finished else 'be active'}"
+        self.until(reached, what, last=lambda: str(last[-1]) if last else "")
 
-    def _hopeless(self, unit: str, state: Mapping[str, str]) -> MachineError:
+    def _unit_state(self, unit: str, *, of_user: bool) -> UnitState:
+        shown = self._ask(units.show(unit, of_user=of_user))
+        # Without systemctl no wait can succeed. A unit that is not there is told by its state, not by the status.
+        if shown.returncode == _NO_PROGRAM:
+            raise MachineError(f"the unit {unit} cannot become active: the guest has no systemd", machine=self.machine)
+        if of_user and shown.returncode == units.NO_USER:
+            raise MachineError(f"the unit {unit} cannot become active: {printable(shown.stderr.strip())}", machine=self.machine)
+        return UnitState.of(shown)
+
+    def _hopeless(self, unit: str, state: UnitState, *, of_user: bool, finished: bool) -> MachineError:
         journal = ""
         with suppress(_Unanswered):
-            journal = self._ask(["journalctl", "--no-pager", "-n", "20", "-u", unit]).stdout
-        return MachineError(
-            f"the unit {unit} will not become active: {_listed(state)}\n --- its journal ---\n{journal}", machine=self.machine
-        )
+            journal = self._ask(units.journal(unit, of_user=of_user)).stdout
+        message = f"the unit {unit} will not {'run' if finished else 'become active'}: {state}"
+        if finished and state.is_missing:
+            message += "; a transient unit is forgotten when it is over: start it by systemd-run with --wait or --remain-after-exit"
+        return MachineError(f"{message}\n --- its journal ---\n{journal}", machine=self.machine)
 
-    def port(self, port: int) -> None:
-        """Wait until something in the guest listens on a TCP port."""
+    def port(self, port: int, *, closed: bool = False) -> None:
+        """Wait until something in the guest listens on a TCP port, or until nothing does any more."""
         listening: set[int] = set()
 
-        def open_() -> bool:
+        def reached() -> bool:
             listening.clear()
-            listening.update(row.port for row in self._sockets() if row.state == _LISTEN)
-            return port in listening
+            listening.update(row.port for row in self._sockets() if row.is_listening)
+            return (port in listening) is not closed
 
-        self.until(open_, f"something to listen on port {port}", last=lambda: _ports(listening), more=self._troubles)
+        what = f"{'nothing' if closed else 'something'} to listen on port {port}"
+        self.until(reached, what, last=lambda: sockets.listeners(listening), more=str if closed else self._troubles)
+
+    def port_of(self, address: str, port: int, *, closed: bool = False) -> None:
+        """Wait until the guest can connect to a TCP port of an address, or until it no longer can."""
+        answers: list[str] = []
+
+        def reached() -> bool:
+            tried = self._ask(["sh", "-c", sockets.CONNECT, "sh", address, str(port)])
+            if tried.returncode == sockets.NO_CLIENT:
+                raise MachineError(f"cannot connect to {address} from the guest: {tried.stderr.strip()}", machine=self.machine)
+            answers[:] = [printable(tried.stderr.strip()) or ("it was reached" if tried.ok else "it was not reached")]
+            return tried.ok is not closed
+
+        what = f"the guest to reach port {port} of {address}{' no more' if closed else ''}"
+        self.until(reached, what, last=lambda: "".join(answers), more=str if closed else self._troubles)
 
     def forwarded_port(self, port: int, address: tuple[str, int]) -> None:
         """Wait until the guest accepts a connection from the host to a TCP port."""
@@ -229,16 +254,25 @@ class Wait:
             with suppress(OSError), socket.create_connection(address, timeout=_LEAST):
                 rows = self._sockets()
                 listening.clear()
-                listening.update(row.port for row in rows if row.state == _LISTEN)
-                return any(row.port == port and row.state in _CONNECTED and not row.is_local for row in rows)
+                listening.update(row.port for row in rows if row.is_listening)
+                return any(row.port == port and row.is_connected and not row.is_local for row in rows)
             return False
 
-        self.until(reached, what, last=lambda: _ports(listening), more=self._troubles)
+        self.until(reached, what, last=lambda: sockets.listeners(listening), more=self._troubles)
 
-    def _sockets(self) -> list[_Row]:
-        # Both tables, because a socket of IPv6 usually takes IPv4 as well.
-        lines = (line.split() for line in self._ask(_TABLES).stdout.splitlines())
-        return [_Row(row[1], row[2], row[3]) for row in lines if len(row) > 3 and row[0] != "sl"]  # noqa: PLR2004 - columns
+    def _sockets(self) -> list[sockets.TcpSocket]:
+        return sockets.tcp_sockets(self._ask(sockets.TABLES).stdout)
+
+    def socket(self, path: str) -> None:
+        """Wait until something in the guest listens on a unix socket."""
+        there: list[str] = []
+
+        def reached() -> bool:
+            asked = self._ask(["sh", "-c", sockets.UNIX, "sh", path])
+            there[:] = ["unix sockets with a listener:\n" + printable(asked.stdout)]
+            return asked.ok
+
+        self.until(reached, f"something to listen on {path}", last=lambda: "".join(there), more=self._troubles)
 
     def file(self, path: GuestPath) -> GuestPath:
         """Wait until a file or folder exists."""
@@ -262,31 +296,3 @@ class Wait:
             return instance.exitcode == 0
 
         self.until(off, "the guest to power off", every=0.1)
-
-
-@attrs.frozen
-class _Row:
-    """A socket in /proc/net/tcp."""
-
-    local: str
-    remote: str
-    state: str
-
-    @property
-    def port(self) -> int:
-        # Numbers in these tables are hexadecimal (proc_net_tcp.txt of Linux).
-        return int(self.local.rpartition(":")[2], 16)
-
-    @property
-    def is_local(self) -> bool:
-        """Tell whether both ends are in the guest."""
-        # Both ends have the same address then: the loopback's, or the machine's own.
-        return self.local.rpartition(":")[0] == self.remote.rpartition(":")[0]
-
-
-def _ports(listening: set[int]) -> str:
-    return "ports with a listener: " + (", ".join(map(str, sorted(listening))) or "none")
-
-
-def _listed(state: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in state.items())

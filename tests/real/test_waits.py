@@ -8,7 +8,7 @@ from typing import assert_type
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineDied, MachineError, MachineTimeout, Result
+from pytest_vmbottle import CommandFailed, Machine, MachineDied, MachineError, MachineTimeout, Result
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -52,6 +52,111 @@ def test_a_wait_in_vain_tells_of_units_that_failed_or_keep_being_restarted_meanw
 def test_a_unit_that_nobody_starts_ends_the_wait_at_once(session_vm: Machine, unit: str) -> None:
     with pytest.raises(MachineError, match=unit):
         session_vm.wait_for_unit(unit, timeout=300)
+
+
+def test_a_unit_that_runs_once_is_waited_for_until_it_is_over(session_vm: Machine) -> None:
+    session_vm.exec("systemd-run --no-block --unit=once --service-type=oneshot sh -c 'sleep 1; touch /tmp/over'")  # it is forgotten then
+    session_vm.exec("systemd-run --no-block --unit=kept --service-type=oneshot --remain-after-exit sh -c 'sleep 1; touch /tmp/kept'")
+    session_vm.wait_for_unit("once", finished=True)
+    assert session_vm.path("/tmp/over").exists()
+    session_vm.wait_for_unit("kept", finished=True)
+    assert session_vm.path("/tmp/kept").exists()
+    assert session_vm.unit("kept").property("SubState") == "exited"
+    session_vm.unit("kept").stop()
+
+    with pytest.raises(MachineTimeout, match=r"the unit ssh to have run and be over.*\n.*SubState=running"):
+        session_vm.wait_for_unit("ssh", finished=True, timeout=0.3)
+    with pytest.raises(MachineError, match=r"the unit never-was will not run.*systemd-run with --wait"):
+        session_vm.wait_for_unit("never-was", finished=True, timeout=300)
+
+
+def test_a_unit_has_a_state_and_properties_and_can_be_started_and_stopped(session_vm: Machine) -> None:
+    session_vm.exec("systemd-run --unit=patient -p ExecStop='echo one' -p ExecStop='echo two' --remain-after-exit sleep 1000")
+    unit = session_vm.unit("patient")
+    assert (unit.state, unit.property("SubState"), unit.properties["Id"]) == ("active", "running", "patient.service")
+    assert unit.property("ExecStop").count("argv[]=echo") == 2
+    with pytest.raises(LookupError, match="patient has no property 'Colour'"):
+        unit.property("Colour")
+    before = unit.property("MainPID")
+    unit.restart()
+    assert unit.property("MainPID") not in (before, "0")
+    unit.stop()
+    assert unit.state == "not-found"  # a transient unit is forgotten
+    with pytest.raises(CommandFailed, match="patient"):
+        unit.start()
+
+
+@pytest.mark.guests
+def test_a_unit_of_a_user_is_waited_for_as_that_user(session_vm: Machine) -> None:
+    session_vm.exec("useradd --create-home alice && loginctl enable-linger alice")
+    session_vm.wait_for_unit("default.target", user="alice")
+    home = session_vm.path("/home/alice/.config/systemd/user/hers.service")
+    session_vm.write_files({home: "[Service]\nExecStart=sleep 1000\n"}, owner="alice")
+    hers = session_vm.unit("hers", user="alice")
+    hers.start()
+    session_vm.wait_for_unit("hers", user="alice")
+    assert session_vm.path("/proc").joinpath(hers.property("MainPID")).owner() == "alice"
+    assert session_vm.unit("hers").state == "not-found"  # it is none of the system
+    hers.stop()
+    with pytest.raises(MachineError, match=r"the unit hers will not become active: .*ActiveState=inactive"):
+        session_vm.wait_for_unit("hers", user="alice", timeout=300)
+    with pytest.raises(MachineError, match="there is no user bob in the guest"):
+        session_vm.wait_for_unit("hers", user="bob", timeout=300)
+    with pytest.raises(MachineTimeout, match="Failed to connect to bus"):
+        session_vm.wait_for_unit("hers", user="nobody", timeout=0.3)
+
+
+@pytest.mark.guests
+def test_a_port_is_waited_for_until_it_is_closed(session_vm: Machine) -> None:
+    session_vm.exec("systemd-run --unit=brief python3 -m http.server 8126")
+    session_vm.wait_for_port(8126)
+    with pytest.raises(MachineTimeout, match=r"nothing to listen on port 8126.*\n.*8126"):
+        session_vm.wait_for_port(8126, closed=True, timeout=0.3)
+    session_vm.exec("systemd-run sh -c 'sleep 1; systemctl stop brief'")
+    session_vm.wait_for_port(8126, closed=True)
+    assert "8126" not in session_vm.exec("ss -ltn").stdout
+
+
+@pytest.mark.guests
+def test_a_port_is_waited_for_at_an_address_that_the_guest_reaches(session_vm: Machine) -> None:
+    session_vm.exec("systemd-run --unit=bound sh -c 'sleep 1; exec python3 -m http.server --bind 127.0.0.7 8127'")
+    session_vm.wait_for_port(8127, address="127.0.0.7")
+    session_vm.wait_for_port(8127, address="127.0.0.8", closed=True)
+    with pytest.raises(MachineTimeout, match=r"port 8127 of localhost(?s:.*)refused"):
+        session_vm.wait_for_port(8127, address="localhost", timeout=0.3)
+    session_vm.unit("bound").stop()
+    session_vm.wait_for_port(8127, address="127.0.0.7", closed=True)
+    with pytest.raises(ValueError, match="without address= and closed="):
+        session_vm.wait_for_port(8127, forwarded=True, closed=True)
+
+
+LISTEN = """
+import socket, sys, time
+kind, name, late = sys.argv[1:]
+server = socket.socket(socket.AF_UNIX, getattr(socket, kind))
+server.bind(name.replace("@", "\\0"))
+time.sleep(float(late))
+if kind != "SOCK_DGRAM":
+    server.listen()
+time.sleep(1000)
+"""
+
+
+def test_a_unix_socket_is_waited_for_until_something_listens(session_vm: Machine) -> None:
+    session_vm.path("/tmp/listen.py").write_text(LISTEN)
+    with session_vm.spawn(["python3", "/tmp/listen.py", "SOCK_STREAM", "/var/run/late.sock", "2"]):
+        session_vm.wait_for_file("/run/late.sock")
+        session_vm.wait_for_socket("/run/late.sock")  # by another path to it
+        assert session_vm.exec(["python3", "-c", "import socket; socket.socket(socket.AF_UNIX).connect('/run/late.sock')"]).ok
+    assert session_vm.path("/run/late.sock").exists()
+    with pytest.raises(MachineTimeout, match=r"something to listen on /run/late.sock(?s:.*)/run/systemd/private"):
+        session_vm.wait_for_socket("/run/late.sock", timeout=0.3)
+    with (
+        session_vm.spawn(["python3", "/tmp/listen.py", "SOCK_DGRAM", "/run/letters", "0"]),
+        session_vm.spawn(["python3", "/tmp/listen.py", "SOCK_SEQPACKET", "@nowhere", "0"]),
+    ):
+        session_vm.wait_for_socket(session_vm.path("/run/letters"))
+        session_vm.wait_for_socket("@nowhere")
 
 
 def test_a_port_and_a_file_are_waited_for(session_vm: Machine) -> None:
