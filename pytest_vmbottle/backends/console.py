@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import threading
 import time
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.shown import printable, tail, visible
 
-__all__ = ["Console", "Cursor", "Recorder"]
+__all__ = ["Console", "ConsoleInput", "Cursor", "Recorder"]
 
 _PIECE = 4 << 20
 """Bytes of each of a console's two files: when the newer is full, it replaces the older."""
@@ -73,6 +75,34 @@ class Recorder:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._thread.join(1)
         self._sock.close()
+
+
+class ConsoleInput:
+    """Input of a serial console, at the other end of which nobody may read; safe to use from several threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take the connected socket that a `Recorder` reads from."""
+        self._sock = sock
+        # The words of two threads must not be mixed.
+        self._lock = threading.Lock()
+
+    def write(self, data: bytes, deadline: Deadline) -> None:
+        """Write all data.
+
+        Raises:
+            TimeoutError: The guest did not read so much by the deadline.
+            OSError: The other end is closed.
+        """
+        writable = select.poll()
+        writable.register(self._sock, select.POLLOUT)
+        rest = memoryview(data)
+        with self._lock:
+            while rest:
+                # Never without a limit: a guest reads from its serial port as it likes.
+                if not writable.poll(deadline.remaining * 1000):
+                    raise TimeoutError(f"the guest has left {len(rest)} of {len(data)} bytes unread")
+                with suppress(BlockingIOError):
+                    rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
 
 
 class Cursor:
@@ -174,6 +204,10 @@ class Console:
         """Return the next match if there is one yet; each search begins where the last match ended."""
         return self._expecter.search(pattern)
 
+    def skip(self) -> None:
+        """Have the next search begin at what the console says from now on."""
+        self._expecter.skip()
+
     def __repr__(self) -> str:
         return f"<Console {tail(self.text, 10)!r}>"
 
@@ -200,6 +234,11 @@ class _Expecter:
         while (match := self._search(pattern)) is None and self._unread and time.monotonic() < until:
             pass
         return match
+
+    def skip(self) -> None:
+        """Drop everything that the console has said so far."""
+        self._cursor.read()
+        self._unread, self._raw, self._text, self._from = b"", b"", "", 0
 
     def _search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         """Read one step and search."""

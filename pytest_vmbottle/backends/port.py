@@ -543,6 +543,14 @@ class Instance(ABC):
         """
         raise self.unsupported("does not make machines with a display")
 
+    def write_console(self, data: bytes, *, deadline: Deadline) -> None:
+        """Send data to the guest's end of the serial console.
+
+        Raises:
+            MachineError: The guest did not read so much by the deadline.
+        """
+        raise self.unsupported("has no input for the serial console")
+
     def unsupported(self, lacks: str) -> Unsupported:
         """Return the error for a method that the backend does not support."""
         return Unsupported(f"{self.hypervisor} {lacks}")

@@ -1201,6 +1201,28 @@ class Machine:
         pressed = keyboard.chords(keys)
         self._display().press(pressed)
 
+    @recorded("screen")
+    def send_console(self, text: str) -> None:
+        r"""Type text on the serial console, as somebody at its other end would.
+
+        From then on `wait_for_console` finds only what the console says afterwards, which begins with the echo of the text unless the guest
+        has turned that off. A newline is the return key, which sends a carriage return. Other control characters are sent as they are:
+        `"\x03"` is Ctrl-C.
+
+        Raises:
+            MachineError: The guest reads nothing from its serial port, the backend has no input for it, or the machine is gone.
+            ValueError: The text cannot be encoded as UTF-8.
+
+        Example:
+            >>> asks = vm.spawn("exec </dev/ttyS0 >/dev/ttyS0; printf 'Passphrase: '; read word; echo it was $word")
+            >>> _ = vm.wait_for_console("Passphrase: ")
+            >>> vm.send_console("sesame\n")
+            >>> vm.wait_for_console("it was sesame")[0]
+            'it was sesame'
+        """
+        self.console.skip()
+        self.lifecycle.instance.write_console(text.replace("\n", "\r").encode(), deadline=Deadline(_ANSWER * self._factor))
+
     def _display(self) -> Instance:
         if not self.spec.display:
             raise MachineError(f"the machine {self.name!r} has no display: write display=True in its mark", machine=self.name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 
 import pytest
 
-from pytest_vmbottle import GuestPanic, Machine
+from pytest_vmbottle import GuestPanic, Machine, MachineError
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -25,6 +27,41 @@ def test_it_is_followed_line_by_line_until_the_machine_ends(vm: Machine) -> None
     assert lines.index("there already") < lines.index("comes later")
     assert any("Power off" in line or "Power down" in line for line in lines)
     vm.wait_for_shutdown()
+
+
+ASKS = "stty -echo; printf 'Passphrase: '; read -r word; stty echo; printf 'it has %s\\n' \"$(printf %s \"$word\" | wc -c)\"; read -r more"
+ON_THE_CONSOLE = "-p StandardInput=tty -p StandardOutput=tty -p TTYPath=/dev/ttyS0"
+
+
+def test_text_is_typed_on_it_and_what_it_says_since_then_is_awaited(session_vm: Machine) -> None:
+    session_vm.exec("echo it has 5 already > /dev/ttyS0")
+    session_vm.exec(f"systemd-run --unit=asks {ON_THE_CONSOLE} sh -c {shlex.quote(ASKS)}")
+    session_vm.wait_until(lambda: "Passphrase: " in session_vm.console.text)
+    session_vm.send_console("grüße\n")
+    assert session_vm.wait_for_console(re.compile("it has ([0-9]+)"))[1] == "7"  # not the 5 from before, and in UTF-8
+    assert "grü" not in session_vm.console.text
+    session_vm.send_console("\x03")  # Ctrl-C
+    session_vm.wait_until("! systemctl is-active asks")
+
+
+@pytest.mark.guests
+def test_a_guest_that_does_not_read_from_it_holds_up_nobody_for_ever(vm: Machine) -> None:
+    with pytest.raises(MachineError, match=r"cannot type on the serial console: the guest has left \d+ of 4194304 bytes unread"):
+        vm.send_console("x" * (4 << 20))
+
+
+@pytest.mark.guests
+@pytest.mark.vm(panic="expected")
+def test_an_emergency_shell_can_be_used_and_left_where_trouble_is_expected(vm: Machine) -> None:
+    vm.exec("echo root:sesame | chpasswd; systemctl emergency --no-block")
+    vm.wait_for_console("(or press Control-D to continue): ")
+    vm.send_console("sesame\n")
+    vm.wait_for_console("# ")
+    vm.send_console("echo it is $(systemctl is-active emergency.target)\n")
+    vm.wait_for_console("it is active")
+    vm.send_console("systemctl default\n")
+    vm.wait_until("systemctl is-active default.target")
+    assert vm.unit("emergency.target").state == "inactive"
 
 
 @pytest.mark.guests

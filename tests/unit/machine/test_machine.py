@@ -36,6 +36,7 @@ def on_a_terminal(machine: Machine) -> None:
         (lambda machine: machine.link(up=False), "cable"),
         (lambda machine: machine.screenshot("screen.png"), "display"),
         (lambda machine: machine.send_keys("ret"), "display"),
+        (lambda machine: machine.send_console("sesame\n"), "serial console"),
         (lambda machine: machine.ssh_config(), "SSH"),
         (on_a_terminal, "terminals"),
     ],
