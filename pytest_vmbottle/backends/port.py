@@ -551,6 +551,14 @@ class Instance(ABC):
         """
         raise self.unsupported("has no input for the serial console")
 
+    def qmp(self, command: str, arguments: Mapping[str, object], *, deadline: Deadline) -> object:
+        """Run a command of QEMU's monitor, and return its answer.
+
+        Raises:
+            MachineError: QEMU refused it, or did not answer by the deadline.
+        """
+        raise self.unsupported("is not QEMU: it has no QMP")
+
     def unsupported(self, lacks: str) -> Unsupported:
         """Return the error for a method that the backend does not support."""
         return Unsupported(f"{self.hypervisor} {lacks}")

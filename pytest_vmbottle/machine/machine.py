@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal, Protocol, TextIO, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, TypeVar, Unpack, overload
 
 from pytest_vmbottle.backends.port import Console, Instance, State
 from pytest_vmbottle.channels.port import Channel, Command
@@ -54,6 +54,7 @@ _ANSWER = 5.0
 """Seconds for the guest to answer a question about itself."""
 _DATE = ("date", "+%s.%N")
 _LOGIN_TIME = 60.0
+_QMP_TIME = 60.0
 _PLUG_TIME = 30.0
 """Seconds for a guest to take or to release a disk; an emulated one takes 0.2 s."""
 _MAX_PORT = 65535
@@ -1227,6 +1228,33 @@ class Machine:
         if not self.spec.display:
             raise MachineError(f"the machine {self.name!r} has no display: write display=True in its mark", machine=self.name)
         return self.lifecycle.instance
+
+    # -- the hypervisor itself -------------------------------------------------------------------------------------------------------
+
+    @recorded("power")
+    def qmp(self, command: str, arguments: Mapping[str, object] | None = None, /, **keywords: object) -> Any:
+        """Run a command of QEMU's monitor protocol (QMP), and return its answer: for what no other member does.
+
+        The machine does not notice what it changes. Processors that are stopped by `stop` count as running, and a machine with devices that
+        were added or removed can be neither saved nor restored. Commands and answers differ from one version of QEMU to another.
+
+        Args:
+            command: Its name in QEMU's QMP reference.
+            arguments: Its arguments by name.
+            keywords: The same; an underscore in a name stands for a dash.
+
+        Raises:
+            Unsupported: The backend is not QEMU.
+            MachineError: QEMU refused the command or did not answer within a minute, or the machine is off.
+
+        Example:
+            >>> vm.qmp("query-status")["running"]
+            True
+            >>> vm.qmp("human-monitor-command", command_line="info name").strip() == vm.id
+            True
+        """
+        named = {**(arguments or {}), **{name.replace("_", "-"): value for name, value in keywords.items()}}
+        return self.lifecycle.instance.qmp(command, named, deadline=Deadline(_QMP_TIME * self._factor))
 
     # -- other clients ---------------------------------------------------------------------------------------------------------------
 

@@ -116,3 +116,20 @@ def test_a_paused_machine_answers_nothing_until_it_is_resumed(vm: Machine) -> No
     vm.wait_until("test $(wc -l < /dev/shm/ticks) -gt 3")
     with pytest.raises(CommandTimeout):
         vm.exec(["sleep", "100"], timeout=1)
+
+
+def test_the_monitor_runs_any_command_and_a_refused_one_leaves_the_machine_as_it_was(vm: Machine) -> None:
+    vm.qmp("stop")
+    assert vm.state == "paused"
+    vm.qmp("cont")
+    assert vm.exec(["echo", "again"]).stdout == "again\n"
+    # A name with an underscore of its own, and one with a dash.
+    assert vm.qmp("object-add", {"qom-type": "throttle-group", "id": "slow", "limits": {"bps-total": 1}}) == {}
+    assert "slow" in vm.qmp("human-monitor-command", command_line="qom-list /objects")
+    with pytest.raises(MachineError, match=r"QEMU could not run set_link: .*Parameter 'na-me' is unexpected"):
+        vm.qmp("set_link", name="nic", up=True, na_me="")
+    with pytest.raises(MachineError, match=r"Parameter 'na_me' is unexpected"):
+        vm.qmp("set_link", {"name": "nic", "up": True, "na_me": ""})
+    assert vm.exec(["true"]).ok
+    with pytest.raises(MachineDied):
+        vm.wait_until(lambda: vm.qmp("quit") and vm.state)

@@ -270,6 +270,12 @@ class QemuInstance(Instance):
             self.alive()
             raise MachineError(f"cannot type on the serial console: {error}", machine=self._spec.name) from error
 
+    def qmp(self, command: str, arguments: Mapping[str, object], *, deadline: Deadline) -> object:
+        """Run a command of the monitor (see `Instance.qmp`)."""
+        with self._asked(f"run {command}"):
+            answer: object = self._qmp.call(command, arguments, deadline=deadline)
+            return answer
+
     def link(self, *, up: bool) -> None:
         """Plug in a cable or pull it: of the LAN card if there is one, else of the host's card."""
         with self._asked("plug or unplug the network cable"):

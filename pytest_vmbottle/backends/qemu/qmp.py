@@ -153,9 +153,11 @@ class Qmp:
 
         Underscores in argument names stand for dashes.
         """
-        return self._guard(
-            self._client.execute(command, {name.replace("_", "-"): value for name, value in arguments.items()}), deadline, command
-        )
+        return self.call(command, {name.replace("_", "-"): value for name, value in arguments.items()}, deadline=deadline)
+
+    def call(self, command: str, arguments: Mapping[str, Any], *, deadline: Deadline) -> Any:
+        """Run a command with arguments of any names, and return its answer."""
+        return self._guard(self._client.execute(command, dict(arguments)), deadline, command)
 
     def migrate(
         self,

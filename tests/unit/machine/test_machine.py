@@ -37,6 +37,7 @@ def on_a_terminal(machine: Machine) -> None:
         (lambda machine: machine.screenshot("screen.png"), "display"),
         (lambda machine: machine.send_keys("ret"), "display"),
         (lambda machine: machine.send_console("sesame\n"), "serial console"),
+        (lambda machine: machine.qmp("query-status"), "QMP"),
         (lambda machine: machine.ssh_config(), "SSH"),
         (on_a_terminal, "terminals"),
     ],
