@@ -6,7 +6,9 @@ A copy gets its final name only when it is complete.
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -14,15 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, Self, cast
 
 from pytest_vmbottle.errors import TransferError, VMBottleError
 from pytest_vmbottle.guest import landing
 from pytest_vmbottle.guest import tar as archive
+from pytest_vmbottle.guest.exclusion import NOTHING, Exclusion
 from pytest_vmbottle.guest.path import BULK, UNABLE, GuestPath, mode_word, raise_for
 from pytest_vmbottle.host.files import atomic_file
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.result import Result
+from pytest_vmbottle.shown import printable
 
 __all__ = ["FORMATS", "copy_in", "copy_out", "pack_out"]
 
@@ -40,10 +44,15 @@ _MOST = 1 << 40
 _GET = read_script(__package__, "copy_get.sh")
 _MOST_AT_ONCE = 8 << 20
 """Bytes of a file alone that goes by one operation of the runner; beyond that a disk is quicker."""
+_IGNORED = re.compile(r"^tar: (.*): socket ignored$", re.MULTILINE)
+"""Message of GNU's tar for a socket."""
+_NAMED, _NAME = 3, 200
+"""Most paths that a message names, and most characters of each."""
+log = logging.getLogger(__name__)
 
 
-def copy_in(source: Path, target: GuestPath) -> None:
-    """Copy a host file or tree to the guest.
+def copy_in(source: Path, target: GuestPath, exclude: Exclusion = NOTHING) -> None:
+    """Copy a host file or tree to the guest, without what is excluded.
 
     Raises:
         FileNotFoundError: The source, or the target's folder, does not exist.
@@ -62,9 +71,10 @@ def copy_in(source: Path, target: GuestPath) -> None:
         if (placed := _place(source, target, name)) is not None:
             raise_for(placed, target)
             return
-    with _failures(source, target), tempfile.TemporaryFile() as stream:
+    with _failures(source, target), tempfile.TemporaryFile() as stream, _Skipped() as skipped:
         # Asked once, and only if there is a file with holes: it is another round trip.
-        archive.pack(source, stream, name=name, sparse=cache(lambda: target.shell.script(_GNU).ok))
+        sparse = cache(lambda: target.shell.script(_GNU).ok)
+        archive.pack(source, stream, name=name, sparse=sparse, exclude=exclude, skipped=skipped)
         size = stream.tell()
         stream.seek(0)
         try:
@@ -96,8 +106,8 @@ def _is_small(about: os.stat_result) -> bool:
     return stat.S_ISREG(about.st_mode) and about.st_size <= _MOST_AT_ONCE and about.st_blocks * 512 >= about.st_size
 
 
-def copy_out(source: GuestPath, target: Path) -> None:
-    """Copy a guest's file or tree to the host.
+def copy_out(source: GuestPath, target: Path, exclude: Exclusion = NOTHING) -> None:
+    """Copy a guest's file or tree to the host, without what is excluded.
 
     Nothing is written outside of the target, whatever the guest sends.
 
@@ -110,7 +120,7 @@ def copy_out(source: GuestPath, target: Path) -> None:
     with (
         _failures(source, target),
         landing.destination(target, within) as (folder, opened, name),
-        _arrived(named, folder) as arrived,
+        _arrived(named, folder, exclude) as arrived,
     ):
         landing.settle(arrived, opened, name)
 
@@ -124,8 +134,8 @@ def _named(source: GuestPath) -> GuestPath:
     return source.joinpath(result.stdout.removesuffix("\n"))
 
 
-def pack_out(source: GuestPath, target: Path, form: str) -> Path:
-    """Pack a guest's folder into a file of the host, and return its path.
+def pack_out(source: GuestPath, target: Path, form: str, exclude: Exclusion = NOTHING) -> Path:
+    """Pack a guest's folder, without what is excluded, into a file of the host, and return its path.
 
     Raises:
         FileNotFoundError: The folder, or the target's folder, does not exist.
@@ -142,9 +152,31 @@ def pack_out(source: GuestPath, target: Path, form: str) -> Path:
     if not source.is_dir() and source.exists():
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory (in the guest)", str(source))
     # Less the umask, like any file that a program makes; what `atomic_file` makes is private by default.
-    with _failures(source, target), _arrived(_named(source), target.parent) as arrived, atomic_file(target, mode=0o666) as file:
+    with _failures(source, target), _arrived(_named(source), target.parent, exclude) as arrived, atomic_file(target, mode=0o666) as file:
         FORMATS[form](arrived, file)
     return target
+
+
+class _Skipped:
+    """Count of sockets and FIFOs that a copy leaves out, which is logged at its end."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        # A few, because a guest may have any number.
+        self._names: list[str] = []
+
+    def __call__(self, path: str) -> None:
+        self._count += 1
+        if self._count <= _NAMED:
+            self._names.append(printable(path[:_NAME]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._count:
+            others = [f"{self._count - _NAMED} more"] if self._count > _NAMED else []
+            log.warning("not copied, because these are sockets or FIFOs: %s", ", ".join([*self._names, *others]))
 
 
 @contextmanager
@@ -174,22 +206,22 @@ def _blocking(size: int) -> str:
 
 
 @contextmanager
-def _arrived(source: GuestPath, folder: Path) -> Iterator[Path]:
+def _arrived(source: GuestPath, folder: Path, exclude: Exclusion) -> Iterator[Path]:
     """Unpack the guest's file or tree below a host folder, for the length of a block."""
     if not source.name:
         raise archive.Refused("the whole file system cannot be copied: name its folders")
     # On the target's file system, so that the last step is a rename.
-    with tempfile.TemporaryFile(dir=folder) as stream, landing.scratch(folder) as scratch:
-        _fetch(source, stream)
+    with tempfile.TemporaryFile(dir=folder) as stream, landing.scratch(folder) as scratch, _Skipped() as skipped:
+        _fetch(source, stream, exclude, skipped)
         stream.seek(0)
-        archive.unpack(stream, scratch)
+        archive.unpack(stream, scratch, exclude=exclude, skipped=skipped)
         arrived = scratch / source.name
         if not os.path.lexists(arrived):
             raise archive.Refused("the archive does not contain what was requested")
         yield arrived
 
 
-def _fetch(source: GuestPath, stream: IO[bytes]) -> None:
+def _fetch(source: GuestPath, stream: IO[bytes], exclude: Exclusion, skipped: Callable[[str], object]) -> None:
     """Write the guest's file or tree to a host file, as a tar archive."""
     # A small file alone comes at once; anything else is only looked at.
     whole = source.shell.operation("fetch", str(source), str(_MOST_AT_ONCE))
@@ -202,5 +234,8 @@ def _fetch(source: GuestPath, stream: IO[bytes]) -> None:
     kilobytes, entries, *gnu = measured.stdout.split()
     # The guest measures, so the number is bounded: it becomes the size of a disk.
     size = min(int(kilobytes) + _HEADERS * int(entries) << 10, _MOST)
-    result = source.shell.fetch(_GET, str(source), _blocking(size), *(gnu or [""]), sink=cast("BinaryIO", stream), size=size)
+    words = (_blocking(size), *(gnu or [""]), *exclude.tar_options(source.name))
+    result = source.shell.fetch(_GET, str(source), *words, sink=cast("BinaryIO", stream), size=size)
     raise_for(result, source)
+    for ignored in _IGNORED.finditer(result.stderr):
+        skipped(ignored[1])

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 
+from pytest_vmbottle.guest.exclusion import NOTHING, Exclusion
+
 __all__ = ["MAX_ENTRIES", "Refused", "pack", "unpack", "write_tar_gz", "write_zip"]
 
 MAX_ENTRIES = 1_000_000
@@ -36,7 +38,19 @@ class Refused(Exception):
     """An archive is invalid, or would write outside of its target."""
 
 
-def pack(source: Path, sink: BinaryIO, *, name: str, sparse: Callable[[], bool] = bool) -> None:
+def _drop(_: str) -> None:
+    """Take the path of a socket or a FIFO that is left out, and do nothing with it."""
+
+
+def pack(  # noqa: PLR0913 - what is packed, and how
+    source: Path,
+    sink: BinaryIO,
+    *,
+    name: str,
+    sparse: Callable[[], bool] = bool,
+    exclude: Exclusion = NOTHING,
+    skipped: Callable[[str], object] = _drop,
+) -> None:
     """Write a file or tree as a tar stream, sorted by name.
 
     The top is called `name`; everything belongs to root.
@@ -46,13 +60,15 @@ def pack(source: Path, sink: BinaryIO, *, name: str, sparse: Callable[[], bool] 
         sink: The stream to write to.
         name: The top's name in the archive.
         sparse: Function that tells whether the reader knows GNU tar's sparse format; called at the first file with holes.
+        exclude: What is left out.
+        skipped: Function that is called with the path of each socket and FIFO in the tree, which are left out too.
 
     Raises:
         OSError: A file cannot be read, or became shorter meanwhile.
-        Refused: An entry is neither a file nor a folder nor a symbolic link.
+        Refused: An entry is a device, or the source itself is neither a file nor a folder nor a symbolic link.
     """
     with tarfile.open(fileobj=sink, mode="w:", format=tarfile.PAX_FORMAT) as tar:
-        for path, member in _members(tar, os.fspath(source), name):
+        for path, member in _members(tar, os.fspath(source), name, exclude, skipped):
             if not member.isreg():
                 tar.addfile(member)
                 continue
@@ -64,21 +80,30 @@ def pack(source: Path, sink: BinaryIO, *, name: str, sparse: Callable[[], bool] 
                     tar.addfile(member, content)
 
 
-def _members(tar: tarfile.TarFile, source: str, name: str) -> Iterator[tuple[str, tarfile.TarInfo]]:
+def _members(
+    tar: tarfile.TarFile, source: str, name: str, exclude: Exclusion, skipped: Callable[[str], object]
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Yield the members of a file or tree, each folder before its content."""
     # Not by the library's `add`, which recurses: Python's stack would limit the depth.
-    left = [(source, name)]
+    left: list[tuple[str, tuple[str, ...]]] = [(source, ())]
     while left:
-        path, name = left.pop()
-        member = tar.gettarinfo(path, arcname=name)
-        if getattr(member, "type", None) not in _KINDS:  # of a socket the library makes None
+        path, below = left.pop()
+        # Before the library sees it, which makes a later link to the same file one to this entry.
+        if below and exclude.matches(below):
+            continue
+        member = tar.gettarinfo(path, arcname="/".join((name, *below)))
+        kind = getattr(member, "type", None)  # of a socket the library makes None
+        if below and kind in (None, tarfile.FIFOTYPE):
+            skipped(path)
+            continue
+        if kind not in _KINDS:
             raise Refused(f"{path} is neither a file nor a folder nor a symbolic link")
         member.mtime = int(member.mtime)  # fractions take an extended header each, half as much again for small files
         member.uid = member.gid = 0
         member.uname = member.gname = "root"
         yield path, member
         if member.isdir():
-            left += [(f"{path}/{child}", f"{name}/{child}") for child in sorted(os.listdir(path), reverse=True)]  # noqa: PTH208 - of thousands
+            left += [(f"{path}/{child}", (*below, child)) for child in sorted(os.listdir(path), reverse=True)]  # noqa: PTH208 - of thousands
 
 
 def _segments(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
@@ -182,7 +207,7 @@ def _zip_one(packed: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, mode: 
             shutil.copyfileobj(content, place, 1 << 20)
 
 
-def unpack(source: BinaryIO, folder: Path) -> None:
+def unpack(source: BinaryIO, folder: Path, *, exclude: Exclusion = NOTHING, skipped: Callable[[str], object] = _drop) -> None:
     """Unpack a tar file into an empty folder, by strict rules of our own.
 
     The library's filters have been bypassed (CVE-2025-4517).
@@ -191,11 +216,17 @@ def unpack(source: BinaryIO, folder: Path) -> None:
     it. Symbolic links are made as they are and never followed, so they cannot redirect a later entry. Set-id bits are dropped. Holes in
     files stay holes, if there is room for the files without them.
 
+    Args:
+        source: The archive.
+        folder: The folder.
+        exclude: What is left out of the tree that the archive holds.
+        skipped: Function that is called with the name of each FIFO below the top, which are left out too.
+
     Raises:
         Refused: The archive holds anything else, or is damaged.
     """
     bounded = _Bounded(source)
-    reader = _Reader(folder)
+    reader = _Reader(folder, exclude, skipped)
     try:
         # Only uncompressed archives, because a small compressed one can expand to any size.
         with tarfile.open(fileobj=bounded, mode="r:") as tar:  # type: ignore[call-overload] # it only reads and seeks
@@ -240,8 +271,8 @@ def _check_end(source: BinaryIO, offset: int) -> None:
 
 
 class _Reader:
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, exclude: Exclusion, skipped: Callable[[str], object]) -> None:
+        self._root, self._exclude, self._skipped = root, exclude, skipped
         self._room = shutil.disk_usage(root).free
         self._times: list[tuple[Path, float]] = []
         self._modes: dict[tuple[str, ...], int] = {(): 0o700}
@@ -252,6 +283,8 @@ class _Reader:
         path = self._root.joinpath(*parts)
         if member.size < 0:  # the library would read on at an earlier place, for ever (CVE-2025-8194)
             raise Refused(f"{member.name!r} has a negative size")
+        if self._exclude.covers(parts[1:]):
+            return
         self._check_place(member.name, parts, path)
         if member.isdir():
             # The final mode is set in `finish`: it may forbid to write the folder's files.
@@ -266,6 +299,8 @@ class _Reader:
             os.utime(path, (member.mtime, member.mtime), follow_symlinks=False)
         elif member.islnk():
             self._link(member, path)
+        elif member.isfifo() and parts[1:]:
+            self._skipped(member.name)
         else:
             raise Refused(f"{member.name!r} is neither a file nor a folder nor a link")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -14,6 +14,7 @@ from pytest_vmbottle.channels.port import Channel, Command
 from pytest_vmbottle.errors import BackendUnavailable, MachineDied, MachineError, SpecError
 from pytest_vmbottle.guest import copy as transfer
 from pytest_vmbottle.guest import write_files as fileset
+from pytest_vmbottle.guest.exclusion import Exclusion
 from pytest_vmbottle.guest.path import GuestPath
 from pytest_vmbottle.guest.search import Query
 from pytest_vmbottle.host import resources as host
@@ -366,10 +367,11 @@ class Machine:
         fileset.write_files(self.guest, placed, clean=clean, mode=mode, owner=owner)
 
     @recorded("copy")
-    def cp(self, src: str | Path | GuestPath, dst: str | Path | GuestPath) -> None:
+    def cp(self, src: str | Path | GuestPath, dst: str | Path | GuestPath, *, exclude: str | Iterable[str] = ()) -> None:
         """Copy a file or a tree to the guest or from it.
 
-        Modes, times, symbolic links and holes are kept.
+        Modes, times, symbolic links and holes are kept. Sockets and FIFOs in a tree are left out, and the logger `pytest_vmbottle` warns of
+        that.
 
         If the destination is a folder, the copy goes into it, as with `cp -r`. The copy gets its final name when it is complete. From 1 MiB
         on the data goes over a disk that is plugged in for the copy. The logger `pytest_vmbottle` reports the progress of a long copy every
@@ -378,6 +380,8 @@ class Machine:
         Args:
             src: The source.
             dst: The destination. Exactly one of the two is a `GuestPath`.
+            exclude: Patterns of what is left out of a tree: names at any depth, such as `"*.pyc"`, and paths below the source, such as
+                `"build/*.o"`. A folder is left out with all that is in it.
 
         Nothing is copied if a side is an empty string, which is the value of a variable that was not set.
 
@@ -387,19 +391,21 @@ class Machine:
             TransferError: The copy broke off, or the guest sent content that must not be written on the host.
             MachineError: The guest was lost, or did not answer in time.
             TypeError: Both sides are on the host, or both in a guest.
+            ValueError: A pattern is empty or absolute, or has `..` in it.
 
         Example:
             >>> vm.cp(vm.path("/etc/ssh"), tmp_path)
             >>> (tmp_path / "ssh" / "sshd_config").is_file()
             True
-            >>> vm.cp(tmp_path / "ssh", vm.path("/root"))
+            >>> vm.cp(tmp_path / "ssh", vm.path("/root"), exclude=["*_key", "*.pub"])
         """
+        excluded = Exclusion.of(exclude)
         if "" in (src, dst):
             return  # as a path of this computer it would be the current folder
         if isinstance(dst, GuestPath) and not isinstance(src, GuestPath):
-            transfer.copy_in(Path(src), dst)
+            transfer.copy_in(Path(src), dst, excluded)
         elif isinstance(src, GuestPath) and not isinstance(dst, GuestPath):
-            transfer.copy_out(src, Path(dst))
+            transfer.copy_out(src, Path(dst), excluded)
         else:
             raise TypeError("exactly one side of a copy is in the guest: write it as vm.path('/...')")
 
@@ -461,7 +467,14 @@ class Machine:
         return query.matches(result)
 
     @recorded("copy")
-    def archive(self, root: str | PurePosixPath | GuestPath, dest: str | Path, format: str = "tar.gz") -> Path:  # noqa: A002 - shutil's word
+    def archive(
+        self,
+        root: str | PurePosixPath | GuestPath,
+        dest: str | Path,
+        format: str = "tar.gz",  # noqa: A002 - shutil's word
+        *,
+        exclude: str | Iterable[str] = (),
+    ) -> Path:
         """Pack a folder of the guest into a file of the host, and return its path.
 
         In the archive everything is below the folder's name, sorted by name, and belongs to root: equal folders give equal archives.
@@ -471,18 +484,20 @@ class Machine:
             root: The folder.
             dest: The file, which appears when it is complete.
             format: `"tar.gz"` or `"zip"`.
+            exclude: Patterns of what is left out, as for `cp`.
 
         Raises:
             FileNotFoundError, NotADirectoryError: The folder does not exist in the guest, or the file's folder does not exist on the host.
             IsADirectoryError: The file on the host is a folder.
             TransferError: The copy broke off, or the guest sent content that must not be packed.
-            ValueError: There is no such format, or a path is empty.
+            ValueError: There is no such format, a pattern is invalid, or a path is empty.
 
         Example:
             >>> vm.archive("/etc/ssh", tmp_path / "ssh.zip", format="zip").name
             'ssh.zip'
         """
-        return transfer.pack_out(root if isinstance(root, GuestPath) else self.path(root), _host_path(dest), format)
+        source = root if isinstance(root, GuestPath) else self.path(root)
+        return transfer.pack_out(source, _host_path(dest), format, Exclusion.of(exclude))
 
     # -- units and waiting -----------------------------------------------------------------------------------------------------------
 

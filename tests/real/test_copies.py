@@ -74,6 +74,26 @@ def facts(root: Path) -> dict[str, object]:
     return found
 
 
+def test_what_is_excluded_and_what_is_no_file_is_left_out_both_ways(
+    session_vm: Machine, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "build").mkdir(parents=True)
+    for name in ("large", "build/large.o", "small.pyc"):
+        (tree / name).write_bytes(os.urandom(2 << 20))
+    os.mkfifo(tree / "pipe")
+    session_vm.cp(tree, session_vm.path(place), exclude=["*.pyc", "build/*.o"])
+    there = session_vm.path(place) / "tree"
+    assert {entry.name for entry in there.rglob("*")} == {"large", "build"}
+    assert "tree/pipe" in caplog.text
+
+    session_vm.exec("touch a.pyc build/kept.pyc build/b.o; mkfifo build/pipe; sync", cwd=there)
+    session_vm.cp(there, tmp_path / "back", exclude=["build/kept.*", "*.o", "a.*"])
+    assert {path.name for path in (tmp_path / "back").rglob("*")} == {"large", "build"}
+    assert (tmp_path / "back" / "large").read_bytes() == (tree / "large").read_bytes()
+    assert "build/pipe" in caplog.text
+
+
 @pytest.mark.guests
 def test_holes_take_no_space_on_either_side(session_vm: Machine, place: str, tmp_path: Path) -> None:
     with (tmp_path / "holes").open("wb") as file:

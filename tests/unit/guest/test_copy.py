@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import tarfile
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pytest_vmbottle.errors import MachineDied, TransferError
 from pytest_vmbottle.guest import copy as transfer
 from pytest_vmbottle.guest.copy import copy_in, copy_out, pack_out
+from pytest_vmbottle.guest.exclusion import Exclusion
 from pytest_vmbottle.guest.path import GuestPath, Shell
 from pytest_vmbottle.result import Result
 
@@ -180,6 +185,118 @@ def test_something_that_is_no_file_is_not_copied(shell: HostShell, guest: Path, 
         copy_out(at(host / "pipe", shell), host / "copy")
     assert [path.name for path in host.iterdir()] == ["pipe"]
     assert list(guest.iterdir()) == []
+
+
+def with_specials(root: Path) -> Path:
+    (root / "sub").mkdir(parents=True)
+    (root / "file").write_text("x")
+    for number in range(4):
+        os.mkfifo(root / "sub" / f"pipe{number}")
+    return root
+
+
+def test_sockets_and_fifos_in_a_tree_are_left_out_with_a_warning(
+    shell: HostShell, guest: Path, host: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_specials(host / "there")
+    with_specials(guest / "back")
+    monkeypatch.chdir(host / "there")  # the path of a socket is short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        copy_in(host / "there", at(guest, shell))
+    monkeypatch.chdir(guest / "back")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        copy_out(at(guest / "back", shell), host)
+
+    kept = {Path("file"), Path("sub")}
+    assert {path.relative_to(guest / "there") for path in (guest / "there").rglob("*")} == kept
+    assert {path.relative_to(host / "back") for path in (host / "back").rglob("*")} == kept
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    there, back = (record.getMessage() for record in caplog.records)
+    assert there.startswith("not copied, because these are sockets or FIFOs: ")
+    assert f"{host}/there/socket, " in there
+    assert there.endswith(", 2 more")
+    assert "back/socket" in back
+    assert back.endswith(", 2 more")
+
+
+def forest(root: Path) -> Path:
+    for name in ("a", "b.o", "build/a.o", "build/deep/a.o", "sub/build/a.o", "sub/b/c", "[a]", "a\\b", "wood/a", "ü"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def names(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+
+
+@pytest.mark.parametrize("tar", ["tar", "no-such-tar"], ids=["GNU's tar", "another tar"])
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ("*.o", {"a", "sub/b/c", "[a]", "a\\b", "wood/a", "ü"}),
+        ("build/", {"a", "b.o", "sub/b/c", "[a]", "a\\b", "wood/a", "ü"}),
+        ("build/*.o", {"a", "b.o", "build/deep/a.o", "sub/build/a.o", "sub/b/c", "[a]", "a\\b", "wood/a", "ü"}),
+        (["sub/*/c", "[[]a]", "a\\b", "?"], {"b.o", "build/a.o", "build/deep/a.o", "sub/build/a.o"}),
+        ("wood", {"a", "b.o", "build/a.o", "build/deep/a.o", "sub/build/a.o", "sub/b/c", "[a]", "a\\b", "ü"}),
+        (["*"], set()),
+    ],
+)
+def test_what_is_excluded_is_left_out_both_ways(guest: Path, host: Path, tar: str, exclude: str | list[str], left: set[str]) -> None:
+    shell, excluded = HostShell(tar=tar), Exclusion.of(exclude)
+    copy_in(forest(host / "wood"), at(guest, shell), excluded)
+    copy_out(at(forest(guest / "back" / "wood"), shell), host / "back", excluded)
+
+    assert names(guest / "wood") == left
+    assert names(host / "back") == left
+    if tar == "tar":
+        pack_out(at(guest / "back" / "wood", shell), host / "wood.zip", "zip", excluded)
+        assert {name.removeprefix("wood/") for name in zipfile.ZipFile(host / "wood.zip").namelist() if name[-1] != "/"} == left
+
+
+def test_gnus_tar_sends_nothing_of_what_is_excluded(guest: Path, host: Path) -> None:
+    class Counting(HostShell):
+        def fetch(self, text: str, *words: str, sink: BinaryIO, size: int) -> Result:
+            result = super().fetch(text, *words, sink=sink, size=size)
+            assert sink.tell() <= 1 << 20
+            return result
+
+    (guest / "tree" / "sub").mkdir(parents=True)
+    for name in ("sub/large.bin", "only", "small"):
+        (guest / "tree" / name).write_bytes(b"x" * (10 if name == "small" else 2 << 20))
+    copy_out(at(guest / "tree", Counting()), host, Exclusion.of(["*.bin", "only"]))
+
+    assert names(host / "tree") == {"small"}
+
+
+PATTERNS = st.lists(st.text("ab*?[]!\\./-", min_size=1, max_size=6), min_size=1, max_size=3)
+
+
+@given(PATTERNS)
+@settings(max_examples=60, deadline=None)
+def test_gnus_tar_never_leaves_out_more_than_was_asked_for(tmp_path_factory: pytest.TempPathFactory, patterns: list[str]) -> None:
+    try:
+        excluded = Exclusion.of(patterns)
+    except ValueError:
+        return
+    with TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        top = Path(folder) / "a*b"
+        for name in ("a", "b", "ab", "-a", "[a]", "sub/a", "sub/b", "b.a/a.b/ab", "a!/b", "\\a"):
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
+            (top / name).touch()
+        ways = {}
+        for tar in ("tar", "no-such-tar"):
+            copy_out(at(top, HostShell(tar=tar)), Path(folder) / tar, excluded)
+            ways[tar] = names(Path(folder) / tar)
+        assert ways["tar"] == ways["no-such-tar"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/etc", "../x", "a//b", ".", "a\0b"])
+def test_a_pattern_that_means_nothing_below_the_source_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="takes names such as"):
+        Exclusion.of([pattern])
 
 
 def test_the_whole_file_system_is_not_copied(shell: HostShell, guest: Path, host: Path) -> None:

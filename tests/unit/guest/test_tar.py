@@ -196,11 +196,12 @@ def test_headers_that_would_fill_the_memory_are_refused(folder: Path) -> None:
 
 
 def test_what_is_no_file_is_not_packed(tmp_path: Path) -> None:
-    (tmp_path / "tree").mkdir()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "tree" / "s"))
-        with pytest.raises(Refused, match=str(tmp_path / "tree" / "s")):
-            pack(tmp_path / "tree", io.BytesIO(), name="tree")
+        listener.bind(str(tmp_path / "s"))
+        with pytest.raises(Refused, match=str(tmp_path / "s")):
+            pack(tmp_path / "s", io.BytesIO(), name="s")
+    with pytest.raises(Refused, match="/dev/null"):
+        pack(Path("/dev/null"), io.BytesIO(), name="null")
 
 
 @pytest.mark.parametrize("size", [(3 << 20) + 7, 3 << 20], ids=["data at the end", "a hole at the end"])
