@@ -1350,10 +1350,10 @@ def _host_path(path: str | Path) -> Path:
 
 
 class MachineFactory(Protocol):
-    """The type of the fixture `vm_factory`, which starts more machines for a test."""
+    """The type of `vm_factory` and the other factories, fixtures which start more machines for tests."""
 
     def __call__(self, source: Source | MachineSpec | Snapshot | HasSnapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
-        """Start a machine that ends with the test.
+        """Start a machine that ends with the test, or with the class, module or run of the factory.
 
         Args:
             source: The name of an image, the path of a disk image, a `Layer`, a spec, a snapshot, or a capsule.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_vmbottle.errors import SpecError, VMBottleError
-from pytest_vmbottle.plugin.plans import SHARED, Plan, given_plan, named_layer, parameter, plan_of, plans_of
+from pytest_vmbottle.plugin.plans import FACTORIES, SHARED, Plan, given_plan, named_layer, parameter, plan_of, plans_of
 from pytest_vmbottle.plugin.session import SESSION, Session
 from pytest_vmbottle.spec import SIGNATURE, MachineSpec
 
@@ -166,7 +166,7 @@ def _prepare(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def uses_machine(item: pytest.Item) -> bool:
     """Tell whether a test has a machine, or may ask for one."""
-    return item.get_closest_marker("vm") is not None or bool({*_MACHINES, "vm_factory"} & set(getattr(item, "fixturenames", ())))
+    return item.get_closest_marker("vm") is not None or bool({*_MACHINES, *FACTORIES} & set(getattr(item, "fixturenames", ())))
 
 
 def _tell_controller(config: pytest.Config) -> None:

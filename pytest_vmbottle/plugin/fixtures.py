@@ -95,23 +95,58 @@ def vm(vms: dict[str, Machine], _vm_plan: Plan) -> Machine:
 def vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any], _vm_lans: Lans) -> Iterator[MachineFactory]:
     """Function to start more machines: `vm_factory(source, **keywords)`. They end with the test, last first. A snapshot is a source too."""
     with ExitStack() as stack:
+        yield _factory(request, stack, vm_defaults, _vm_lans)
 
-        def make(source: Source | MachineSpec | Snapshot | HasSnapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
-            from pytest_vmbottle.machine.snapshot import Snapshot
-            from pytest_vmbottle.standalone.capsules import Capsule
 
-            # A snapshot has its own boot source, and no pack is looked for.
-            if isinstance(source, Snapshot):
-                return _enter(request, stack, source.of(**keywords), _vm_lans, (source.start, None))
-            if isinstance(source, Capsule):
-                return _enter_capsule(request, stack, source, keywords, _vm_lans)
-            if isinstance(source, MachineSpec):
-                spec = source.but(**keywords)
-            else:
-                spec = resolve(request.config, {"source": source, **keywords}, vm_defaults, request.node)
-            return _enter(request, stack, spec, _vm_lans)
+@pytest.fixture(scope="class")
+def class_vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[MachineFactory]:
+    """Function to start machines that the tests of a class share, as `vm_factory` does. They end with the class."""
+    yield from _shared_factory(request, vm_defaults)
 
-        yield make
+
+@pytest.fixture(scope="module")
+def module_vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[MachineFactory]:
+    """Function to start machines that the tests of a module share, as `vm_factory` does. They end with the module."""
+    yield from _shared_factory(request, vm_defaults)
+
+
+@pytest.fixture(scope="session")
+def session_vm_factory(request: pytest.FixtureRequest, vm_defaults: dict[str, Any]) -> Iterator[MachineFactory]:
+    """Function to start machines that all tests of a worker share, as `vm_factory` does. They end with the run."""
+    yield from _shared_factory(request, vm_defaults)
+
+
+def _shared_factory(request: pytest.FixtureRequest, defaults: dict[str, Any]) -> Iterator[MachineFactory]:
+    from pytest_vmbottle.machine.lan import Lans
+
+    # LANs of their own, which outlast the machines and all of their tests.
+    with closing(Lans()) as lans, ExitStack() as stack:
+        yield _factory(request, stack, defaults, lans)
+
+
+def _factory(request: pytest.FixtureRequest, stack: ExitStack, defaults: dict[str, Any], lans: Lans) -> MachineFactory:
+    # For a machine that several tests share no test is given: it must not depend on which of them came first.
+    item = request.node if request.scope == "function" else None
+
+    def make(source: Source | MachineSpec | Snapshot | HasSnapshot, **keywords: Unpack[MachineKeywords]) -> Machine:
+        from pytest_vmbottle.machine.snapshot import Snapshot
+        from pytest_vmbottle.standalone.capsules import Capsule
+
+        # A snapshot has its own boot source, and no pack is looked for.
+        if isinstance(source, Snapshot):
+            return _enter(request, stack, source.of(**keywords), lans, (source.start, None))
+        if isinstance(source, Capsule):
+            return _enter_capsule(request, stack, source, keywords, lans)
+        if isinstance(source, MachineSpec):
+            spec = source.but(**keywords)
+        else:
+            spec = resolve(request.config, {"source": source, **keywords}, defaults, item)
+        if item is None and spec.reset != "none":
+            name = request.fixturename
+            raise SpecError(f"reset={spec.reset!r}: is for class_vm, module_vm, session_vm; a machine of {name} is reset by its restore()")
+        return _enter(request, stack, spec, lans)
+
+    return make
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_vmbottle.spec import Source
 
-__all__ = ["SHARED", "Plan", "given_plan", "named_layer", "near_layers", "parameter", "plan_of", "plans_of"]
+__all__ = ["FACTORIES", "SHARED", "Plan", "given_plan", "named_layer", "near_layers", "parameter", "plan_of", "plans_of"]
 
 
 @attrs.frozen
@@ -48,6 +48,7 @@ _SOUND: pytest.StashKey[set[str]] = pytest.StashKey()
 """Marks as texts, and keys of plans, with which nothing is wrong: many tests have the same, and a check takes long."""
 
 SHARED = ("session_vm", "module_vm", "class_vm")
+FACTORIES = ("session_vm_factory", "module_vm_factory", "class_vm_factory", "vm_factory")
 """Fixtures of machines that several tests share."""
 
 

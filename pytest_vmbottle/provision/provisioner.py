@@ -341,6 +341,6 @@ def _lan(spec: MachineSpec, lans: LanTable | None) -> Lan | None:
         return None
     if lans is None:
         raise SpecError(
-            f"network={spec.lan!r}: a private LAN belongs to one test; use the fixtures vm, vms or vm_factory for {spec.name!r}"
+            f"network={spec.lan!r}: a private LAN belongs to one test; use the fixtures vm and vms, or a factory, for {spec.name!r}"
         )
     return lans[spec.lan]

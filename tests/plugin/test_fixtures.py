@@ -144,6 +144,39 @@ class Ends:
     )
 
 
+def test_machines_of_a_shared_factory_live_as_long_as_its_scope(run: Run) -> None:
+    result = run(
+        """
+ended = []
+
+@pytest.fixture(scope="session")
+def pair(session_vm_factory):
+    return [session_vm_factory("debian-12", name=name, memory="64M") for name in ("one", "two")]
+
+class TestA:
+    def test_own(self, class_vm_factory, pair):
+        first, second = class_vm_factory("debian-12", name="a"), class_vm_factory(pair[0].spec, name="b")
+        assert (second.spec.memory, [machine.state for machine in (first, second, *pair)]) == (64 << 20, ["running"] * 4)
+        TestA.both = first, second
+
+    def test_later(self, class_vm_factory, module_vm_factory):
+        assert [machine.state for machine in TestA.both] == ["running"] * 2
+        TestA.third = module_vm_factory("debian-12", name="c")
+
+def test_after_the_class(module_vm_factory, pair):
+    assert [machine.state for machine in TestA.both] == ["off"] * 2
+    assert [machine.state for machine in (TestA.third, *pair)] == ["running"] * 3
+
+def test_reset(class_vm_factory):
+    with pytest.raises(ValueError, match="reset='test'.*class_vm_factory is reset by its restore"):
+        class_vm_factory("debian-12", reset="test")
+""",
+        passed=4,
+    )
+
+    assert "5 machines" in said(result)
+
+
 def test_a_wrong_keyword_to_the_factory_is_an_error_where_it_is_called(run: Run) -> None:
     result = run('def test_it(vm_factory):\n    vm_factory("debian-12", memmory="1G")\n', status=1, failed=1)
 
