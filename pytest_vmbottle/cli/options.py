@@ -38,6 +38,10 @@ def _disks(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ..
     return {name: str(Path(value).absolute()) if "/" in value else value for name, value in pairs(ctx, parameter, values).items()}
 
 
+def _whole_path(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    return str(Path(value).absolute()) if value else value
+
+
 def _ports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[int | list[int]]:
     ports: list[int | list[int]] = []
     for value in values:
@@ -121,6 +125,15 @@ KEYWORDS: dict[str, _Decorator] = {
     "user_data": click.option(
         "--user-data", type=click.File(encoding="utf-8"), metavar="FILE", help="User data for cloud-init; - is standard input."
     ),
+    "kernel": click.option(
+        "--kernel",
+        metavar="FILE",
+        callback=_whole_path,
+        help="Kernel to boot, in place of the image's; with --append or --cmdline, as need be.",
+    ),
+    "initrd": click.option("--initrd", metavar="FILE", callback=_whole_path, help="Initial RAM disk for it."),
+    "cmdline": click.option("--cmdline", metavar="WORDS", help="Command line of the kernel, in place of the image's."),
+    "append": click.option("--append", metavar="WORDS", help="Words to add to the command line of the kernel, such as 'debug loglevel=7'."),
     "env": env_option,
     "user": click.option("--user", metavar="NAME", help="User that runs commands in it; root by default."),
     "arch": click.option("--arch", type=click.Choice(["x86_64", "aarch64"]), help="Its architecture; by default this computer's."),

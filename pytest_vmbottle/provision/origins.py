@@ -17,6 +17,7 @@ from pytest_vmbottle.host.files import copy_sparse
 from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.images.disk_format import check_again, opened
 from pytest_vmbottle.machine.disks import new_disk
+from pytest_vmbottle.provision.direct_boot import boot_files, copy_boot_files
 from pytest_vmbottle.provision.seed import write_seed
 from pytest_vmbottle.spec.pack_kind import PackKind
 
@@ -57,7 +58,7 @@ class Origin(ABC):
         """Return the boot source for a cold boot, with its files made in a folder.
 
         Raises:
-            SpecError: Its disk is to be smaller than the image.
+            SpecError: Its disk is to be smaller than the image, or its kernel cannot be booted.
         """
 
     @abstractmethod
@@ -97,6 +98,7 @@ class DiskOrigin(Origin):
         size, keys = self._disk_size(spec), new_keys()
         write_seed(folder / "seed.iso", hostname=spec.name, keys=keys, user_data=spec.user_data)
         records.write(folder / "keys.json", attrs.asdict(keys), version=0)
+        copy_boot_files(spec, folder)
         start = self._start(spec, folder, size=size, building=building)
         return attrs.evolve(start, data=tuple(new_disk(name, source) for name, source in spec.disks))
 
@@ -114,13 +116,15 @@ class DiskOrigin(Origin):
         return attrs.evolve(first, disks=(*first.disks, *disks), saved=saved, data=_data_disks(spec, chain))
 
     def _start(self, spec: MachineSpec, folder: Path, *, size: int, building: bool) -> Start:
+        # Beside the seed of the first boot, as that is: all clones of a pack reboot with the same kernel.
+        booted = boot_files(self.image, spec, folder)
         return Start(
             disks=(Disk(path=self.image.disk, format=self.image.format),),
             disk_size=size,
-            kernel=self.image.kernel,
-            initrd=self.image.initrd,
+            kernel=booted.kernel,
+            initrd=booted.initrd,
             # Our images disable cloud-init for a faster boot, and only cloud-init reads user-data.
-            cmdline=self.image.boot_words(cloud_init=spec.user_data is not None),
+            cmdline=booted.boot_words(cloud_init=spec.user_data is not None),
             firmware=self.image.firmware,
             seed=folder / "seed.iso",
             keys=records.read_as(folder / "keys.json", lambda facts: Keys(**facts)),

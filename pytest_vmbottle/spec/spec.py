@@ -73,6 +73,10 @@ class MachineKeywords(TypedDict, total=False):
     files: Mapping[str, File]
     run: Iterable[str]
     user_data: Mapping[str, Any] | str | None
+    kernel: str | Path | None
+    initrd: str | Path | None
+    cmdline: str | None
+    append: str | None
     env: Mapping[str, str]
     user: str
     fresh: Literal["restore", "boot"]
@@ -84,12 +88,13 @@ class MachineKeywords(TypedDict, total=False):
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, cpu_clock='host', nested=False, memory='1G', disk=None, "
     "disks={}, track_writes=False, display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, "
-    "env={}, user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
+    "kernel=None, initrd=None, cmdline=None, append=None, env={}, user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
 PREPARATION = frozenset({"packages", "files", "run"})
 # Keywords that decide what the guest boots with: the packs beneath a machine are made with the same.
-BOOT = frozenset({"arch", "backend", "cpus", "cpu", "cpu_clock", "nested", "memory", "disk", "display", "user_data"})
+_DIRECT = ("kernel", "initrd", "cmdline", "append")
+BOOT = frozenset({"arch", "backend", "cpus", "cpu", "cpu_clock", "nested", "memory", "disk", "display", "user_data", *_DIRECT})
 
 _NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 _HOST_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]*[A-Za-z0-9])?")  # a label of RFC 1123
@@ -114,6 +119,8 @@ _ENDS_GUEST = re.compile(
     r"""(?:/\S*/)?(?:(?:reboot|poweroff|halt|shutdown|kexec)(?![\w.:=/-])|(?:tel)?init\s+[06]\b)|^power_state:""",
     re.MULTILINE,
 )
+# What no kernel cuts off: COMMAND_LINE_SIZE is 2048 on x86 and arm64, and an image has words of its own.
+_MAX_WORDS = 1800
 _MAX_CPUS = 64
 _MAX_MODE = 0o7777
 _MAX_PORT = 65535
@@ -463,6 +470,39 @@ def script_ends_first_boot(script: str) -> bool:
     return bool(_ENDS_GUEST.search(script))
 
 
+def _boot_file(keyword: str, value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise _fail(keyword, value, "takes the path of a file on this computer")
+    return Path(value).absolute()
+
+
+def _kernel(value: object) -> Path | None:
+    return _boot_file("kernel", value)
+
+
+def _initrd(value: object) -> Path | None:
+    return _boot_file("initrd", value)
+
+
+def _kernel_words(keyword: str, value: object) -> str | None:
+    if value is None:
+        return None
+    # Printable, since the kernel prints it on the console.
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value.encode()) > _MAX_WORDS:
+        raise _fail(keyword, value, f"takes words for the kernel's command line, such as 'quiet loglevel=3', {_MAX_WORDS} bytes at most")
+    return value
+
+
+def _cmdline(value: object) -> str | None:
+    return _kernel_words("cmdline", value)
+
+
+def _append(value: object) -> str | None:
+    return _kernel_words("append", value)
+
+
 def _source(value: object) -> str | Path | Layer:
     if isinstance(value, Path | Layer) or (isinstance(value, str) and value):
         return value
@@ -597,13 +637,13 @@ def _content(path: Path, skipped: Callable[[Path], object]) -> list[object]:
     return found
 
 
-def _image_content(path: Path) -> str:
-    """Return a digest of a disk image."""
+def _image_content(path: Path, kind: str = "disk image") -> str:
+    """Return a digest of a disk image, or of another file."""
     try:
         status = path.stat()
         # What is no file cannot be read to its end; it is refused with more words when a disk is made from it.
         if not stat.S_ISREG(status.st_mode):
-            raise SpecError(f"{path} is not a disk image: it is not a regular file")
+            raise SpecError(f"{path} is not a {kind}: it is not a regular file")
         return _digest_of_image(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}") from error
@@ -686,6 +726,10 @@ class MachineSpec:
         files: Files written beforehand: guest path and content, or a pair of content and permission bits.
         run: Shell commands run beforehand, after packages and files.
         user_data: User data for cloud-init at the first boot, beside ours: a cloud-config, or another format that it knows.
+        kernel: A kernel on this computer to boot in place of the image's; None for that.
+        initrd: Its initial RAM disk; None for the image's with the image's kernel, and for none with another one.
+        cmdline: The kernel's command line; None for the image's.
+        append: Words to add to it.
         env: Environment variables of every command.
         user: The user who runs commands.
         fresh: `"restore"` clones a pack, `"boot"` boots cold.
@@ -713,6 +757,10 @@ class MachineSpec:
     files: tuple[tuple[str, File], ...] = attrs.field(factory=dict, converter=_files)
     run: tuple[str, ...] = attrs.field(default=(), converter=_run)
     user_data: str | None = attrs.field(default=None, converter=_user_data)
+    kernel: Path | None = attrs.field(default=None, converter=_kernel)
+    initrd: Path | None = attrs.field(default=None, converter=_initrd)
+    cmdline: str | None = attrs.field(default=None, converter=_cmdline)
+    append: str | None = attrs.field(default=None, converter=_append)
     env: tuple[tuple[str, str], ...] = attrs.field(factory=dict, converter=_env)
     user: str = attrs.field(default="root", converter=_user)
     fresh: Literal["restore", "boot"] = attrs.field(default="restore", converter=_fresh)
@@ -781,7 +829,7 @@ class MachineSpec:
         The source is the image, in place of layers, whose functions only their own project has.
         """
         fields = {field.name: getattr(self, field.name) for field in attrs.fields(MachineSpec) if field.name not in PREPARATION}
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        plain = {key: _plain_value(value) for key, value in fields.items()}
         disks = {name: str(source) if isinstance(source, Path) else source for name, source in self.disks}
         return plain | {"source": str(self.image), "env": dict(self.env), "disks": disks}
 
@@ -806,8 +854,18 @@ class MachineSpec:
 
         Specs with the same digest can share a pack of the bare image.
         """
-        # Sorted, since the order of a frozenset differs from process to process.
-        return digest(sorted((key, getattr(self, key)) for key in BOOT))
+        # Sorted, since the order of a frozenset differs from process to process. Only those that are given of the last ones: packs from
+        # before there were any stay what they are.
+        return digest(sorted((key, getattr(self, key)) for key in BOOT.difference(_DIRECT)), *self._direct())
+
+    def _direct(self) -> list[tuple[str, str]]:
+        """Return what is booted directly, with the content of files in place of their paths: they are built again and again."""
+        given = [(key, getattr(self, key)) for key in _DIRECT]
+        return [(key, _image_content(value, key) if isinstance(value, Path) else value) for key, value in given if value is not None]
+
+
+def _plain_value(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def check_keywords(keywords: Mapping[str, Any], *, signature: str = SIGNATURE) -> None:

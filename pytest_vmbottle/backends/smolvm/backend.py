@@ -218,6 +218,9 @@ class SmolvmBackend(Backend):
             "cpu_clock='instructions': smolvm's machines have the host's processor, which does not count": spec.cpu_clock != "host",
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,
             "disks=: smolvm machines have no disks beside their own": bool(spec.disks),
+            "kernel=, initrd=, cmdline= and append=: smolvm boots a kernel of its own": any(
+                (spec.kernel, spec.initrd, spec.cmdline, spec.append)
+            ),
             f"arch={spec.arch!r}: smolvm runs only guests of this host's architecture, {host_arch()}": spec.arch != host_arch(),
         }
         return next((why for why, applies in cannot.items() if applies), None)

@@ -22,7 +22,7 @@ from pytest_vmbottle import Layer, Machine, MachineSpec, SpecError, layer
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.digests import digest
 from pytest_vmbottle.host.sizes import format_size, parse_size
-from pytest_vmbottle.spec import SIGNATURE, MachineKeywords, check_keywords
+from pytest_vmbottle.spec import BOOT, SIGNATURE, MachineKeywords, check_keywords
 
 WORDS = st.text("abcdefgh", min_size=1, max_size=6)
 
@@ -150,6 +150,13 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"user_data": {"runcmd": [["sh", "-c", "reboot"]]}},
         {"user_data": {"runcmd": ["sudo systemctl --no-block poweroff"]}},
         {"user_data": {"bootcmd": [["shutdown", "-h", "now"]]}},
+        {"kernel": ""},
+        {"kernel": 5},
+        {"initrd": "a\0"},
+        {"cmdline": " "},
+        {"cmdline": "root=/dev/vda\nquiet"},
+        {"append": ["quiet"]},
+        {"append": "x" * 1801},
         {"env": {"1A": "x"}},
         {"env": {"A": 1}},
         {"env": {"A": "\0"}},
@@ -289,6 +296,8 @@ KEYWORDS = {
     "env": {"A": "1", "B": "2", "C": "3"},
     "files": {"/a": "1", "/b": b"2", "/c": "3"},
     "user_data": {"a": {"x": 1, "y": 2}, "b": 2},
+    "cmdline": "root=/dev/vda1",
+    "append": "quiet foo=1",
     "run": ["true"],
     "user": "joe",
 }
@@ -310,14 +319,31 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
 
 @pytest.mark.parametrize(
     "keyword",
-    ["cpus", "cpu", "nested", "memory", "disks", "track_writes", "display", "capture", "ports", "env", "files", "user_data", "run", "user"],
+    [
+        "cpus",
+        "cpu",
+        "nested",
+        "memory",
+        "disks",
+        "track_writes",
+        "display",
+        "capture",
+        "ports",
+        "env",
+        "files",
+        "user_data",
+        "cmdline",
+        "append",
+        "run",
+        "user",
+    ],
 )
 def test_every_keyword_makes_another_spec_and_only_what_the_guest_boots_with_in_the_boot_digest(keyword: str) -> None:
     bare = MachineSpec.resolve("debian-12", {})
     changed = MachineSpec.resolve("debian-12", {keyword: KEYWORDS[keyword]})
 
     assert changed != bare
-    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in {"cpus", "cpu", "nested", "memory", "display", "user_data"})
+    assert (changed.boot_digest() != bare.boot_digest()) is (keyword in BOOT)
 
 
 def test_disks_of_a_mark_are_added_to_those_of_its_layers_and_change_none(tmp_path: Path) -> None:
@@ -349,6 +375,23 @@ def test_a_recipe_has_the_content_of_disk_images_and_not_their_place(tmp_path: P
     for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "regular file")):
         with pytest.raises(SpecError, match=reason):
             recipe(path)
+
+
+def test_packs_of_a_kernel_of_ones_own_depend_on_its_content_and_not_on_its_place(tmp_path: Path) -> None:
+    one, two = tmp_path / "bzImage", tmp_path / "other"
+    for path in (one, two):
+        path.write_bytes(b"content")
+    bare = MachineSpec(source="debian-12").boot_digest()
+    before = MachineSpec(source="debian-12", kernel=one).boot_digest()
+    assert before != bare
+    assert MachineSpec(source="debian-12", kernel=str(two)).boot_digest() == before
+    assert MachineSpec(source="debian-12", initrd=one).boot_digest() not in (before, bare)
+    one.write_bytes(b"CONTENT")
+    assert MachineSpec(source="debian-12", kernel=one).boot_digest() != before
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "is not a kernel: it is not a regular file")):
+        with pytest.raises(SpecError, match=reason):
+            MachineSpec(source="debian-12", kernel=path).boot_digest()
+    assert MachineSpec(source="debian-12", kernel="bzImage").plain_keywords()["kernel"] == str(Path("bzImage").absolute())
 
 
 def test_a_guest_whose_clocks_follow_its_instructions_shares_no_pack_with_another() -> None:

@@ -337,6 +337,8 @@ def backend(tmp_path: Path) -> SmolvmBackend:
         ({"network": "lan"}, "LAN"),
         ({"display": True}, "display"),
         ({"cpu_clock": "instructions"}, "cpu_clock"),
+        ({"append": "quiet"}, "kernel of its own"),
+        ({"kernel": "bzImage"}, "kernel of its own"),
         ({"user_data": {"a": 1}}, "cloud-init"),
         ({"arch": "aarch64"}, "arch='aarch64'"),
     ],
