@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
@@ -10,6 +11,8 @@ from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.provision.context import BUILD_SECONDS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pytest_vmbottle.channels.port import Channel
     from pytest_vmbottle.host.deadline import Deadline
     from pytest_vmbottle.machine.machine import Machine
@@ -19,6 +22,7 @@ __all__ = ["do", "equip"]
 
 _INSTALL = read_script(__package__, "install.sh")
 _EQUIP = read_script(__package__, "equip.sh")
+_PACKAGES = "/var/tmp/vmbottle-packages"  # noqa: S108 - in the guest, for the time of the step
 
 
 def do(step: Layer, machine: Machine) -> None:
@@ -54,12 +58,28 @@ def _apply(step: Layer, machine: Machine) -> None:
     # In this order, as a mark's documentation promises: scripts may use the packages and the files.
     packages = tuple(step.keywords.get("packages", ()))
     if packages:
-        machine.exec(["sh", "-c", _INSTALL, "sh", *packages], timeout=BUILD_SECONDS)
+        _install(packages, machine)
     machine.write_files(dict(step.keywords.get("files", {})))
     for script in step.keywords.get("run", ()):
         machine.exec(script, timeout=BUILD_SECONDS)
     if step.function is not None:
         step.function(machine)
+
+
+def _install(packages: Sequence[str | Path], machine: Machine) -> None:
+    """Install packages by name, and then those that are files of this computer."""
+    names = [package for package in packages if isinstance(package, str)]
+    files = [package for package in packages if isinstance(package, Path)]
+    if names:
+        machine.exec(["sh", "-c", _INSTALL, "sh", *names], timeout=BUILD_SECONDS)
+    if files:
+        folder = machine.path(_PACKAGES)
+        folder.mkdir()
+        for file in files:
+            machine.cp(file, folder)
+        # All at once, since they may need each other.
+        machine.exec(["sh", "-c", _INSTALL, "sh", *(str(folder / file.name) for file in files)], timeout=BUILD_SECONDS)
+        folder.rmtree()
 
 
 def _is_crash(error: Exception) -> bool:

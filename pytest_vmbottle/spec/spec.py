@@ -69,7 +69,7 @@ class MachineKeywords(TypedDict, total=False):
     network: bool | str | Sequence[str]
     capture: bool
     ports: Iterable[int]
-    packages: Iterable[str]
+    packages: Iterable[str | Path]
     files: Mapping[str, File]
     run: Iterable[str]
     user_data: Mapping[str, Any] | str | None
@@ -121,6 +121,7 @@ _ENDS_GUEST = re.compile(
 )
 # What no kernel cuts off: COMMAND_LINE_SIZE is 2048 on x86 and arm64, and an image has words of its own.
 _MAX_WORDS = 1800
+_PACKAGE_FILES = (".deb", ".rpm", ".apk")
 _MAX_CPUS = 64
 _MAX_MODE = 0o7777
 _MAX_PORT = 65535
@@ -350,8 +351,19 @@ def _capture(value: object) -> bool:
     return value
 
 
-def _packages(value: object) -> tuple[str, ...]:
-    return _words("packages", value)
+def _packages(value: object) -> tuple[str | Path, ...]:
+    if isinstance(value, str | Path) or not isinstance(value, Iterable):
+        raise _fail("packages", value, "takes a list of names, and of Paths of package files")
+    # Taken once: an iterator has nothing left the second time.
+    packages = tuple(value)
+    for package in packages:
+        # Never a string: one may come from another computer, which must not name files of this one.
+        if isinstance(package, Path):
+            if package.suffix not in _PACKAGE_FILES:
+                raise _fail("packages", str(package), f"takes package files that end in {', '.join(_PACKAGE_FILES)}")
+        else:
+            _words("packages", [package])
+    return packages
 
 
 def _run(value: object) -> tuple[str, ...]:
@@ -693,7 +705,8 @@ def _prepared(keywords: Mapping[str, Any], skipped: Callable[[Path], object]) ->
         return came_to if mode is None else [came_to, mode]
 
     files = [(path, told(content)) for path, content in _files(keywords.get("files", {}))]
-    return [list(keywords.get("packages", ())), files, list(keywords.get("run", ()))]
+    packages = [_content(each, skipped) if isinstance(each, Path) else each for each in keywords.get("packages", ())]
+    return [packages, files, list(keywords.get("run", ()))]
 
 
 Source = str | Path | Layer
@@ -722,7 +735,7 @@ class MachineSpec:
             the machines of one test share.
         capture: Whether the traffic of its network cards is recorded, for the artifacts of its test.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
-        packages: Packages installed beforehand.
+        packages: Packages installed beforehand, by their names or as files on this computer.
         files: Files written beforehand: guest path and content, or a pair of content and permission bits.
         run: Shell commands run beforehand, after packages and files.
         user_data: User data for cloud-init at the first boot, beside ours: a cloud-config, or another format that it knows.
@@ -753,7 +766,7 @@ class MachineSpec:
     network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     capture: bool = attrs.field(default=False, converter=_capture)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
-    packages: tuple[str, ...] = attrs.field(default=(), converter=_packages)
+    packages: tuple[str | Path, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, File], ...] = attrs.field(factory=dict, converter=_files)
     run: tuple[str, ...] = attrs.field(default=(), converter=_run)
     user_data: str | None = attrs.field(default=None, converter=_user_data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
 import subprocess
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pytest_vmbottle import Machine, MachineFactory, MachineSpec, layer
+from pytest_vmbottle import Layer, Machine, MachineFactory, MachineSpec, layer
 from pytest_vmbottle.backends.qemu import QemuBackend
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.provision import Provisioner, Settings
@@ -171,20 +172,27 @@ def test_files_and_commands_of_a_mark_are_done_beforehand(vm: Machine) -> None:
     assert vm.exec('echo "$FROM"').stdout == "the mark\n"
 
 
+def make_package(file: Path, *, says: str = "installed", needs: str = "") -> str:
+    """Make a package with a program of the file's name, and return what it says about itself."""
+    tree = file.with_suffix("")
+    (tree / "DEBIAN").mkdir(parents=True)
+    about = f"Package: {file.stem}\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: a test\n"
+    (tree / "DEBIAN" / "control").write_text(about + (f"Depends: {needs}\n" if needs else ""))
+    (tree / "usr" / "bin").mkdir(parents=True)
+    (tree / "usr" / "bin" / file.stem).write_text(f"#!/bin/sh\necho {says}\n")
+    (tree / "usr" / "bin" / file.stem).chmod(0o755)
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, file], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(tree)
+    return about
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Iterator[int]:
     """A repository with one small package on a port of this host's loopback."""
-    tree = tmp_path / "tree"
-    (tree / "DEBIAN").mkdir(parents=True)
-    about = "Package: bottled\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: a test\n"
-    (tree / "DEBIAN" / "control").write_text(about)
-    (tree / "usr" / "bin").mkdir(parents=True)
-    (tree / "usr" / "bin" / "bottled").write_text("#!/bin/sh\necho installed\n")
-    (tree / "usr" / "bin" / "bottled").chmod(0o755)
     served = tmp_path / "served"
     served.mkdir()
     package = served / "bottled.deb"
-    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, package], check=True, stdout=subprocess.DEVNULL)
+    about = make_package(package)
     digest = hashlib.sha256(package.read_bytes()).hexdigest()
     (served / "Packages").write_text(f"{about}Filename: ./bottled.deb\nSize: {package.stat().st_size}\nSHA256: {digest}\n")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(served))) as server:
@@ -203,6 +211,34 @@ def test_packages_of_a_mark_are_installed_beforehand_and_the_machine_stays_close
     vm = vm_factory(sourced, packages=["bottled"])
     assert vm.exec("bottled").stdout == "installed\n"
     assert vm.exec(["apt-get", "update", "--error-on=any"], check=False).returncode != 0
+
+
+@pytest.mark.guests
+def test_package_files_of_this_computer_are_installed_and_again_when_they_are_others(vm_factory: MachineFactory, tmp_path: Path) -> None:
+    app, part = tmp_path / "app.deb", tmp_path / "part.deb"
+    make_package(app, says="first", needs="part")
+    make_package(part)
+    # A layer without a network: the packages need nothing but each other.
+    local = Layer(source="debian-12", function=None, keywords={"packages": [app, part], "network": False}, name="local")
+    vm = vm_factory(local)
+    assert vm.exec("app; part").stdout == "first\ninstalled\n"
+    assert not vm.path("/var/tmp/vmbottle-packages").exists()
+
+    make_package(app, says="second", needs="part")
+    again = Layer(source="debian-12", function=None, keywords={"packages": [app, part], "network": False}, name="local")
+    assert vm_factory(again).exec(["app"]).stdout == "second\n"
+
+
+@pytest.mark.guests
+def test_what_a_package_file_depends_on_comes_from_the_network(repository: int, vm_factory: MachineFactory, tmp_path: Path) -> None:
+    @layer("debian-12", version=f"again {repository}")
+    def sourced(vm: Machine) -> None:
+        vm.exec("rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*")
+        vm.path("/etc/apt/sources.list").write_text(f"deb [trusted=yes] http://10.0.2.2:{repository} ./\n")
+
+    make_package(tmp_path / "needy.deb", says="it has all", needs="bottled")
+    vm = vm_factory(sourced, packages=[tmp_path / "needy.deb"])
+    assert vm.exec("needy; bottled").stdout == "it has all\ninstalled\n"
 
 
 @pytest.mark.guests

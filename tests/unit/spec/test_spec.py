@@ -120,6 +120,8 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"packages": [""]},
         {"packages": [1]},
         {"packages": ["a\0b"]},
+        {"packages": [Path("app.tar")]},
+        {"packages": Path("app.deb")},
         {"files": ["/etc/x"]},
         {"files": {"etc/x": ""}},
         {"files": {"/etc/../x": ""}},
@@ -375,6 +377,20 @@ def test_a_recipe_has_the_content_of_disk_images_and_not_their_place(tmp_path: P
     for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "regular file")):
         with pytest.raises(SpecError, match=reason):
             recipe(path)
+
+
+def test_a_recipe_has_the_content_of_package_files(tmp_path: Path) -> None:
+    package = tmp_path / "app.deb"
+    package.write_bytes(b"content")
+
+    def recipe(*packages: str | Path) -> str:
+        return MachineSpec(source="debian-12", packages=packages).steps[-1].recipe()
+
+    before = recipe(package, "nginx")
+    assert recipe(package, "nginx") == before
+    assert recipe("app.deb", "nginx") != before, "a string is always a name"
+    package.write_bytes(b"CONTENT")
+    assert recipe(package, "nginx") != before
 
 
 def test_packs_of_a_kernel_of_ones_own_depend_on_its_content_and_not_on_its_place(tmp_path: Path) -> None:
