@@ -17,6 +17,7 @@ from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.machine import guestlog
 from pytest_vmbottle.machine.lifecycle import Lifecycle
+from pytest_vmbottle.machine.on_terminal import run_on_terminal
 from pytest_vmbottle.machine.process import Process
 from pytest_vmbottle.result import CommandTimeout, Result, printable
 from pytest_vmbottle.shown import redact_variables
@@ -58,6 +59,7 @@ class CommandKeywords(TypedDict, total=False):
     input: str | bytes | None
     stream: Callable[[str], object] | None
     shell: Literal["sh", "bash"]
+    tty: bool
 
 
 class GuestShell(Shell):
@@ -106,6 +108,17 @@ class GuestShell(Shell):
             finished = self.spawn(argv, prepared).relay(stream or (lambda _: None), deadline.seconds)
         else:
             finished = self.channel.run(prepared, deadline=deadline)
+        result = self._result(argv, finished, time.monotonic() - began)
+        if finished.timed_out:
+            raise CommandTimeout(result, deadline.seconds)
+        return result
+
+    def run_on_terminal(self, argv: tuple[str, ...], prepared: Command, deadline: Deadline) -> Result:
+        """Run a prepared command to its end on a terminal of its own, as `run` does without one."""
+        self._lifecycle.alive()
+        channel = self._lifecycle.bulk_channel(deadline)
+        began = time.monotonic()
+        finished = run_on_terminal(channel, prepared, deadline, kill=lambda: self.kill(prepared))
         result = self._result(argv, finished, time.monotonic() - began)
         if finished.timed_out:
             raise CommandTimeout(result, deadline.seconds)

@@ -183,6 +183,7 @@ class Machine:
         input: str | bytes | None = None,  # noqa: A002 - subprocess.run's word
         stream: Callable[[str], object] | None = None,
         shell: Literal["sh", "bash"] = "sh",
+        tty: bool = False,
     ) -> Result:
         """Run a command in the guest and wait for its end.
 
@@ -198,12 +199,15 @@ class Machine:
                 visible. An exception from it ends the command.
             shell: `"bash"` runs a string by `bash -euo pipefail -c`, so that a pipe fails if any of its commands fails; the guest must have
                 bash.
+            tty: Whether it runs on a terminal of its own, of 80 columns: for programs that behave otherwise there. Both streams are in
+                `stdout` then, with the terminal's line ends and the echo of `input`, which is typed and not ended. It goes over SSH.
 
         Raises:
             CommandFailed: The status was not 0.
             CommandTimeout: The command took too long; the error's `result` has its output so far.
             MachineError: The guest is gone.
-            ValueError: A word has a NUL byte in it or is not text, the command is longer than Linux accepts, or there is no such shell.
+            ValueError: A word has a NUL byte in it or is not text, the command is longer than Linux accepts, there is no such shell, or
+                `stream` is given together with `tty`.
 
         Example:
             >>> vm.exec(["uname", "-s"]).stdout.strip()
@@ -213,11 +217,14 @@ class Machine:
             >>> vm.exec("cat /nothing | wc -l", shell="bash", check=False).returncode
             1
         """
+        if tty and stream is not None:
+            raise ValueError("tty=True has no streams of lines: leave out stream=")
         # Before the span: a command that cannot be given to Linux is the caller's mistake, and no event of the machine.
         argv = words_of(command, shell)
         prepared = self.guest.command(argv, env=env, cwd=cwd, user=user, content=input)
         with self._timeline.span("command", **_told(argv, env, cwd, user or self.spec.user)) as event:
-            result = self.guest.run(argv, prepared, Deadline(timeout * self._factor), stream)
+            deadline = Deadline(timeout * self._factor)
+            result = self.guest.run_on_terminal(argv, prepared, deadline) if tty else self.guest.run(argv, prepared, deadline, stream)
             event.finish(result)
         # After the span, whose event has the status already: whether that is an error is up to the caller.
         return result.check() if check else result
@@ -229,7 +236,7 @@ class Machine:
 
         Args:
             command: As for `exec`.
-            keywords: `timeout`, `env`, `cwd`, `user`, `input`, `stream` and `shell`, as for `exec`.
+            keywords: `timeout`, `env`, `cwd`, `user`, `input`, `stream`, `shell` and `tty`, as for `exec`.
 
         Raises:
             CommandSucceeded: The status was 0.

@@ -86,6 +86,27 @@ def test_a_command_that_has_to_fail_gives_its_result_and_success_is_an_error_wit
         session_vm.fail(["sleep", "1000"], timeout=1)
 
 
+@pytest.mark.guests
+def test_a_command_runs_on_a_terminal_of_its_own(session_vm: Machine) -> None:
+    assert session_vm.exec("test -t 0 && test -t 1 && test -t 2 && stty size; echo $TERM >&2", tty=True).stdout == "24 80\r\nxterm\r\n"
+    assert session_vm.fail("exit 3", tty=True).returncode == 3
+    asked = session_vm.exec(
+        "stty -echo; read word; id -un; echo $word; echo $SAID; pwd",
+        tty=True,
+        input="typed\n",
+        user="nobody",
+        env={"SAID": "x"},
+        cwd="/srv",
+    )
+    assert asked.stdout.replace("\r\n", " ").endswith("nobody typed x /srv ")
+    with pytest.raises(CommandTimeout) as late:
+        session_vm.exec("echo begun; sleep 4714", tty=True, timeout=3)
+    assert late.value.result.stdout == "begun\r\n"
+    assert session_vm.exec(["pgrep", "-f", "sleep 4714"], check=False).stdout == ""
+    with pytest.raises(ValueError, match="leave out stream="):
+        session_vm.exec(["true"], tty=True, stream=print)
+
+
 def test_bytes_that_are_no_text_are_kept(either: Machine) -> None:
     every = bytes(range(1, 256))
     octal = "".join(f"\\{byte:03o}" for byte in every)
