@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
     from pytest_vmbottle.channels.port import Terminal
     from pytest_vmbottle.standalone.client import Kept
 
-__all__ = ["execute", "forward", "journal", "on_terminal", "screenshot", "send_keys", "shell", "ssh_config", "with_streams"]
+__all__ = [
+    "execute",
+    "forward",
+    "journal",
+    "on_terminal",
+    "qmp",
+    "screenshot",
+    "send_console",
+    "send_keys",
+    "shell",
+    "ssh_config",
+    "with_streams",
+]
 
 _TIMED_OUT = 124
 """Exit status of a command that was killed at its --timeout, as that of timeout(1)."""
@@ -213,3 +226,45 @@ def send_keys(*, name: str, keys: tuple[str, ...], text: str | None) -> None:
         ask(name, "type", text=text)
     if keys:
         ask(name, "keys", keys=keys)
+
+
+@click.command(
+    "send-console",
+    epilog=examples("vmbottle machine send-console web root", "vmbottle machine send-console web --no-return $'\\x03'"),
+)
+@name_argument
+@click.argument("text")
+@click.option("--no-return", is_flag=True, help="Press no return key after the text.")
+def send_console(*, name: str, text: str, no_return: bool) -> None:
+    """Type text on the serial console of a machine, and press the return key.
+
+    `console` shows what the machine answers.
+    """
+    ask(name, "send-console", text=text if no_return else f"{text}\n")
+
+
+def _arguments(_: click.Context, __: click.Parameter, value: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise click.BadParameter(f'{value!r} is not an object, such as \'{{"name": "nic"}}\'')
+    return arguments
+
+
+@click.command(
+    epilog=examples(
+        "vmbottle machine qmp web query-status",
+        """vmbottle machine qmp web human-monitor-command '{"command-line": "info block"}'""",
+    )
+)
+@name_argument
+@click.argument("command")
+@click.argument("arguments", metavar="[JSON]", default="{}", callback=_arguments)
+def qmp(*, name: str, command: str, arguments: Mapping[str, Any]) -> None:
+    """Run a command of QEMU's monitor protocol, and show its answer as JSON.
+
+    The machine does not notice what it changes: see docs/machines.md.
+    """
+    emit(ask(name, "qmp", command=command, arguments=arguments))

@@ -28,6 +28,8 @@ _SECTIONS = (
             "forward": "Forward a TCP port of a running machine from this computer, and show the address that leads to it.",
             "journal": "Show the journal of a machine's present boot.",
             "send-keys": "Press keys in a machine that was started with --display, one after the other.",
+            "send-console": "Type text on the serial console of a machine, and press the return key.",
+            "qmp": "Run a command of QEMU's monitor protocol, and show its answer as JSON.",
             "screenshot": "Save the screen of a machine that was started with --display, as PNG.",
         },
     ),

@@ -247,6 +247,16 @@ def test_the_console_is_shown_and_followed(commands: Commands, web: str) -> None
     assert rb"a \x1b[31mline" in commands.run("console", web).stdout
 
 
+def test_text_is_typed_on_the_console_and_the_monitor_answers(commands: Commands, web: str) -> None:
+    commands.run("exec", web, "sh", "-c", "(exec </dev/ttyS0 >/dev/ttyS0 2>&1; read word; echo it was $word) >/dev/null &")
+    commands.run("send-console", web, "sesame")
+    assert Deadline(60).poll(lambda: b"it was sesame" in commands.run("console", web).stdout)
+
+    assert json.loads(commands.run("qmp", web, "query-status").stdout)["running"] is True
+    assert b"info" in commands.run("qmp", web, "human-monitor-command", '{"command-line": "help info"}').stdout
+    assert b"no-such-command" in commands.run("qmp", web, "no-such-command", status=1).stderr
+
+
 def test_metrics_have_both_sides(commands: Commands, web: str) -> None:
     figures = json.loads(commands.run("metrics", web, "--json").stdout)
 

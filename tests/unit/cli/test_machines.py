@@ -148,5 +148,13 @@ def test_a_label_that_could_be_a_path_is_refused(label: str) -> None:
 
 
 @pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("arguments", ["not JSON", "[1]", ""])
+def test_arguments_of_qmp_are_an_object(arguments: str) -> None:
+    result = run("qmp", "web", "query-status", arguments)
+    assert result.exit_code == 2
+    assert repr(arguments) in result.output
+
+
+@pytest.mark.usefixtures("root")
 def test_keys_or_text_must_be_given() -> None:
     assert run("send-keys", "web").exit_code == 2
