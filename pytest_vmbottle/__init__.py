@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # without `typing`, which takes longer to load than all of this
 if TYPE_CHECKING:
     from pytest_vmbottle.backends.console import Console
     from pytest_vmbottle.errors import (
@@ -115,6 +113,8 @@ if not TYPE_CHECKING:  # to a type checker it would mean that any name is there
         """Import a public name on first use."""
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module  # noqa: PLC0415 - as the rest, only if it is needed
+
         value: object = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
         # Python asks `__getattr__` only for names that are not there (PEP 562), so this is once for each.
         globals()[name] = value

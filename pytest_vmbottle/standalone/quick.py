@@ -1,23 +1,24 @@
 """`vmbottle machine exec NAME COMMAND...`, if it is plain, with as little loaded as possible.
 
-Scripts call it again and again, and to load the command line takes longer than a command in a guest. What is not plain is left to that:
-options, and a machine that does not answer.
+Scripts call it again and again, and to load `socket`, `json`, `pathlib` and `typing` takes as long as a command in a guest: so this module
+does with what they are made of. What is not plain is left to the command line: options, and a machine that does not answer.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from _json import encode_basestring_ascii as quoted
+from _socket import AF_UNIX, SCM_RIGHTS, SOL_SOCKET, socket
 
-from pytest_vmbottle.standalone.line import connect, exchange
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-__all__ = ["execute", "exit_status", "request", "streams"]
+__all__ = ["execute"]
 
 _INTERRUPTED = 130
+_ANSWERED = b'{"answer": '
 
 
 def execute(words: Sequence[str]) -> int | None:
@@ -25,18 +26,21 @@ def execute(words: Sequence[str]) -> int | None:
     name, argv = _plain(words)
     if not argv:
         return None
-    folder = _catalog() / "machines" / name
+    folder = os.path.join(_catalog(), "machines", name)  # noqa: PTH118
+    line = socket(AF_UNIX)
     try:
-        line = connect(folder)
-    except OSError:
-        return None
-    try:
-        with streams() as descriptors:
-            message = exchange(line, request(argv), descriptors)
+        if not _is_connected(line, folder):
+            return None
+        answer = _answer(line, argv)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _INTERRUPTED
-    return exit_status(message["answer"]) if message and "answer" in message else _told(folder, message)
+    finally:
+        line.close()
+    status = answer.removeprefix(_ANSWERED).removesuffix(b"}\n")
+    if answer.startswith(_ANSWERED) and status.removeprefix(b"-").isdigit():
+        return int(status) if int(status) >= 0 else 128 - int(status)
+    return _told(folder, answer)
 
 
 def _plain(words: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -50,49 +54,47 @@ def _plain(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     return name, argv[1:] if argv[0] == "--" else argv
 
 
-def _catalog() -> Path:
-    given = os.environ.get("VMBOTTLE_CATALOG")
-    if given:
-        return Path(given).expanduser()
-    from pytest_vmbottle.catalog.location import default_root  # noqa: PLC0415 - loaded only where it is needed
-
-    return default_root()
+def _catalog() -> str:
+    """Return the catalog that is meant; where it is elsewhere, there is no such machine here, and the command line looks for it."""
+    caches = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
+    return os.path.expanduser(os.environ.get("VMBOTTLE_CATALOG") or f"{caches}/pytest-vmbottle")  # noqa: PTH111
 
 
-def _told(folder: Path, message: Mapping[str, Any] | None) -> int:
-    """Write the error of a command that was begun, as the command line does, and return the exit status."""
-    from pytest_vmbottle.errors import VMBottleError  # noqa: PLC0415 - loaded only where something went wrong
-    from pytest_vmbottle.shown import printable  # noqa: PLC0415
-    from pytest_vmbottle.standalone.client import Kept  # noqa: PLC0415
-
+def _is_connected(line: socket, folder: str) -> bool:
+    """Connect to the daemon of a machine's folder, if there is one (see `line.connect`)."""
     try:
-        return exit_status(Kept(folder).answered(message))
-    except (VMBottleError, OSError) as error:
-        sys.stderr.write(f"Error: {printable(str(error))}\n")
-        return 1
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        line.connect(f"/proc/self/fd/{opened}/socket")
+    except OSError:
+        return False
+    finally:
+        os.close(opened)
+    return True
 
 
-def request(
-    argv: Sequence[str],
-    *,
-    user: str | None = None,
-    cwd: str | None = None,
-    env: Mapping[str, str] | None = None,
-    timeout: float | None = None,
-) -> dict[str, Any]:
-    """Return the request for a command, of which the daemon's `Requests` tell more."""
-    return {"verb": "exec", "argv": list(argv), "user": user, "cwd": cwd, "env": dict(env or {}), "timeout": timeout}
-
-
-@contextmanager
-def streams(*, interactive: bool = False) -> Iterator[tuple[int, int, int]]:
-    """Yield the descriptors of this process that are a command's input, output and error.
-
-    They go to the daemon themselves, which writes to the terminal or pipe without a copy by this process. A terminal is its input only if
-    it is to be interactive: two readers of one terminal would steal each other's keys.
-    """
-    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
-        yield 0 if interactive or not _is_terminal(0) else nothing.fileno(), 1, 2
+def _answer(line: socket, argv: Sequence[str]) -> bytes:
+    """Ask for a command, and return the daemon's line about its end; nothing if the daemon ended first (see `asking.request`)."""
+    asked = ", ".join(map(quoted, argv))
+    message = f'{{"verb": "exec", "argv": [{asked}], "user": null, "cwd": null, "env": {{}}, "timeout": null}}\n'.encode()
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # A terminal is no input: two readers of one terminal would steal each other's keys.
+        descriptors = (nothing if _is_terminal(0) else 0, 1, 2)
+        rights = b"".join(each.to_bytes(4, sys.byteorder) for each in descriptors)
+        sent = line.sendmsg([message], [(SOL_SOCKET, SCM_RIGHTS, rights)])
+        line.sendall(message[sent:])
+        received = b""
+        while not received.endswith(b"\n") and (data := line.recv(1 << 16)):
+            received += data
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
+    else:
+        return received
+    finally:
+        os.close(nothing)
 
 
 def _is_terminal(fd: int) -> bool:
@@ -104,6 +106,18 @@ def _is_terminal(fd: int) -> bool:
         return True
 
 
-def exit_status(status: int) -> int:
-    """Return a status as shells do: 128 + N for a command ended by signal N."""
-    return status if status >= 0 else 128 - status
+def _told(folder: str, answer: bytes) -> int:
+    """Write the error of a command that was begun, as the command line does, and return the exit status."""
+    import json  # noqa: PLC0415 - all this is loaded only where something went wrong
+    from pathlib import Path  # noqa: PLC0415
+
+    from pytest_vmbottle.errors import VMBottleError  # noqa: PLC0415
+    from pytest_vmbottle.shown import printable  # noqa: PLC0415
+    from pytest_vmbottle.standalone.asking import exit_status  # noqa: PLC0415
+    from pytest_vmbottle.standalone.client import Kept  # noqa: PLC0415
+
+    try:
+        return exit_status(Kept(Path(folder)).answered(json.loads(answer) if answer else None))
+    except (VMBottleError, OSError) as error:
+        sys.stderr.write(f"Error: {printable(str(error))}\n")
+        return 1

@@ -138,7 +138,18 @@ def test_a_pack_of_emulation_is_refused_under_kvm(host: Machine, vm_catalog: Cat
     backend = QemuBackend(accelerator="tcg", proofs=vm_catalog.proofs)
     with closing(Provisioner(catalog, backend, name="qemu", settings=Settings())) as provisioner:
         pack = provisioner.pack(MachineSpec.resolve("outside", {"memory": "256M"}))
-        argv = [sys.executable, "-m", "pytest_vmbottle", "--catalog", str(catalog.root), "pack", "export", pack.key, "-o", str(tmp_path / "pack")]
+        argv = [
+            sys.executable,
+            "-m",
+            "pytest_vmbottle",
+            "--catalog",
+            str(catalog.root),
+            "pack",
+            "export",
+            pack.key,
+            "-o",
+            str(tmp_path / "pack"),
+        ]
         subprocess.run(argv, check=True)
     host.cp(tmp_path / "pack", host.path("/root/of-tcg.vmpack"))
     assert UNFIT in refusal(host, "/root/of-tcg.vmpack", "kvm")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +19,7 @@ from pytest_vmbottle.errors import MachineError
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.machine.machine import Machine
 from pytest_vmbottle.provision.origins import KeptOrigin
+from pytest_vmbottle.standalone.asking import request
 from pytest_vmbottle.standalone.client import Kept
 from pytest_vmbottle.standalone.daemon import Daemon
 from pytest_vmbottle.standalone.line import Line, listen
@@ -29,7 +31,8 @@ LOADED = """
 import sys
 from pytest_vmbottle.standalone.quick import execute
 status = execute(["machine", "exec", "web", "true"])
-print(status, *sorted({name.partition(".")[0] for name in sys.modules} & {"click", "attr", "attrs", "subprocess", "cattrs"}))
+slow = {"click", "attr", "attrs", "subprocess", "cattrs", "json", "pathlib", "re", "socket", "typing"}
+print(status, *sorted({name.partition(".")[0] for name in sys.modules} & slow))
 """
 
 
@@ -95,13 +98,34 @@ def test_an_error_is_told_as_by_the_command_line(web: Handlers, capfd: pytest.Ca
     assert capfd.readouterr().err == "Error: the guest \\x1b[31mis lost\n"
 
 
+def test_it_asks_for_what_the_command_line_would_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMBOTTLE_CATALOG", str(tmp_path))
+    words = ["printf", 'a "b" \\', "\u00e9\udcff\n", ""]
+    (tmp_path / "machines" / "web").mkdir(parents=True)
+    asked: list[object] = []
+    folder = os.open(tmp_path / "machines" / "web", os.O_RDONLY)
+    with listen(folder) as server:
+
+        def answer() -> None:
+            line = Line(server.accept()[0])
+            asked.append(line.receive())
+            line.send({"answer": 0})
+            line.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert execute(["machine", "exec", "web", "--", *words]) == 0
+        thread.join()
+    os.close(folder)
+    assert asked == [request(words)]
+
+
 @pytest.mark.usefixtures("web")
 def test_ctrl_c_ends_it_in_a_word(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(line: Line, *_: object) -> NoReturn:
-        line.close()
+    def interrupted(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pytest_vmbottle.standalone.quick.exchange", interrupted)
+    monkeypatch.setattr("pytest_vmbottle.standalone.quick._answer", interrupted)
     assert execute(["machine", "exec", "web", "true"]) == 130
     assert capfd.readouterr().err == "interrupted\n"
 
