@@ -16,7 +16,7 @@ from pytest_vmbottle.result import Result
 REPORT = "/root/report.xml"
 FAILED = "/srv/.pytest_cache/v/cache/lastfailed"
 """Cache file in which pytest keeps the failed tests."""
-MINUTES = 12
+MINUTES = 20
 LEAST = 20
 """Tests that the suite has at least: with fewer, it was not found."""
 CRASHED = ("the process that ran it is gone", "boot process exited (code 0) before the agent was ready")
