@@ -38,10 +38,6 @@ class Refused(Exception):
     """An archive is invalid, or would write outside of its target."""
 
 
-def _drop(_: str) -> None:
-    """Take the path of a socket or a FIFO that is left out, and do nothing with it."""
-
-
 def pack(  # noqa: PLR0913 - what is packed, and how
     source: Path,
     sink: BinaryIO,
@@ -49,7 +45,7 @@ def pack(  # noqa: PLR0913 - what is packed, and how
     name: str,
     sparse: Callable[[], bool] = bool,
     exclude: Exclusion = NOTHING,
-    skipped: Callable[[str], object] = _drop,
+    skipped: Callable[[str], object] = str,
 ) -> None:
     """Write a file or tree as a tar stream, sorted by name.
 
@@ -207,7 +203,7 @@ def _zip_one(packed: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, mode: 
             shutil.copyfileobj(content, place, 1 << 20)
 
 
-def unpack(source: BinaryIO, folder: Path, *, exclude: Exclusion = NOTHING, skipped: Callable[[str], object] = _drop) -> None:
+def unpack(source: BinaryIO, folder: Path, *, exclude: Exclusion = NOTHING, skipped: Callable[[str], object] = str) -> None:
     """Unpack a tar file into an empty folder, by strict rules of our own.
 
     The library's filters have been bypassed (CVE-2025-4517).
