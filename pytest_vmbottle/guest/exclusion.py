@@ -59,7 +59,10 @@ class Exclusion:
         """
         options = []
         for parts in self.patterns:
-            if any(character in part for part in parts for character in "?[") or (len(parts) == 1 and fnmatchcase(top, parts[0])):
+            if any(character in part for part in parts for character in "?["):
+                continue
+            # The dot in front of the top is a part of the path, too.
+            if len(parts) == 1 and any(fnmatchcase(part, parts[0]) for part in (".", top)):
                 continue
             words = [part.replace("\\", "\\\\") for part in parts]
             above = [".", "".join(f"\\{character}" if character in _GLOB else character for character in top)] if len(parts) > 1 else []

@@ -45,7 +45,7 @@ def pack(  # noqa: PLR0913 - what is packed, and how
     name: str,
     sparse: Callable[[], bool] = bool,
     exclude: Exclusion = NOTHING,
-    skipped: Callable[[str], object] = str,
+    skipped: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Write a file or tree as a tar stream, sorted by name.
 
@@ -203,7 +203,7 @@ def _zip_one(packed: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, mode: 
             shutil.copyfileobj(content, place, 1 << 20)
 
 
-def unpack(source: BinaryIO, folder: Path, *, exclude: Exclusion = NOTHING, skipped: Callable[[str], object] = str) -> None:
+def unpack(source: BinaryIO, folder: Path, *, exclude: Exclusion = NOTHING, skipped: Callable[[str], object] = lambda _: None) -> None:
     """Unpack a tar file into an empty folder, by strict rules of our own.
 
     The library's filters have been bypassed (CVE-2025-4517).
