@@ -91,12 +91,12 @@ class AgentOrSsh(Channel):
         """Tell whether the runner is there and has them (see `Channel.has_files`)."""
         return self.runner.has_files
 
-    def streaming(self, *, deadline: Deadline) -> Channel | None:
+    def streaming(self, *, deadline: Deadline, terminals: bool = False) -> Channel | None:
         """Return the runner, which is started anew where the guest has booted since (see `Channel.streaming`)."""
         limit = Deadline(min(_START, deadline.remaining))
         with suppress(MachineError):
             if self.runner.is_ready or (self.present() and self.runner.start_in(self.agent, deadline=limit, again=False)):
-                return self.runner
+                return self.runner if self.runner.has_terminals or not terminals else None
         return None
 
     @contextmanager

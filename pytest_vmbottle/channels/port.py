@@ -151,8 +151,11 @@ class Channel(ABC):
         """Tell whether it has operations on files, which take no programs in the guest, and much data."""
         return False
 
-    def streaming(self, *, deadline: Deadline) -> Channel | None:
-        """Return a channel for commands that take input while they run; None where another one has to be asked for (`Instance.channel`)."""
+    def streaming(self, *, deadline: Deadline, terminals: bool = False) -> Channel | None:
+        """Return a channel for commands that take input while they run, or also for terminals.
+
+        None where another one has to be asked for (`Instance.channel`).
+        """
         return None
 
     def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline, command: Command | None = None) -> Terminal:

@@ -20,7 +20,7 @@ import attrs
 
 from pytest_vmbottle.channels.guest_agent import AgentEnded
 from pytest_vmbottle.channels.outputs import Outputs
-from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running, not_run
+from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command, Finished, Running, Terminal, not_run
 from pytest_vmbottle.errors import MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.digests import digest
@@ -32,10 +32,13 @@ _SCRIPT = read_script(__package__, "runner.py")
 RUNNER = digest(_SCRIPT)
 """Digest of the program in the guest: it is part of a pack."""
 _HEAD = struct.Struct(">IBI")
-_RUN, _INPUT, _TAKEN, _SYNC, _LEFT, _FILE, _KILL = 1, 2, 3, 4, 5, 6, 7
+_RUN, _INPUT, _TAKEN, _SYNC, _LEFT, _FILE, _KILL, _TERMINAL, _SIZE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 _OUT, _ERR, _END, _REFUSED, _SYNCED, _WRITTEN, _LEVEL = 17, 18, 19, 20, 21, 22, 23
-_WITH_FILES = 2
-"""Level from which on a runner has operations on files; those in older snapshots have none."""
+_WITH_FILES, _WITH_TERMINALS = 2, 3
+"""Levels from which on a runner has operations on files, and terminals; those in older snapshots have none."""
+_SHELL = 'command -v runuser >/dev/null && exec runuser -l "$1"; exec su -l "$1"'
+_LAST_WORDS = 2.0
+"""Seconds that a program's status may come after the end of its output."""
 _MAX_FRAME = 1 << 17
 """Bytes of one frame from the guest; it sends 64 KiB at most."""
 _WINDOW = 1 << 20
@@ -300,6 +303,11 @@ class Runner(Channel):
         """Tell whether it is there and has operations on files (see `Channel.has_files`)."""
         return self.is_ready and self._level >= _WITH_FILES
 
+    @property
+    def has_terminals(self) -> bool:
+        """Tell whether it is there and has terminals."""
+        return self.is_ready and self._level >= _WITH_TERMINALS
+
     def start_in(self, channel: Channel, *, deadline: Deadline, again: bool = True) -> bool:
         """Have another channel start the runner in the guest if it does not run; return whether it answers.
 
@@ -484,18 +492,17 @@ class Runner(Channel):
         has_input: bool,
         beside: bool = False,
     ) -> _Job:
-        with self._lock:
-            self._last = (self._last + 1) % (1 << 32)
-            number = self._last
-            job = self._jobs[number] = _Job(self, number, command, (stdout, stderr))
+        job = self._new(command, stdout, stderr)
         if beside:
             job.deliver_beside()
-        kind, words = _FILE, command.operation
-        if not self._operates(command):
-            path = dict(command.env).get("PATH", GUEST_PATH)
-            env = (f"{name}={value}" for name, value in command.environment)
-            kind, words = _RUN, (command.tag, path, str(len(command.argv)), *command.argv, *env)
-        self.send(kind, number, "\0".join(("1" if has_input else "0", *words)).encode("utf-8", "surrogateescape"))
+        kind, words = (_FILE, command.operation) if self._operates(command) else (_RUN, _words(command))
+        self.send(kind, job.number, _joined("1" if has_input else "0", *words))
+        return job
+
+    def _new(self, command: Command, stdout: Callable[[bytes], object], stderr: Callable[[bytes], object]) -> _Job:
+        with self._lock:
+            self._last = (self._last + 1) % (1 << 32)
+            job = self._jobs[self._last] = _Job(self, self._last, command, (stdout, stderr))
         return job
 
     def _operates(self, command: Command) -> bool:
@@ -538,6 +545,15 @@ class Runner(Channel):
         del deadline  # it takes no time
         return self._job(command, stdout, stderr, has_input=True, beside=True)
 
+    def terminal(self, *, user: str, kind: str, size: tuple[int, int], deadline: Deadline, command: Command | None = None) -> Terminal:
+        """Start a login shell or a command on a terminal (see `Channel.terminal`)."""
+        del deadline  # it takes no time
+        shell = Command(argv=("/bin/sh", "-c", _SHELL, "sh", user), env=(("PATH", GUEST_PATH), ("TERM", kind)))
+        tag, path, *words = _words(command or shell)
+        screen = _Screen(self, lambda stdout, stderr: self._new(command or shell, stdout, stderr))
+        self.send(_TERMINAL, screen.job.number, _joined(tag, path, f"{size[0]} {size[1]}", *words))
+        return screen
+
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
         """Run a command with a host file as its input (see `Channel.put`)."""
         outputs = Outputs()
@@ -562,6 +578,67 @@ class Runner(Channel):
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+
+class _Screen(Terminal):
+    """A terminal in the guest (see `Terminal`).
+
+    Attributes:
+        job: The command on it.
+    """
+
+    def __init__(self, runner: Runner, made: Callable[[Callable[[bytes], object], Callable[[bytes], object]], _Job]) -> None:
+        self._runner = runner
+        # A program can wait for output together with other things.
+        self._ours, self._theirs = socket.socketpair()
+        self.job = made(self._shown, self._said)
+        self.job.deliver_beside()
+
+    def _shown(self, data: bytes) -> None:
+        if data:
+            self._theirs.sendall(data)
+        else:
+            self._theirs.close()
+
+    def _said(self, data: bytes) -> None:
+        # Of a program that cannot be started; else there is one stream, and this one is at its end.
+        self._theirs.sendall(data)
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def receive(self) -> bytes:
+        with suppress(ConnectionResetError):
+            return self._ours.recv(_PIECE)
+        return b""
+
+    def send(self, data: bytes) -> None:
+        with suppress(OSError, MachineError):  # the program may be gone, or read nothing
+            self.job.write(data, deadline=Deadline(_GRACE))
+
+    def resize(self, columns: int, lines: int) -> None:
+        with suppress(MachineError):
+            self._runner.send(_SIZE, self.job.number, b"%d %d" % (columns, lines))
+
+    @property
+    def status(self) -> int | None:
+        with suppress(MachineError):
+            return self.job.wait(deadline=Deadline(_LAST_WORDS))
+        return None
+
+    def close(self) -> None:
+        # First, so that nobody waits for room for what nobody reads.
+        self._ours.close()
+        self.job.close()
+
+
+def _words(command: Command) -> tuple[str, ...]:
+    path = dict(command.env).get("PATH", GUEST_PATH)
+    return (command.tag, path, str(len(command.argv)), *command.argv, *(f"{name}={value}" for name, value in command.environment))
+
+
+def _joined(*words: str) -> bytes:
+    return "\0".join(words).encode("utf-8", "surrogateescape")
 
 
 def _frame(kind: int, number: int, content: bytes) -> bytes:

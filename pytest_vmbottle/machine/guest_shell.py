@@ -116,7 +116,7 @@ class GuestShell(Shell):
     def run_on_terminal(self, argv: tuple[str, ...], prepared: Command, deadline: Deadline) -> Result:
         """Run a prepared command to its end on a terminal of its own, as `run` does without one."""
         self._lifecycle.alive()
-        channel = self._lifecycle.bulk_channel(deadline)
+        channel = self._lifecycle.stream_channel(deadline, terminals=True)
         began = time.monotonic()
         finished = run_on_terminal(channel, prepared, deadline, kill=lambda: self.kill(prepared))
         result = self._result(argv, finished, time.monotonic() - began)

@@ -220,10 +220,10 @@ class Lifecycle:
         _ = self.channel
         return self.instance.channel(deadline=deadline, bulk=True)
 
-    def stream_channel(self, deadline: Deadline) -> Channel:
-        """Return a channel for commands that take input while they run; raise as `channel` does."""
+    def stream_channel(self, deadline: Deadline, *, terminals: bool = False) -> Channel:
+        """Return a channel for commands that take input while they run, or also for terminals; raise as `channel` does."""
         # A login takes long, so it is made only where nothing else has streams.
-        return self.channel.streaming(deadline=deadline) or self.bulk_channel(deadline)
+        return self.channel.streaming(deadline=deadline, terminals=terminals) or self.bulk_channel(deadline)
 
     @property
     def panic(self) -> str | None:

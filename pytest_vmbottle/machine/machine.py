@@ -1074,8 +1074,8 @@ class Machine:
 
         If the machine is on a private LAN, it is the cable to that LAN, and everything else goes on as before. Otherwise it is its only
         cable.
-        Without that nothing from outside gets an answer: forwarded ports, `ssh_config`, `shell`, and large copies, which go over SSH.
-        Commands still run where the guest has the QEMU guest agent, as `debian-12` does.
+        Without that nothing from outside gets an answer: forwarded ports, `ssh_config`, and what goes over SSH. Commands and shells do not
+        where the guest has Python and the QEMU guest agent, as `debian-12` does.
 
         Raises:
             MachineError: The backend has no cable to pull, or the machine is gone.
@@ -1319,8 +1319,8 @@ class Machine:
             MachineError: There is no terminal here, the backend offers none, or the guest cannot be reached.
         """
         deadline = Deadline(_LOGIN_TIME * self._factor)
-        # The channel for much data is SSH where there is one, and the only one with terminals: the QEMU guest agent has none.
-        channel = self.lifecycle.bulk_channel(deadline)
+        # The QEMU guest agent has no terminals.
+        channel = self.lifecycle.stream_channel(deadline, terminals=True)
         return attach(channel, user=user or self.spec.user, stdin=stdin, stdout=stdout, seconds=deadline.seconds)
 
     @cached_property

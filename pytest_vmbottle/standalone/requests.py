@@ -147,7 +147,7 @@ class Requests:
             env = {"TERM": request["kind"], **request["env"]}
             command = self._machine.guest.command(argv, env=env, cwd=request["cwd"], user=request["user"])
         deadline = Deadline(_LOGIN)
-        channel = self._machine.lifecycle.bulk_channel(deadline)
+        channel = self._machine.lifecycle.stream_channel(deadline, terminals=True)
         opened = channel.terminal(user=user, kind=request["kind"], size=(columns, lines), deadline=deadline, command=command)
         with closing(opened) as session:
             # The first of two answers: the terminal is open.

@@ -201,6 +201,16 @@ def test_a_command_with_input_that_is_not_over_ends_with_who_asked_for_it(comman
     assert commands.exec(deaf, "sh", "-c", left) == "nothing else\n"
 
 
+@pytest.mark.guests
+def test_a_terminal_needs_no_ssh_in_the_guest_and_ends_with_its_client(commands: Commands, deaf: str, person: Person) -> None:
+    words = ("-t", "-u", "nobody", "-w", "/tmp", deaf, "--", "sh", "-c", "tty; id -un; pwd; exec sleep 4721")
+    running = commands.begin("exec", *words, stdin=person.terminal, stdout=person.terminal, stderr=person.terminal)
+    person.sees(r"/dev/pts/\d+\s+nobody\s+/tmp")
+    running.kill()
+    running.wait()
+    commands.exec(deaf, "timeout", "30", "sh", "-c", "while pgrep -f 'sleep 472[1]'; do sleep 0.2; done")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.guests)])
 def test_a_command_ends_in_the_guest_when_whoever_asked_for_it_is_gone(commands: Commands, web: str, number: int) -> None:
     with commands.begin("exec", web, "--", "sh", "-c", f"echo begun; exec sleep 1000{number}", stdout=subprocess.PIPE) as running:

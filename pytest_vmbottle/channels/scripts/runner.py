@@ -14,13 +14,14 @@ import signal
 import stat
 import struct
 import sys
+import termios
 import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL = 1, 2, 3, 4, 5, 6, 7
+RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL, TERMINAL, SIZE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 OUT, ERR, END, REFUSED, SYNCED, WRITTEN, LEVEL = 17, 18, 19, 20, 21, 22, 23
 UMASK, UNABLE, LONGEST = 0o022, 120, 100
 HEAD, WINDOW, PIECE = struct.Struct(">IBI"), 1 << 20, 1 << 16
@@ -85,6 +86,8 @@ class Command:
             data = os.read(state[0], PIECE)
         except BlockingIOError:
             return
+        except OSError:  # so a terminal says that nobody has it open any more
+            data = b""
         if not self.is_left:
             send(kind, self.number, data)
             state[1] += len(data)
@@ -141,16 +144,69 @@ class Command:
     def ended(self, status: int) -> None:
         self.pid = 0
         send(END, self.number, b"%d" % (-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)))
+        self.close_input()
+        self.forget()
+
+    def close_input(self) -> None:
         if self.stdin >= 0:
             if self.input:
                 selector.unregister(self.stdin)
             os.close(self.stdin)
-            self.stdin = -1
-        self.forget()
+            self.stdin, self.input = -1, b""
 
     def forget(self) -> None:
         if not self.pid and not self.open:
             del commands[self.number]
+
+
+class Screen(Command):
+    """A command that has a terminal in place of pipes."""
+
+    def __init__(self, number: int, pid: int, terminal: int) -> None:
+        super().__init__(number, pid, os.dup(terminal))
+        send(ERR, number, b"")
+        self.watch(OUT, terminal)
+
+    def left(self) -> None:
+        """Hang up: who has this terminal ends with the connection."""
+        self.is_left = True
+        self.close_input()
+        # The kernel tells only who leads the session, and runuser(1) takes no notice.
+        with contextlib.suppress(OSError, KeyError):
+            group = os.tcgetpgrp(self.open[OUT][0])
+            if group > 1:  # 0 would be that of this program
+                os.killpg(group, signal.SIGHUP)
+        self.hang_up()
+        self.forget()
+
+    def hang_up(self) -> None:
+        fd, taken = self.open.pop(OUT, [-1, 0])
+        if fd >= 0:
+            if taken < WINDOW:
+                selector.unregister(fd)
+            os.close(fd)
+            send(OUT, self.number, b"")
+
+    def ended(self, status: int) -> None:
+        # What it has shown last. Then those that it left behind lose the terminal.
+        with contextlib.suppress(OSError):
+            data = b"the last"
+            while OUT in self.open and data:
+                data = os.read(self.open[OUT][0], PIECE)
+                if data:
+                    send(OUT, self.number, data)
+        self.hang_up()
+        super().ended(status)
+
+
+def resize(command: Command, content: bytes) -> None:
+    if isinstance(command, Screen) and OUT in command.open:
+        set_size(command.open[OUT][0], content)
+
+
+def set_size(terminal: int, content: bytes) -> None:
+    columns, lines = map(int, content.split())
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
 
 def send(kind: int, number: int, content: bytes) -> None:
@@ -210,6 +266,27 @@ def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int
         commands[number].watch(ERR, pipes[1][0])
     for fd in theirs:
         os.close(fd)
+
+
+def show(number: int, content: bytes) -> None:
+    """Start a command on a terminal."""
+    tag, path, size, count, *words = content.split(b"\0")
+    argv, env = words[: int(count)], dict(word.split(b"=", 1) for word in words[int(count) :])
+    with contextlib.suppress(OSError):
+        os.pwrite(login, tag, 0)
+    terminal, its = os.openpty()
+    set_size(terminal, size)
+    # Who leads a session has as its terminal the first one that it opens.
+    actions = [(os.POSIX_SPAWN_OPEN, 0, os.ttyname(its), os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
+    defaults = (signal.SIGPIPE, signal.SIGXFSZ)
+    try:
+        pid = os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults)
+    except OSError as error:
+        send(REFUSED, number, str(error.errno).encode())
+        os.close(terminal)
+    else:
+        commands[number] = Screen(number, pid, terminal)
+    os.close(its)
 
 
 # -- files: a copy of this process does what would cost a program each, with the words, statuses and output of the scripts for that -------
@@ -502,7 +579,7 @@ def reap() -> None:
 
 def synced(number: int, content: bytes) -> None:
     send(SYNCED, number, content)
-    send(LEVEL, number, b"2")
+    send(LEVEL, number, b"3")
 
 
 def kill(command: Command) -> None:
@@ -510,12 +587,13 @@ def kill(command: Command) -> None:
         os.kill(command.pid, signal.SIGKILL)
 
 
-ASKED: "dict[int, Callable[[int, bytes], object]]" = {RUN: run, FILE: operate, SYNC: synced}
+ASKED: "dict[int, Callable[[int, bytes], object]]" = {RUN: run, FILE: operate, SYNC: synced, TERMINAL: show}
 OF_COMMANDS: "dict[int, Callable[[Command, bytes], object]]" = {
     INPUT: Command.feed,
     TAKEN: lambda command, content: command.taken(content[0], int(content[1:])),
     LEFT: lambda command, _: command.left(),
     KILL: lambda command, _: kill(command),
+    SIZE: resize,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import select
 import socket
 import struct
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 
 from pytest_vmbottle import MachineDied, MachineError
 from pytest_vmbottle.channels.guest_agent import AgentEnded
-from pytest_vmbottle.channels.port import GUEST_PATH, MAX_OUTPUT, Command
+from pytest_vmbottle.channels.port import GUEST_PATH, MAX_OUTPUT, Command, Terminal
 from pytest_vmbottle.channels.runner import _SCRIPT, Runner
 from pytest_vmbottle.host.deadline import Deadline
 
@@ -336,3 +337,56 @@ def test_output_that_waits_keeps_its_order_and_does_not_grow_with_its_pieces(run
     go.set()
     assert running.wait(deadline=Deadline(30)) == 0
     assert b"".join(got) == b"out1\nerr1\nout2\nerr2\nout3\nerr3\n"
+
+
+def _seen(terminal: Terminal, *wanted: str, since: str = "") -> str:
+    """Read a terminal until all of it was shown."""
+    limit = Deadline(20)
+    while not all(word in since for word in wanted):
+        assert not limit.expired, since
+        if select.select([terminal], [], [], 0.5)[0]:
+            since += terminal.receive().decode()
+    return since
+
+
+def _on_terminal(runner: Runner, text: str) -> Terminal:
+    return runner.terminal(user="root", kind="dumb", size=(91, 33), deadline=Deadline(20), command=_sh(text))
+
+
+def test_a_command_on_a_terminal_has_its_size_its_keys_and_its_status(runner: Runner) -> None:
+    with closing(
+        _on_terminal(runner, "tty; stty size; trap 'echo INT' INT; until read -r word; do :; done; echo got $word; cat; stty size; exit 7")
+    ) as terminal:
+        _seen(terminal, "/dev/pts/", "33 91")
+        terminal.send(b"\x03")
+        _seen(terminal, "INT")
+        terminal.send(b"word\n")
+        _seen(terminal, "got word")
+        terminal.resize(100, 40)
+        terminal.send(b"x" * 300 + b"\n\x04")
+        _seen(terminal, "40 100")
+        while terminal.receive():
+            pass
+        assert terminal.status == 7
+
+
+def test_a_terminal_shows_its_end_and_what_is_left_behind_does_not_hold_it(runner: Runner) -> None:
+    with closing(_on_terminal(runner, "sleep 63 & echo last words; kill -9 $$")) as terminal:
+        shown = b""
+        while data := terminal.receive():
+            shown += data
+        assert (shown, terminal.status) == (b"last words\r\n", -9)
+    with closing(
+        runner.terminal(user="root", kind="dumb", size=(9, 9), deadline=Deadline(9), command=Command(argv=("nonesuch",)))
+    ) as missing:
+        assert "not found" in _seen(missing, "not found")
+        assert (missing.receive(), missing.status) == (b"", 127)
+
+
+def test_who_has_a_terminal_ends_with_its_connection(runner: Runner, tmp_path: Path) -> None:
+    terminal = _on_terminal(runner, f"echo $$ > {tmp_path}/pid; yes")
+    _seen(terminal, "y")
+    pid = int((tmp_path / "pid").read_text())
+    terminal.close()
+    assert Deadline(10).poll(lambda: not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text())
+    assert runner.run(_sh("echo on"), deadline=Deadline(20)).stdout == b"on\n"
