@@ -58,6 +58,8 @@ class AgentOrSsh(Channel):
         if self.runner.is_ready:
             return self.runner, deadline
         way: Channel | None = self._known() or Deadline(_RETURN).poll(self._known)
+        if way is self.agent:  # which is gone too where the guest powers off
+            self.runner.warn_if_lost()
         if way is not None:
             return way, deadline
         # An agent that is started again meanwhile is as welcome as a login, so both are tried in turn.

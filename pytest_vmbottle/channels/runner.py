@@ -7,6 +7,7 @@ bounded, and nothing but bytes and numbers.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 import struct
@@ -55,6 +56,7 @@ _STUCK = 60.0
 """Seconds that a guest may take to read what is sent to it; its runner always reads."""
 _TIME = struct.Struct("@ll")
 _EACCES = 13
+log = logging.getLogger(__name__)
 
 
 class _Waiting:
@@ -286,6 +288,7 @@ class Runner(Channel):
         self._known: int | None = None
         self._level = 1
         self._failed: int | None = None
+        self._is_missed = False
         self._starting = threading.Lock()
         self._token = b""
         self._synced = threading.Event()
@@ -297,6 +300,16 @@ class Runner(Channel):
     def is_ready(self) -> bool:
         """Tell whether the runner that answered is still the one that has the port open."""
         return self._known is not None and self._known == self._changes()
+
+    def warn_if_lost(self) -> None:
+        """Log a warning, once, if the runner that was there has ended or does not answer any more."""
+        if self._is_missed and not self.is_ready:
+            self._is_missed = False
+            log.warning("the guest's runner was ended, or does not answer any more: commands go by the guest agent, and take longer")
+
+    def expect_none(self) -> None:
+        """Miss no runner: the guest has booted."""
+        self._is_missed = False
 
     @property
     def has_files(self) -> bool:
@@ -339,6 +352,7 @@ class Runner(Channel):
         if not self._is_there() or not self._answers(deadline, lambda token: self.send(_SYNC, 0, token)):
             return False
         self._known = known
+        self._is_missed = True
         return True
 
     def _answers(self, deadline: Deadline, ask: Callable[[bytes], object]) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import suppress
 
 import pytest
 
-from pytest_vmbottle import CommandFailed, CommandSucceeded, CommandTimeout, Machine
+from pytest_vmbottle import CommandFailed, CommandSucceeded, CommandTimeout, Machine, MachineError
 
 pytestmark = pytest.mark.vm("debian-12")
 
@@ -204,3 +205,14 @@ def test_a_hundred_megabytes_of_output_are_cut_with_a_mark_in_bounded_memory(eit
     assert result.stdout.endswith("truncated after 16 MiB]\n")
     assert len(result.stdout) < (16 << 20) + 100
     assert grown < 200 << 20
+
+
+@pytest.mark.guests
+def test_a_runner_that_was_killed_is_told_once_and_commands_go_on(vm: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    with suppress(MachineError):  # it carries this very command
+        vm.exec(["pkill", "-KILL", "-x", "vmbottle-runner"], check=False)
+    assert [vm.exec(["echo", "on"]).stdout for _ in range(3)] == ["on\n"] * 3
+    assert len([record for record in caplog.records if "runner" in record.message and record.levelname == "WARNING"]) == 1
+    vm.reboot()
+    assert vm.exec(["echo", "on"]).stdout == "on\n"
+    assert len([record for record in caplog.records if "runner" in record.message and record.levelname == "WARNING"]) == 1

@@ -101,6 +101,7 @@ class GuestChannels:
 
     def forget(self) -> None:
         """Look anew for what there is, as after a reboot."""
+        self.runner.expect_none()
         with self._lock:
             self.has_agent = self._agent_due = None
             self._log_out()

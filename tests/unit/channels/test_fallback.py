@@ -19,7 +19,7 @@ class Guest:
 
     def __init__(self) -> None:
         self.agent, self.ssh, self.lets_in = True, False, True
-        self.logins, self.is_ready = 0, False
+        self.logins, self.is_ready, self.warned = 0, False, 0
 
     def log_in(self, _: Deadline) -> Any:
         self.logins += 1
@@ -40,6 +40,9 @@ class Guest:
             log_in=self.log_in,
         )
 
+    def warn_if_lost(self) -> None:
+        self.warned += 1
+
     def run(self) -> bytes:
         return self.channel.run(Command(argv=("true",)), deadline=Deadline(0.05)).stdout
 
@@ -54,7 +57,8 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
 def test_commands_go_by_the_agent_while_it_is_there_and_again_when_it_is_back(guest: Guest) -> None:
     assert guest.run() == b"agent"
     guest.agent = False
-    assert (guest.run(), guest.run(), guest.logins) == (b"ssh", b"ssh", 1)
+    warned = guest.warned
+    assert (guest.run(), guest.run(), guest.logins, guest.warned) == (b"ssh", b"ssh", 1, warned)
     guest.agent = True
     assert guest.run() == b"agent"
 

@@ -182,6 +182,20 @@ def test_a_runner_that_ends_fails_its_commands_at_once_and_is_not_asked_again(ru
     assert not runner.is_ready
 
 
+@pytest.mark.parametrize(("booted", "said"), [(False, 1), (True, 0)])
+def test_the_loss_of_a_runner_is_told_once_but_not_after_a_boot(
+    runner: Runner, guest: Guest, caplog: pytest.LogCaptureFixture, *, booted: bool, said: int
+) -> None:
+    runner.warn_if_lost()
+    assert not caplog.records
+    guest.end()
+    if booted:
+        runner.expect_none()
+    runner.warn_if_lost()
+    runner.warn_if_lost()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * said
+
+
 def test_what_was_meant_for_another_host_is_dropped_before_the_first_answer(
     guest: Guest, ends: tuple[socket.socket, socket.socket]
 ) -> None:
