@@ -18,6 +18,7 @@ from pytest_vmbottle.spec.pack_kind import PackKind
 
 if TYPE_CHECKING:
     from pytest_vmbottle.host.account import Account
+    from pytest_vmbottle.spec.host_address import HostAddress
 
 __all__ = ["SETTINGS", "Setting", "Settings", "parse_pairs"]
 
@@ -177,6 +178,14 @@ SETTINGS = (
     Setting("new-baselines", "", "Store the counts of this run as the baselines", meaning="off", flag=True, tests_only=True),
     Setting("shard", "", "Run one part of the suite, such as 2/4: see `vmbottle ci plan`", meaning="all", metavar="I/N", tests_only=True),
     Setting(
+        "hosts",
+        "",
+        "Hosts on which the workers of pytest-xdist run",
+        meaning="this one",
+        metavar="ssh://HOST,...",
+        tests_only=True,
+    ),
+    Setting(
         "durations",
         "",
         "JUnit report, or folder of reports, that says how long tests take: for --vm-shard",
@@ -222,6 +231,7 @@ class Settings:
         baselines: The file of instruction counts; empty for the default.
         new_baselines: Whether the counts of this run replace those in it.
         shard: The number of this part of the suite, and of how many; None for all of it.
+        hosts: The hosts of workers; none for this one.
         durations: The report of how long tests take; empty for pytest's cache.
         images: References by image name, for a backend with images of its own.
     """
@@ -248,6 +258,7 @@ class Settings:
     baselines: str
     new_baselines: bool
     shard: tuple[int, int] | None
+    hosts: tuple[HostAddress, ...]
     durations: str
     images: Mapping[str, str]
 
@@ -293,6 +304,8 @@ class Settings:
         found = cls(**{field: given(name, read) for field, (name, read) in _FIELDS.items()})
         if found.registry_push and not found.registry:
             raise SpecError(f"{prefix}registry-push: to where? Give {prefix}registry as well")
+        if found.hosts and found.new_baselines:
+            raise SpecError(f"{prefix}new-baselines stores the counts of this host: leave {prefix}hosts out")
         return found
 
 
@@ -348,6 +361,15 @@ def _registry(text: str) -> str:
     if Reference.parse(text).artifact:
         raise SpecError(f"takes a repository, HOST/NAME, and not one artifact in it: {text!r}")
     return text
+
+
+def _hosts(text: str) -> tuple[HostAddress, ...]:
+    if not text:
+        return ()
+    # Imported here and not above: most runs are on one host.
+    from pytest_vmbottle.spec.host_address import HostAddress
+
+    return HostAddress.parse_all(text)
 
 
 def _shard(text: str) -> tuple[int, int] | None:
@@ -413,6 +435,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "baselines": ("baselines", str),
     "new_baselines": ("new-baselines", _is_yes),
     "shard": ("shard", _shard),
+    "hosts": ("hosts", _hosts),
     "durations": ("durations", str),
     "images": ("smolvm-images", parse_pairs),
 }

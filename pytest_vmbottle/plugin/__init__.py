@@ -45,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_vmbottle.plugin.expecting import Expecting
 
         config.pluginmanager.register(Expecting(ours), "vmbottle-expecting")
+    if ours.options.hosts and not hasattr(config, "workerinput") and not ours.only_asked:
+        # Imported here and not above: most runs are on this host.
+        from pytest_vmbottle.plugin.hosts import Hosts
+
+        config.pluginmanager.register(Hosts(ours), "vmbottle-hosts")
     # Reports are shown and counted in one process: a worker of pytest-xdist only sends them.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config), "vmbottle-outcomes")

@@ -11,6 +11,7 @@ import re
 import shutil
 from contextlib import suppress
 from itertools import count
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -72,9 +73,9 @@ class TestOutcome:
 class Artifacts:
     """Folder of a run's artifacts. It is made when the first test is kept, and emptied of another run's artifacts then."""
 
-    def __init__(self, folder: Path, run: str) -> None:
-        """Take the folder and the id of the run, which all of its processes have."""
-        self.folder, self._run = folder, run
+    def __init__(self, folder: Path, run: str, *, suffix: str = "") -> None:
+        """Take the folder, the id of the run, which all of its processes have, and the ends of this process's names."""
+        self.folder, self._run, self._suffix = folder, run, suffix
 
     @property
     def are_ours(self) -> bool:
@@ -108,7 +109,29 @@ class Artifacts:
         # The end of the node id, which has the test's own name.
         plain = _UNSAFE.sub("-", nodeid)[-_NAME:].strip("-.")
         # The digest tells tests apart whose names differ only in what was replaced, or in case.
-        return TestFolder(_new_folder(self.folder, f"{plain}-{digest(nodeid)[:8]}"))
+        return TestFolder(_new_folder(self.folder, f"{plain}-{digest(nodeid)[:8]}{self._suffix}"))
+
+    def receive(self, name: str, at: int, part: bytes) -> None:
+        """Write a part of a file that a worker on another host has sent.
+
+        Args:
+            name: The file's path in the folder.
+            at: The place of the part in the file; 0 begins it anew.
+            part: Its bytes.
+
+        Raises:
+            OSError: It cannot be written.
+            SpecError: The path leads elsewhere, or the run's folder has files that are no artifacts.
+        """
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or len(path.parts) < 2:  # noqa: PLR2004 - a test's folder and a file in it
+            raise SpecError(f"{name!r} is no name of an artifact")
+        self._begin()
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("r+b" if at else "wb") as file:
+            file.seek(at)
+            file.write(part)
 
     def _begin(self) -> None:
         if self.are_ours:

@@ -172,6 +172,9 @@ def uses_machine(item: pytest.Item) -> bool:
 def _tell_controller(config: pytest.Config) -> None:
     """Tell the controller that there are tests with machines."""
     # A controller of pytest-xdist collects no items itself, so it learns from its workers whether there are machines.
+    hosted = config.stash[SESSION].hosted
+    if hosted is not None:
+        hosted.flag()
     flag = getattr(config, "workerinput", {}).get("vmbottle_flag")
     if flag is not None:
         with suppress(OSError):

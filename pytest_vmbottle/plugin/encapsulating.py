@@ -52,7 +52,7 @@ def save_capsule(session: Session, test: str, error: str) -> str:
 
 
 def _command(session: Session, capsule: Capsule) -> str:
-    command = f"vmbottle {f'--catalog {session.catalog.root} ' if session.options.catalog else ''}replay {capsule.name}"
+    command = session.by_hand(f"vmbottle {f'--catalog {session.catalog.root} ' if session.options.catalog else ''}replay {capsule.name}")
     session.capsules.append(command)
     return command
 

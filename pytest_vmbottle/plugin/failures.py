@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ def keep_unreported(session: Session, error: str, stack: str = "") -> None:
     if session.test is not None and (session.machines or session.ended):
         facts = {"nodeid": session.test.nodeid, "outcome": "failed", "phase": session.phase, "error": error}
         _write(session, _outcome(session, **facts, traceback=printable(stack, _TEXT)), [*_gather(session, ask=False), *session.ended])
+        _send(session)
 
 
 def keep_timed_out(session: Session, error: str, thread: int, after: Callable[[], object]) -> None:
@@ -135,6 +137,7 @@ def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found:
     # The report of a teardown that passed has no row of its own there.
     if is_new or report.failed:
         attach(session.config, folder, report)
+    _send(session)
     shown = session.shown_path(folder)
     if report.failed:
         report.sections.append(("artifacts", shown))
@@ -142,6 +145,13 @@ def _keep(item: pytest.Item, report: pytest.TestReport, session: Session, found:
     for properties in (item.user_properties, report.user_properties):
         if (PROPERTY, shown) not in properties:
             properties.append((PROPERTY, shown))
+
+
+def _send(session: Session) -> None:
+    """Send what is written of the test to a controller on another host, before the report of it."""
+    if session.hosted is not None and session.opened is not None:
+        with suppress(OSError):
+            session.hosted.send_files(session.opened.path)
 
 
 def _write(session: Session, outcome: TestOutcome, found: Sequence[Evidence]) -> list[tuple[Evidence, Path]] | None:

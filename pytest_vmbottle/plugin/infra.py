@@ -22,24 +22,28 @@ RETRIES = "vmbottle_infra_retries"
 """Property of a test for whose machines extra ones were started: their number."""
 
 
-def cause_of(error: BaseException | None) -> str:
+def cause_of(error: BaseException | None, host: str = "") -> str:
     """Return why a test has no machine, in one line.
 
     Empty if the error says something else.
+
+    Args:
+        error: What the test has raised.
+        host: The host that should have provided it; empty for this one.
     """
     # `infra` is set where machines are provided or reset. The same error out of a test's own call is a failure of the test.
     if not isinstance(error, VMBottleError) or not error.infra:
         return ""
     first = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first}{f' (on {host})' if host else ''}"
 
 
-def note(report: pytest.TestReport, error: BaseException | None) -> None:
+def note(report: pytest.TestReport, error: BaseException | None, host: str = "") -> None:
     """Record in a report why its test has no machine.
 
     The record survives the way to another process.
     """
-    cause = cause_of(error)
+    cause = cause_of(error, host)
     if cause:
         # Attributes of a report are serialised by pytest, and so come from a worker to its controller.
         setattr(report, PROPERTY, cause)

@@ -56,7 +56,7 @@ def keep(session: Session, machine: Machine, test: str) -> str:
         # It must not hide the test's own error.
         return f"{machine.name} could not be kept: {str(error).partition(chr(10))[0]}"
     catalog = f"--catalog {session.catalog.root} " if session.options.catalog else ""
-    command = f"vmbottle {catalog}machine shell {place.name}"
+    command = session.by_hand(f"vmbottle {catalog}machine shell {place.name}")
     session.kept.append(command)
     return command
 

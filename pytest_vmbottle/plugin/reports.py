@@ -30,7 +30,12 @@ _WORTH_TELLING = 1.0
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker where to write its progress messages."""
+    """Tell a worker where to write its progress messages, and the id of the run."""
+    # All processes of a run have one id, by which they share the folder of artifacts.
+    node.workerinput["vmbottle_run"] = node.config.stash[SESSION].run
+    # Files of this host: see `hosts` for workers on others.
+    if node.config.stash[SESSION].options.hosts:
+        return
     capture = node.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():
         # pytest-xdist shows nothing of a worker's output while tests run, so workers write to the controller's stderr.
@@ -38,8 +43,6 @@ def pytest_configure_node(node: Any) -> None:
         # capturing replaces.
         node.workerinput["vmbottle_terminal"] = f"/proc/{os.getpid()}/fd/{os.dup(2)}"
     node.workerinput["vmbottle_flag"] = node.config.stash[SESSION].flag()
-    # All processes of a run have one id, by which they share the folder of artifacts.
-    node.workerinput["vmbottle_run"] = node.config.stash[SESSION].run
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -178,7 +181,8 @@ class LastWords:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Report a machine that could not be started by its cause, without our own stack."""
-    cause = cause_of(call.excinfo.value if call.excinfo else None)
+    host = item.config.stash[SESSION].host
+    cause = cause_of(call.excinfo.value if call.excinfo else None, host)
     if call.excinfo is not None and not item.config.option.fulltrace:
         from pytest_vmbottle.plugin.tracebacks import hide_our_frames
 
@@ -189,7 +193,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         item.user_properties.append((PROPERTY, cause))
     report: pytest.TestReport = yield  # type: ignore[assignment]
     # The report has no exception, only its text: what other processes need of it is noted here.
-    note(report, call.excinfo.value if call.excinfo else None)
+    note(report, call.excinfo.value if call.excinfo else None, host)
     if call.when == "call":
         _fail_for_panics(report, item.config.stash[SESSION])
     if (
@@ -198,7 +202,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         and isinstance(call.excinfo.value, VMBottleError)
         and not item.config.option.fulltrace
     ):
-        report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+        report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}{f'{chr(10)}host: {host}' if host else ''}"
     if uses_machine(item):
         # Before the report is made safe, as what is added here is a guest's text, too.
         _explain(item, report, item.config.stash[SESSION])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.machine import Machine
     from pytest_vmbottle.plugin.artifacts import Artifacts, TestFolder
     from pytest_vmbottle.plugin.evidence import Evidence
+    from pytest_vmbottle.plugin.hosted import Hosted
     from pytest_vmbottle.plugin.options import Options
     from pytest_vmbottle.provision import Provisioner
     from pytest_vmbottle.provision.context import Remains
@@ -83,6 +84,7 @@ class Session:
         self.capsules: list[str] = []
         # A worker has the id of its controller's run.
         self.run = getattr(config, "workerinput", {}).get("vmbottle_run") or os.urandom(16).hex()
+        self.hosted = _hosted(config)
         # Weak, so that the session keeps no machine after its fixture.
         self._used: WeakSet[Machine] = WeakSet()
 
@@ -118,7 +120,8 @@ class Session:
 
         Does nothing in a run without machines.
         """
-        if self._catalog is not None or self.is_flagged:
+        # With workers on other hosts, none of them has a machine here.
+        if self._catalog is not None or (self.is_flagged and not self.options.hosts):
             with suppress(VMBottleError):  # of a catalog that cannot be used, all that needed it has been told
                 self.catalog.gc()
 
@@ -184,10 +187,24 @@ class Session:
         """The writer of this run's artifacts."""
         from pytest_vmbottle.plugin.artifacts import Artifacts
 
-        return Artifacts(self.artifacts_folder, self.run)
+        # Two hosts may each have a folder of the same name, so those of workers on other hosts have the worker's name.
+        suffix = f"-{os.environ.get('PYTEST_XDIST_WORKER', '')}" if self.hosted else ""
+        return Artifacts(self.artifacts_folder, self.run, suffix=suffix)
+
+    @property
+    def host(self) -> str:
+        """The address of this process's host, if its controller is on another one, or an empty text."""
+        return str(self.hosted) if self.hosted else ""
+
+    def by_hand(self, command: str) -> str:
+        """Return a command of this host as a person runs it who sees the report."""
+        return self.hosted.by_hand(command) if self.hosted else command
 
     def shown_path(self, path: Path) -> str:
         """Return a path as reports show it: below pytest's root folder if it is there."""
+        if self.hosted is not None and path.is_relative_to(self.artifacts_folder):
+            # Where the controller writes them.
+            return str(Path(self.hosted.facts["shown"], path.relative_to(self.artifacts_folder)))
         return str(path.relative_to(self.config.rootpath) if path.is_relative_to(self.config.rootpath) else path)
 
     def cut(self) -> None:
@@ -262,7 +279,8 @@ class Session:
     @cached_property
     def spares(self) -> int:
         """The number of machines that this process may have made before they are asked for."""
-        return self.options.spares_of(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+        workers = self.hosted.facts["workers"] if self.hosted else int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        return self.options.spares_of(workers)
 
     @property
     def provisioners(self) -> Mapping[str, Provisioner]:
@@ -298,6 +316,9 @@ class Session:
         capture = self.config.pluginmanager.getplugin("capturemanager")
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
         worker = getattr(self.config, "workerinput", None)
+        if self.hosted is not None:
+            self.hosted.say(line)
+            return
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             if worker is not None:
                 # A worker's own streams lead nowhere, so it is told where the controller's terminal is.
@@ -318,8 +339,8 @@ class Session:
         try:
             able = self.provisioner(name).capabilities
         except (VMBottleError, pytest.UsageError) as error:
-            return f"vmbottle: no machine can be run here: {error}"
-        runs_on = f"{able.backend} ({able.version}), {able.accelerator} [{able.reason}]"
+            return f"vmbottle: no machine can be run {f'on {self.host}' if self.hosted else 'here'}: {error}"
+        runs_on = f"{f'{self.host}: ' if self.hosted else ''}{able.backend} ({able.version}), {able.accelerator} [{able.reason}]"
         why = "" if self.options.catalog else default_reason()
         return f"vmbottle: {runs_on}, {able.pack_kind} packs, catalog {self.catalog.root}{f' ({why})' if why else ''}"
 
@@ -342,6 +363,17 @@ class Session:
             self._catalog.close()
             self.ledger.add(self._catalog.ledger.sent())
             self._catalog = None
+
+
+def _hosted(config: pytest.Config) -> Hosted | None:
+    """Return the connection of this process to a controller on another host, if it has one."""
+    inputs = getattr(config, "workerinput", {})
+    if "vmbottle_channel" not in inputs:
+        return None
+    # Imported here and not above: most runs are on one host.
+    from pytest_vmbottle.plugin.hosted import Hosted
+
+    return Hosted(inputs)
 
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()

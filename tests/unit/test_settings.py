@@ -17,6 +17,7 @@ from pytest_vmbottle.cli import main
 from pytest_vmbottle.errors import SpecError
 from pytest_vmbottle.host.account import Account
 from pytest_vmbottle.settings import SETTINGS, Settings
+from pytest_vmbottle.spec.host_address import HostAddress
 from pytest_vmbottle.spec.pack_kind import PackKind
 from pytest_vmbottle.standalone import daemon as keeper
 from pytest_vmbottle.standalone.client import Kept, Record
@@ -43,6 +44,7 @@ GIVEN = {
     "baselines": ("/x", "baselines", "/x"),
     "new-baselines": ("yes", "new_baselines", True),
     "shard": ("2/4", "shard", (2, 4)),
+    "hosts": ("ssh://ann@lab:22", "hosts", (HostAddress(host="lab", user="ann", port=22),)),
     "durations": ("/x", "durations", "/x"),
     "smolvm-images": ("debian-12 =, web = ./web.tar\n", "images", {"debian-12": "", "web": "./web.tar"}),
 }
@@ -78,6 +80,12 @@ def test_every_setting_has_a_default_that_makes_sense() -> None:
         ("shard", "5/4"),
         ("shard", "0/4"),
         ("shard", "2"),
+        ("hosts", "lab"),
+        ("hosts", "ssh://-oProxyCommand=x"),
+        ("hosts", "ssh://-x@lab"),
+        ("hosts", "ssh://ann:secret@lab"),
+        ("hosts", "ssh://lab?shell=x"),
+        ("hosts", "ssh://lab,ssh://lab"),
         ("registry-push", "yes"),
         ("registry", "host.example/packs:tag"),
         ("smolvm-images", "debian-12"),
