@@ -25,6 +25,7 @@ _SECTIONS = (
             "gc": "End and remove the machines, folders and unfinished builds of dead processes.",
         },
     ),
+    Section("Other computers", "hosts", {"hosts": "Show what other hosts can do, on which pytest would run tests."}),
     Section("Sources of machines", "images", {"image": "Base images, from which machines start."}),
     Section("Sources of machines", "packs", {"pack": "Packs: prepared machines, of which tests get clones."}),
     Section("Machines", "machines", {"machine": "Machines without pytest, for trying things out by hand."}),

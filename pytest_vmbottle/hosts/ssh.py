@@ -18,12 +18,12 @@ from pytest_vmbottle.hosts.project import write_archive
 from pytest_vmbottle.hosts.relay import relay
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from pytest_vmbottle.spec.host_address import HostAddress
 
-__all__ = ["SshHost", "client"]
+__all__ = ["SshHost", "client", "command", "refusal"]
 
 _CONNECT = 15
 """Seconds in which a connection must be made."""
@@ -60,6 +60,31 @@ def client(address: HostAddress) -> tuple[str, ...]:
     )
 
 
+def command(address: HostAddress, module: str) -> tuple[str, ...]:
+    """Return the words of a command on a host: a module of this package, with the catalog there."""
+    catalog = (f"VMBOTTLE_CATALOG={address.catalog}",) if address.catalog else ()
+    # Without the current folder in its path, which is the user's home folder.
+    return ("env", *catalog, address.python, "-P", "-m", f"pytest_vmbottle.hosts.{module}")
+
+
+def refusal(address: HostAddress, output: str, errors: str) -> BackendUnavailable:
+    """Return the error of a host that has not answered as it should, in the words of ssh or of the host.
+
+    Args:
+        address: The host.
+        output: What it has written to stdout.
+        errors: What it, or ssh, has written to stderr.
+    """
+    words = errors.strip()
+    if "No module named" in words:
+        remedy = f"install it there: {address.python} -m pip install 'pytest-vmbottle[xdist]=={version('pytest-vmbottle')}'"
+        return BackendUnavailable(f"{address}: {address.python} has no pytest-vmbottle: {words.splitlines()[-1]}", remedy)
+    if output:
+        told = f"the login shell writes {output.partition(chr(10))[0]!r} to its standard output, which is the workers' own"
+        return BackendUnavailable(f"{address}: {told}", "let the shell's start-up files write nothing if there is no terminal")
+    return BackendUnavailable(f"{address}: {words or 'ssh has ended, and the host said nothing'}")
+
+
 class SshHost:
     """A host, from the moment at which it has a copy of the project."""
 
@@ -87,8 +112,7 @@ class SshHost:
         Raises:
             BackendUnavailable: The host cannot be reached, or has not what workers need.
         """
-        words = self._command("holder")
-        argv = [*client(self.address), shlex.join(words)]
+        argv = [*client(self.address), shlex.join(command(self.address, "holder"))]
         # In a session of its own: an interruption at the terminal is for the controller, which then says goodbye.
         self._holder = subprocess.Popen(  # noqa: S603 - argv list; the host's shell gets quoted words
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
@@ -109,7 +133,7 @@ class SshHost:
     @property
     def program(self) -> str:
         """The program that execnet runs as the interpreter of a worker on this host, as a shell's words."""
-        return relay(client(self.address), [*self._command("worker"), self.folder])
+        return relay(client(self.address), [*command(self.address, "worker"), self.folder])
 
     @property
     def is_alive(self) -> bool:
@@ -133,12 +157,6 @@ class SshHost:
         holder.kill()
         holder.wait()
         self._errors.close()
-
-    def _command(self, module: str) -> Sequence[str]:
-        """Return the words of a command there: a module of this package, with the catalog there."""
-        catalog = [f"VMBOTTLE_CATALOG={self.address.catalog}"] if self.address.catalog else []
-        # Without the current folder in its path, which is the user's home folder.
-        return ["env", *catalog, self.address.python, "-P", "-m", f"pytest_vmbottle.hosts.{module}"]
 
     @contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
@@ -170,18 +188,12 @@ class SshHost:
         return answer
 
     def _refusal(self, line: str) -> BackendUnavailable:
-        """Return the error of a host that has not answered, in the words of ssh or of the host."""
+        """Return the error of a host that has not answered."""
         assert self._holder is not None  # noqa: S101 - it was started
-        if line:
-            told = f"the login shell writes {line.strip()!r} to its standard output, which is the workers' own"
-            return BackendUnavailable(f"{self}: {told}", "let the shell's start-up files write nothing if there is no terminal")
-        self._holder.wait()
+        if not line:
+            self._holder.wait()
         self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace").strip()
-        if "No module named" in words:
-            remedy = f"install it there: {self.address.python} -m pip install 'pytest-vmbottle[xdist]=={version('pytest-vmbottle')}'"
-            return BackendUnavailable(f"{self}: {self.address.python} has no pytest-vmbottle: {words.splitlines()[-1]}", remedy)
-        return BackendUnavailable(f"{self}: {words or f'ssh ended with status {self._holder.returncode}, and the host said nothing'}")
+        return refusal(self.address, line, self._errors.read().decode(errors="replace"))
 
     def _check(self, greeting: Mapping[str, Any]) -> None:
         """Refuse a host that has other versions than this one."""

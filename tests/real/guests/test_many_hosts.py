@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -76,6 +77,24 @@ def test_machines_of_a_host_run_tests_and_one_is_kept_there(
     assert "cat /root/note" in (folder / "timeline.jsonl").read_text()
     assert not (tmp_path / "own").exists()
     assert list(lab.runs.iterdir()) == []
+
+
+def test_a_list_of_hosts_has_what_their_doctors_say_and_who_cannot_be_asked(lab: SshServer) -> None:
+    argv = [sys.executable, "-m", "pytest_vmbottle", "hosts", lab.address(), "ssh://127.0.0.1:1"]
+    listed = subprocess.run([*argv, "--json"], check=False, capture_output=True, text=True)
+    found, lost = json.loads(listed.stdout)
+
+    assert listed.returncode == 3
+    assert found["host"] == "ssh://lab"
+    assert found["able"]
+    assert found["accelerator"] in ("kvm", "tcg")
+    assert found["memory"] > 1 << 28
+    assert "debian-12" in found["packs"]
+    assert found["problem"] == ""
+    assert not lost["able"]
+    assert "ssh://127.0.0.1:1: ssh: connect to host 127.0.0.1 port 1: Connection refused" in listed.stderr
+    shown = subprocess.run(argv, check=False, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[:2] for line in shown] == [["HOST", "STATE"], ["ssh://lab", "ok"], ["ssh://127.0.0.1:1", "unable"]]
 
 
 def test_a_machine_on_a_host_ends_soon_after_its_controller_is_killed(inner: pytest.Pytester, lab: SshServer, tmp_path: Path) -> None:
