@@ -250,8 +250,8 @@ def run(number: int, content: bytes) -> None:
 def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int]") -> None:
     """Start a process with streams of its own, which `begin` gets, and whose number it returns."""
     global highest  # noqa: PLW0603 - of this whole process
-    pipes = [os.pipe(), os.pipe()]
-    stdin, feeding = os.pipe() if has_input == b"1" else (os.dup(null), -1)
+    pipes = pipes_of(3 if has_input == b"1" else 2)
+    stdin, feeding = pipes.pop() if has_input == b"1" else (null, -1)
     theirs = (stdin, *(writing for _, writing in pipes))
     highest = max(highest, feeding, *theirs)
     try:
@@ -264,8 +264,21 @@ def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int
         commands[number] = Command(number, pid, feeding)
         commands[number].watch(OUT, pipes[0][0])
         commands[number].watch(ERR, pipes[1][0])
-    for fd in theirs:
+    for fd in {*theirs} - {null}:
         os.close(fd)
+
+
+def pipes_of(count: int) -> "list[tuple[int, int]]":
+    made: "list[tuple[int, int]]" = []
+    try:
+        while len(made) < count:
+            made.append(os.pipe())
+    except OSError:
+        for pair in made:
+            os.close(pair[0])
+            os.close(pair[1])
+        raise
+    return made
 
 
 def show(number: int, content: bytes) -> None:
@@ -281,8 +294,8 @@ def show(number: int, content: bytes) -> None:
     defaults = (signal.SIGPIPE, signal.SIGXFSZ)
     try:
         pid = os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults)
-    except OSError as error:
-        send(REFUSED, number, str(error.errno).encode())
+    except (OSError, NotImplementedError) as error:  # a C library may start nothing in a session of its own
+        send(REFUSED, number, b"%d" % (getattr(error, "errno", None) or errno.ENOSYS))
         os.close(terminal)
     else:
         commands[number] = Screen(number, pid, terminal)
@@ -599,7 +612,10 @@ OF_COMMANDS: "dict[int, Callable[[Command, bytes], object]]" = {
 
 def handle(kind: int, number: int, content: bytes) -> None:
     if kind in ASKED:
-        ASKED[kind](number, content)
+        try:
+            ASKED[kind](number, content)
+        except OSError as error:  # too many open files are no end of other commands
+            send(REFUSED, number, b"%d" % (error.errno or errno.EIO))
     elif kind in OF_COMMANDS and number in commands:
         OF_COMMANDS[kind](commands[number], content)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import resource
 import select
 import socket
 import struct
@@ -395,6 +396,17 @@ def test_a_terminal_shows_its_end_and_what_is_left_behind_does_not_hold_it(runne
     ) as missing:
         assert "not found" in _seen(missing, "not found")
         assert (missing.receive(), missing.status) == (b"", 127)
+
+
+def test_a_guest_that_has_no_descriptors_left_refuses_a_command_and_goes_on(runner: Runner, guest: Guest) -> None:
+    resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE, (16, 4096))
+    held = [runner.start(Command(argv=("cat",), env=_ENV), stdout=print, stderr=print, deadline=Deadline(20)) for _ in range(6)]
+    assert Deadline(20).poll(lambda: held[-1].returncode == 127)
+    resource.prlimit(guest.process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+    assert runner.run(_sh("echo on"), deadline=Deadline(20)).stdout == b"on\n"
+    for each in held:
+        each.close_input()
+    assert held[0].wait(deadline=Deadline(20)) == 0
 
 
 def test_who_has_a_terminal_ends_with_its_connection(runner: Runner, tmp_path: Path) -> None:
