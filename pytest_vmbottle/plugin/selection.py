@@ -31,8 +31,9 @@ class _Instead:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> None:
-        """Keep pytest-xdist from starting workers, which `addopts` may ask for."""
-        for name, value in (("numprocesses", None), ("tx", []), ("dist", "no")):
+        """Keep pytest-xdist from starting workers, which `addopts` may ask for, here or on hosts of the environment or the ini file."""
+        # A list of hosts that has none; an empty text would leave it to the environment.
+        for name, value in (("numprocesses", None), ("tx", []), ("dist", "no"), ("vm_hosts", ",")):
             if hasattr(config.option, name):
                 setattr(config.option, name, value)
 

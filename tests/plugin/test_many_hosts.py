@@ -118,6 +118,18 @@ def test_a_host_that_cannot_be_reached_is_told_in_the_words_of_ssh(run: Run, lab
     assert f"ssh://lab: ssh: connect to host 127.0.0.1 port {lab.port}: Connection refused" in said(result)
 
 
+def test_hosts_of_the_project_are_left_alone_where_tests_are_only_looked_at(
+    pytester: pytest.Pytester, catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert catalog.is_dir()
+    monkeypatch.setenv("VMBOTTLE_HOSTS", "ssh://127.0.0.1:1")
+    pytester.makepyfile(test_it=f"import pytest\n{TEXT}")
+    planned = pytester.run(sys.executable, "-m", "pytest_vmbottle", "ci", "plan", "--shards", "1")
+
+    assert planned.ret == 0, said(planned)
+    assert '"tests": 4' in planned.stdout.str()
+
+
 @pytest.mark.guests
 def test_a_host_without_the_plugin_is_refused_with_the_command_that_installs_it(run: Run, lab: SshServer) -> None:
     # The interpreter that the virtual environment of this one was made by.
