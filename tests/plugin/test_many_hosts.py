@@ -131,6 +131,21 @@ def test_hosts_of_the_project_are_left_alone_where_tests_are_only_looked_at(
 
 
 @pytest.mark.guests
+def test_a_host_is_refused_in_words_whatever_is_wrong_with_it(run: Run, lab: SshServer, tmp_path: Path) -> None:
+    def refused(address: str) -> str:
+        return said(run(TEXT, "-n2", f"--vm-hosts={address}", status=pytest.ExitCode.USAGE_ERROR))
+
+    assert "ssh://lab: the project could not be copied: [Errno" in refused(lab.address().replace(str(lab.runs), "/dev/null/runs"))
+    # A login shell that greets, or a program in the place of Python.
+    (tmp_path / "python").write_text("#!/bin/sh\necho Welcome; exec sleep 60\n")
+    (tmp_path / "python").chmod(0o700)
+    assert "ssh://lab: the login shell writes 'Welcome' to its standard output" in refused(lab.address(python=str(tmp_path / "python")))
+    (lab.folder / "known_hosts").write_text("")
+    assert "ssh://lab: No ED25519 host key is known for [127.0.0.1]" in refused(lab.address())
+    assert not lab.runs.exists()
+
+
+@pytest.mark.guests
 def test_a_host_without_the_plugin_is_refused_with_the_command_that_installs_it(run: Run, lab: SshServer) -> None:
     # The interpreter that the virtual environment of this one was made by.
     bare = os.path.realpath(sys.executable)
