@@ -220,6 +220,11 @@ class _Job(Running):
     def returncode(self) -> int | None:
         """The status (see `Running.returncode`)."""
         with self._changed:
+            is_over = self.is_over
+        # While output can still come, a guest that is gone must not pass for a silent one.
+        if not is_over:
+            self._runner.check()
+        with self._changed:
             if self._error is not None:
                 raise self._error
             return self._status if not self._sinks else None
@@ -234,9 +239,10 @@ class _Job(Running):
             with self._changed:
                 if self._changed.wait_for(done, min(_LOOK, deadline.remaining)):
                     return True
+            # Before the deadline is looked at: who waits in many short turns is to learn of a machine that has died, too.
+            self._runner.check()
             if deadline.expired:
                 return False
-            self._runner.check()
 
     def write(self, data: bytes, *, deadline: Deadline) -> None:
         """Write to the command's input (see `Running.write`)."""
@@ -644,6 +650,8 @@ class _Screen(Terminal):
         # First, so that nobody waits for room for what nobody reads.
         self._ours.close()
         self.job.close()
+        # Whatever was to be shown still finds nobody.
+        self._theirs.close()
 
 
 def _words(command: Command) -> tuple[str, ...]:

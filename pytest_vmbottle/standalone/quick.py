@@ -85,7 +85,8 @@ def _answer(line: socket, argv: Sequence[str]) -> bytes:
         descriptors = (nothing if _is_terminal(0) else 0, 1, 2)
         rights = b"".join(each.to_bytes(4, sys.byteorder) for each in descriptors)
         sent = line.sendmsg([message], [(SOL_SOCKET, SCM_RIGHTS, rights)])
-        line.sendall(message[sent:])
+        if sent < len(message):  # whoever has got it all may have answered and gone, and then even nothing is a broken pipe
+            line.sendall(message[sent:])
         received = b""
         while not received.endswith(b"\n") and (data := line.recv(1 << 16)):
             received += data
