@@ -252,6 +252,8 @@ class Benchmark:
                 "--no-summary",
                 "-p",
                 "no:cacheprovider",
+                "-p",
+                "no:randomly",  # the second test is the one that is measured
                 "--rootdir",
                 folder,
                 "--capture=fd",
