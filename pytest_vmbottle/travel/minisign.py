@@ -80,7 +80,7 @@ class PublicKey:
     @property
     def name(self) -> str:
         """The key's number as minisign shows it."""
-        return f"{int.from_bytes(self.number, 'little'):016X}"
+        return f"{int.from_bytes(self.number, 'little'):X}"
 
     def check(self, file: BufferedReader, path: Path) -> str:
         """Check the signature that lies beside a file, and return its trusted comment.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL, TERMINAL, SIZE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 OUT, ERR, END, REFUSED, SYNCED, WRITTEN, LEVEL = 17, 18, 19, 20, 21, 22, 23
 UMASK, UNABLE, LONGEST = 0o022, 120, 100
+# Whatever this process or those above it ignore: a shell cannot catch what is ignored when it begins.
+DEFAULTS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 HEAD, WINDOW, PIECE = struct.Struct(">IBI"), 1 << 20, 1 << 16
 
 if not hasattr(os, "posix_spawn"):
@@ -241,8 +243,7 @@ def run(number: int, content: bytes) -> None:
         with contextlib.suppress(OSError):  # then its processes are known by their environment alone
             os.pwrite(login, tag, 0)
         actions = [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)]
-        defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
-        return os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsigmask=(), setsigdef=defaults)
+        return os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsigmask=(), setsigdef=DEFAULTS)
 
     start(number, has_input, begin)
 
@@ -291,9 +292,8 @@ def show(number: int, content: bytes) -> None:
     set_size(terminal, size)
     # Who leads a session has as its terminal the first one that it opens.
     actions = [(os.POSIX_SPAWN_OPEN, 0, os.ttyname(its), os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
-    defaults = (signal.SIGPIPE, signal.SIGXFSZ)
     try:
-        pid = os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults)
+        pid = os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsid=True, setsigmask=(), setsigdef=DEFAULTS)
     except (OSError, NotImplementedError) as error:  # a C library may start nothing in a session of its own
         send(REFUSED, number, b"%d" % (getattr(error, "errno", None) or errno.ENOSYS))
         os.close(terminal)

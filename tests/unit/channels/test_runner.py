@@ -44,7 +44,9 @@ class Guest:
         )
         (folder / "runner.py").write_text(text)
         self.changes, self.there = 0, True
-        self.process = subprocess.Popen([sys.executable, folder / "runner.py", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        # Below a shell that ignores what Ctrl-C sends, as one does for what it starts in the background.
+        words = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, str(folder / "runner.py"), str(theirs.fileno())]
+        self.process = subprocess.Popen(words, pass_fds=[theirs.fileno()])
 
     def end(self) -> None:
         """Kill it, as a guest's user may do."""
