@@ -1,4 +1,4 @@
-"""How long verbs of `GuestPath` take, beside `vm.exec(["true"])` in the same machine, in turns: only the ratios mean something.
+"""Time of the verbs of `GuestPath`, beside `vm.exec(["true"])` in the same machine, in turns: only the ratios mean something.
 
 python benchmarks/paths.py --catalog ~/.cache/pytest-vmbottle -n 30
 """

@@ -261,7 +261,7 @@ class _Job(Running):
         self._runner.send(_INPUT, self.number, b"")
 
     def close(self) -> None:
-        """Take no more of its output; the command runs on, as with an output that is /dev/null."""
+        """Take no more of its output; a command runs on, as with an output that is /dev/null, and an operation ends."""
         with self._changed:
             runs, self._is_closed = not self.is_over, True
             self._changed.notify_all()
@@ -269,7 +269,7 @@ class _Job(Running):
         self._end_streams()
         if runs:
             with suppress(MachineError):
-                self._runner.send(_LEFT, self.number, b"")
+                self._runner.send(_KILL if self._command.operation else _LEFT, self.number, b"")
 
 
 class Runner(Channel):

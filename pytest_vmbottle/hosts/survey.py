@@ -1,4 +1,4 @@
-"""What hosts can do, before tests run there."""
+"""Survey of what hosts can do, before tests run there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ANSWER = 300.0
 
 @attrs.frozen(kw_only=True)
 class HostFacts:
-    """What a host has said.
+    """Answer of a host.
 
     Attributes:
         host: Its address.

@@ -27,7 +27,7 @@ _VERBS = (*_READ, *_WRITE)
 
 @attrs.frozen
 class _Outcome:
-    """What was returned, or the error that was raised."""
+    """Value that was returned, or error that was raised."""
 
     value: object = None
     error: Exception | None = None
@@ -83,7 +83,7 @@ class _Node:
 
     @property
     def has_machines(self) -> bool:
-        """Whether there is a machine in a state after this one."""
+        """Tell whether there is a machine in a state after this one."""
         return any(child.machine is not None or child.has_machines for child in self.children.values())
 
 

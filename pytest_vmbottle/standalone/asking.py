@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pytest_vmbottle.standalone.quick import is_terminal
+
 __all__ = ["exit_status", "request", "streams"]
 
 
@@ -30,16 +32,7 @@ def streams(*, interactive: bool = False) -> Iterator[tuple[int, int, int]]:
     it is to be interactive: two readers of one terminal would steal each other's keys.
     """
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
-        yield 0 if interactive or not _is_terminal(0) else nothing.fileno(), 1, 2
-
-
-def _is_terminal(fd: int) -> bool:
-    """Tell whether a descriptor is a terminal or closed; neither is passed on."""
-    try:
-        os.fstat(fd)
-        return os.isatty(fd)
-    except OSError:
-        return True
+        yield 0 if interactive or not is_terminal(0) else nothing.fileno(), 1, 2
 
 
 def exit_status(status: int) -> int:

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["execute"]
+__all__ = ["execute", "is_terminal"]
 
 _INTERRUPTED = 130
 _ANSWERED = b'{"answer": '
@@ -82,7 +82,7 @@ def _answer(line: socket, argv: Sequence[str]) -> bytes:
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # A terminal is no input: two readers of one terminal would steal each other's keys.
-        descriptors = (nothing if _is_terminal(0) else 0, 1, 2)
+        descriptors = (nothing if is_terminal(0) else 0, 1, 2)
         rights = b"".join(each.to_bytes(4, sys.byteorder) for each in descriptors)
         sent = line.sendmsg([message], [(SOL_SOCKET, SCM_RIGHTS, rights)])
         if sent < len(message):  # whoever has got it all may have answered and gone, and then even nothing is a broken pipe
@@ -98,7 +98,7 @@ def _answer(line: socket, argv: Sequence[str]) -> bytes:
         os.close(nothing)
 
 
-def _is_terminal(fd: int) -> bool:
+def is_terminal(fd: int) -> bool:
     """Tell whether a descriptor is a terminal or closed; neither is passed on."""
     try:
         os.fstat(fd)

@@ -24,7 +24,7 @@ _V2 = "ssse3=on,sse4.1=on,sse4.2=on,popcnt=on"
 _V3 = f"{_V2},xsave=on,avx=on,avx2=on,bmi1=on,bmi2=on,f16c=on,fma=on,abm=on,movbe=on"
 _V4 = f"{_V3},avx512f=on,avx512bw=on,avx512cd=on,avx512dq=on,avx512vl=on"
 _LEVELS = {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4}
-"""What each level of the x86-64 psABI (section 3.1.1, "Processor Architecture") has beside the features of QEMU's model qemu64."""
+"""Features that each level of the x86-64 psABI (section 3.1.1, "Processor Architecture") has beside those of QEMU's model qemu64."""
 
 _NESTING_MODEL = "EPYC-v1"
 """Model that TCG emulates for nested guests. Its widest model, `max`, has AMD-V too, but a guest of libkrun starts ten times as slowly."""

@@ -8,11 +8,12 @@ import socket
 import stat
 import subprocess
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from pytest_vmbottle.channels.port import GUEST_PATH, Command
@@ -39,6 +40,16 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
             yield runner
         guest.process.kill()
         guest.process.wait()
+
+
+def _operations() -> list[psutil.Process]:
+    """Processes of operations: copies of a runner, below it."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "runner.py" in " ".join(each.cmdline()) and each.ppid() != os.getpid():
+                found.append(each)
+    return found
 
 
 def _world(folder: Path) -> Path:
@@ -179,7 +190,9 @@ def test_one_that_waits_for_ever_holds_up_nothing_and_ends_at_its_deadline(runne
     cat.close_input()
     assert cat.wait(deadline=Deadline(20)) == 0
     assert (bytes(got), waiting.returncode) == (b"in", None)
+    assert _operations()
     waiting.close()
+    assert Deadline(10).poll(lambda: not _operations()), "nobody would end it any more"
     began = time.monotonic()
     late = runner.run(reading, deadline=Deadline(0.5))
     assert (late.timed_out, late.returncode) == (True, -9)
