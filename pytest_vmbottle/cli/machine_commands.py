@@ -15,7 +15,8 @@ from pytest_vmbottle.cli.completion import machine_names
 from pytest_vmbottle.cli.kept import ask, find_machine, name_argument, sink
 from pytest_vmbottle.cli.words import LeadingOptions, env_option
 from pytest_vmbottle.shown import visible
-from pytest_vmbottle.standalone.asking import exit_status, request, streams
+from pytest_vmbottle.standalone.asking import request, streams
+from pytest_vmbottle.standalone.quick import exit_status
 
 if TYPE_CHECKING:
     from pytest_vmbottle.channels.port import Terminal

@@ -1,4 +1,4 @@
-"""What a command by hand asks of a machine's daemon, and how it ends."""
+"""Requests for commands by hand to a machine's daemon, and their streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pytest_vmbottle.standalone.quick import is_terminal
 
-__all__ = ["exit_status", "request", "streams"]
+__all__ = ["request", "streams"]
 
 
 def request(
@@ -33,8 +33,3 @@ def streams(*, interactive: bool = False) -> Iterator[tuple[int, int, int]]:
     """
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
         yield 0 if interactive or not is_terminal(0) else nothing.fileno(), 1, 2
-
-
-def exit_status(status: int) -> int:
-    """Return a status as shells do: 128 + N for a command ended by signal N."""
-    return status if status >= 0 else 128 - status

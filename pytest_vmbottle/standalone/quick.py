@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["execute", "is_terminal"]
+__all__ = ["execute", "exit_status", "is_terminal"]
 
 _INTERRUPTED = 130
 _ANSWERED = b'{"answer": '
@@ -39,7 +39,7 @@ def execute(words: Sequence[str]) -> int | None:
         line.close()
     status = answer.removeprefix(_ANSWERED).removesuffix(b"}\n")
     if answer.startswith(_ANSWERED) and status.removeprefix(b"-").isdigit():
-        return int(status) if int(status) >= 0 else 128 - int(status)
+        return exit_status(int(status))
     return _told(folder, answer)
 
 
@@ -107,6 +107,11 @@ def is_terminal(fd: int) -> bool:
         return True
 
 
+def exit_status(status: int) -> int:
+    """Return a status as shells do: 128 + N for a command ended by signal N."""
+    return status if status >= 0 else 128 - status
+
+
 def _told(folder: str, answer: bytes) -> int:
     """Write the error of a command that was begun, as the command line does, and return the exit status."""
     import json  # noqa: PLC0415 - all this is loaded only where something went wrong
@@ -114,7 +119,6 @@ def _told(folder: str, answer: bytes) -> int:
 
     from pytest_vmbottle.errors import VMBottleError  # noqa: PLC0415
     from pytest_vmbottle.shown import printable  # noqa: PLC0415
-    from pytest_vmbottle.standalone.asking import exit_status  # noqa: PLC0415
     from pytest_vmbottle.standalone.client import Kept  # noqa: PLC0415
 
     try:
