@@ -235,6 +235,7 @@ class CapsuleImporter:
             if wanted is None:
                 raise CatalogError(f"{source} has no capsule: `vmbottle pack import` reads packs")
             importer = Importer(catalog=self.catalog, fingerprint=self.fingerprint, say=self.say)
+            importer.check(archive)
             for key, image in wanted.with_images.items():
                 importer.add_image(archive, image, {key})
             importer.add(archive, holds)

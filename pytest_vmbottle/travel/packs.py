@@ -16,6 +16,7 @@ from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.catalog.packs import Manifest, Pack
 from pytest_vmbottle.errors import CatalogError, PackCorrupt, VMBottleError
 from pytest_vmbottle.host import records
+from pytest_vmbottle.host.files import private_dir
 from pytest_vmbottle.host.generations import Holds
 from pytest_vmbottle.host.sizes import format_size
 from pytest_vmbottle.images import ImageStore
@@ -168,12 +169,30 @@ class Importer:
             if not archive.index.packs:
                 hint = ": `vmbottle capsule import` reads the capsule in it" if archive.index.capsule is not None else ""
                 raise CatalogError(f"{source} has no packs{hint}")
+            self.check(archive)
             if archive.index.image is not None:
                 self.add_image(archive, archive.index.image, {_manifest(each).image for each in archive.index.packs})
             return self.add(archive, holds)
 
+    def check(self, archive: ArchiveReader) -> None:
+        """Look whether the packs of an open archive fit this computer, which is known before images and RAM are unpacked.
+
+        Raises:
+            CatalogError: A pack fits another computer, is damaged, or what it stands on is missing.
+        """
+        with self.catalog.staging() as staging:
+            for each in archive.index.packs:
+                manifest = _manifest(each)
+                folder = private_dir(staging / manifest.key)
+                below = staging / str(manifest.parent) / _SPEC
+                base = below if below.exists() else _same_file(self._parent(manifest), _SPEC)
+                for file in (file for file in each.files if file.name == _SPEC):
+                    archive.extract(file, folder, base)
+                if self.fingerprint(_spec(folder)) != each.depends:
+                    raise CatalogError(f"{_label(manifest)} was made by {printable(manifest.backend)}, {UNFIT}")
+
     def add(self, archive: ArchiveReader, holds: Holds) -> list[Pack]:
-        """Import the packs of an open archive, and hold them; return those that are new, lowest first.
+        """Import the packs of an open archive that has been checked, and hold them; return those that are new, lowest first.
 
         Raises:
             CatalogError: As for `read`.
@@ -206,11 +225,8 @@ class Importer:
             folder = staging / manifest.key
             folder.mkdir(mode=0o700)
             self.say(f"unpacking {manifest.name}")
-            # The spec first: whether the pack fits this computer is known before its RAM is written.
-            for file in sorted(wanted.files, key=lambda file: file.name != _SPEC):
+            for file in wanted.files:
                 _extract(archive, file, folder, parent)
-                if file.name == _SPEC and self.fingerprint(_spec(folder)) != wanted.depends:
-                    raise CatalogError(f"{_label(manifest)} was made by {manifest.backend}, {UNFIT}")
             records.write(folder / _RECORD, cattrs.unstructure(manifest), version=0, mode=0o400)
             packs.read(folder).verify()
             return packs.read(self.catalog.publish(folder, manifest.key))
