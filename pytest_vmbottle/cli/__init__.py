@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from pytest_vmbottle.cli.groups import Group, Section
+from pytest_vmbottle.cli.versions import version_option
 
 __all__ = ["main"]
 
@@ -75,7 +76,7 @@ class _Commands(Group):
     help="Folder of images and packs, shared by all workers and runs (default: pytest-vmbottle in the user's cache folder); also "
     "VMBOTTLE_CATALOG.",
 )
-@click.version_option(package_name="pytest-vmbottle")
+@version_option
 def main(**_: Path | None) -> None:
     """Real machines for pytest: checks of this computer, base images, packs, and machines without pytest.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -27,6 +28,7 @@ from pytest_vmbottle import Machine, layer
 from pytest_vmbottle.catalog import packs
 from pytest_vmbottle.catalog.catalog import Catalog
 from pytest_vmbottle.cli import main
+from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.files import size_on_disk
 from pytest_vmbottle.host.locks import try_lock
@@ -173,7 +175,10 @@ def test_every_command_explains_itself_with_examples_and_makes_no_folder(words: 
 
 @pytest.mark.parametrize(
     ("option", "answer"),
-    [("--version", f"python -m pytest_vmbottle, version {version('pytest-vmbottle')}\n"), ("--help", "Usage: python -m pytest_vmbottle ")],
+    [
+        ("--version", f"python -m pytest_vmbottle, version {version('pytest-vmbottle')}\nCPython "),
+        ("--help", "Usage: python -m pytest_vmbottle "),
+    ],
     ids=["version", "help"],
 )
 def test_the_package_runs_as_the_command(option: str, answer: str) -> None:
@@ -183,8 +188,23 @@ def test_the_package_runs_as_the_command(option: str, answer: str) -> None:
     assert ended.stderr == ""
 
 
-def test_the_version_is_that_of_the_package() -> None:
-    assert re.fullmatch(r"vmbottle, version \d+\.\d+\.\d+\S*\n", done("--version"))
+def test_the_versions_are_those_that_matter_each_on_a_line() -> None:
+    ours, python, qemu, system = done("--version").splitlines()
+
+    assert ours == f"vmbottle, version {version('pytest-vmbottle')}"
+    assert python == f"CPython {platform.python_version()}, pytest {version('pytest')}"
+    assert re.fullmatch(r"QEMU emulator version \d.*, /.*/qemu-system-\w+|no qemu-system-\w+ in the search path", qemu)
+    assert system == f"Linux {platform.release()} on {platform.machine()}"
+
+
+def test_the_versions_are_told_where_qemu_is_missing_or_is_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    name = f"qemu-system-{host_arch()}"
+
+    assert f"\nno {name} in the search path\n" in done("--version")
+    (tmp_path / name).write_text("#!/bin/sh\necho toaster\n")
+    (tmp_path / name).chmod(0o700)
+    assert f"\n{tmp_path / name} is not QEMU: " in done("--version")
 
 
 @pytest.mark.parametrize(
