@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from pytest_vmbottle.cli.groups import Group, Section
-from pytest_vmbottle.cli.versions import version_option
 
 __all__ = ["main"]
 
@@ -26,6 +25,7 @@ _SECTIONS = (
             "gc": "End and remove the machines, folders and unfinished builds of dead processes.",
         },
     ),
+    Section("A project", "beginning", {"init": "Write a first test with a machine, its settings, and a workflow for GitHub."}),
     Section("Other computers", "hosts", {"hosts": "Show what other hosts can do, on which pytest would run tests."}),
     Section("Sources of machines", "images", {"image": "Base images, from which machines start."}),
     Section("Sources of machines", "packs", {"pack": "Packs: prepared machines, of which tests get clones."}),
@@ -61,11 +61,21 @@ class _Commands(Group):
             return super().invoke(ctx)
 
 
+def _show_versions(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 - as click calls it
+    if wanted and not ctx.resilient_parsing:
+        from pytest_vmbottle.cli.command import one_line
+        from pytest_vmbottle.cli.versions import versions
+
+        for line in versions(ctx.find_root().info_name or "vmbottle"):
+            click.echo(one_line(line))
+        ctx.exit()
+
+
 @click.group(
     cls=_Commands,
     later=_SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="\b\nExamples:\n  vmbottle doctor\n  vmbottle image build debian-12\n  vmbottle machine start debian-12\n"
+    epilog="\b\nExamples:\n  vmbottle init\n  vmbottle doctor --fix\n  vmbottle image build debian-12\n  vmbottle machine start debian-12\n"
     "  vmbottle help machine start\n  vmbottle pack prune --older-than 7d",
 )
 @click.option(
@@ -76,7 +86,14 @@ class _Commands(Group):
     help="Folder of images and packs, shared by all workers and runs (default: pytest-vmbottle in the user's cache folder); also "
     "VMBOTTLE_CATALOG.",
 )
-@version_option
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_versions,
+    help="Show the versions of the plugin, of Python, pytest and QEMU, and the system.",
+)
 def main(**_: Path | None) -> None:
     """Real machines for pytest: checks of this computer, base images, packs, and machines without pytest.
 

@@ -19,6 +19,7 @@ from pytest_vmbottle.machine import bulk, lan
 CHECKOUT = Path(__file__).parents[2]
 PACKAGE = CHECKOUT / "pytest_vmbottle"
 PAGE = {path for path in (PACKAGE / "report" / "page").iterdir() if path.is_file()}
+STARTER = set((PACKAGE / "cli" / "starter").iterdir())
 SCRIPTS = {path for path in PACKAGE.rglob("scripts/*") if path.is_file()}
 
 
@@ -53,13 +54,14 @@ def test_every_script_is_read_by_a_module_or_included_and_every_one_that_is_want
     assert set().union(*wanted) == SCRIPTS
 
 
-def test_the_wheel_has_every_script_and_the_page_of_reports(tmp_path: Path) -> None:
+def test_the_wheel_has_every_script_the_page_of_reports_and_what_a_project_begins_with(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=CHECKOUT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
 
     assert SCRIPTS
+    assert STARTER
     assert {path.suffix for path in PAGE} == {".html", ".css", ".js", ".txt"}
-    assert {str(path.relative_to(CHECKOUT)) for path in SCRIPTS | PAGE} - set(zipfile.ZipFile(wheel).namelist()) == set()
+    assert {str(path.relative_to(CHECKOUT)) for path in SCRIPTS | PAGE | STARTER} - set(zipfile.ZipFile(wheel).namelist()) == set()
 
 
 @pytest.mark.parametrize(
