@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,15 +22,25 @@ from pytest_vmbottle.cli.command import (
     setting_options,
 )
 
+if TYPE_CHECKING:
+    from pytest_vmbottle.doctor import Finding
+
 __all__ = ["doctor", "gc", "report"]
 
 
 @click.command(
-    epilog=examples("vmbottle doctor", "vmbottle doctor --accel kvm", "vmbottle doctor --json | jq '.[] | select(.state != \"ok\")'")
+    epilog=examples(
+        "vmbottle doctor",
+        "vmbottle doctor --fix",
+        "vmbottle doctor --accel kvm",
+        "vmbottle doctor --json | jq '.[] | select(.state != \"ok\")'",
+    )
 )
 @setting_options("backend", "accel", "pack", "run-as", "memory-budget")
+@click.option("--fix", is_flag=True, help="Offer to run each command that it recommends, and look again afterwards.")
+@click.option("-y", "--yes", is_flag=True, help="With --fix: run all of them without asking.")
 @json_option
-def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
+def doctor(*, settings: Mapping[str, str], fix: bool, yes: bool, as_json: bool) -> None:
     """Test what this computer can do, and show remedies for the rest.
 
     Everything is tried: an accelerator has to run a guest, and a machine's RAM has to be restored. Results are remembered until the next
@@ -36,27 +48,40 @@ def doctor(*, settings: Mapping[str, str], as_json: bool) -> None:
 
     Each line has a state (ok, degraded, missing or unknown), a topic and a sentence; a command that fixes it follows. The exit status is 0
     if machines can be run, else 3.
+
+    --fix shows each of these commands and asks whether to run it. What takes a new login, or a shell of your own, is left to you.
     """
     import attrs
 
     # Imported here, as in all commands: `--help` and wrong calls load nothing that machines need.
+    from pytest_vmbottle.cli.fixing import check_call, mend
     from pytest_vmbottle.doctor import can_run, examine
     from pytest_vmbottle.settings import Settings
 
-    findings = examine(catalog_root(), Settings.read(lambda setting: settings.get(setting.name)))
+    check_call(fix=fix, yes=yes, as_json=as_json)
+    look = partial(examine, catalog_root(), Settings.read(lambda setting: settings.get(setting.name)))
+    findings = look()
     if as_json:
         emit([attrs.asdict(finding, filter=lambda field, _: field.name != "needed") for finding in findings])
     else:
-        colours = {"ok": "green", "degraded": "yellow", "missing": "red", "unknown": "magenta"}
-        for finding in findings:
-            state = click.style(f"{finding.state:8}", fg=colours[finding.state])
-            click.echo(f"{state}  {finding.topic:15}  {one_line(finding.text)}")
-            if finding.remedy:
-                click.echo(f"{'':10}{'':15}  {one_line(finding.remedy)}")
+        _show(findings)
+    if fix and mend(findings, ask=not yes):
+        findings = look()
+        say("")
+        _show(findings)
     if not can_run(findings):
         say("No machine can be run here.")
         # After the output: a script that asks for JSON gets it in any case.
         click.get_current_context().exit(CANNOT)
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    colours = {"ok": "green", "degraded": "yellow", "missing": "red", "unknown": "magenta"}
+    for finding in findings:
+        state = click.style(f"{finding.state:8}", fg=colours[finding.state])
+        click.echo(f"{state}  {finding.topic:15}  {one_line(finding.text)}")
+        if finding.remedy:
+            click.echo(f"{'':10}{'':15}  {one_line(finding.remedy)}")
 
 
 @click.command(epilog=examples("vmbottle report vmbottle-artifacts", "vmbottle report vmbottle-artifacts --json | jq '.[].error'"))

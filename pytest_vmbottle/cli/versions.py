@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
 
-import click
+from pytest_vmbottle.host.arch import host_arch
+from pytest_vmbottle.host.commands import run_tool
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["version_option"]
-
-
-def _show(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 - as click calls it
-    if not wanted or ctx.resilient_parsing:
-        return
-    # Imported here, as in all commands: the help loads nothing that machines need.
-    from pytest_vmbottle.cli.command import one_line
-
-    for line in _lines(ctx.find_root().info_name or "vmbottle"):
-        click.echo(one_line(line))
-    ctx.exit()
+__all__ = ["versions"]
 
 
-def _lines(program: str) -> Iterator[str]:
-    import platform
-    from importlib.metadata import version
-
+def versions(program: str) -> Iterator[str]:
+    """Yield a line for each: this program and its name, Python and pytest, QEMU, the system."""
     # The first line alone is as other programs have it, for scripts.
     yield f"{program}, version {version('pytest-vmbottle')}"
     yield f"{platform.python_implementation()} {platform.python_version()}, pytest {version('pytest')}"
@@ -35,26 +23,12 @@ def _lines(program: str) -> Iterator[str]:
 
 
 def _qemu() -> str:
-    import shutil
-    from pathlib import Path
-
-    from pytest_vmbottle.backends.qemu import proof
-    from pytest_vmbottle.errors import BackendUnavailable
-    from pytest_vmbottle.host.arch import host_arch
-
+    name = f"qemu-system-{host_arch()}"
+    found = shutil.which(name)
+    if found is None:
+        return f"no {name} in the search path"
     try:
-        name = f"qemu-system-{host_arch()}"
-        found = shutil.which(name)
-        return f"{proof.version(Path(found))}, {found}" if found else f"no {name} in the search path"
-    except BackendUnavailable as error:
-        return error.reason
-
-
-version_option = click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show,
-    help="Show the versions of the plugin, of Python, pytest and QEMU, and the system.",
-)
+        told = run_tool([found, "--version"], timeout=10.0).output.splitlines()
+    except OSError as error:
+        told = [f"{name} cannot be run: {error.strerror}"]
+    return f"{told[0] if told else f'{name} says nothing of its version'}, {found}"

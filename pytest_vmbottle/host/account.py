@@ -12,10 +12,18 @@ import attrs
 
 from pytest_vmbottle.errors import SpecError
 
-__all__ = ["Account"]
+__all__ = ["Account", "user_name"]
 
 # The number beyond it, -1, means to chown(2) and setuid(2) that nothing changes.
 _LAST = 2**32 - 2
+
+
+def user_name() -> str:
+    """Return the name of the user that this process acts as; empty if the user has none, as in some containers."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
 
 
 @attrs.frozen(kw_only=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 import attrs
 
 from pytest_vmbottle.host import resources
+from pytest_vmbottle.host.account import user_name
 from pytest_vmbottle.host.commands import run_tool
 from pytest_vmbottle.host.files import read_or_empty
-from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, degraded, missing, ok
+from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, Command, Remedy, degraded, install, missing, ok
 from pytest_vmbottle.host.sizes import format_size
 
 __all__ = ["checks", "kvm_remedy"]
@@ -62,7 +63,7 @@ def _memory(budget: int | None) -> Answer:
 
 
 def _setpriv() -> Answer:
-    remedy, consequence = "sudo apt-get install util-linux", "a pytest that is killed leaves its machines running"
+    remedy, consequence = install(["util-linux"]), "a pytest that is killed leaves its machines running"
     found = shutil.which("setpriv")
     if found is None:
         return degraded(f"setpriv is not in the search path: {consequence}", remedy)
@@ -92,18 +93,23 @@ def kvm_remedy(device: Path = Path("/dev/kvm"), registered: Path = Path("/proc/m
         if "kvm" in read_or_empty(registered).split():
             return "docker run --device /dev/kvm ...  # the kernel has KVM, but this container has no access to it"
         vendor = "amd" if "AuthenticAMD" in read_or_empty(Path("/proc/cpuinfo")) else "intel"
-        return f"sudo modprobe kvm_{vendor}  # if that fails, turn on virtualization in the firmware, or in the hypervisor of this host"
+        note = "if that fails, turn on virtualization in the firmware, or in the hypervisor of this host"
+        return Remedy.of(Command(("sudo", "modprobe", f"kvm_{vendor}")), note=note)
     except KeyError:  # a group without a name
         status, group = device.stat(), ""
-    join = "sudo usermod -aG kvm $USER  # then log in again"
     if os.environ.get("CI"):  # where nobody logs in again, and there is nobody else
-        return _udev_rule("0666")
+        return Remedy.of(*_udev_rule("0666"))
+    join, note = Command(("sudo", "usermod", "-aG", "kvm", user_name())), "then log in again"
     if group == "kvm" and status.st_mode & 0o060 == 0o060:  # noqa: PLR2004 - the group may read and write
-        return join
-    return f"{_udev_rule('0660')} && {join}"
+        return Remedy.of(join, note=note)
+    return Remedy.of(*_udev_rule("0660"), join, note=note)
 
 
-def _udev_rule(mode: str) -> str:
+def _udev_rule(mode: str) -> tuple[Command, ...]:
     # With static_node udev also sets the rights of a node that is there before its module is loaded (udev(7)).
-    rule = f"""echo 'KERNEL=="kvm", GROUP="kvm", MODE="{mode}", OPTIONS+="static_node=kvm"' | sudo tee /etc/udev/rules.d/99-kvm.rules"""
-    return f"{rule} && sudo udevadm control --reload && sudo udevadm trigger --name-match=kvm"
+    rule = f'KERNEL=="kvm", GROUP="kvm", MODE="{mode}", OPTIONS+="static_node=kvm"\n'
+    return (
+        Command(("sudo", "tee", "/etc/udev/rules.d/99-kvm.rules"), reads=rule),
+        Command(("sudo", "udevadm", "control", "--reload")),
+        Command(("sudo", "udevadm", "trigger", "--name-match=kvm")),
+    )

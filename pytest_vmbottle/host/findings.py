@@ -5,13 +5,14 @@ Each part of the package checks what it needs itself; the doctor asks them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import attrs
 
-__all__ = ["TOOL_SECONDS", "Answer", "Check", "Finding", "State", "degraded", "missing", "ok", "unknown"]
+__all__ = ["TOOL_SECONDS", "Answer", "Check", "Command", "Finding", "Remedy", "State", "degraded", "install", "missing", "ok", "unknown"]
 
 TOOL_SECONDS = 10.0
 """Limit for a program that is asked for its version, or what it offers."""
@@ -27,6 +28,52 @@ class State(StrEnum):
     DEGRADED = "degraded"
     MISSING = "missing"
     UNKNOWN = "unknown"
+
+
+@attrs.frozen
+class Command:
+    """A command of this host.
+
+    Attributes:
+        argv: Its words.
+        reads: What it reads on its standard input.
+    """
+
+    argv: tuple[str, ...]
+    reads: str = ""
+
+    def __str__(self) -> str:
+        words = shlex.join(self.argv)
+        return f"echo {shlex.quote(self.reads.rstrip())} | {words}" if self.reads else words
+
+
+class Remedy(str):
+    """A line for a shell that mends something, with the commands in it, so that a program can run them without one."""
+
+    commands: tuple[Command, ...]
+
+    __slots__ = ("__dict__",)
+
+    @classmethod
+    def of(cls, *commands: Command, line: str = "", note: str = "") -> Self:
+        """Return the remedy of some commands, in their order.
+
+        Args:
+            commands: The commands.
+            line: The line for people, if it is another one than the commands make.
+            note: What is to be said beside it.
+        """
+        made = cls((line or " && ".join(map(str, commands))) + (f"  # {note}" if note else ""))
+        made.commands = commands
+        return made
+
+
+def install(packages: Sequence[str], *options: str) -> Remedy:
+    """Return the remedy that installs packages of Debian."""
+    # Where nothing was installed yet, in a container, there are no package lists. --yes is for whoever was asked by us already.
+    run = ("sudo", "apt-get", "install", "--yes", *options, *packages)
+    line = shlex.join(["sudo", "apt-get", "install", *options, *packages])
+    return Remedy.of(Command(("sudo", "apt-get", "update")), Command(run), line=line)
 
 
 @attrs.frozen
@@ -85,6 +132,11 @@ class Finding:
     remedy: str = ""
     details: Mapping[str, Any] = attrs.field(factory=dict)
     needed: bool = False
+
+    @property
+    def commands(self) -> tuple[Command, ...]:
+        """Return the commands of the remedy that a program can run; none if it takes a person, or a shell of the user's own."""
+        return self.remedy.commands if isinstance(self.remedy, Remedy) else ()
 
     @property
     def stops(self) -> bool:

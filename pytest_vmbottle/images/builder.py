@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pwd
 import re
 import secrets
 import shlex
@@ -16,14 +15,16 @@ import tarfile
 import tempfile
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pytest_vmbottle.errors import BackendUnavailable, CatalogError
+from pytest_vmbottle.host.account import user_name
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.host.digests import digest
+from pytest_vmbottle.host.findings import Command, Remedy
 from pytest_vmbottle.host.locks import locked
 from pytest_vmbottle.host.package_data import read_script
 from pytest_vmbottle.host.sizes import format_size
@@ -332,24 +333,23 @@ def _is_empty(group: int) -> bool:
     return False
 
 
-def without_ids(files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> str:
+def without_ids(files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> Remedy | None:
     """Return the command that gives this user subordinate ids to build with, see subuid(5).
 
-    Empty if the user has some.
+    None if the user has some.
     """
-    number, name = str(os.geteuid()), ""
-    with suppress(KeyError):  # a container's user may have no name
-        name = pwd.getpwuid(os.geteuid()).pw_name
+    number, name = str(os.geteuid()), user_name()
     ranges = [_SUBORDINATE.findall(file.read_text()) if file.exists() else [] for file in files]
     if all(any(owner in (name, number) for owner, _, _ in entries) for entries in ranges):
-        return ""
+        return None
     # Behind everybody else's: ids that two users share would let each at the other's files.
     # From 100000 on and 65536 of them, like useradd(8); the last one that Debian needs is nobody, 65534.
     first = max([100_000, *(int(start) + int(count) for entries in ranges for _, start, count in entries)])
     # usermod(8) knows users by their names only.
     if not name:
-        return " && ".join(f"echo {number}:{first}:65536 | sudo tee -a {file}" for file in files)
-    return f"sudo usermod --add-subuids {first}-{first + 65_535} --add-subgids {first}-{first + 65_535} {name}"
+        return Remedy.of(*(Command(("sudo", "tee", "-a", str(file)), reads=f"{number}:{first}:65536\n") for file in files))
+    ids = f"{first}-{first + 65_535}"
+    return Remedy.of(Command(("sudo", "usermod", "--add-subuids", ids, "--add-subgids", ids, name)))
 
 
 def _no_namespaces(output: str, files: Sequence[Path] = (Path("/etc/subuid"), Path("/etc/subgid"))) -> BackendUnavailable:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pytest_vmbottle.host.commands import run_tool
 from pytest_vmbottle.host.files import read_or_empty
-from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, degraded, ok, unknown
+from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, Command, Remedy, degraded, install, ok, unknown
 from pytest_vmbottle.images.apt import apt_sources
 from pytest_vmbottle.images.builder import required_tools, without_ids
 from pytest_vmbottle.images.recipes import RECIPES
@@ -33,12 +33,12 @@ def _tools() -> Answer:
     paths = {name: _tool(name) for name in packages}
     lacking = [name for name, path in paths.items() if path is None]
     if lacking:
-        remedy = f"sudo apt-get install {' '.join(sorted({packages[name] for name in lacking}))}"
+        remedy = install(sorted({packages[name] for name in lacking}))
         return degraded(f"there is no {' and no '.join(lacking)}: {_CANNOT_BUILD}", remedy, paths=paths)
     ended = run_tool([str(paths["mmdebstrap"]), "--version"], timeout=TOOL_SECONDS)
     said = ended.output.strip()[:200]
     if not ended.ok:
-        remedy = "sudo apt-get install --reinstall mmdebstrap"
+        remedy = install(["mmdebstrap"], "--reinstall")
         return degraded(f"{paths['mmdebstrap']} does not work, it printed {said!r}: {_CANNOT_BUILD}", remedy, paths=paths)
     return ok(f"{said} and {paths['mke2fs']} build images", paths=paths, version=said)
 
@@ -49,7 +49,7 @@ def _namespaces() -> Answer:
         return ok("root builds images without them", needed=False)
     newuidmap, mmdebstrap = _tool("newuidmap"), _tool("mmdebstrap")
     if newuidmap is None:
-        return degraded(f"there is no newuidmap: without root, {_CANNOT_BUILD}", "sudo apt-get install uidmap", needed=True)
+        return degraded(f"there is no newuidmap: without root, {_CANNOT_BUILD}", install(["uidmap"]), needed=True)
     remedy = without_ids()
     if remedy:
         return degraded(f"this user has no subordinate user and group ids: without root, {_CANNOT_BUILD}", remedy, needed=True)
@@ -69,7 +69,7 @@ def _allow_namespaces() -> str:
     switches = {"kernel.unprivileged_userns_clone": "1", "kernel.apparmor_restrict_unprivileged_userns": "0"}
     now = {name: read_or_empty(Path("/proc/sys", *name.split("."))).strip() for name in switches}
     wrong = [f"{name}={right}" for name, right in switches.items() if now[name] not in ("", right)]
-    return f"sudo sysctl -w {' '.join(wrong)}" if wrong else ""
+    return Remedy.of(Command(("sudo", "sysctl", "-w", *wrong))) if wrong else ""
 
 
 def _archive_keys() -> Answer:
@@ -77,7 +77,7 @@ def _archive_keys() -> Answer:
     details = {name: {"keyring": str(recipe.keyring[0]), "there": recipe.keyring[0].exists()} for name, recipe in RECIPES.items()}
     lacking = {name: recipe for name, recipe in RECIPES.items() if not details[name]["there"] and not apt_sources(recipe.suite)}
     if lacking:
-        remedy = f"sudo apt-get install {' '.join(sorted({recipe.keyring[1] for recipe in lacking.values()}))}"
+        remedy = install(sorted({recipe.keyring[1] for recipe in lacking.values()}))
         text = f"the keys that the packages of {' and '.join(lacking)} are signed with are missing: {_CANNOT_BUILD}"
         return degraded(text, remedy, **details)
     return ok(f"the packages of {' and '.join(RECIPES)} can be checked", **details)

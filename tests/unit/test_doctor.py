@@ -27,7 +27,7 @@ from pytest_vmbottle.doctor import Finding, State, can_run, examine
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host import checks as computer
 from pytest_vmbottle.host import resources as host
-from pytest_vmbottle.host.account import Account
+from pytest_vmbottle.host.account import Account, user_name
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.findings import Answer, Check
 from pytest_vmbottle.settings import Settings
@@ -434,7 +434,7 @@ def test_a_kvm_device_that_the_group_kvm_may_use_takes_joining_that_group(tmp_pa
     device.chmod(0o660)
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(Path, "group", lambda _: "kvm")
-    assert computer.kvm_remedy(device) == "sudo usermod -aG kvm $USER  # then log in again"
+    assert computer.kvm_remedy(device) == f"sudo usermod -aG kvm {user_name()}  # then log in again"
 
     device.chmod(0o600)
     assert "/etc/udev/rules.d/99-kvm.rules" in computer.kvm_remedy(device)

@@ -19,7 +19,7 @@ from pytest_vmbottle.host.account import Account
 from pytest_vmbottle.host.arch import host_arch
 from pytest_vmbottle.host.checks import kvm_remedy
 from pytest_vmbottle.host.commands import run_tool
-from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, degraded, missing, ok, unknown
+from pytest_vmbottle.host.findings import TOOL_SECONDS, Answer, Check, degraded, install, missing, ok, unknown
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 
@@ -120,7 +120,7 @@ class QemuChecks:
 
 
 def _install_qemu() -> str:
-    return f"sudo apt-get install {board_of(host_arch()).package} qemu-utils"
+    return install([board_of(host_arch()).package, "qemu-utils"])
 
 
 def _devices(board: Board) -> list[str]:
@@ -183,12 +183,12 @@ def _offered(qemu: str, what: str) -> set[str]:
 def _qemu_img() -> Answer:
     found = shutil.which("qemu-img")
     if found is None:
-        return missing("qemu-img is not in the search path", "sudo apt-get install qemu-utils")
+        return missing("qemu-img is not in the search path", install(["qemu-utils"]))
     ended = run_tool([found, "--version"], timeout=TOOL_SECONDS)
     version = (ended.output.splitlines() or [""])[0]
     if not ended.ok or not version.startswith("qemu-img version "):
         text = f"{found} does not work: asked for its version, it printed {version!r}"
-        return missing(text, "sudo apt-get install --reinstall qemu-utils", path=found)
+        return missing(text, install(["qemu-utils"], "--reinstall"), path=found)
     return ok(f"{version}, {found}", path=found, version=version)
 
 

@@ -204,7 +204,9 @@ def test_the_versions_are_told_where_qemu_is_missing_or_is_something_else(tmp_pa
     assert f"\nno {name} in the search path\n" in done("--version")
     (tmp_path / name).write_text("#!/bin/sh\necho toaster\n")
     (tmp_path / name).chmod(0o700)
-    assert f"\n{tmp_path / name} is not QEMU: " in done("--version")
+    assert f"\ntoaster, {tmp_path / name}\n" in done("--version")
+    (tmp_path / name).write_text("")
+    assert f"\n{name} cannot be run: Exec format error, {tmp_path / name}\n" in done("--version")
 
 
 @pytest.mark.parametrize(
