@@ -81,6 +81,8 @@ class Timeline:
 
     def note(self, kind: str, **fields: object) -> None:
         """Record an event that takes no time."""
+        # Before it has its time: what the console has said by now came before it.
+        self.look()
         self._write({"time": now(), "kind": kind, **fields})
 
     def span(self, kind: str, **fields: object) -> Span:
@@ -90,7 +92,7 @@ class Timeline:
     def look(self) -> None:
         """Record the lines that the console has printed since the last event."""
         if self._is_recorded:
-            with self._lock:
+            with self._lock, suppress(OSError):
                 self._take_lines(now())
 
     @property

@@ -36,6 +36,7 @@ def test_daemon(vm):
     vm.path("/etc/systemd/system/web.service").write_text(UNIT)
     vm.exec("systemctl start web")
     vm.exec("seq 20000; echo said on the console > /dev/ttyS0; exit 3", check=False)
+    vm.wait_for_console("said on the console")  # the serial port sends it after the command has ended
     vm.note("now it is asked")
     time.sleep(1.5)  # so that its resources are seen once
     assert vm.exec("systemctl is-active web", check=False).stdout == "active\\n"

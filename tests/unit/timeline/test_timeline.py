@@ -139,7 +139,7 @@ def test_lines_of_the_console_come_before_the_event_that_followed_them(timeline:
     timeline.note("note", text="first")
     timeline.note("note", text="second")
 
-    assert [event["text"] for event in timeline.events()] == ["first", "booting", "second", "login: "]
+    assert [event["text"] for event in timeline.events()] == ["booting", "first", "login: ", "second"]
 
 
 def test_a_console_without_line_ends_is_passed_on_in_pieces(timeline: Timeline) -> None:
