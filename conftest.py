@@ -21,7 +21,7 @@ _docstrings = Sybil(
         "pytest_vmbottle/guest/path.py",
     ],  # tests/real/test_docstrings.py gives theirs a machine
 )
-_pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"])
+_pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md", "docs/*/*.md"])
 
 pytest_collect_file = (_docstrings + _pages).pytest()
 

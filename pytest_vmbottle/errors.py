@@ -1,7 +1,5 @@
 """The exception tree: every error this package raises on purpose.
 
-::
-
     VMBottleError
     ├── SpecError (ValueError)          an invalid mark, layer or option
     ├── BackendUnavailable              this host cannot do what was asked
