@@ -388,14 +388,12 @@ class Instance(ABC):
         """Return the address and keys that any SSH client needs to log in."""
         raise self.unsupported("does not offer SSH")
 
-    def link(self, *, up: bool) -> None:
-        """Plug the network cable in, or pull it."""
+    def link(self, *, up: bool, mac: str | None = None) -> None:
+        """Plug a network cable in, or pull it: that of a card that was plugged in, or of the card by which the host reaches the guest."""
         raise self.unsupported("cannot unplug the network cable")
 
     def plug_card(self, wire: socket.socket, *, mac: str) -> None:
         """Plug in one more network card, whose frames are the datagrams of a socket.
-
-        From now on `link` pulls its cable.
 
         The caller may close its socket afterwards. It takes a moment until the guest sees the card.
 
@@ -404,8 +402,8 @@ class Instance(ABC):
         """
         raise self.unsupported("has no private LANs")
 
-    def unplug_card(self, *, deadline: Deadline) -> None:
-        """Remove the second network card.
+    def unplug_card(self, mac: str, *, deadline: Deadline) -> None:
+        """Remove a network card that was plugged in.
 
         Raises:
             MachineError: The guest did not release it by the deadline.

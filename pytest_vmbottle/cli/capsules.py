@@ -124,7 +124,7 @@ def _details(found: Capsule, machine: str, catalog: Catalog) -> dict[str, Any]:
         "memory": spec.memory,
         "size": packs.read(stored.snapshot().path).size,
         "pack": f"{pack.name} ({pack.key[:SHORT]})" if pack is not None else None,
-        "lan": spec.lan,
+        "lan": " ".join(spec.lans) or None,
         "address": found.addresses.get(machine),
         "obstacle": obstacle,
     }
@@ -262,15 +262,16 @@ def _started(found: Capsule, stored: Mapping[str, Stored], *, keep: bool) -> Ite
 
     catalog = open_catalog()
     places: dict[str, Kept] = {}
-    lans = {machine: lan for lan in lans_of(found, stored) for machine in lan.machines}
+    lans = lans_of(found, stored)
     # Of the name of a machine, which no other one has as long as it is there.
     names: dict[str, str] = {}
     try:
         _check_fit(found, stored, catalog)
         for name, each in stored.items():
             place = places[name] = Kept(catalog.machines / free_name(catalog.machines, f"replay-{name}"))
-            lan = lans.get(name)
-            _start(place, each, catalog, None if lan is None else (names.setdefault(lan.name, f"{place.name}-lan"), lan.seat(name)))
+            joined = [lan for lan in lans if name in lan.machines]
+            seats = {names.setdefault(lan.name, f"{place.name}-lan{len(names) or ''}"): lan.seat(name) for lan in joined}
+            _start(place, each, catalog, seats)
         yield places
     finally:
         if not keep:
@@ -296,8 +297,8 @@ def _check_fit(found: Capsule, stored: Mapping[str, Stored], catalog: Catalog) -
         found.check_fits(backend.fingerprint(spec), name)
 
 
-def _start(place: Kept, stored: Stored, catalog: Catalog, lan: tuple[str, Seat] | None) -> None:
-    """Start a machine, on its LAN if it can be there."""
+def _start(place: Kept, stored: Stored, catalog: Catalog, seats: Mapping[str, Seat]) -> None:
+    """Start a machine, on its LANs if it can be there."""
     import attrs
 
     from pytest_vmbottle.errors import MachineError, SpecError
@@ -305,13 +306,14 @@ def _start(place: Kept, stored: Stored, catalog: Catalog, lan: tuple[str, Seat] 
     spec = stored.spec()
     keywords = {"name": place.name, "source": str(spec.image)}
     order = {"catalog": str(catalog.root), "folder": str(Path.cwd()), "settings": {}}
-    if lan is not None:
-        name, seat = lan
+    if seats:
+        plain = {name: attrs.asdict(seat) for name, seat in seats.items()}
         try:
-            place.start(order | {"keywords": keywords | {"network": name}, "seat": attrs.asdict(seat)}, say, snapshot=stored)
+            place.start(order | {"keywords": keywords | {"network": list(seats)}, "seats": plain}, say, snapshot=stored)
         except (MachineError, SpecError) as error:
-            say(f"{seat.name} comes back without its private LAN {spec.lan!r}: {str(error).partition(chr(10))[0]}")
+            say(f"{spec.name} comes back without its private LAN {' and '.join(spec.lans)}: {str(error).partition(chr(10))[0]}")
         else:
-            say(f"{place.name} is {seat.name} ({seat.members[seat.name]}) on a private LAN of its own")
+            for seat in seats.values():
+                say(f"{place.name} is {seat.name} ({seat.members[seat.name]}) on a private LAN of its own")
             return
     place.start(order | {"keywords": keywords | {"network": spec.nat}}, say, snapshot=stored)

@@ -55,8 +55,8 @@ def _ports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> li
 def _network(_: click.Context, __: click.Parameter, value: str | None) -> bool | str | list[str] | None:
     if value in (None, _NAT):
         return None if value is None else True
-    # A name is checked with the spec, as that of a mark is.
-    return str(value).split(",") if "/" in str(value) else str(value)
+    # Names are checked with the spec, as those of a mark are.
+    return str(value).split(",") if "/" in str(value) or "," in str(value) else str(value)
 
 
 def _are_networks(value: str) -> bool:
@@ -88,9 +88,9 @@ KEYWORDS: dict[str, _Decorator] = {
         "--network",
         is_flag=False,
         flag_value=_NAT,
-        metavar="[LAN|CIDR,...]",
+        metavar="[LAN,...|CIDR,...]",
         callback=_network,
-        help="Let it reach the network, or these networks only (smolvm), or the other machines of a private LAN, by its name; by default "
+        help="Let it reach the network, or these networks only (smolvm), or the other machines of private LANs, by their names; by default "
         "it reaches nothing.",
     ),
     "ports": click.option(

@@ -158,16 +158,19 @@ class Faults:
 
     # -- the private LAN -------------------------------------------------------------------------------------------------------------
 
-    def network(self, *, direction: Literal["both", "in", "out"] = "both", **impairment: Unpack[NetworkFaults]) -> Fault:
+    def network(
+        self, *, direction: Literal["both", "in", "out"] = "both", lan: str | None = None, **impairment: Unpack[NetworkFaults]
+    ) -> Fault:
         """Impair the machine's cable to its private LAN; at the end it is as it was.
 
         Args:
             direction: Which frames: those to the machine, from it, or both.
+            lan: The LAN, if the machine is on several.
             impairment: `delay` and `jitter` in seconds, `bandwidth` in bytes per second; `loss`, `duplicate`, `reorder` and `corrupt` are
                 probabilities from 0 to 1, for each frame and direction.
 
         Raises:
-            ValueError: Nothing is given, or a value is out of range.
+            ValueError: Nothing is given, a value is out of range, or the LAN is not said or another one.
             MachineError: The machine is on no LAN.
 
         Example:
@@ -178,11 +181,11 @@ class Faults:
         wanted = impairment_of(**impairment)
         if not impairment:
             raise ValueError("network() takes delay=, jitter=, loss=, duplicate=, reorder=, corrupt= or bandwidth=")
-        place = self._lifecycle.lan_place
-        told = {"direction": direction, **impairment}
+        place = self._lifecycle.place(lan)
+        told = {"lan": place.lan, "direction": direction, **impairment}
         return self._fault("network", lambda _: _impaired(place, wanted, _directions(direction)), **told)
 
-    def partition(self, *others: _Named | str, direction: Literal["both", "in", "out"] = "both") -> Fault:
+    def partition(self, *others: _Named | str, direction: Literal["both", "in", "out"] = "both", lan: str | None = None) -> Fault:
         """Have no frame pass between the machine and others on its private LAN.
 
         For groups, begin one for each machine of a group, with the machines of the other one.
@@ -190,9 +193,10 @@ class Faults:
         Args:
             others: The other machines, or their names.
             direction: `"out"` lets only pass what they send to the machine, `"in"` only what it sends.
+            lan: The LAN, if the machine is on several.
 
         Raises:
-            ValueError: One of them is not on the LAN, or none is given.
+            ValueError: One of them is not on the LAN, none is given, or the LAN is not said or another one.
             MachineError: The machine is on no LAN.
 
         Example:
@@ -203,8 +207,9 @@ class Faults:
         names = [other if isinstance(other, str) else other.name for other in others]
         if not names:
             raise ValueError("partition() takes the machines that cannot be reached any more")
-        place = self._lifecycle.lan_place
-        return self._fault("partition", lambda _: _cut_off(place, names, _directions(direction)), others=names, direction=direction)
+        place = self._lifecycle.place(lan)
+        told = {"lan": place.lan, "others": names, "direction": direction}
+        return self._fault("partition", lambda _: _cut_off(place, names, _directions(direction)), **told)
 
     # -- memory and processors -------------------------------------------------------------------------------------------------------
 

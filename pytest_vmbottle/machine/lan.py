@@ -2,14 +2,15 @@
 
 The machines on a LAN see each other, by name, and nothing else.
 
-A machine is cloned from the same pack as any other. Then it gets a second network card, connected to a switch in this process, with an
-address that no other clone has; the guest gets its own host name and those of the others.
+A machine is cloned from the same pack as any other. Then it gets one more network card for each of its LANs, connected to a switch in this
+process, with an address that no other clone has; the guest gets its own host name and those of the others.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
@@ -73,12 +74,13 @@ class LanMember:
         cables: The two directions of its cable.
         address: Its IPv4 address.
         mac: The MAC address of its card.
+        network: The addresses of the LAN.
     """
 
     def __init__(self, lan: Lan, name: str, address: ipaddress.IPv4Interface, *, body: LanGuest) -> None:
         """Reserve name and address; `settle` connects the machine."""
         self.name = name
-        self.address = str(address.ip)
+        self.address, self.network = str(address.ip), address.network
         # Derived from its address, so that no two cards on a LAN have the same.
         self.mac = "52:54:" + address.ip.packed.hex(":")
         self._lan, self._interface, self._body = lan, str(address), body
@@ -98,14 +100,24 @@ class LanMember:
         # Taken once, so that the check and the plugging are about the same instance.
         instance = self._body.instance()
         # Before the card is there: DHCP clients of the guest would take it as soon as they see it.
-        self._script(_SPARE, self.mac)
+        self._script(_SPARE, lambda: self._body.macs)
         if instance is not self._plugged:
             self._plug(instance)
-        self._script(_SETTLE, self.mac, self._interface, self.name, self._lan.hosts)
+        self._script(_SETTLE, lambda: (self.mac, self._interface, self.name, self._body.hosts))
 
     def tell(self) -> None:
-        """Write the names of all machines on the LAN to the guest's hosts file."""
-        self._script(_TELL, self._lan.hosts)
+        """Write the names of all machines on the guest's LANs to its hosts file."""
+        self._script(_TELL, lambda: (self._body.hosts,))
+
+    @property
+    def lan(self) -> str:
+        """The name of the LAN."""
+        return self._lan.name
+
+    @property
+    def hosts(self) -> str:
+        """The machines on the LAN in the form of /etc/hosts."""
+        return self._lan.hosts
 
     def impair(self, impairment: Impairment, directions: Iterable[Direction] = DIRECTIONS) -> None:
         """Set what becomes of the frames on the machine's cable.
@@ -138,7 +150,7 @@ class LanMember:
         """
         instance = self._body.instance()
         if instance is self._plugged:
-            instance.unplug_card(deadline=Deadline(_SECONDS * self._body.factor))
+            instance.unplug_card(self.mac, deadline=Deadline(_SECONDS * self._body.factor))
         # The port of the instance before. Its frames would wait for a machine that is gone.
         self.leave()
 
@@ -159,10 +171,12 @@ class LanMember:
             instance.plug_card(wire, mac=self.mac)
         self._plugged = instance
 
-    def _script(self, text: str, *words: str) -> None:
-        # The text goes to `sh -c`, its arguments as words of their own: no name can become a part of the script.
-        command = Command(argv=("/bin/sh", "-c", text, "sh", *words), env=(("PATH", GUEST_PATH),))
-        finished = self._body.channel().run(command, deadline=Deadline(_SECONDS * self._body.factor))
+    def _script(self, text: str, words: Callable[[], Iterable[str]]) -> None:
+        # One at a time, with words of the moment: those of two LANs write the same files of the guest, and may come from two threads.
+        with self._body.lock:
+            # The text goes to `sh -c`, its arguments as words of their own: no name can become a part of the script.
+            command = Command(argv=("/bin/sh", "-c", text, "sh", *words()), env=(("PATH", GUEST_PATH),))
+            finished = self._body.channel().run(command, deadline=Deadline(_SECONDS * self._body.factor))
         if finished.timed_out or finished.returncode:
             raise MachineError(f"the machine {self.name!r} cannot be on the LAN {self._lan.name!r}: {_reason(finished)}", machine=self.name)
 
@@ -179,17 +193,49 @@ def _reason(finished: Finished) -> str:
 
 @attrs.frozen(kw_only=True)
 class LanGuest:
-    """Access to a machine's present instance and channel, which a restart replaces.
+    """A machine that may be on LANs, with access to its present instance and channel, which a restart replaces.
 
     Attributes:
         instance: Function that returns the backend's instance.
         channel: Function that returns the channel for commands.
         factor: The factor of all time-outs.
+        places: Its places on LANs, in the order of joining.
+        lock: Held while something is set up in the guest.
     """
 
     instance: Callable[[], Instance]
     channel: Callable[[], Channel]
     factor: float
+    places: list[LanMember] = attrs.field(factory=list)
+    lock: threading.Lock = attrs.field(factory=threading.Lock)
+
+    @property
+    def hosts(self) -> str:
+        """The machines on all of its LANs in the form of /etc/hosts, those of its first LAN first."""
+        return "\n".join(place.hosts for place in self.places)
+
+    @property
+    def macs(self) -> tuple[str, ...]:
+        """The MAC addresses of its cards on LANs."""
+        return tuple(place.mac for place in self.places)
+
+    @contextmanager
+    def at(self, place: LanMember) -> Iterator[None]:
+        """Have the machine at a place for a block, after which it is disconnected there.
+
+        Raises:
+            SpecError: It is on another LAN with the same addresses.
+        """
+        for other in self.places:
+            if place.network == other.network:
+                both = f"the private LANs {other.lan!r} and {place.lan!r} have the same addresses, {place.network}"
+                raise SpecError(f"{both}, and a machine cannot be on both of them: give one of them another name")
+        self.places.append(place)
+        try:
+            yield
+        finally:
+            self.places.remove(place)
+            place.leave()
 
 
 class Lan:
@@ -214,7 +260,7 @@ class Lan:
         """Join a machine to the LAN for a block.
 
         Raises:
-            SpecError: A machine of this name is on the LAN already.
+            SpecError: A machine of this name is on the LAN already, or the machine is on one with the same addresses.
             MachineError: The machine cannot be on a LAN.
         """
         place = self._reserve(name, body)
@@ -223,13 +269,13 @@ class Lan:
         # Added before it is settled, so that the guest's hosts file has its own name too.
         self._places.append(place)
         try:
-            place.settle()
-            for other in others:
-                _tell(other)
-            yield place
+            with body.at(place):
+                place.settle()
+                for other in others:
+                    _tell(other)
+                yield place
         finally:
             self._places.remove(place)
-            place.leave()
 
     def _reserve(self, name: str, body: LanGuest) -> LanMember:
         # Host names have no case (RFC 4343).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -73,8 +73,7 @@ class Lifecycle:
     """Current instance of a machine, if it is on, and its replacement by another.
 
     Attributes:
-        place: The machine's place on a private LAN, if it is on one.
-        join: Function that connects the machine to the private LAN of its spec, until it ends; None if it is connected, or has none.
+        join: Function that connects the machine to the private LANs of its spec, until it ends; None if it is connected, or has none.
         timeline: The record of what happens to the machine.
     """
 
@@ -110,7 +109,8 @@ class Lifecycle:
         self._forwards: dict[int, int] = {}
         self._overlay: Path | None = None
         self._factor = factor
-        self.place: LanMember | None = None
+        # Functions, because a start or a restore replaces both.
+        self._lan_guest = LanGuest(instance=lambda: self.instance, channel=lambda: self.channel, factor=factor)
         self.join: Callable[[], object] | None = None
 
     @property
@@ -410,52 +410,57 @@ class Lifecycle:
         self._adopt(*relauncher.launch(wanted, deadline or Deadline(relauncher.patience)))
         self._settle()
 
-    # -- the private LAN -------------------------------------------------------------------------------------------------------------
+    # -- private LANs ----------------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def on(self, lan: Lan) -> Iterator[None]:
-        """Connect the machine to a private LAN for the length of a block.
+        """Connect the machine to a private LAN for the length of a block, beside those that it is on.
 
         The fixtures do so if the spec says `network="name"`.
         """
         # QEMU records the first card only. The frames of a LAN all pass its switch, which so records them once.
         if self._spec.capture and self._relauncher is not None:
             lan.switch.capture(private_dir(self._relauncher.folder / CAPTURES) / f"lan-{lan.name}.pcap")
-        # Functions, because a start or a restore replaces both.
-        body = LanGuest(instance=lambda: self.instance, channel=lambda: self.channel, factor=self._factor)
-        with lan.joined(self._spec.name, body) as place:
-            self.place = place
-            try:
-                yield
-            finally:
-                self.place = None
+        with lan.joined(self._spec.name, self._lan_guest):
+            yield
 
     @property
-    def lan_place(self) -> LanMember:
-        """The machine's place on a private LAN.
+    def places(self) -> Sequence[LanMember]:
+        """The machine's places on private LANs, in the order of its mark."""
+        return tuple(self._lan_guest.places)
+
+    def place(self, lan: str | None = None) -> LanMember:
+        """Return the machine's place on a private LAN, which has to be named if it is on several.
 
         Raises:
             MachineError: It is on none, or belongs to another process.
+            ValueError: It is on others, or on several.
         """
         # A forked child has a copy of the switch without its thread: it would set what nobody looks at.
         self.check_owner()
-        if self.place is None:
+        places = {place.lan: place for place in self.places}
+        if not places:
             raise MachineError('it is not on a private LAN: write network="lan" in its mark', machine=self._spec.name)
-        return self.place
+        if lan is None and len(places) == 1:
+            return self.places[0]
+        if lan not in places:
+            said = f"{self._spec.name} is on the private LANs {', '.join(places)}"
+            raise ValueError(f"{said}: say which one, lan={self.places[0].lan!r}" if lan is None else f"lan={lan!r}: {said}")
+        return places[lan]
 
     def _settle(self) -> None:
-        """Connect the machine to its LAN again, after a boot or as another instance."""
-        # No boot and no restore has the card, so it is plugged in each time.
-        if self.place is not None:
-            self.place.settle()
+        """Connect the machine to its LANs again, after a boot or as another instance."""
+        # No boot and no restore has the cards, so they are plugged in each time.
+        for place in self.places:
+            place.settle()
 
     @contextmanager
     def _off_the_lan(self) -> Iterator[None]:
-        """Remove the LAN's card for the length of a block: no restored machine has it."""
-        if self.place is not None:
-            # A saved state names its devices, and QEMU loads it only into a machine that has the same ones. Clones start without this card.
-            self.place.unplug()
+        """Remove the LANs' cards for the length of a block: no restored machine has them."""
         try:
+            for place in self.places:
+                # A saved state names its devices, and QEMU loads it only into a machine that has the same ones. Clones start without them.
+                place.unplug()
             yield
         finally:
             self._settle()

@@ -950,7 +950,7 @@ class Machine:
         """Start a second machine that is as this one is now, RAM, disks and processes; both go on from here.
 
         A fork costs this machine a pause of some hundredths of a second. It has the memory of the pack in common with it, and ends when
-        this machine does, at the latest. It has other ports on the host. A fork of a machine on a private LAN is not on it: `join_lan`
+        this machine does, at the latest. It has other ports on the host. A fork of a machine on private LANs is not on them: `join_lan`
         connects it, under a name and an address of its own.
 
         Args:
@@ -1004,13 +1004,13 @@ class Machine:
 
     @recorded("network")
     def join_lan(self) -> str:
-        """Connect a fork to the private LAN of the machine that it was forked from; return its address there.
+        """Connect a fork to the private LANs of the machine that it was forked from; return its address on the first of them.
 
         Raises:
             MachineError: It is connected, or has no LAN.
         """
         if self.lifecycle.join is None:
-            has = "is on its private LAN" if self.lifecycle.place is not None else 'has no private LAN: write network="lan" in its mark'
+            has = "is on its private LAN" if self.lifecycle.places else 'has no private LAN: write network="lan" in its mark'
             raise MachineError(f"the machine {self.name} {has}", machine=self.name)
         self.lifecycle.join()
         return str(self.address)
@@ -1067,7 +1067,7 @@ class Machine:
         return self.lifecycle.instance.forward(port)
 
     @recorded("network")
-    def link(self, up: bool) -> None:  # noqa: FBT001 - the only thing there is to say
+    def link(self, up: bool, *, lan: str | None = None) -> None:  # noqa: FBT001 - the only thing there is to say
         """Plug the machine's network cable in, or pull it out.
 
         The guest sees that its card has no carrier.
@@ -1077,8 +1077,13 @@ class Machine:
         Without that nothing from outside gets an answer: forwarded ports, `ssh_config`, and what goes over SSH. Commands and shells do not
         where the guest has Python and the QEMU guest agent, as `debian-12` does.
 
+        Args:
+            up: Whether it is plugged in.
+            lan: The LAN, if the machine is on several.
+
         Raises:
             MachineError: The backend has no cable to pull, or the machine is gone.
+            ValueError: The machine is on several LANs and it is not said which, or it is on others.
 
         Example:
             >>> vm.link(False)
@@ -1086,23 +1091,33 @@ class Machine:
             True
             >>> vm.link(True)
         """
-        self.lifecycle.instance.link(up=bool(up))
+        mac = self.lifecycle.place(lan).mac if lan is not None or self.lifecycle.places else None
+        self.lifecycle.instance.link(up=bool(up), mac=mac)
 
-    # -- the private LAN -------------------------------------------------------------------------------------------------------------
+    # -- private LANs ----------------------------------------------------------------------------------------------------------------
 
     @property
     def address(self) -> str | None:
-        """The machine's IPv4 address on its private LAN, or None.
+        """The machine's IPv4 address on its private LAN, or on the first of several; None if it is on none.
 
         Example:
             >>> vms["one"].exec(["getent", "hosts", "two"]).stdout.split()[0] == vms["two"].address
             True
         """
-        place = self.lifecycle.place
-        return None if place is None else place.address
+        return next(iter(self.addresses.values()), None)
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """The machine's IPv4 addresses on its private LANs, by the names of these.
+
+        Example:
+            >>> vms["one"].addresses
+            {'lan': '10.77.0.1'}
+        """
+        return {place.lan: place.address for place in self.lifecycle.places}
 
     @recorded("network")
-    def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
+    def impair(self, *, delay: float = 0.0, loss: float = 0.0, lan: str | None = None) -> None:
         """Set delay and loss of the machine's cable to its private LAN.
 
         They hold from now on, in both directions; `impair()` removes them. `faults.network` has more of the kind.
@@ -1110,17 +1125,18 @@ class Machine:
         Args:
             delay: Seconds by which each frame is delayed, up to 60; a round trip takes twice that longer.
             loss: Probability that a frame is lost, from 0 to 1.
+            lan: The LAN, if the machine is on several.
 
         Raises:
             MachineError: The machine is on no LAN.
-            ValueError: The delay or the loss is out of range.
+            ValueError: The delay or the loss is out of range, or the LAN is not said or another one.
 
         Example:
             >>> vms["two"].impair(delay=0.1)
             >>> vms["one"].exec(["bash", "-c", "exec 3<>/dev/tcp/two/22"]).duration > 0.2
             True
         """
-        self.lifecycle.lan_place.impair(impairment_of(delay=delay, loss=loss))
+        self.lifecycle.place(lan).impair(impairment_of(delay=delay, loss=loss))
 
     # -- disks -----------------------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import attrs
@@ -66,15 +67,15 @@ class Seat:
 class SharedLans:
     """The private LANs of all machines of a catalog, by name."""
 
-    def __init__(self, root: Path, seat: Seat | None = None) -> None:
-        """Take the folder for them, which need not exist, and the place of a machine, if it has a certain one."""
-        self._root, self._seat = root, seat
+    def __init__(self, root: Path, seats: Mapping[str, Seat] = MappingProxyType({})) -> None:
+        """Take the folder for them, which need not exist, and the places of a machine on those on which it has a certain one."""
+        self._root, self._seats = root, seats
 
     def __getitem__(self, name: str) -> SharedLan:
         """Return the LAN of this name, for one machine, with which it ends."""
-        if self._seat is not None:
-            return SharedLan(name, self._seat.network, private_dir(self._root / name), self._seat)
-        # One of 256 networks, beside those of the LANs of tests. Two LANs may have the same one: they never meet.
+        if name in self._seats:
+            return SharedLan(name, self._seats[name].network, private_dir(self._root / name), self._seats[name])
+        # One of 256 networks, beside those of the LANs of tests. Two LANs may have the same one; no machine is on both (`LanGuest.at`).
         network = ipaddress.IPv4Network(f"10.78.{int(digest(name)[:2], 16)}.0/24")
         return SharedLan(name, network, private_dir(self._root / name))
 
@@ -111,7 +112,7 @@ class SharedLan(Lan):
             place = LanMember(self, name, ipaddress.IPv4Interface(f"{self._network[number]}/{self._network.prefixlen}"), body=body)
             mailbox = stack.enter_context(_Mailbox(self._folder, number))
             uplink = stack.enter_context(_Uplink(self, mailbox, number))
-            stack.callback(place.leave)
+            stack.enter_context(body.at(place))
             place.settle()
             stack.enter_context(_names_followed(place, uplink.changed))
             mailbox.send_all(b"")

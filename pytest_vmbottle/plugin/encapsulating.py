@@ -34,8 +34,8 @@ def save_capsule(session: Session, test: str, error: str) -> str:
             try:
                 name = _free(machine.name, machines)
                 machines[name] = _saved(session, machine)
-                if machine.lifecycle.place is not None:
-                    addresses[name] = machine.lifecycle.place.address
+                if machine.addresses:
+                    addresses[name] = " ".join(machine.addresses.values())
             # It must not hide the test's own error, nor keep the others out.
             except (VMBottleError, OSError) as reason:
                 lines.append(f"{machine.name} is not in the capsule: {str(reason).partition(chr(10))[0]}")

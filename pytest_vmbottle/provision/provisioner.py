@@ -91,7 +91,7 @@ class Provisioner:
             start: The boot source, if it is not a pack of the catalog.
             origin: The image that this boot source stands on, if it need not be there any more.
             lans: The private LANs that it may join, by name.
-            joins: Whether it joins its LAN before anybody gets it.
+            joins: Whether it joins its LANs before anybody gets it.
 
         Raises:
             SpecError: This host, or the memory budget, is too small for it.
@@ -102,7 +102,7 @@ class Provisioner:
         began = time.monotonic()
         # Before anything is waited for, such as memory.
         self._check_able(spec)
-        lan = _lan(spec, lans)
+        joined = _lans(spec, lans)
         with ExitStack() as stack:
             with _infra(), self._context.explained():
                 machine = None if start else self._spare(spec, stack)
@@ -110,7 +110,7 @@ class Provisioner:
                     # The share is for the machine that builds its pack too: that one has ended before this one begins.
                     stack.enter_context(self._share(spec))
                     machine = self._provide(spec, partial(self._started, spec, start, origin), stack)
-                self._connect(machine, lan, stack, joins=joins)
+                self._connect(machine, joined, stack, joins=joins)
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
             machine.launch_fork = lambda spec, start: _fork(self.machine(spec, start=start, origin=origin, lans=lans, joins=False), forks)
@@ -160,14 +160,15 @@ class Provisioner:
         return self._launcher.machine(spec.name, spec, start, self._images.origin(spec))
 
     @staticmethod
-    def _connect(machine: Machine, lan: Lan | None, stack: ExitStack, *, joins: bool) -> None:
-        """Connect a machine to its LAN, now or when it is told to."""
-        if lan is None:
+    def _connect(machine: Machine, lans: Sequence[Lan], stack: ExitStack, *, joins: bool) -> None:
+        """Connect a machine to its LANs, now or when it is told to."""
+        if not lans:
             return
 
         def join() -> None:
             machine.lifecycle.join = None
-            stack.enter_context(machine.lifecycle.on(lan))
+            for lan in lans:
+                stack.enter_context(machine.lifecycle.on(lan))
 
         if joins:
             join()
@@ -336,11 +337,9 @@ def _infra() -> Iterator[None]:
         raise
 
 
-def _lan(spec: MachineSpec, lans: LanTable | None) -> Lan | None:
-    if spec.lan is None:
-        return None
-    if lans is None:
+def _lans(spec: MachineSpec, lans: LanTable | None) -> list[Lan]:
+    if lans is None and spec.lans:
         raise SpecError(
-            f"network={spec.lan!r}: a private LAN belongs to one test; use the fixtures vm and vms, or a factory, for {spec.name!r}"
+            f"network={spec.network!r}: a private LAN belongs to one test; use the fixtures vm and vms, or a factory, for {spec.name!r}"
         )
-    return lans[spec.lan]
+    return [lans[name] for name in spec.lans] if lans is not None else []

@@ -127,6 +127,8 @@ _MAX_MODE = 0o7777
 _MAX_PORT = 65535
 _MAX_DISKS = 6
 """Most disks beside the root disk: as many as every backend has ports for."""
+_MAX_LANS = 4
+"""Most private LANs of a machine: as many as every backend has ports for."""
 # A serial number of virtio has 20 bytes (VIRTIO_BLK_ID_BYTES), and udev makes a file name of it.
 _DISK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 _MIB = 1 << 20  # QEMU rounds a machine's memory to pages; a file for it must have the very same size
@@ -227,12 +229,23 @@ def _network(value: object) -> bool | str | tuple[str, ...]:
     if isinstance(value, bool) or (isinstance(value, str) and _NAME_PATTERN.fullmatch(value)):
         return value
     if isinstance(value, list | tuple) and value:
+        if all(isinstance(each, str) and _NAME_PATTERN.fullmatch(each) for each in value):
+            return _lan_names(value)
         return tuple(_cidr(each) for each in value)
     takes = (
         "takes True (NAT), False (forwarded ports only), or the name of a private LAN: a letter, then letters, digits, - or _; "
-        "or a list of the only networks that the guest may reach, such as ['10.0.0.0/8']"
+        "or a list of several such names, or of the only networks that the guest may reach, such as ['10.0.0.0/8']"
     )
     raise _fail("network", value, takes)
+
+
+def _lan_names(names: Sequence[str]) -> str | tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise _fail("network", names, "has the name of a private LAN twice")
+    if len(names) > _MAX_LANS:
+        raise _fail("network", names, f"takes at most {_MAX_LANS} private LANs")
+    # In one spelling, so that equal networks give equal specs.
+    return names[0] if len(names) == 1 else tuple(names)
 
 
 def _cidr(value: object) -> str:
@@ -732,7 +745,7 @@ class MachineSpec:
         track_writes: Whether all writes to the root disk are written down, as those to `disks` are, so that a power cut can lose some.
         display: Whether the machine has a screen and a keyboard.
         network: True for NAT, False for forwarded ports only, the only networks (CIDR) that it may reach, or the name of a private LAN that
-            the machines of one test share.
+            the machines of one test share, or the names of several.
         capture: Whether the traffic of its network cards is recorded, for the artifacts of its test.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
         packages: Packages installed beforehand, by their names or as files on this computer.
@@ -785,8 +798,8 @@ class MachineSpec:
         """Check rules that concern several keywords."""
         # After the converters, each of which has seen its own keyword only.
         wrong = []
-        if self.lan is not None and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
-            takes = f"is not a host name, and a machine on the LAN {self.lan!r} needs one: use letters, digits and dashes"
+        if self.lans and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
+            takes = f"is not a host name, and a machine on the LAN {self.lans[0]!r} needs one: use letters, digits and dashes"
             wrong.append(_fail("name", self.name, takes))
         if self.nested and self.arch != "x86_64":
             takes = f"works only in x86_64 guests, and this guest is {self.arch}: write arch='x86_64'"
@@ -804,9 +817,17 @@ class MachineSpec:
         return self.network is True
 
     @property
-    def lan(self) -> str | None:
-        """The name of the machine's private LAN, or None."""
-        return self.network if isinstance(self.network, str) else None
+    def lans(self) -> tuple[str, ...]:
+        """The names of the machine's private LANs."""
+        if isinstance(self.network, tuple):
+            return () if self.networks else self.network
+        return (self.network,) if isinstance(self.network, str) else ()
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The only networks that it may reach (CIDR); empty if it is not said so."""
+        # A name has no slash, and a network always has one here.
+        return self.network if isinstance(self.network, tuple) and "/" in self.network[0] else ()
 
     @classmethod
     def resolve(cls, source: Source, keywords: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> MachineSpec:

@@ -279,7 +279,7 @@ def _named(capsule: TravelCapsule) -> Iterator[tuple[str, TravelMachine]]:
     if not names or len(set(names)) != len(names) or not all(map(_NAME.fullmatch, names)):
         raise CatalogError("the capsule of the archive is damaged: its machines have no proper names")
     # The last number becomes the name of a file, and a part of a MAC address.
-    numbers = [each for machine in capsule.machines if machine.address for each in machine.address.split(".")]
+    numbers = [each for machine in capsule.machines for address in machine.address.split() for each in address.split(".")]
     if any(each != str(int(each)) or int(each) > _HIGHEST for each in numbers) or {"0", "255"} & set(numbers[3::4]):
         raise CatalogError("the capsule of the archive is damaged: its machines have no proper addresses")
     yield from zip(names, capsule.machines, strict=True)

@@ -50,7 +50,7 @@ class _Facts:
         error: The first line of its error.
         created: The time of the failure, in seconds since 1970.
         machines: What each machine depends on, by its name (see `Backend.fingerprint`); the test's own machine first.
-        addresses: The addresses of those that were on a private LAN.
+        addresses: The address of each that was on a private LAN, or the addresses of one on several, divided by blanks.
     """
 
     test: str
@@ -110,7 +110,7 @@ class Capsule:
 
     @property
     def addresses(self) -> Mapping[str, str]:
-        """The addresses of those machines that were on a private LAN, by name."""
+        """The address of each machine that was on a private LAN, by name; of one on several all, in their order, divided by blanks."""
         return self._facts.addresses
 
     @property
@@ -197,7 +197,7 @@ class Capsule:
             test: The id of the test.
             error: The first line of its error.
             created: The time of the failure, in seconds since 1970; by default now.
-            addresses: The addresses of those that are on a private LAN, by name.
+            addresses: The addresses of those that are on private LANs, by name (see `addresses`).
 
         Raises:
             OSError: There is no room.

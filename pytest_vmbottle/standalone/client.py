@@ -247,7 +247,7 @@ class Kept:
 
         Args:
             order: The daemon's instructions: `catalog`, `folder`, `settings` and `keywords`, and perhaps `seconds`, after which the machine
-                is ended, `memory_seconds`, which it waits for memory at most, and `seat`, its place on its private LAN (see `Seat`).
+                is ended, `memory_seconds`, which it waits for memory at most, and `seats`, its places on its private LANs (see `Seat`).
             say: Function that gets a line about long work.
             snapshot: A snapshot to start from, in place of the source.
 

@@ -354,7 +354,7 @@ def _provided(place: Kept, order: Mapping[str, Any], say: Callable[[str], None])
     try:
         made_of = _made_of(place, order, provisioner, catalog)
         # The console is linked within the block of the machine, whose folder is gone after it.
-        lans = SharedLans(catalog.root / LANS, Seat(**order["seat"]) if "seat" in order else None)
+        lans = SharedLans(catalog.root / LANS, {lan: Seat(**seat) for lan, seat in order.get("seats", {}).items()})
         with (
             provisioner.machine(made_of.spec, start=made_of.start, origin=made_of.origin, lans=lans) as machine,
             _shown_console(place, machine),

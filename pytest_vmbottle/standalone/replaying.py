@@ -42,15 +42,19 @@ def lans_of(capsule: Capsule, stored: Mapping[str, Stored]) -> list[ReplayedLan]
         capsule: The capsule.
         stored: The boot source of each machine, by its name in the capsule.
     """
-    machines: dict[str, dict[str, str]] = {}
+    names: dict[str, dict[str, str]] = {}
+    known: dict[str, dict[str, str]] = {}
     for name, each in stored.items():
         spec = each.spec()
-        if spec.lan is not None:
-            machines.setdefault(spec.lan, {})[name] = spec.name
-    return [ReplayedLan(name=lan, members=_addresses(capsule, names), machines=names) for lan, names in machines.items()]
+        # One of no more LANs than it has addresses: it may have had trouble to join.
+        addresses = dict(zip(spec.lans, capsule.addresses.get(name, "").split(), strict=False))
+        for lan in spec.lans:
+            names.setdefault(lan, {})[name] = spec.name
+            if lan in addresses:
+                known.setdefault(lan, {})[spec.name] = addresses[lan]
+    return [ReplayedLan(name=lan, members=_members(machines, known.get(lan, {})), machines=machines) for lan, machines in names.items()]
 
 
-def _addresses(capsule: Capsule, names: Mapping[str, str]) -> dict[str, str]:
-    known = {there: capsule.addresses[name] for name, there in names.items() if name in capsule.addresses}
-    # Capsules of earlier versions have none. Then theirs are new ones.
-    return known if len(known) == len(names) else {there: f"10.78.0.{number}" for number, there in enumerate(names.values(), 1)}
+def _members(machines: Mapping[str, str], known: dict[str, str]) -> dict[str, str]:
+    # Capsules of earlier versions have no addresses. Then theirs are new ones.
+    return known if len(known) == len(machines) else {there: f"10.78.0.{number}" for number, there in enumerate(machines.values(), 1)}

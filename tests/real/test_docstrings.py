@@ -26,7 +26,7 @@ WITHOUT = {
 """Members without an example, and why."""
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""
-ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
+ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.addresses", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
 KNOWN = {
     "dt": dt,
     "time": time,

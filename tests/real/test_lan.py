@@ -175,3 +175,51 @@ def test_a_machine_is_on_its_lan_again_after_a_snapshot_and_a_restore(vms: dict[
     assert not pings(web, "db", wait=1)  # it is the same cable
     db.impair()
     assert pings(db, "web")
+
+
+@pytest.mark.vm("debian-12", name="gate", network=["front", "back"])
+@pytest.mark.vm("debian-12", name="web", network="front")
+@pytest.mark.vm("debian-12", name="db", network="back")
+@pytest.mark.guests
+def test_a_machine_on_two_lans_reaches_both_routes_between_them_and_has_faults_on_one(vms: dict[str, Machine]) -> None:
+    gate, web, db = (vms[name] for name in ("gate", "web", "db"))
+    assert dict(gate.addresses) == {"front": gate.address, "back": "10.77.1.1"}
+    assert gate.exec("getent ahostsv4 gate").stdout.split()[0] == gate.address
+    assert pings(gate, "web")
+    assert pings(gate, "db")
+    assert not pings(web, str(db.address), wait=1)
+
+    gate.exec("echo 1 > /proc/sys/net/ipv4/ip_forward")
+    web.exec(["ip", "route", "add", "10.77.1.0/24", "via", str(gate.address)])
+    db.exec(["ip", "route", "add", "10.77.0.0/24", "via", gate.addresses["back"]])
+    assert pings(web, str(db.address))
+
+    with pytest.raises(ValueError, match="front, back: say which one"):
+        gate.link(up=False)
+    gate.link(up=False, lan="back")
+    assert pings(web, "gate")
+    assert not pings(gate, "db", wait=1)
+    gate.link(up=True, lan="back")
+    gate.wait_until(lambda: pings(gate, "db"))
+    with gate.faults.partition("web", lan="front"):
+        assert not pings(gate, "web", wait=1)
+        assert pings(gate, "db")
+    with gate.faults.network(loss=1, lan="back"):
+        assert pings(gate, "web")
+        assert not pings(gate, "db", wait=1)
+
+
+@pytest.mark.vm("debian-12", name="gate", network=["front", "back"])
+@pytest.mark.vm("debian-12", name="db", network="back")
+@pytest.mark.guests
+def test_a_machine_is_on_its_two_lans_again_after_a_restore_and_so_is_its_fork(vms: dict[str, Machine]) -> None:
+    gate = vms["gate"]
+    addresses, seen, before = gate.addresses, cards(gate), gate.snapshot("before")
+    gate.restore(before)
+    assert (gate.addresses, cards(gate)) == (addresses, seen)
+    assert len(seen) == 3
+    assert pings(gate, "db")
+    fork = gate.fork("other")
+    fork.join_lan()
+    assert fork.addresses.keys() == gate.addresses.keys()
+    assert pings(fork, "db")

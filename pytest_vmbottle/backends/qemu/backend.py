@@ -249,8 +249,8 @@ class QemuBackend(Backend):
 
     def unsupported_reason(self, spec: MachineSpec) -> str | None:
         """Return what in a spec QEMU does not support (see `Backend.unsupported_reason`)."""
-        if isinstance(spec.network, tuple):
-            return f"network={list(spec.network)}: QEMU's user network lets a guest reach everything or nothing: use True or False"
+        if spec.networks:
+            return f"network={list(spec.networks)}: QEMU's user network lets a guest reach everything or nothing: use True or False"
         return None
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:

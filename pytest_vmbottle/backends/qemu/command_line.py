@@ -23,9 +23,9 @@ __all__ = [
     "BOARDS",
     "DISK_PORTS",
     "FORMAT",
+    "HOT_PORTS",
     "HVF",
     "KVM",
-    "LAN_PORT",
     "NETDEV",
     "NIC",
     "SCRATCH_PORT",
@@ -40,14 +40,16 @@ __all__ = [
     "sandbox",
 ]
 
-FORMAT = 6
+FORMAT = 7
 """Version of the command line and of the after-restore process, part of every fingerprint.
 
 Packs made with another processor or another set of devices are not restored.
 """
 
-SCRATCH_PORT, LAN_PORT = "hot0", "hot1"
-"""Empty PCI Express ports for devices that are plugged in while the machine runs: a disk, and a network card."""
+SCRATCH_PORT = "hot0"
+"""Empty PCI Express port for a disk that is plugged in while the machine runs."""
+HOT_PORTS = tuple(f"hot{number}" for number in range(1, 7))
+"""Ports for what no saved state has: network cards on private LANs."""
 DISK_PORTS = tuple(f"disk{number}" for number in range(6))
 """Ports for disks beside the root disk."""
 
@@ -384,13 +386,9 @@ def _network(spec: MachineSpec) -> list[str]:
 def _ports() -> list[str]:
     # Nothing can be plugged into the root bus itself while the machine runs. A port is known to the guest by its chassis and slot.
     return [
-        *("-device", f"pcie-root-port,id={SCRATCH_PORT},chassis=1,slot=1"),
-        *("-device", f"pcie-root-port,id={LAN_PORT},chassis=2,slot=2"),
-        *(
-            word
-            for number, port in enumerate(DISK_PORTS, 3)
-            for word in ("-device", f"pcie-root-port,id={port},chassis={number},slot={number}")
-        ),
+        word
+        for number, port in enumerate((SCRATCH_PORT, *HOT_PORTS, *DISK_PORTS), 1)
+        for word in ("-device", f"pcie-root-port,id={port},chassis={number},slot={number}")
     ]
 
 

@@ -24,8 +24,9 @@ from pytest_vmbottle.backends.qemu.command_line import NIC, DiskSlot, Emulator
 from pytest_vmbottle.backends.qemu.disks import OVERLAY, Disks
 from pytest_vmbottle.backends.qemu.forwards import Forwards
 from pytest_vmbottle.backends.qemu.guest_channels import GuestChannels, Host
+from pytest_vmbottle.backends.qemu.hot_ports import HotPorts
 from pytest_vmbottle.backends.qemu.hotplug import DiskPort
-from pytest_vmbottle.backends.qemu.lan_card import LAN_CARD, plug_card, unplugged
+from pytest_vmbottle.backends.qemu.lan_cards import LanCards
 from pytest_vmbottle.backends.qemu.own_memory import OWN_MEMORY, Memory, OwnMemory, copier
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed, QmpLost
@@ -148,7 +149,7 @@ class QemuInstance(Instance):
         self._waker = AfterRestore(parts.lines.waker, lambda: self._is_open("waker"))
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
         self._disks = Disks(parts.qmp, parts.disks, account=emulator.account, alive=self.alive)
-        self._cable = NIC
+        self._cards = LanCards(parts.qmp, HotPorts())
         self._nameless, self._nonce = False, ""
         self._forwards = Forwards(self._monitor)
 
@@ -276,10 +277,10 @@ class QemuInstance(Instance):
             answer: object = self._qmp.call(command, arguments, deadline=deadline)
             return answer
 
-    def link(self, *, up: bool) -> None:
-        """Plug in a cable or pull it: of the LAN card if there is one, else of the host's card."""
+    def link(self, *, up: bool, mac: str | None = None) -> None:
+        """Plug in a cable or pull it (see `Instance.link`)."""
         with self._asked("plug or unplug the network cable"):
-            display.set_link(self._qmp, self._cable, up=up)
+            display.set_link(self._qmp, NIC if mac is None else self._cards.card(mac), up=up)
 
     @contextmanager
     def _asked(self, what: str) -> Iterator[None]:
@@ -366,18 +367,16 @@ class QemuInstance(Instance):
             capture.end(self._qmp)
 
     def plug_card(self, wire: socket.socket, *, mac: str) -> None:
-        """Plug a card for a private LAN into its free port (see `Instance.plug_card`)."""
+        """Plug a card for a private LAN into a free port (see `Instance.plug_card`)."""
         with self._asked("plug in a network card"):
-            plug_card(self._qmp, wire, mac=mac)
-        self._cable = LAN_CARD
+            self._cards.plug(wire, mac=mac)
 
-    def unplug_card(self, *, deadline: Deadline) -> None:
-        """Remove the LAN card (see `Instance.unplug_card`)."""
+    def unplug_card(self, mac: str, *, deadline: Deadline) -> None:
+        """Remove the card of a LAN (see `Instance.unplug_card`)."""
         with self._asked("remove a network card"):
             # Removal needs the guest, and one that is booting may ignore a request: it is asked again.
-            if not deadline.poll(lambda: unplugged(self._qmp), every=0.2, first=0.05):
-                raise MachineError("the guest did not release its second network card", machine=self._spec.name)
-        self._cable = NIC
+            if not deadline.poll(lambda: self._cards.unplugged(mac), every=0.2, first=0.05):
+                raise MachineError(f"the guest did not release its network card {mac}", machine=self._spec.name)
 
     def restore(self, folder: Path, saved: Saved, *, deadline: Deadline) -> None:
         """Load a saved state, let it run, and set the guest's clock."""

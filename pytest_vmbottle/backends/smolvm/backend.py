@@ -211,7 +211,7 @@ class SmolvmBackend(Backend):
     def unsupported_reason(self, spec: MachineSpec) -> str | None:
         """Return what in a spec smolvm does not support (see `Backend.unsupported_reason`)."""
         cannot = {
-            f"network={spec.lan!r}: smolvm's machines cannot join a private LAN": spec.lan is not None,
+            f"network={spec.network!r}: smolvm's machines cannot join a private LAN": bool(spec.lans),
             "display=True: smolvm's machines have no screen": spec.display,
             "capture=True: smolvm does not record network traffic": spec.capture,
             f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,

@@ -130,7 +130,7 @@ def creation(spec: MachineSpec, source: Start, ports: Mapping[int, int]) -> Crea
         packed=packed,
         cpus=spec.cpus,
         memory=spec.memory,
-        network=() if isinstance(spec.network, str) else spec.network,
+        network=spec.networks or spec.nat,
         ports=ports,
         label=me(),
         disk=spec.disk or 0,

@@ -114,13 +114,13 @@ def test_a_machine_that_cannot_be_on_its_lan_comes_back_without_it_and_says_why(
         name = "replay-web"
 
         def start(self, order: dict[str, Any], _: object, **__: object) -> None:
-            tried.append((order["keywords"]["network"], order.get("seat")))
-            if "seat" in order:
+            tried.append((order["keywords"]["network"], order.get("seats")))
+            if "seats" in order:
                 raise MachineError("the machine 'web' cannot be on the LAN 'lan': its guest has no program `ip`")
 
     stored = Stored.read(root / "capsules" / "test_a-py-test_it" / "web")
     stored = attrs.evolve(stored, keywords={**stored.keywords, "network": "lan"})
     with closing(Catalog(root)) as catalog:
-        _start(cast("Kept", Place()), stored, catalog, ("replay-web-lan", Seat(name="web", members={"web": "10.77.0.1"})))
-    assert tried == [("replay-web-lan", {"name": "web", "members": {"web": "10.77.0.1"}}), (False, None)]
-    assert "web comes back without its private LAN 'lan': the machine 'web' cannot be" in capsys.readouterr().err
+        _start(cast("Kept", Place()), stored, catalog, {"replay-web-lan": Seat(name="web", members={"web": "10.77.0.1"})})
+    assert tried == [(["replay-web-lan"], {"replay-web-lan": {"name": "web", "members": {"web": "10.77.0.1"}}}), (False, None)]
+    assert "web comes back without its private LAN lan: the machine 'web' cannot be" in capsys.readouterr().err

@@ -29,8 +29,9 @@ class Cabled(FakeInstance):
         self.wires.append(wire.dup())
         self.macs.append(mac)
 
-    def unplug_card(self, *, deadline: Deadline) -> None:
+    def unplug_card(self, mac: str, *, deadline: Deadline) -> None:
         assert not deadline.expired
+        assert mac in self.macs
         self.wires.pop().close()
 
     def run(self, command: Command) -> Finished:
@@ -105,6 +106,25 @@ def test_lans_of_one_test_have_addresses_of_their_own(machines: list[Cabled]) ->
     with closing(Lans()) as lans, lans["a"].joined("x", machines[0].body) as x, lans["b"].joined("x", machines[1].body) as y:
         assert (x.address, y.address) == ("10.77.0.1", "10.77.1.1")
         assert lans["a"] is lans["a"]
+
+
+def test_a_machine_on_two_lans_has_a_card_on_each_and_knows_all_names_those_of_the_first_first(machines: list[Cabled]) -> None:
+    router, other, _ = machines
+    body = router.body
+    with closing(Lans()) as lans, lans["front"].joined("gate", body) as front, lans["back"].joined("gate", body) as back:
+        assert router.macs == [front.mac, back.mac]
+        assert body.macs == router.commands[-2].argv[-2:] == (front.mac, back.mac)  # all are left alone by the guest
+        assert router.commands[-1].argv[-4:] == (back.mac, "10.77.1.1/24", "gate", "10.77.0.1 gate\n10.77.1.1 gate")
+        with lans["front"].joined("web", other.body):
+            assert router.commands[-1].argv[-1] == "10.77.0.1 gate\n10.77.0.2 web\n10.77.1.1 gate"
+            assert other.commands[-1].argv[-1] == "10.77.0.1 gate\n10.77.0.2 web"
+            front.impair(impairment_of(loss=1))
+            other.wires[0].send(b"\xff" * 20)
+            back.cut_off([], ("in",))
+            router.wires[0].settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                router.wires[0].recv(100)
+    assert body.places == []
 
 
 def test_a_backend_without_cards_is_named_as_the_reason(lan: Lan, tmp_path: object) -> None:

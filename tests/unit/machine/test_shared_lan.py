@@ -133,14 +133,28 @@ def test_nothing_is_left_when_all_have_gone(root: Path) -> None:
 def test_a_machine_takes_its_certain_place_under_another_name_and_knows_all_others_from_the_beginning(root: Path) -> None:
     members = {"web": "10.77.3.1", "db": "10.77.3.9"}
     machine = Cabled()
-    with SharedLans(root, Seat(name="db", members=members))["lan"].joined("replay-db", machine.body) as place:
+    with SharedLans(root, {"lan": Seat(name="db", members=members)})["lan"].joined("replay-db", machine.body) as place:
         assert (place.name, place.address, place.mac) == ("db", "10.77.3.9", "52:54:0a:4d:03:09")
         # Before the other one has come.
         assert machine.commands[-1].argv[-3:] == ("10.77.3.9/24", "db", "10.77.3.1 web\n10.77.3.9 db")
         with (
             pytest.raises(SpecError, match="'db' already"),
-            SharedLans(root, Seat(name="db", members=members))["lan"].joined("x", machine.body),
+            SharedLans(root, {"lan": Seat(name="db", members=members)})["lan"].joined("x", machine.body),
         ):
             pass
+    for wire in machine.wires:
+        wire.close()
+
+
+def test_a_machine_is_on_two_lans_whose_addresses_differ_and_on_no_two_with_the_same(root: Path) -> None:
+    machine = Cabled()
+    body = machine.body
+    lans = SharedLans(root, {"same": Seat(name="web", members={"web": "10.77.3.2"}), "too": Seat(name="web", members={"web": "10.77.3.3"})})
+    with lans["lan"].joined("web", body) as place, lans["same"].joined("web", body) as other:
+        assert machine.macs == [place.mac, other.mac]
+        assert machine.commands[-1].argv[-1] == f"{place.address} web\n10.77.3.2 web"
+        with pytest.raises(SpecError, match=r"'same' and 'too' have the same addresses, 10\.77\.3\.0/24"), lans["too"].joined("web", body):
+            pass
+    assert not list((root / "too").iterdir())
     for wire in machine.wires:
         wire.close()

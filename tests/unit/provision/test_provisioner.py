@@ -875,7 +875,7 @@ def test_a_machine_on_a_private_lan_is_poured_from_the_pack_of_one_without_a_net
     provisioner = make()
     assert provisioner.pack(MachineSpec.resolve(IMAGE, {"network": "lan"})).key == provisioner.pack(MachineSpec.resolve(IMAGE, {})).key
     assert provisioner.pack(MachineSpec.resolve(member, {})).manifest.name == "member"
-    assert MachineSpec.resolve(member, {}).lan == "lan"
+    assert MachineSpec.resolve(member, {}).lans == ("lan",)
     assert provisioner.pack(MachineSpec.resolve(plain, {"network": "lan"})).key == provisioner.pack(MachineSpec.resolve(plain, {})).key
 
 

@@ -239,7 +239,7 @@ def test_a_layer_refuses_a_wrong_keyword_where_it_is_defined() -> None:
 
 def test_a_machine_has_no_network_or_the_hosts_or_a_private_one() -> None:
     closed, opened, private = (MachineSpec(source="debian-12", network=network) for network in (False, True, "office"))
-    assert [(spec.nat, spec.lan) for spec in (closed, opened, private)] == [(False, None), (True, None), (False, "office")]
+    assert [(spec.nat, spec.lans) for spec in (closed, opened, private)] == [(False, ()), (True, ()), (False, ("office",))]
 
 
 @pytest.mark.parametrize("name", ["data_base", "db-", "localhost", "LocalHost"])
@@ -588,6 +588,18 @@ def test_a_layer_without_a_source_text_is_told() -> None:
 def test_the_networks_that_may_be_reached_are_checked_and_written_alike() -> None:
     assert MachineSpec(source="x", network=["10.0.0.0/8", "2001:db8::/32"]).network == ("10.0.0.0/8", "2001:db8::/32")
     assert not MachineSpec(source="x", network=["10.0.0.0/8"]).nat
-    for wrong in (["10.0.0.1/8"], ["here"], [1], []):
+    assert MachineSpec(source="x", network=["10.0.0.0/8"]).networks == ("10.0.0.0/8",)
+    for wrong in (["10.0.0.1/8"], ["here", "10.0.0.0/8"], [1], []):
         with pytest.raises(SpecError, match="network="):
             MachineSpec(source="x", network=wrong)
+
+
+def test_a_machine_is_on_as_many_private_lans_as_its_network_names() -> None:
+    spec = MachineSpec(source="x", network=["front", "back"])
+    assert (spec.lans, spec.networks, spec.nat) == (("front", "back"), (), False)
+    assert MachineSpec(source="x", network=["lan"]) == MachineSpec(source="x", network="lan")
+    for wrong, reason in ((["a", "a"], "twice"), (["a", "b", "c", "d", "e"], "at most 4")):
+        with pytest.raises(SpecError, match=reason):
+            MachineSpec(source="x", network=wrong)
+    with pytest.raises(SpecError, match="'front'"):
+        MachineSpec(source="x", name="data_base", network=["front", "back"])

@@ -15,7 +15,7 @@ from pytest_vmbottle.standalone.stored import Stored
 
 @attrs.frozen
 class _Stored:
-    network: str | bool
+    network: str | bool | list[str]
     name: str
 
     def spec(self) -> MachineSpec:
@@ -49,3 +49,11 @@ def test_machines_come_back_on_their_own_lans_under_their_own_names(addresses: d
     assert (front.name, found.name, dict(front.machines)) == ("front", "back", {"web": "web"})
     assert found.seat("web-2") == Seat(name="web", members=back)
     assert found.seat("db") == Seat(name="db", members=back)
+
+
+def test_a_machine_on_two_lans_has_its_address_on_each_again() -> None:
+    machines = {"web": _Stored("front", "web"), "gate": _Stored(["front", "back"], "gate")}
+    capsule = _Capsule({"web": "10.77.0.1", "gate": "10.77.0.2 10.77.1.1"})
+    front, back = lans_of(cast("Capsule", capsule), cast("dict[str, Stored]", machines))
+    assert (front.name, dict(front.members)) == ("front", {"web": "10.77.0.1", "gate": "10.77.0.2"})
+    assert (back.name, dict(back.members), dict(back.machines)) == ("back", {"gate": "10.77.1.1"}, {"gate": "gate"})

@@ -16,9 +16,9 @@ from pytest_vmbottle.backends.port import DataDisk, Disk
 from pytest_vmbottle.backends.qemu.command_line import (
     BOARDS,
     DISK_PORTS,
+    HOT_PORTS,
     HVF,
     KVM,
-    LAN_PORT,
     SCRATCH_PORT,
     DiskSlot,
     Emulator,
@@ -226,7 +226,7 @@ def test_every_machine_has_empty_ports_that_the_guest_can_tell_apart(arch: str) 
     argv = command_line(emulator, MachineSpec(source="x", arch=arch), WIRING)
     ports = [dict(part.split("=") for part in value.split(",")[1:]) for value in values(argv, "-device") if "pcie-root-port" in value]
 
-    assert [port["id"] for port in ports] == [SCRATCH_PORT, LAN_PORT, *DISK_PORTS]
+    assert [port["id"] for port in ports] == [SCRATCH_PORT, *HOT_PORTS, *DISK_PORTS]
     assert len({port["chassis"] for port in ports}) == len({port["slot"] for port in ports}) == len(ports)
     assert not [value for value in values(argv, "-device") if any(f"bus={port['id']}" in value for port in ports)]
 
