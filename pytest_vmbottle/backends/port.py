@@ -529,8 +529,8 @@ class Instance(ABC):
         """
         raise self.unsupported("cannot tell what a disk has lost when its power is cut")
 
-    def screenshot(self) -> bytes:
-        """Return a screenshot as PNG."""
+    def screenshot(self, kind: Literal["png", "ppm"] = "png") -> bytes:
+        """Return a screenshot."""
         raise self.unsupported("does not make machines with a display")
 
     def press(self, chords: Iterable[Chord]) -> None:

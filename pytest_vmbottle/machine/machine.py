@@ -31,6 +31,7 @@ from pytest_vmbottle.machine.lifecycle import Lifecycle, Relauncher
 from pytest_vmbottle.machine.metrics import Meter, Sample
 from pytest_vmbottle.machine.process import Process
 from pytest_vmbottle.machine.recording import Recording
+from pytest_vmbottle.machine.screen_text import read_picture, tty_text
 from pytest_vmbottle.machine.terminal import attach
 from pytest_vmbottle.machine.units import GuestUnit
 from pytest_vmbottle.machine.waits import Wait
@@ -56,6 +57,7 @@ _ANSWER = 5.0
 _DATE = ("date", "+%s.%N")
 _LOGIN_TIME = 60.0
 _QMP_TIME = 60.0
+_READING = 60.0
 _PLUG_TIME = 30.0
 """Seconds for a guest to take or to release a disk; an emulated one takes 0.2 s."""
 _MAX_PORT = 65535
@@ -673,6 +675,46 @@ class Machine:
         return self._wait(timeout).output(pattern)
 
     @recorded("wait")
+    def wait_for_tty_text(self, pattern: str | re.Pattern[str], *, number: int = 1, timeout: float = 60) -> re.Match[str]:
+        """Wait until what a virtual terminal shows matches a pattern, and return the match (see `tty_text`).
+
+        Args:
+            pattern: Text, or a compiled regular expression.
+            number: The number of the terminal.
+            timeout: Seconds to wait at most.
+
+        Raises:
+            MachineTimeout: There was no match in time.
+            MachineError: The guest has no such terminal.
+
+        Example:
+            >>> _ = vm.exec("echo ready at last > /dev/tty1")
+            >>> vm.wait_for_tty_text("ready at last")[0]
+            'ready at last'
+        """
+        return self._wait(timeout, "root").tty(number, pattern)
+
+    @recorded("wait")
+    def wait_for_screen_text(self, pattern: str | re.Pattern[str], *, timeout: float = 60) -> re.Match[str]:
+        """Wait until the text on the machine's screen matches a pattern, and return the match (see `screen_text`).
+
+        Args:
+            pattern: Text, or a compiled regular expression.
+            timeout: Seconds to wait at most.
+
+        Raises:
+            MachineTimeout: There was no match in time.
+            MachineError: As for `screen_text`.
+            BackendUnavailable: As for `screen_text`.
+
+        Example:
+            >>> _ = vm.exec("echo everything is ready > /dev/tty1")
+            >>> vm.wait_for_screen_text("everything is ready")[0]
+            'everything is ready'
+        """
+        return self._wait(timeout).screen(self._read_screen, pattern)
+
+    @recorded("wait")
     def wait_for_shutdown(self, *, timeout: float = 60) -> None:
         """Wait until the guest has powered off.
 
@@ -1220,6 +1262,44 @@ class Machine:
         with atomic_file(dest, mode=0o644) as file:
             file.write(image)
         return dest
+
+    def tty_text(self, number: int = 1) -> str:
+        r"""Return what a virtual terminal of the guest shows, as its kernel knows it; no screen is needed.
+
+        Lines end where the terminal's do, without the blanks at their ends.
+
+        Args:
+            number: The number of the terminal: 1 is the first one.
+
+        Raises:
+            MachineError: The guest has no such terminal, or is gone.
+
+        Example:
+            >>> _ = vm.exec(r"printf '\033c2 + 2\n    = 4' > /dev/tty1")
+            >>> vm.tty_text()
+            '2 + 2\n    = 4'
+        """
+        return tty_text(number, lambda argv: self.exec(argv, check=False, user="root"))
+
+    def screen_text(self) -> str:
+        r"""Read the text on the machine's screen, whatever shows it: firmware, boot loader, kernel or a desktop.
+
+        It is read by the program tesseract (package `tesseract-ocr`), which takes a second or two, and may take one character for another
+        that looks like it, such as `l` for `1`. Where a virtual terminal has the text, `tty_text` is exact.
+
+        Raises:
+            MachineError: The machine has no display (`display=True` in its mark), or is gone.
+            BackendUnavailable: There is no tesseract here.
+
+        Example:
+            >>> _ = vm.exec(r"printf '\033cnothing to see here' > /dev/tty1")
+            >>> "nothing to see" in vm.screen_text()
+            True
+        """
+        return self._read_screen(Deadline(_READING * self._factor))
+
+    def _read_screen(self, deadline: Deadline) -> str:
+        return read_picture(self._display().screenshot("ppm"), self.lifecycle.folder, deadline)
 
     @recorded("screen")
     def send_keys(self, *keys: str) -> None:

@@ -20,6 +20,7 @@ from pytest_vmbottle.errors import MachineError, MachineTimeout
 from pytest_vmbottle.guest.path import GuestPath
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.machine import guestlog, sockets, units
+from pytest_vmbottle.machine.screen_text import tty_text
 from pytest_vmbottle.machine.units import UnitState
 from pytest_vmbottle.result import CommandTimeout, Result, printable
 
@@ -287,6 +288,26 @@ class Wait:
         what = f"{wanted.pattern if wanted is pattern else pattern!r} on the console"
         # More often than the others, because reading a file on the host costs the guest nothing.
         return self.until(lambda: self.console.expect(wanted), what, every=0.1, more=self._troubles)
+
+    def tty(self, number: int, pattern: str | re.Pattern[str]) -> re.Match[str]:
+        """Wait until a virtual terminal shows text that matches a pattern."""
+        return self._text(pattern, lambda: tty_text(number, self._ask), f"on the virtual terminal {number}")
+
+    def screen(self, read: Callable[[Deadline], str], pattern: str | re.Pattern[str]) -> re.Match[str]:
+        """Wait until the screen, which a function reads by a deadline, shows text that matches a pattern."""
+        # A last look at the very end gets a few seconds, as a question to the guest does.
+        return self._text(pattern, lambda: read(Deadline(max(_LEAST, self.deadline.remaining))), "on the screen")
+
+    def _text(self, pattern: str | re.Pattern[str], read: Callable[[], str], where: str) -> re.Match[str]:
+        wanted = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
+        seen: list[str] = []
+
+        def found() -> re.Match[str] | None:
+            seen[:] = [read()]
+            return wanted.search(seen[0])
+
+        what = f"{wanted.pattern if wanted is pattern else pattern!r} {where}"
+        return self.until(found, what, last=lambda: printable("".join(seen)), more=self._troubles)
 
     def shutdown(self, instance: Instance) -> None:
         """Wait until the guest has powered off."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from pathlib import Path
 
 import pytest
 
-from pytest_vmbottle import Machine, MachineDied, MachineError, layer
+from pytest_vmbottle import Machine, MachineDied, MachineError, MachineTimeout, layer
 from pytest_vmbottle.host.deadline import Deadline
 from pytest_vmbottle.machine.keyboard import _KEYS
 
@@ -110,10 +111,26 @@ def test_a_screenshot_that_cannot_be_written_leaves_nothing(vm: Machine, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_text_on_a_terminal_and_on_the_screen_is_read(vm: Machine) -> None:
+    vm.wait_for_tty_text("what now?")
+    vm.exec(r"printf '\033c\033[1;33mPress a key to continue\033[0m\n\n  \303\234ber alles 42' > /dev/tty1")
+    assert vm.tty_text() == "Press a key to continue\n\n  Über alles 42"
+    assert vm.wait_for_screen_text(re.compile("a key to (con[a-z]+)"))[1] == "continue"
+    with pytest.raises(MachineTimeout, match=r"(?s)'no such thing' on the screen.*Press a key"):
+        vm.wait_for_screen_text("no such thing", timeout=1)
+    with pytest.raises(MachineTimeout, match=r"(?s)'no such thing' on the virtual terminal 1.*Press a key"):
+        vm.wait_for_tty_text("no such thing", timeout=1)
+    with pytest.raises(MachineError, match="no virtual terminal 99"):
+        vm.tty_text(99)
+
+
 @pytest.mark.vm("debian-12", display=False)
 def test_a_machine_without_a_display_says_how_to_have_one(session_vm: Machine, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="display=True"):
         session_vm.screenshot(tmp_path / "a.png")
     with pytest.raises(MachineError, match="display=True"):
         session_vm.send_keys("ret")
+    with pytest.raises(MachineError, match="display=True"):
+        session_vm.screen_text()
+    assert isinstance(session_vm.tty_text(), str)
     assert list(tmp_path.iterdir()) == []

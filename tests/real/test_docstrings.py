@@ -26,7 +26,8 @@ WITHOUT = {
 """Members without an example, and why."""
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""
-ON_A_LAN, WITH_A_DISPLAY = {"Machine.address", "Machine.addresses", "Machine.impair"}, {"Machine.screenshot", "Machine.send_keys"}
+ON_A_LAN = {"Machine.address", "Machine.addresses", "Machine.impair"}
+WITH_A_DISPLAY = {f"Machine.{name}" for name in ("screenshot", "screen_text", "send_keys", "wait_for_screen_text")}
 KNOWN = {
     "dt": dt,
     "time": time,

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from pytest_vmbottle.backends.port import Chord
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
@@ -19,17 +20,17 @@ _HOLD, _PACE = 0.02, 0.05
 """Seconds to hold a key, and seconds between two keys. A PS/2 keyboard buffers no more than five or six that its guest has not read."""
 
 
-def screenshot(qmp: Qmp, folder: Path) -> bytes:
-    """Return a screenshot as PNG, through a file in the machine's own folder.
+def screenshot(qmp: Qmp, folder: Path, kind: Literal["png", "ppm"]) -> bytes:
+    """Return a screenshot, through a file in the machine's own folder.
 
     Raises:
         QmpFailed: This QEMU writes no PNG, or is gone.
     """
-    file = folder / f"screen-{secrets.token_hex(4)}.png"
+    file = folder / f"screen-{secrets.token_hex(4)}.{kind}"
     try:
         with file.open("xb") as opened:  # QEMU may run as somebody who cannot write here
             lent = qmp.add_fd(opened.fileno(), deadline=Deadline(_GRACE))
-        qmp.execute("screendump", filename=f"/dev/fdset/{lent}", format="png", deadline=Deadline(_GRACE))
+        qmp.execute("screendump", filename=f"/dev/fdset/{lent}", format=kind, deadline=Deadline(_GRACE))
         qmp.execute("remove-fd", fdset_id=lent, deadline=Deadline(_GRACE))
         return file.read_bytes()
     except QmpFailed as error:

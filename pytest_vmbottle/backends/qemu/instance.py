@@ -252,10 +252,10 @@ class QemuInstance(Instance):
         """Return the address and keys for any SSH client."""
         return SshAccess(address=self.forward(22), user="root", keys=self._source.keys, folder=self._rundir)
 
-    def screenshot(self) -> bytes:
-        """Return a screenshot as PNG."""
+    def screenshot(self, kind: Literal["png", "ppm"] = "png") -> bytes:
+        """Return a screenshot."""
         with self._asked("take a screenshot"):
-            return display.screenshot(self._qmp, self._rundir)
+            return display.screenshot(self._qmp, self._rundir, kind)
 
     def press(self, chords: Iterable[Chord]) -> None:
         """Press keys (see `Instance.press`)."""
