@@ -507,6 +507,17 @@ class Lifecycle:
                 raise self._unwritten(name, str(error.strerror), relauncher.folder) from error
             raise
 
+    @staticmethod
+    def last_of(machines: int, start: Start) -> Callable[[], None]:
+        """Return a function to be called at the end of each of so many machines: the last call removes what `written` has made for them."""
+        left = iter(range(machines - 1))
+
+        def ended() -> None:
+            if next(left, None) is None and start.saved is not None:
+                shutil.rmtree(start.saved, ignore_errors=True)
+
+        return ended
+
     def _unwritten(self, name: str, reason: str, folder: Path) -> CatalogError:
         free = format_size(shutil.disk_usage(folder).free)
         hint = "make room (vmbottle pack prune), or choose another folder with --vm-catalog"

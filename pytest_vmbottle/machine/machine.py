@@ -77,7 +77,8 @@ class Machine:
         console: Its serial console.
         lifecycle: Its current instance and power, for extensions of this package.
         guest: Runner of commands in its guest, for extensions of this package.
-        launch_fork: Function that starts another machine from a boot source, which ends before this one does; None if it was made without.
+        launch_fork: Function that starts another machine from a boot source, and calls a function when that has ended, before this one
+            does; None if it was made without.
         end: Function that ends it before the machine that it was forked from; None if it is no fork.
     """
 
@@ -115,7 +116,7 @@ class Machine:
         # somebody who follows it must not be told of an end in between.
         self.console: Console = instance.console.until(lambda: self.lifecycle.is_silent)
         self._factor = factor
-        self.launch_fork: Callable[[MachineSpec, Start], Machine] | None = None
+        self.launch_fork: Callable[[MachineSpec, Start, Callable[[], object]], Machine] | None = None
         self.end: Callable[[], None] | None = None
         self._forks = 0
         # Made on first use: most tests measure nothing.
@@ -1028,7 +1029,8 @@ class Machine:
         specs = [self.spec.but(name=name or f"{self.name}-{number}") for number, name in enumerate(names, self._forks + 1)]
         self._forks += len(specs)
         with self.lifecycle.written("fork") as start:
-            return tuple(self.launch_fork(spec, start) for spec in specs)
+            ended = Lifecycle.last_of(len(specs), start)
+            return tuple(self.launch_fork(spec, start, ended) for spec in specs)
 
     def discard(self) -> None:
         """End a fork, with what was forked from it, before the machine that it was forked from; its memory and its disk are free then.

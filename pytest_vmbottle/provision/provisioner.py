@@ -113,7 +113,9 @@ class Provisioner:
                 self._connect(machine, joined, stack, joins=joins)
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
-            machine.launch_fork = lambda spec, start: _fork(self.machine(spec, start=start, origin=origin, lans=lans, joins=False), forks)
+            machine.launch_fork = lambda spec, start, ended: _fork(
+                self.machine(spec, start=start, origin=origin, lans=lans, joins=False), forks, ended
+            )
             self.tally.waited += time.monotonic() - began
             # Outside of `_infra`: an error of a hook or of the test is not the machine's.
             self._settings.ready(machine)
@@ -315,9 +317,10 @@ class Provisioner:
             self._settings.warn(f"a hook failed while the machine {machine.name!r} was ending: {error!r}")
 
 
-def _fork(started: AbstractContextManager[Machine], forks: ExitStack) -> Machine:
+def _fork(started: AbstractContextManager[Machine], forks: ExitStack, ended: Callable[[], object]) -> Machine:
     """Start a fork, which ends with the others at the latest."""
     with ExitStack() as stack:
+        stack.callback(ended)
         machine = stack.enter_context(started)
         machine.end = stack.pop_all().close
     forks.callback(machine.end)
