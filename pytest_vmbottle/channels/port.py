@@ -51,9 +51,9 @@ class Command:
         env: The complete environment, nothing is inherited.
         input: The whole content of its standard input.
         operation: The operation on files that gives the same, for channels that have those: its name, the user and the words.
-        tag: The number that marks all processes of this command, so that a time-out can end them. The kernel's audit hands down the
-            number of a login (/proc/self/loginuid), which neither another user, another session, a clean environment nor another control
-            group sheds; it is in their environment for kernels without it.
+        tag: The number that marks all processes of this command, so that a time-out can end them. The runner starts it in a control
+            group of that name. The kernel's audit hands down the number of a login (/proc/self/loginuid), which neither another user,
+            another session, a clean environment nor another control group sheds; it is in their environment for kernels without it.
     """
 
     argv: tuple[str, ...]

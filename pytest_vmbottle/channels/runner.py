@@ -29,8 +29,8 @@ from pytest_vmbottle.host.package_data import read_script
 
 __all__ = ["RUNNER", "Runner"]
 
-_SCRIPT = read_script(__package__, "runner.py")
-RUNNER = digest(_SCRIPT)
+_SCRIPT, _START = read_script(__package__, "runner.py"), read_script(__package__, "start_runner.sh")
+RUNNER = digest(_SCRIPT, _START)
 """Digest of the program in the guest: it is part of a pack."""
 _HEAD = struct.Struct(">IBI")
 _RUN, _INPUT, _TAKEN, _SYNC, _LEFT, _FILE, _KILL, _TERMINAL, _SIZE = 1, 2, 3, 4, 5, 6, 7, 8, 9
@@ -275,7 +275,15 @@ class _Job(Running):
 class Runner(Channel):
     """A connection to the runner of a guest; safe to use from several threads."""
 
-    def __init__(self, sock: socket.socket, *, alive: Callable[[], None], changes: Callable[[], int], is_there: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        alive: Callable[[], None],
+        changes: Callable[[], int],
+        is_there: Callable[[], bool],
+        emulated: bool = False,
+    ) -> None:
         """Take a connected socket; nothing is asked yet.
 
         Args:
@@ -283,8 +291,10 @@ class Runner(Channel):
             alive: Function that raises `MachineDied` if the guest can no longer answer.
             changes: Function that returns how often the port was opened or closed in the guest.
             is_there: Function that tells whether a runner has the port open.
+            emulated: Whether the guest's processor is emulated.
         """
         self._sock, self._alive, self._changes, self._is_there = sock, alive, changes, is_there
+        self._emulated = emulated
         # For writing alone: the thread that reads waits as long as it takes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(0, round(_LOOK * 1e6)))
         self._jobs: dict[int, _Job] = {}
@@ -347,7 +357,8 @@ class Runner(Channel):
     def _start_in(self, channel: Channel, deadline: Deadline) -> bool:
         if not self._is_there():
             # The program is the input, so nothing is written to the guest's disk.
-            script = Command(argv=("python3", "-"), env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
+            words = ("/bin/sh", "-c", _START, "sh", "1" if self._emulated else "0")
+            script = Command(argv=words, env=(("PATH", GUEST_PATH),), input=_SCRIPT.encode())
             if channel.run(script, deadline=deadline).returncode:
                 return False
         return self.adopt(deadline=deadline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -170,6 +171,25 @@ def test_a_timeout_also_kills_what_shed_its_environment_user_and_session_and_say
     assert caught.value.result.stdout == "started\n"
     assert either.exec("ps axo args= | grep -x 'sleep 471[0-9]'").stdout == "sleep 4712\n"
     either.exec("pkill -f 'sleep 471[2]'")
+
+
+@pytest.mark.guests
+def test_a_timeout_also_kills_what_became_another_login(vm: Machine) -> None:
+    """As sshd, login and cron do; it takes the rights of root."""
+    vm.exec("sleep 4712 >/dev/null 2>&1 &")
+    with pytest.raises(CommandTimeout):
+        vm.exec("setsid sh -c 'echo 0 > /proc/self/loginuid; exec env -i sleep 4711' & sleep 4711", timeout=5)
+    assert vm.exec("ps axo args= | grep -x 'sleep 471[0-9]'").stdout == "sleep 4712\n"
+    # Groups go with the last process in them.
+    assert len(vm.exec("ls -d /sys/fs/cgroup/vmbottle/*/").stdout.split()) <= 3
+
+
+def test_commands_of_an_emulated_guest_lie_at_the_same_addresses_each_time_and_services_do_not(session_vm: Machine) -> None:
+    """An emulator translates anew what lies elsewhere: `true` would take five times as long."""
+    emulated = b"\0tcg," in Path(f"/proc/{session_vm.pid}/cmdline").read_bytes()
+    fixed = "00040000\n"  # ADDR_NO_RANDOMIZE, of personality(2)
+    assert (session_vm.exec(["cat", "/proc/self/personality"]).stdout == fixed) is emulated
+    assert session_vm.exec("cat /proc/sys/kernel/randomize_va_space; cat /proc/1/personality").stdout == "2\n00000000\n"
 
 
 def test_what_the_oom_killer_ends_is_said_and_it_ends_nothing_else(either: Machine) -> None:

@@ -35,6 +35,7 @@ class Host:
         agent_changes, runner_changes: Functions that return how often those ports were opened and closed.
         ssh_address: Function that returns the host's address and port that lead to the guest's SSH server.
         keys: Keys for the login.
+        emulated: Whether the guest's processor is emulated.
     """
 
     alive: Callable[[], None]
@@ -44,6 +45,7 @@ class Host:
     runner_changes: Callable[[], int]
     ssh_address: Callable[[], tuple[str, int]]
     keys: Keys
+    emulated: bool
 
 
 class GuestChannels:
@@ -59,7 +61,7 @@ class GuestChannels:
         """Take our ends of both ports; nothing is asked yet."""
         self._host = host
         self.agent = GuestAgent(agent, alive=host.alive, changes=host.agent_changes)
-        self.runner = Runner(runner, alive=host.alive, changes=host.runner_changes, is_there=host.runner_is_there)
+        self.runner = Runner(runner, alive=host.alive, changes=host.runner_changes, is_there=host.runner_is_there, emulated=host.emulated)
         self._agent_or_ssh = AgentOrSsh(
             runner=self.runner,
             agent=self.agent,

@@ -144,6 +144,7 @@ class QemuInstance(Instance):
                 runner_changes=lambda: self._qmp.changes("runnerport"),
                 ssh_address=lambda: self.forward(22),
                 keys=source.keys,
+                emulated=emulator.accelerator.name == "tcg",
             ),
         )
         self._waker = AfterRestore(parts.lines.waker, lambda: self._is_open("waker"))

@@ -20,10 +20,12 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL, TERMINAL, SIZE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 OUT, ERR, END, REFUSED, SYNCED, WRITTEN, LEVEL = 17, 18, 19, 20, 21, 22, 23
 UMASK, UNABLE, LONGEST = 0o022, 120, 100
+GROUP, FEW = b"/sys/fs/cgroup/vmbottle", 4
 # Whatever this process or those above it ignore: a shell cannot catch what is ignored when it begins.
 DEFAULTS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 HEAD, WINDOW, PIECE = struct.Struct(">IBI"), 1 << 20, 1 << 16
@@ -48,10 +50,11 @@ for fd in 0, 1, 2:
 with open("/proc/self/comm", "w") as comm:
     comm.write("vmbottle-runner")
 # What befalls the unit of the guest agent, which started this, is not the end of commands.
+group = -1
 with contextlib.suppress(OSError):
-    os.makedirs("/sys/fs/cgroup/vmbottle", exist_ok=True)
-    with open("/sys/fs/cgroup/vmbottle/cgroup.procs", "w") as group:
-        group.write(str(os.getpid()))
+    os.makedirs(GROUP, exist_ok=True)
+    group = os.open(GROUP + b"/cgroup.procs", os.O_WRONLY)
+    os.write(group, b"0")
 try:
     login = os.open("/proc/self/loginuid", os.O_WRONLY)
 except OSError:  # a kernel without audit
@@ -62,6 +65,7 @@ signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 signal.signal(signal.SIGCHLD, lambda *_: None)
 selector = selectors.DefaultSelector()
 commands: "dict[int, Command]" = {}
+empty: "list[bytes]" = []
 outgoing = bytearray()
 highest = 0
 
@@ -69,8 +73,8 @@ highest = 0
 class Command:
     """A command that runs."""
 
-    def __init__(self, number: int, pid: int, stdin: int) -> None:
-        self.number, self.pid, self.stdin = number, pid, stdin
+    def __init__(self, number: int, pid: int, stdin: int, tag: bytes = b"") -> None:
+        self.number, self.pid, self.stdin, self.tag = number, pid, stdin, tag
         self.input, self.is_last, self.is_left = b"", False, False
         if stdin >= 0:
             os.set_blocking(stdin, False)
@@ -146,6 +150,8 @@ class Command:
     def ended(self, status: int) -> None:
         self.pid = 0
         send(END, self.number, b"%d" % (-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)))
+        if self.tag:
+            empty.append(self.tag)
         self.close_input()
         self.forget()
 
@@ -164,8 +170,8 @@ class Command:
 class Screen(Command):
     """A command that has a terminal in place of pipes."""
 
-    def __init__(self, number: int, pid: int, terminal: int) -> None:
-        super().__init__(number, pid, os.dup(terminal))
+    def __init__(self, number: int, pid: int, terminal: int, tag: bytes) -> None:
+        super().__init__(number, pid, os.dup(terminal), tag)
         send(ERR, number, b"")
         self.watch(OUT, terminal)
 
@@ -235,20 +241,57 @@ def find(name: bytes, path: bytes) -> bytes:
     return found
 
 
+def spawn(tag: bytes, path: bytes, argv: "list[bytes]", env: "dict[bytes, bytes]", **how: "Any") -> int:
+    """Start a program, in a control group of its own: what it starts stays in that, whatever its session, user and login become."""
+    program = find(argv[0], path)
+    with contextlib.suppress(OSError):  # a kernel without audit
+        os.pwrite(login, tag, 0)
+    if group >= 0:
+        with contextlib.suppress(OSError):  # then its processes are known by their login, or by their environment
+            enter(GROUP + b"/" + tag)
+    try:
+        return os.posix_spawn(program, argv, env, setsigmask=(), setsigdef=DEFAULTS, **how)
+    except OSError:
+        empty.append(tag)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.write(group, b"0")
+
+
+def enter(path: bytes) -> None:
+    """Be in a new control group, as then is what begins."""
+    os.mkdir(path)
+    fd = os.open(path + b"/cgroup.procs", os.O_WRONLY)
+    try:
+        os.write(fd, b"0")
+    finally:
+        os.close(fd)
+
+
+def tidy() -> None:
+    """Remove groups of commands that have ended: a few in a turn, since what was left behind may run for long."""
+    for tag in empty[:FEW]:
+        del empty[0]
+        try:
+            os.rmdir(GROUP + b"/" + tag)
+        except FileNotFoundError:
+            pass
+        except OSError:  # something is left in it
+            empty.append(tag)
+
+
 def run(number: int, content: bytes) -> None:
     has_input, tag, path, count, *words = content.split(b"\0")
     argv, env = words[: int(count)], dict(word.split(b"=", 1) for word in words[int(count) :])
 
     def begin(theirs: "tuple[int, ...]") -> int:
-        with contextlib.suppress(OSError):  # then its processes are known by their environment alone
-            os.pwrite(login, tag, 0)
-        actions = [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)]
-        return os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsigmask=(), setsigdef=DEFAULTS)
+        return spawn(tag, path, argv, env, file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)])
 
-    start(number, has_input, begin)
+    start(number, has_input, begin, tag)
 
 
-def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int]") -> None:
+def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int]", tag: bytes = b"") -> None:
     """Start a process with streams of its own, which `begin` gets, and whose number it returns."""
     global highest  # noqa: PLW0603 - of this whole process
     pipes = pipes_of(3 if has_input == b"1" else 2)
@@ -262,7 +305,7 @@ def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int
         for fd in {feeding, *(reading for reading, _ in pipes)} - {-1}:
             os.close(fd)
     else:
-        commands[number] = Command(number, pid, feeding)
+        commands[number] = Command(number, pid, feeding, tag)
         commands[number].watch(OUT, pipes[0][0])
         commands[number].watch(ERR, pipes[1][0])
     for fd in {*theirs} - {null}:
@@ -286,19 +329,17 @@ def show(number: int, content: bytes) -> None:
     """Start a command on a terminal."""
     tag, path, size, count, *words = content.split(b"\0")
     argv, env = words[: int(count)], dict(word.split(b"=", 1) for word in words[int(count) :])
-    with contextlib.suppress(OSError):
-        os.pwrite(login, tag, 0)
     terminal, its = os.openpty()
     set_size(terminal, size)
     # Who leads a session has as its terminal the first one that it opens.
     actions = [(os.POSIX_SPAWN_OPEN, 0, os.ttyname(its), os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
     try:
-        pid = os.posix_spawn(find(argv[0], path), argv, env, file_actions=actions, setsid=True, setsigmask=(), setsigdef=DEFAULTS)
+        pid = spawn(tag, path, argv, env, file_actions=actions, setsid=True)
     except (OSError, NotImplementedError) as error:  # a C library may start nothing in a session of its own
         send(REFUSED, number, b"%d" % (getattr(error, "errno", None) or errno.ENOSYS))
         os.close(terminal)
     else:
-        commands[number] = Screen(number, pid, terminal)
+        commands[number] = Screen(number, pid, terminal, tag)
     os.close(its)
 
 
@@ -646,8 +687,12 @@ os.set_blocking(port, False)
 selector.register(port, selectors.EVENT_READ, serve)
 selector.register(woken, selectors.EVENT_READ, reap)
 while True:
-    for key, _ in selector.select():
+    ready = selector.select()
+    for key, _ in ready:
         # One that was handled before it may have ended it.
         if key.fileobj in selector.get_map():
             key.data()
     flush()
+    # Now that the host has heard of the end.
+    if empty and any(key.fileobj == woken for key, _ in ready):
+        tidy()
