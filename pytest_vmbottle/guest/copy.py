@@ -37,6 +37,8 @@ _GNU = "tar --version 2>/dev/null | grep -q GNU"
 _PUT = read_script(__package__, "copy_put.sh")
 _CLEAR = 'path=$1; [ -d "$path" ] && rm -rf "${path%/}/$2"; rm -rf "${path%/*}/$2"'
 _MEASURE = read_script(__package__, "copy_measure.sh")
+# Not every shell's `cd` says why it failed.
+_RESOLVE = 'stat -L "$1/." > /dev/null && cd -P "$1" && pwd -P'
 _HEADERS = 4
 """Kilobytes that an entry needs at most besides its content."""
 _MOST = 1 << 40
@@ -51,17 +53,22 @@ _NAMED, _NAME = 3, 200
 log = logging.getLogger(__name__)
 
 
-def copy_in(source: Path, target: GuestPath, exclude: Exclusion = NOTHING) -> None:
-    """Copy a host file or tree to the guest, without what is excluded.
+def copy_in(source: Path, target: GuestPath, exclude: Exclusion = NOTHING, *, contents: bool = False) -> None:
+    """Copy a host file or tree to the guest, without what is excluded; or the contents of a folder, into the target itself.
 
     Raises:
         FileNotFoundError: The source, or the target's folder, does not exist.
+        NotADirectoryError: The contents are wanted of what is no folder.
         PermissionError: A file or folder of the source cannot be read.
         TransferError: The copy broke off.
     """
     if not os.path.lexists(source):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory (on the host)", str(source))
-    itself = "1" if source.name == ".." else ""  # goes to the destination itself, as with `cp -r`
+    if contents:
+        if not source.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory (on the host)", str(source))
+        source = source.resolve()
+    itself = "1" if contents or source.name == ".." else ""  # goes to the destination itself, as with `cp -r`
     name = source.resolve().name if itself or not source.name else source.name
     # Hidden and random, so that it meets no file of the guest's; it gets its name when it is complete.
     temporary = f".vmbottle.{secrets.token_hex(8)}"
@@ -107,12 +114,13 @@ def _is_small(about: os.stat_result) -> bool:
 
 
 def copy_out(source: GuestPath, target: Path, exclude: Exclusion = NOTHING) -> None:
-    """Copy a guest's file or tree to the host, without what is excluded.
+    """Copy a guest's file or tree to the host, without what is excluded; or the contents of a folder, into the target itself.
 
     Nothing is written outside of the target, whatever the guest sends.
 
     Raises:
         FileNotFoundError: The source, or the target's folder, does not exist.
+        NotADirectoryError: The contents are wanted of what is no folder.
         TransferError: The copy broke off, or the guest sent content that must not be written.
     """
     named = _named(source)
@@ -126,10 +134,10 @@ def copy_out(source: GuestPath, target: Path, exclude: Exclusion = NOTHING) -> N
 
 
 def _named(source: GuestPath) -> GuestPath:
-    """Return the path with a name as its last part; the guest resolves `/srv/x/..`."""
-    if source.name != "..":
+    """Return the path with a name as its last part; the guest resolves `/srv/x/..`, and a folder whose contents are meant."""
+    if source.name != ".." and not source.means_contents:
         return source
-    result = source.shell.script('cd -P "$1" && pwd -P', str(source))
+    result = source.shell.script(_RESOLVE, str(source))
     raise_for(result, source)
     return source.joinpath(result.stdout.removesuffix("\n"))
 

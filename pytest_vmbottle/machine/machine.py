@@ -383,12 +383,13 @@ class Machine:
         Modes, times, symbolic links and holes are kept. Sockets and FIFOs in a tree are left out, and the logger `pytest_vmbottle` warns of
         that.
 
-        If the destination is a folder, the copy goes into it, as with `cp -r`. The copy gets its final name when it is complete. From 1 MiB
-        on the data goes over a disk that is plugged in for the copy. The logger `pytest_vmbottle` reports the progress of a long copy every
-        5 s.
+        If the destination is a folder, the copy goes into it, as with `cp -r`. A slash at the end of the source means the contents of the
+        folder, as with rsync: they go into the destination, which is made if need be. The copy gets its final name when it is complete.
+        From 1 MiB on the data goes over a disk that is plugged in for the copy. The logger `pytest_vmbottle` reports the progress of a long
+        copy every 5 s.
 
         Args:
-            src: The source.
+            src: The source. Only a string, here or in `path`, can have a slash at its end.
             dst: The destination. Exactly one of the two is a `GuestPath`.
             exclude: Patterns of what is left out of a tree: names at any depth, such as `"*.pyc"`, and paths below the source, such as
                 `"build/*.o"`. A folder is left out with all that is in it.
@@ -397,6 +398,7 @@ class Machine:
 
         Raises:
             FileNotFoundError: The source, or the destination's folder, does not exist.
+            NotADirectoryError: The source has a slash at its end and is no folder.
             PermissionError: A file may not be read or written.
             TransferError: The copy broke off, or the guest sent content that must not be written on the host.
             MachineError: The guest was lost, or did not answer in time.
@@ -408,12 +410,15 @@ class Machine:
             >>> (tmp_path / "ssh" / "sshd_config").is_file()
             True
             >>> vm.cp(tmp_path / "ssh", vm.path("/root"), exclude=["*_key", "*.pub"])
+            >>> vm.cp(f"{tmp_path}/ssh/", vm.path("/root/config"))
+            >>> vm.path("/root/config/sshd_config").is_file()
+            True
         """
         excluded = Exclusion.of(exclude)
         if "" in (src, dst):
             return  # as a path of this computer it would be the current folder
         if isinstance(dst, GuestPath) and not isinstance(src, GuestPath):
-            transfer.copy_in(Path(src), dst, excluded)
+            transfer.copy_in(Path(src), dst, excluded, contents=str(src).endswith("/") and bool(Path(src).name))
         elif isinstance(src, GuestPath) and not isinstance(dst, GuestPath):
             transfer.copy_out(src, Path(dst), excluded)
         else:

@@ -95,6 +95,34 @@ def test_what_is_excluded_and_what_is_no_file_is_left_out_both_ways(
 
 
 @pytest.mark.guests
+def test_a_slash_at_the_end_of_the_source_means_what_is_in_the_folder_both_ways(session_vm: Machine, place: str, tmp_path: Path) -> None:
+    site, there, back = tmp_path / "site", session_vm.path(place), tmp_path / "back"
+    (site / "img").mkdir(parents=True)
+    (site / "index.html").write_text("hello\n")
+    (tmp_path / "link").symlink_to("site")
+    for source, dest in (("site", "srv"), ("site/", "srv"), ("site/", "new"), ("link/", "linked")):
+        (there / "srv").mkdir(exist_ok=True)
+        session_vm.cp(f"{tmp_path}/{source}", there / dest)
+    names = {str(path.relative_to(there)) for path in there.rglob("*.html")}
+    assert names == {"srv/site/index.html", "srv/index.html", "new/index.html", "linked/index.html"}
+
+    back.mkdir()
+    session_vm.cp(session_vm.path(f"{place}/new/"), back)
+    session_vm.cp(session_vm.path(f"{place}/new/"), tmp_path / "made")
+    session_vm.cp(there / "new", back)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("index.html")} == {
+        "site/index.html",
+        "back/index.html",
+        "back/new/index.html",
+        "made/index.html",
+    }
+    with pytest.raises(NotADirectoryError):
+        session_vm.cp(f"{site}/index.html/", there / "none")
+    with pytest.raises(NotADirectoryError):
+        session_vm.cp(session_vm.path(f"{place}/new/index.html/"), tmp_path / "none")
+
+
+@pytest.mark.guests
 def test_holes_take_no_space_on_either_side(session_vm: Machine, place: str, tmp_path: Path) -> None:
     with (tmp_path / "holes").open("wb") as file:
         file.truncate(1 << 30)
