@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmbottle.machine.machine import Machine, MachineFactory
     from pytest_vmbottle.machine.snapshot import HasSnapshot, Snapshot
     from pytest_vmbottle.plugin.baselines import Benchmark
+    from pytest_vmbottle.plugin.kernel_tests import KernelTests
     from pytest_vmbottle.provision import Provisioner
     from pytest_vmbottle.provision.origins import Origin
     from pytest_vmbottle.standalone.capsules import Capsule
@@ -223,6 +224,17 @@ def _plan_of_class(request: pytest.FixtureRequest) -> Plan:
             f"of its fixture, or write @pytest.mark.usefixtures({name!r})"
         )
     return plans_of(request.node)[0]
+
+
+@pytest.fixture
+def vm_kernel_tests(request: pytest.FixtureRequest) -> KernelTests:
+    """Function that reports the kernel's own tests (kselftest, KUnit) as subtests: it takes what they printed, in KTAP."""
+    from pytest_vmbottle.plugin.kernel_tests import KernelTests
+
+    try:
+        return KernelTests(request.getfixturevalue("subtests"))  # of pytest 9, or of pytest-subtests
+    except pytest.FixtureLookupError:
+        return KernelTests(None)
 
 
 @pytest.fixture
