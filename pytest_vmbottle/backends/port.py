@@ -410,6 +410,31 @@ class Instance(ABC):
         """
         raise self.unsupported("has no private LANs")
 
+    def debug_stub(self) -> Path:
+        """Begin to listen for a debugger of the guest's kernel, if need be, and return the path of the unix socket for it.
+
+        Raises:
+            MachineError: That is not possible.
+        """
+        raise self.unsupported("has no stub for a debugger")
+
+    def plug_share(self, folder: Path, *, tag: str) -> None:
+        """Plug in a folder of the host, which the guest mounts by its tag as `virtiofs`.
+
+        Raises:
+            BackendUnavailable: A program for that is missing here.
+            MachineError: It cannot be plugged in.
+        """
+        raise self.unsupported("shares no folders")
+
+    def unplug_share(self, tag: str, *, deadline: Deadline) -> None:
+        """Remove a folder that was plugged in.
+
+        Raises:
+            MachineError: The guest did not release it by the deadline.
+        """
+        raise self.unsupported("shares no folders")
+
     def capture(self, file: Path) -> None:
         """Record the traffic of the network card in a new file, in the format of pcap, until `end_capture`."""
         raise self.unsupported("cannot record network traffic")

@@ -304,7 +304,9 @@ def _start(place: Kept, stored: Stored, catalog: Catalog, seats: Mapping[str, Se
     from pytest_vmbottle.errors import MachineError, SpecError
 
     spec = stored.spec()
-    keywords = {"name": place.name, "source": str(spec.image)}
+    # A shared folder may have been the test's, which is gone.
+    shares = {path: str(folder) for path, folder in spec.shares if folder.is_dir()}
+    keywords = {"name": place.name, "source": str(spec.image), "shares": shares}
     order = {"catalog": str(catalog.root), "folder": str(Path.cwd()), "settings": {}}
     if seats:
         plain = {name: attrs.asdict(seat) for name, seat in seats.items()}

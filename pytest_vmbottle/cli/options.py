@@ -33,6 +33,10 @@ def _files(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ..
     return {guest: {"host": str(path)} for guest, path in files.items()}
 
 
+def _shares(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    return {guest: str(Path(folder).expanduser().absolute()) for guest, folder in pairs(ctx, parameter, values).items()}
+
+
 def _disks(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     # The daemon works in another folder, hence whole paths; a slash tells a path from a size.
     return {name: str(Path(value).absolute()) if "/" in value else value for name, value in pairs(ctx, parameter, values).items()}
@@ -119,6 +123,14 @@ KEYWORDS: dict[str, _Decorator] = {
         callback=_files,
         help="File to write to it, after the packages: its path there, and a file of this computer.",
     ),
+    "shares": click.option(
+        "--share",
+        "shares",
+        multiple=True,
+        metavar="GUEST=FOLDER",
+        callback=_shares,
+        help="Folder of this computer that it has at this path, too; it can write there.",
+    ),
     "run": click.option(
         "--run", multiple=True, metavar="CMD", help="Shell command to run in it, after the files; saved in a pack as well."
     ),
@@ -157,7 +169,7 @@ WITHOUT_OPTION = {
 }
 """Keywords without an option in `KEYWORDS`, and the reasons."""
 
-_OPTION_NAMES = {"ports": "--port", "files": "--file", "user_data": "--user-data", "fresh": "--boot"}
+_OPTION_NAMES = {"ports": "--port", "files": "--file", "shares": "--share", "user_data": "--user-data", "fresh": "--boot"}
 
 
 def machine_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -26,6 +26,7 @@ from pytest_vmbottle.machine import pcap
 from pytest_vmbottle.machine.bulk import Bulk
 from pytest_vmbottle.machine.disks import await_disks
 from pytest_vmbottle.machine.lan import Lan, LanGuest, LanMember
+from pytest_vmbottle.machine.shares import Share
 from pytest_vmbottle.spec import MachineSpec
 from pytest_vmbottle.spec.pack_kind import PackKind
 from pytest_vmbottle.timeline import Timeline
@@ -110,7 +111,20 @@ class Lifecycle:
         self._overlay: Path | None = None
         self._factor = factor
         # Functions, because a start or a restore replaces both.
+        self._shares = [
+            Share(
+                machine=spec.name,
+                path=path,
+                folder=folder,
+                tag=f"share{number}",
+                instance=lambda: self.instance,
+                channel=lambda: self.channel,
+                factor=factor,
+            )
+            for number, (path, folder) in enumerate(spec.shares)
+        ]
         self._lan_guest = LanGuest(instance=lambda: self.instance, channel=lambda: self.channel, factor=factor)
+        self._is_sharing = False
         self.join: Callable[[], object] | None = None
 
     @property
@@ -448,19 +462,29 @@ class Lifecycle:
             raise ValueError(f"{said}: say which one, lan={self.places[0].lan!r}" if lan is None else f"lan={lan!r}: {said}")
         return places[lan]
 
+    def share_folders(self) -> None:
+        """Share the folders of the spec with the guest; later boots and instances have them, too."""
+        self._is_sharing = True
+        for share in self._shares:
+            share.settle()
+
     def _settle(self) -> None:
-        """Connect the machine to its LANs again, after a boot or as another instance."""
-        # No boot and no restore has the cards, so they are plugged in each time.
-        for place in self.places:
-            place.settle()
+        """Connect the machine to its LANs again, and share its folders, after a boot or as another instance."""
+        # No boot and no restore has these devices, so they are plugged in each time.
+        for plugged in self._plugged:
+            plugged.settle()
+
+    @property
+    def _plugged(self) -> Sequence[LanMember | Share]:
+        return (*self._lan_guest.places, *(self._shares if self._is_sharing else ()))
 
     @contextmanager
-    def _off_the_lan(self) -> Iterator[None]:
-        """Remove the LANs' cards for the length of a block: no restored machine has them."""
+    def _unplugged(self) -> Iterator[None]:
+        """Remove the LANs' cards and the shared folders for the length of a block: no restored machine has them."""
         try:
-            for place in self.places:
-                # A saved state names its devices, and QEMU loads it only into a machine that has the same ones. Clones start without them.
-                place.unplug()
+            # A saved state names its devices, and QEMU loads it only into a machine that has the same ones. Clones start without them.
+            for plugged in self._plugged:
+                plugged.unplug()
             yield
         finally:
             self._settle()
@@ -490,7 +514,7 @@ class Lifecycle:
         folder = relauncher.folder / SNAPSHOTS / secrets.token_hex(32)
         try:
             private_dir(folder)
-            with self._off_the_lan():
+            with self._unplugged():
                 whole = self.instance.snapshot(folder, whole=whole, deadline=Deadline(relauncher.patience))
             # A backend with images of its own has no disks in the start, and finds its own in the folder.
             disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()

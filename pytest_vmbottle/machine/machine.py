@@ -1381,6 +1381,22 @@ class Machine:
         named = {**(arguments or {}), **{name.replace("_", "-"): value for name, value in keywords.items()}}
         return self.lifecycle.instance.qmp(command, named, deadline=Deadline(_QMP_TIME * self._factor))
 
+    def gdb(self) -> Path:
+        """Have QEMU listen for a debugger of the guest's kernel, and return the path of the unix socket for it.
+
+        `gdb vmlinux -ex "target remote PATH"` connects. The guest stands still while the debugger has it, and goes on when that continues
+        or leaves; its clocks are behind then. Only this user can connect, as long as the machine is on: after `start` or `restore`, ask
+        again.
+
+        Raises:
+            MachineError: The path of the machine's folder is too long for a socket, the backend has no such thing, or the machine is off.
+
+        Example:
+            >>> vm.gdb().is_socket()
+            True
+        """
+        return self.lifecycle.instance.debug_stub()
+
     # -- other clients ---------------------------------------------------------------------------------------------------------------
 
     def ssh_config(self) -> Path:

@@ -95,6 +95,7 @@ def build_spec(spec: MachineSpec, step: Layer) -> MachineSpec:
     keywords = {**launch, **own, **boots}
     keywords["disks"] = step.disks
     keywords["network"] = keywords["network"] is True  # a LAN is what a machine joins when it is cloned
+    keywords["shares"] = {}  # as is a shared folder
     return MachineSpec(source=step.source, **keywords)
 
 

@@ -111,6 +111,7 @@ class Provisioner:
                     stack.enter_context(self._share(spec))
                     machine = self._provide(spec, partial(self._started, spec, start, origin), stack)
                 self._connect(machine, joined, stack, joins=joins)
+                machine.lifecycle.share_folders()
             # Forks end first: their disks stand on files in this machine's folder.
             forks = stack.enter_context(ExitStack())
             machine.launch_fork = lambda spec, start, ended: _fork(

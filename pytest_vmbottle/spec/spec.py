@@ -71,6 +71,7 @@ class MachineKeywords(TypedDict, total=False):
     ports: Iterable[int]
     packages: Iterable[str | Path]
     files: Mapping[str, File]
+    shares: Mapping[str, str | Path]
     run: Iterable[str]
     user_data: Mapping[str, Any] | str | None
     kernel: str | Path | None
@@ -87,7 +88,8 @@ class MachineKeywords(TypedDict, total=False):
 
 SIGNATURE = (
     "vm(source, *, name='vm', backend='auto', arch=None, cpus=1, cpu=None, cpu_clock='host', nested=False, memory='1G', disk=None, "
-    "disks={}, track_writes=False, display=False, network=False, capture=False, ports=(), packages=(), files={}, run=(), user_data=None, "
+    "disks={}, track_writes=False, display=False, network=False, capture=False, ports=(), shares={}, packages=(), files={}, run=(), "
+    "user_data=None, "
     "kernel=None, initrd=None, cmdline=None, append=None, env={}, user='root', fresh='restore', reset='none', timeout=120, panic='fail')"
 )
 # Keywords whose effect is saved in a pack on top of the source, so that its clones have them already.
@@ -128,7 +130,10 @@ _MAX_PORT = 65535
 _MAX_DISKS = 6
 """Most disks beside the root disk: as many as every backend has ports for."""
 _MAX_LANS = 4
-"""Most private LANs of a machine: as many as every backend has ports for."""
+"""Most private LANs of a machine."""
+_MAX_PLUGGED = 6
+"""Most private LANs and shared folders of a machine: as many as every backend has ports for."""
+_SHARE_PATH = re.compile(r"(/[A-Za-z0-9._-]+)+")
 # A serial number of virtio has 20 bytes (VIRTIO_BLK_ID_BYTES), and udev makes a file name of it.
 _DISK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 _MIB = 1 << 20  # QEMU rounds a machine's memory to pages; a file for it must have the very same size
@@ -428,6 +433,22 @@ def _files(value: object) -> tuple[tuple[str, File], ...]:
             raise _fail("files", {path: content}, "takes permission bits as 0o755")
     # By the path alone: contents may be of kinds that do not compare with each other.
     return tuple(sorted(value.items(), key=lambda item: item[0]))
+
+
+def _shares(value: object) -> tuple[tuple[str, Path], ...]:
+    # Also pairs, which is what this returns.
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):  # noqa: PLR2004 - a pair
+        raise _fail("shares", value, "takes a mapping from absolute guest paths to folders of this computer")
+    for path, folder in pairs:
+        if not isinstance(path, str) or not _SHARE_PATH.fullmatch(path) or ".." in PurePosixPath(path).parts:
+            raise _fail("shares", path, "is not the absolute path of a folder in the guest: letters, digits, and any of /._- are allowed")
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise _fail("shares", {path: folder}, "takes a folder of this computer")
+        # What separates options of the programs that share it.
+        if any(character in str(folder) for character in ",\\\0\n"):
+            raise _fail("shares", {path: folder}, "cannot share a folder whose path has a comma, a backslash or a newline in it")
+    return tuple(sorted((path, Path(folder).absolute()) for path, folder in pairs))
 
 
 def _user_data(value: object) -> str | None:
@@ -748,6 +769,7 @@ class MachineSpec:
             the machines of one test share, or the names of several.
         capture: Whether the traffic of its network cards is recorded, for the artifacts of its test.
         ports: TCP ports in the guest that are forwarded from a free port on 127.0.0.1.
+        shares: Folders of this computer that the guest has, too: its path for each, and the folder.
         packages: Packages installed beforehand, by their names or as files on this computer.
         files: Files written beforehand: guest path and content, or a pair of content and permission bits.
         run: Shell commands run beforehand, after packages and files.
@@ -779,6 +801,7 @@ class MachineSpec:
     network: bool | str | tuple[str, ...] = attrs.field(default=False, converter=_network)
     capture: bool = attrs.field(default=False, converter=_capture)
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
+    shares: tuple[tuple[str, Path], ...] = attrs.field(factory=dict, converter=_shares)
     packages: tuple[str | Path, ...] = attrs.field(default=(), converter=_packages)
     files: tuple[tuple[str, File], ...] = attrs.field(factory=dict, converter=_files)
     run: tuple[str, ...] = attrs.field(default=(), converter=_run)
@@ -801,6 +824,8 @@ class MachineSpec:
         if self.lans and (not _HOST_NAME.fullmatch(self.name) or self.name.lower() == "localhost"):
             takes = f"is not a host name, and a machine on the LAN {self.lans[0]!r} needs one: use letters, digits and dashes"
             wrong.append(_fail("name", self.name, takes))
+        if len(self.lans) + len(self.shares) > _MAX_PLUGGED:
+            wrong.append(_fail("shares", [path for path, _ in self.shares], f"takes, with private LANs, at most {_MAX_PLUGGED} in all"))
         if self.nested and self.arch != "x86_64":
             takes = f"works only in x86_64 guests, and this guest is {self.arch}: write arch='x86_64'"
             wrong.append(_fail("nested", self.nested, takes))
@@ -865,7 +890,8 @@ class MachineSpec:
         fields = {field.name: getattr(self, field.name) for field in attrs.fields(MachineSpec) if field.name not in PREPARATION}
         plain = {key: _plain_value(value) for key, value in fields.items()}
         disks = {name: str(source) if isinstance(source, Path) else source for name, source in self.disks}
-        return plain | {"source": str(self.image), "env": dict(self.env), "disks": disks}
+        shares = {path: str(folder) for path, folder in self.shares}
+        return plain | {"source": str(self.image), "env": dict(self.env), "disks": disks, "shares": shares}
 
     @property
     def image(self) -> str | Path:

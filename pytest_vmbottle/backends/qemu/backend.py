@@ -19,6 +19,7 @@ from pytest_vmbottle.backends.qemu.command_line import FORMAT, Accelerator, Emul
 from pytest_vmbottle.backends.qemu.features import Features, probe_features
 from pytest_vmbottle.backends.qemu.launch import start
 from pytest_vmbottle.backends.qemu.processor import accelerator_for, host_processor
+from pytest_vmbottle.backends.qemu.shares import LACKED, find_server
 from pytest_vmbottle.channels.runner import RUNNER
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host import records
@@ -251,6 +252,8 @@ class QemuBackend(Backend):
         """Return what in a spec QEMU does not support (see `Backend.unsupported_reason`)."""
         if spec.networks:
             return f"network={list(spec.networks)}: QEMU's user network lets a guest reach everything or nothing: use True or False"
+        if spec.shares and find_server() is None:
+            return f"{LACKED} (package virtiofsd)"
         return None
 
     def launch(self, spec: MachineSpec, *, source: Start, rundir: Path, deadline: Deadline) -> Instance:

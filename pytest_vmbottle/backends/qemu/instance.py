@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from pytest_vmbottle.backends.qemu.own_memory import OWN_MEMORY, Memory, OwnMemo
 from pytest_vmbottle.backends.qemu.process import QemuProcess
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed, QmpLost
 from pytest_vmbottle.backends.qemu.ram import RAM_FILE, Ram
+from pytest_vmbottle.backends.qemu.shares import Shares
 from pytest_vmbottle.channels.port import GUEST_PATH, Channel, Command
 from pytest_vmbottle.errors import GuestPanic, MachineDied, MachineError, MachineTimeout
 from pytest_vmbottle.host import records
@@ -53,6 +55,9 @@ CONSOLE = "console.log"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _FULL = 1 << 20
 """Most free bytes of a file system that counts as full."""
+_DEBUG = "gdb"
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@-]{1,107}")
+"""Paths that a socket can have, and that mean nothing else to QEMU's monitor."""
 
 
 @attrs.frozen
@@ -150,7 +155,8 @@ class QemuInstance(Instance):
         self._waker = AfterRestore(parts.lines.waker, lambda: self._is_open("waker"))
         self._disk_port = DiskPort(parts.qmp, alive=self.alive)
         self._disks = Disks(parts.qmp, parts.disks, account=emulator.account, alive=self.alive)
-        self._cards = LanCards(parts.qmp, HotPorts())
+        ports = HotPorts()
+        self._cards, self._shares = LanCards(parts.qmp, ports), Shares(parts.qmp, ports, parts.rundir)
         self._nameless, self._nonce = False, ""
         self._forwards = Forwards(self._monitor)
 
@@ -379,6 +385,30 @@ class QemuInstance(Instance):
             if not deadline.poll(lambda: self._cards.unplugged(mac), every=0.2, first=0.05):
                 raise MachineError(f"the guest did not release its network card {mac}", machine=self._spec.name)
 
+    def debug_stub(self) -> Path:
+        """Have QEMU's gdb stub listen (see `Instance.debug_stub`)."""
+        path = self._rundir / _DEBUG
+        if not _PLAIN_PATH.fullmatch(str(path)):
+            message = f"a debugger cannot connect to {path}: a socket needs a short and plain path: choose another --vm-catalog"
+            raise MachineError(message, machine=self._spec.name)
+        if not path.exists():
+            said = self._monitor(f"gdbserver unix:{path},server=on,wait=off").strip()
+            if not path.exists():
+                raise MachineError(f"QEMU does not listen for a debugger: {printable(said)}", machine=self._spec.name)
+            path.chmod(0o600)
+        return path
+
+    def plug_share(self, folder: Path, *, tag: str) -> None:
+        """Plug in a folder of the host (see `Instance.plug_share`)."""
+        with self._asked("share a folder"):
+            self._shares.plug(folder, tag=tag)
+
+    def unplug_share(self, tag: str, *, deadline: Deadline) -> None:
+        """Remove a folder (see `Instance.unplug_share`)."""
+        with self._asked("take a shared folder away"):
+            if not deadline.poll(lambda: self._shares.unplugged(tag), every=0.2, first=0.05):
+                raise MachineError(f"the guest did not release its shared folder {tag}", machine=self._spec.name)
+
     def restore(self, folder: Path, saved: Saved, *, deadline: Deadline) -> None:
         """Load a saved state, let it run, and set the guest's clock."""
         self._nameless, self._nonce = saved.nameless, saved.nonce
@@ -605,7 +635,7 @@ class QemuInstance(Instance):
         self._process.kill()
         self._qmp.close()
         # After QEMU has ended: the recorder's thread then finds the console's end behind its last output.
-        for held in (self._channels, self._waker, self._ram, self._recorder):
+        for held in (self._channels, self._waker, self._ram, self._recorder, self._shares):
             held.close()
 
     def _end(self) -> None:

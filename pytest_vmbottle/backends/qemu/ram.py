@@ -33,7 +33,8 @@ class Ram:
         whole = source.ram or source.saved
         bottled = whole / RAM_FILE if whole is not None and (whole / RAM_FILE).exists() else None
         # Shared from the page cache by all clones, with pages of their own only where they write. A build must not share: its RAM is saved.
-        self.private = bottled is not None and not source.building and account is None
+        # Nor can it be private where another process has to see it: one that shares a folder with the guest.
+        self.private = bottled is not None and not source.building and account is None and not spec.shares
         self.fd = -1
         if bottled is not None and self.private:
             self.path = bottled

@@ -214,6 +214,7 @@ class SmolvmBackend(Backend):
             f"network={spec.network!r}: smolvm's machines cannot join a private LAN": bool(spec.lans),
             "display=True: smolvm's machines have no screen": spec.display,
             "capture=True: smolvm does not record network traffic": spec.capture,
+            "shares=: smolvm's machines are given no folders of the host": bool(spec.shares),
             f"cpu={spec.cpu!r}: smolvm's machines have the host's processor": spec.cpu is not None,
             "cpu_clock='instructions': smolvm's machines have the host's processor, which does not count": spec.cpu_clock != "host",
             "user_data=: smolvm's machines have no cloud-init": spec.user_data is not None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,36 @@ def test_what_an_image_with_a_boot_loader_lacks_for_a_direct_boot_is_said(vm_fac
         vm_factory(disk, kernel=image.kernel, fresh="boot")
     vm = vm_factory(disk, kernel=image.kernel, initrd=image.initrd, cmdline=image.cmdline, append="foo=3", fresh="boot")
     assert vm.path("/proc/cmdline").read_text() == f"{image.cmdline} foo=3\n"
+
+
+def packet(text: str) -> bytes:
+    """A packet of the protocol that gdb speaks."""
+    return f"${text}#{sum(text.encode()) % 256:02x}".encode()
+
+
+def asked(gdb: socket.socket, text: str) -> str:
+    """The answer of the stub."""
+    gdb.sendall(packet(text))
+    data = b""
+    while not re.search(rb"\$.*#..$", data):
+        data += gdb.recv(4096)
+    gdb.sendall(b"+")
+    return data.decode().partition("$")[2].rpartition("#")[0]
+
+
+@pytest.mark.vm("debian-12")
+def test_a_debugger_stops_the_guest_looks_into_it_and_lets_it_go_on(vm: Machine) -> None:
+    vm.exec("systemd-run sh -c 'while :; do date +%s.%N > /run/beat; sleep 0.1; done'")
+    vm.wait_for_file("/run/beat")
+    path = vm.gdb()
+    assert path.stat().st_mode & 0o077 == 0
+    assert vm.gdb() == path
+    with socket.socket(socket.AF_UNIX) as gdb:
+        gdb.settimeout(30)
+        gdb.connect(str(path))
+        assert asked(gdb, "?").startswith("T")
+        assert len(asked(gdb, "g")) > 16 * 16, "registers"
+        assert vm.qmp("query-status")["running"] is False
+        assert asked(gdb, "D") == "OK"  # it leaves
+    vm.wait_until(lambda: vm.qmp("query-status")["running"])
+    assert vm.exec(["true"]).ok

@@ -181,6 +181,14 @@ def test_a_size_that_was_written_for_people_is_read_back_within_a_tenth(size: in
         {"disks": {"x" * 21: "1G"}},
         {"disks": {f"d{number}": "1G" for number in range(7)}},
         {"track_writes": "yes"},
+        {"shares": "/srv"},
+        {"shares": {"srv": "/tmp"}},
+        {"shares": {"/": "/tmp"}},
+        {"shares": {"/srv/../etc": "/tmp"}},
+        {"shares": {"/a b": "/tmp"}},
+        {"shares": {"/srv": 5}},
+        {"shares": {"/srv": "/a,b"}},
+        {"shares": {f"/s{number}": "/tmp" for number in range(7)}},
         {"cpu_clock": "fast"},
         {"cpu_clock": None},
         {"cpu": ""},
@@ -294,6 +302,7 @@ KEYWORDS = {
     "disks": {"data": "1G", "other": 1 << 20},
     "track_writes": True,
     "capture": True,
+    "shares": {"/srv": "here"},
     "ports": [80, 443],
     "env": {"A": "1", "B": "2", "C": "3"},
     "files": {"/a": "1", "/b": b"2", "/c": "3"},
@@ -330,6 +339,7 @@ def test_the_order_of_keywords_and_of_dictionaries_changes_no_key(
         "track_writes",
         "display",
         "capture",
+        "shares",
         "ports",
         "env",
         "files",
@@ -592,6 +602,15 @@ def test_the_networks_that_may_be_reached_are_checked_and_written_alike() -> Non
     for wrong in (["10.0.0.1/8"], ["here", "10.0.0.0/8"], [1], []):
         with pytest.raises(SpecError, match="network="):
             MachineSpec(source="x", network=wrong)
+
+
+def test_shared_folders_are_whole_paths_and_share_the_ports_of_the_private_lans() -> None:
+    spec = MachineSpec(source="x", shares={"/srv/b": "folder", "/srv/a": Path("/tmp")}, network=["one", "two", "three", "four"])
+    assert spec.shares == (("/srv/a", Path("/tmp")), ("/srv/b", Path.cwd() / "folder"))
+    assert spec.but(name="other").shares == spec.shares
+    assert spec.plain_keywords()["shares"] == {"/srv/a": "/tmp", "/srv/b": str(Path.cwd() / "folder")}
+    with pytest.raises(SpecError, match="at most 6 in all"):
+        spec.but(shares={"/a": "/", "/b": "/", "/c": "/"})
 
 
 def test_a_machine_is_on_as_many_private_lans_as_its_network_names() -> None:
