@@ -402,14 +402,6 @@ class Instance(ABC):
         """
         raise self.unsupported("has no private LANs")
 
-    def unplug_card(self, mac: str, *, deadline: Deadline) -> None:
-        """Remove a network card that was plugged in.
-
-        Raises:
-            MachineError: The guest did not release it by the deadline.
-        """
-        raise self.unsupported("has no private LANs")
-
     def debug_stub(self) -> Path:
         """Begin to listen for a debugger of the guest's kernel, if need be, and return the path of the unix socket for it.
 

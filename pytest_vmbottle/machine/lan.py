@@ -142,18 +142,6 @@ class LanMember:
         """Let frames pass again."""
         self._lan.switch.cuts -= cuts
 
-    def unplug(self) -> None:
-        """Unplug the card from the machine, until `settle` is called.
-
-        Raises:
-            MachineError: The guest does not release the card.
-        """
-        instance = self._body.instance()
-        if instance is self._plugged:
-            instance.unplug_card(self.mac, deadline=Deadline(_SECONDS * self._body.factor))
-        # The port of the instance before. Its frames would wait for a machine that is gone.
-        self.leave()
-
     def leave(self) -> None:
         """Disconnect from the switch."""
         if self._port is not None:
@@ -161,6 +149,7 @@ class LanMember:
         self._plugged = self._port = None
 
     def _plug(self, instance: Instance) -> None:
+        # The port of the instance before. Its frames would wait for a machine that is gone.
         self.leave()
         port, wire = self._lan.switch.connect(self.name)
         port.outgoing, port.incoming = self.cables["out"], self.cables["in"]

@@ -479,15 +479,16 @@ class Lifecycle:
         return (*self._lan_guest.places, *(self._shares if self._is_sharing else ()))
 
     @contextmanager
-    def _unplugged(self) -> Iterator[None]:
-        """Remove the LANs' cards and the shared folders for the length of a block: no restored machine has them."""
+    def _unshared(self) -> Iterator[None]:
+        """Take the shared folders away for the length of a block: QEMU saves no machine that has one."""
+        shares = self._shares if self._is_sharing else ()
         try:
-            # A saved state names its devices, and QEMU loads it only into a machine that has the same ones. Clones start without them.
-            for plugged in self._plugged:
-                plugged.unplug()
+            for share in shares:
+                share.unplug()
             yield
         finally:
-            self._settle()
+            for share in shares:
+                share.settle()
 
     # -- there and back --------------------------------------------------------------------------------------------------------------
 
@@ -514,7 +515,7 @@ class Lifecycle:
         folder = relauncher.folder / SNAPSHOTS / secrets.token_hex(32)
         try:
             private_dir(folder)
-            with self._unplugged():
+            with self._unshared():
                 whole = self.instance.snapshot(folder, whole=whole, deadline=Deadline(relauncher.patience))
             # A backend with images of its own has no disks in the start, and finds its own in the folder.
             disks = (*origin.disks, Disk(path=folder / "disk.qcow2")) if origin.disks else ()

@@ -94,7 +94,11 @@ def test_a_fork_has_disks_of_its_own_with_what_was_on_them(vm: Machine) -> None:
 @pytest.mark.guests
 @pytest.mark.vm(network="lan")
 def test_a_fork_of_a_machine_on_a_lan_is_off_it_until_it_joins(vm: Machine) -> None:
+    # A card that is plugged in anew gets another number.
+    card = vm.exec("cat /sys/class/net/*/ifindex").stdout
     fork = vm.fork("right")
+    assert vm.exec("cat /sys/class/net/*/ifindex").stdout == card
+    assert len(fork.exec(["ls", "/sys/class/net"]).stdout.split()) == len(card.split()) - 1
     assert fork.address is None
     address = fork.join_lan()
     assert address not in (None, vm.address)

@@ -49,7 +49,7 @@ Packs made with another processor or another set of devices are not restored.
 SCRATCH_PORT = "hot0"
 """Empty PCI Express port for a disk that is plugged in while the machine runs."""
 HOT_PORTS = tuple(f"hot{number}" for number in range(1, 7))
-"""Ports for what no saved state has: network cards on private LANs."""
+"""Ports for network cards on private LANs."""
 DISK_PORTS = tuple(f"disk{number}" for number in range(6))
 """Ports for disks beside the root disk."""
 

@@ -1,4 +1,4 @@
-"""Ports of a machine for what is plugged in while it runs, and is in no saved state."""
+"""Ports of a machine for what is plugged in while it runs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ class HotPorts:
             raise QmpFailed(f"all of its {len(HOT_PORTS)} ports for that are in use")
         self._used[name] = free[0]
         return free[0]
+
+    def hold(self, name: str, port: str) -> None:
+        """Note that something is in a certain port.
+
+        Raises:
+            QmpFailed: There is no such port, or something else is in it.
+        """
+        if port not in HOT_PORTS or port in self._used.values():
+            raise QmpFailed(f"there is no free port {port!r}")
+        self._used[name] = port
 
     def of(self, name: str) -> str:
         """Return the port of something."""

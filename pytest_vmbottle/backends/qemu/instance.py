@@ -89,6 +89,7 @@ class Saved:
         runner: Whether it has a runner.
         nameless: Whether its state does not begin with the name of the machine (`Qmp.save_devices`).
         differs: Whether its RAM is that of a pack with the pages of `OWN_MEMORY`.
+        cards: The port of each network card on a private LAN, by the card's MAC address.
     """
 
     kind: PackKind
@@ -99,6 +100,7 @@ class Saved:
     runner: bool = False
     nameless: bool = False
     differs: bool = False
+    cards: Mapping[str, str] = attrs.field(factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Saved:
@@ -378,8 +380,7 @@ class QemuInstance(Instance):
         with self._asked("plug in a network card"):
             self._cards.plug(wire, mac=mac)
 
-    def unplug_card(self, mac: str, *, deadline: Deadline) -> None:
-        """Remove the card of a LAN (see `Instance.unplug_card`)."""
+    def _unplug_card(self, mac: str, deadline: Deadline) -> None:
         with self._asked("remove a network card"):
             # Removal needs the guest, and one that is booting may ignore a request: it is asked again.
             if not deadline.poll(lambda: self._cards.unplugged(mac), every=0.2, first=0.05):
@@ -410,8 +411,10 @@ class QemuInstance(Instance):
                 raise MachineError(f"the guest did not release its shared folder {tag}", machine=self._spec.name)
 
     def restore(self, folder: Path, saved: Saved, *, deadline: Deadline) -> None:
-        """Load a saved state, let it run, and set the guest's clock."""
+        """Load a saved state, let it run, and set the guest's clock; it is on no private LAN."""
         self._nameless, self._nonce = saved.nameless, saved.nonce
+        for mac, port in saved.cards.items():
+            self._cards.expect(mac, port)
         if saved.differs:
             self._load_differing(folder, deadline)
         else:
@@ -420,6 +423,9 @@ class QemuInstance(Instance):
         # Before any channel is used: no command may see the old clock, or draw the random numbers that other clones draw.
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
         self._channels.adopt(has_agent=saved.agent, login=saved.login, has_runner=saved.runner, deadline=deadline)
+        # With their addresses, which are those of the machine that was saved.
+        for mac in saved.cards:
+            self._unplug_card(mac, deadline)
 
     def _load_differing(self, folder: Path, deadline: Deadline) -> None:
         memory = Memory(self.pid, self._ram.path, self._monitor)
@@ -502,6 +508,7 @@ class QemuInstance(Instance):
             # A QEMU that was started to load such a state writes others in the same way.
             nameless=differs or self._nameless,
             differs=differs,
+            cards=self._cards.plugged,
         )
 
     @contextmanager

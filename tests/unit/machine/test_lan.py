@@ -29,11 +29,6 @@ class Cabled(FakeInstance):
         self.wires.append(wire.dup())
         self.macs.append(mac)
 
-    def unplug_card(self, mac: str, *, deadline: Deadline) -> None:
-        assert not deadline.expired
-        assert mac in self.macs
-        self.wires.pop().close()
-
     def run(self, command: Command) -> Finished:
         self.commands.append(command)
         return self.answer
@@ -180,14 +175,6 @@ def test_a_machine_that_was_started_anew_gets_a_new_card_and_the_same_address(la
             other.wires[0].recv(100)
         other.wires[0].settimeout(5)
         assert other.wires[0].recv(100)
-
-
-def test_a_card_that_was_taken_out_comes_back_when_the_machine_settles(lan: Lan, machines: list[Cabled]) -> None:
-    with lan.joined("web", machines[0].body) as place:
-        place.unplug()
-        assert not machines[0].wires
-        place.settle()
-        assert machines[0].macs == [place.mac, place.mac]
 
 
 @pytest.mark.parametrize(("delay", "loss"), [(-1, 0), (61, 0), (0, -0.1), (0, 1.1), (float("nan"), 0), (0, float("nan"))])
