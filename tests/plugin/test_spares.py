@@ -43,6 +43,24 @@ class TestOverridden:
 @pytest.mark.vm("debian-12", name="b")
 def test_two(vms): assert [vms[name].name for name in vms] == sorted(vms)
 """
+DEBUGGER = """
+import pdb
+
+class Pdb(pdb.Pdb):
+    def interaction(self, frame, trace):
+        self.{verb}()
+"""
+COUNTED = """
+import pathlib
+made = []
+
+def pytest_vmbottle_make_backend(config, name):
+    made.append(FakeBackend())
+    return made[-1]
+
+def pytest_unconfigure(config):
+    pathlib.Path("counts").write_text(f"{sum(len(each.launched) for each in made)} {sum(each.stopped for each in made)}")
+"""
 
 
 def _spared(text: str) -> int:
@@ -70,10 +88,27 @@ def test_a_test_with_other_keywords_or_fixtures_gets_what_it_asks_for(run: Run) 
         ("stop(n == 1, pytest.exit.Exception)", (), 2),
     ],
 )
-def test_nothing_is_left_of_a_spare_that_nobody_got(run: Run, ending: str, options: tuple[str, ...], status: int) -> None:
+def test_nothing_is_left_of_a_spare_that_nobody_got(
+    run: Run, pytester: pytest.Pytester, ending: str, options: tuple[str, ...], status: int
+) -> None:
     text = "def stop(now, error):\n    if now: raise error()\n" + SETTLE + SAME.replace('assert vm.exec(["true"]).ok', ending)
-    result = run(text, "--vm-spares=1", "--vm-fail-on-leak", *options, status=status, process=status == 2)
+    result = run(text, "--vm-spares=1", "--vm-fail-on-leak", *options, conftest=COUNTED, status=status, process=status == 2)
     assert "left behind: nothing" in said(result)
+    launched, stopped = (pytester.path / "counts").read_text().split()
+    assert launched == stopped != "0"
+
+
+@pytest.mark.parametrize("debugger", ["set_continue", "set_quit"])
+def test_nothing_is_left_of_a_spare_after_the_debugger(run: Run, pytester: pytest.Pytester, debugger: str) -> None:
+    """The test that the spare is for comes after `continue`, and never after `quit`."""
+    (pytester.path / "stopper.py").write_text(DEBUGGER.format(verb=debugger))
+    text = SETTLE + SAME.replace('assert vm.exec(["true"]).ok', "assert n != 1")
+    options = ("--vm-spares=1", "--vm-fail-on-leak", "--pdb", "--pdbcls=stopper:Pdb")
+    output = said(run(text, *options, conftest=COUNTED, status=1 if debugger == "set_continue" else 2, process=True))
+    assert "left behind: nothing" in output
+    launched, stopped = (pytester.path / "counts").read_text().split()
+    assert launched == stopped != "0"
+    assert _spared(output) == (3 if debugger == "set_continue" else 1)
 
 
 @pytest.mark.parametrize("wrong", ["-1", "many", "1.5"])
