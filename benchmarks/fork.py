@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import attrs
 import psutil
@@ -33,6 +34,13 @@ STILL, FIRST, RESTORE, OWN = (
     "memory beside own pages, MiB",
 )
 BARS = {STILL: 0.06, FIRST: 0.6, RESTORE: 0.4, OWN: 25.0}
+RAM, CODE, KERNEL, DATA, LIBRARIES = PARTS = (
+    "  of the guest's RAM, MiB",
+    "  code translated for the emulation, MiB",
+    "  the guest's kernel, MiB",
+    "  QEMU's own data, MiB",
+    "  what its libraries have of it alone, MiB",
+)
 FLAT = 1.15
 """What the deepest fork of a chain may cost, over the first one."""
 WHOLE_STILL, WHOLE = "whole snapshot: machine stands still, s", "whole snapshot, s"
@@ -63,12 +71,31 @@ def own_memory(machine: Machine) -> float:
     return float(psutil.Process(machine.pid).memory_full_info().uss) / (1 << 20)
 
 
+def parts(machine: Machine) -> dict[str, float]:
+    """MiB that a machine's QEMU shares with nobody, by what they are."""
+    found, kernel = dict.fromkeys(PARTS, 0.0), machine.lifecycle.boot_source.kernel
+    for area in psutil.Process(machine.pid).memory_maps(grouped=False):
+        if area.path.endswith("/ram.img"):
+            name = RAM
+        elif "x" in area.perms and area.path.startswith("[anon"):
+            name = CODE
+        else:
+            name = DATA if area.path.startswith("[") else LIBRARIES
+        found[name] += (area.private_dirty + area.private_clean) / (1 << 20)
+    # QEMU reads it into its own memory, for the next boot.
+    found[KERNEL] = kernel.stat().st_size / (1 << 20) if kernel is not None else 0.0
+    found[DATA] -= found[KERNEL]
+    return found
+
+
 def measured(vm: Machine, noted: list[float], figures: dict[str, list[float]], pages: float) -> None:
     """Measure once."""
     noted.clear()
     began = time.perf_counter()
     fork = vm.fork()
     memory = own_memory(fork) - pages
+    for name, value in parts(fork).items():
+        figures[name].append(value)
     fork.exec(["true"])
     figures[FIRST].append(time.perf_counter() - began)
     figures[STILL].append(noted[-1])
@@ -143,9 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-n", type=int, default=11, help="rounds")
     parser.add_argument("--depth", type=int, default=10, help="how deep forks of forks go")
     parser.add_argument("--chains", type=int, default=3, help="how often that is measured")
+    parser.add_argument("--catalog", type=Path, default=None, help="where packs are (default: the usual place)")
     options = parser.parse_args(arguments)
-    figures: dict[str, list[float]] = {name: [] for name in (STILL, FIRST, RESTORE, OWN, WHOLE_STILL, WHOLE)}
-    catalog = Catalog(default_root())
+    figures: dict[str, list[float]] = {name: [] for name in (STILL, FIRST, RESTORE, OWN, *PARTS, WHOLE_STILL, WHOLE)}
+    catalog = Catalog(options.catalog or default_root())
     settings = Settings(report=lambda text: print(text, flush=True))
     provisioner = Provisioner(catalog, QemuBackend(proofs=catalog.proofs), name="qemu", settings=settings)
     with closing(provisioner), stills() as noted, provisioner.machine(MachineSpec(source="debian-12")) as vm:
