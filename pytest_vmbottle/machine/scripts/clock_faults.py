@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import time
-from typing import Iterator
+from typing import Iterable, Iterator
 
 
 def shift(seconds: float) -> None:
@@ -138,17 +138,39 @@ def timers() -> dict[str, tuple[float, str]]:
     return found
 
 
-def finish(due: float, before: dict[str, tuple[float, str]], slow: set[str]) -> None:
-    """Wait until the timers that were due have started their units, and these have ended; once only for those that take long."""
+def states(units: Iterable[str]) -> list[tuple[str, float, float]]:
+    """Return the state of each unit, and when it was started last and when that was tried last, in seconds as of `time.monotonic`."""
+    names = ("ActiveState", "InactiveExitTimestampMonotonic", "ConditionTimestampMonotonic")
+    asked = ["systemctl", "show", "--property=" + ",".join(names), *units]
+    shown = subprocess.run(asked, check=False, stdout=subprocess.PIPE, universal_newlines=True).stdout
+    each = [dict(line.split("=", 1) for line in unit.splitlines() if line) for unit in shown.split("\n\n")]
+    return [(unit[names[0]], int(unit[names[1]]) / 1e6, int(unit[names[2]]) / 1e6) for unit in each if len(unit) == len(names)]
+
+
+def is_over(state: str, started: float, tried: float, since: float) -> bool:
+    """Tell whether what a timer starts has been started since a moment and has ended, or ran already and so is not started again.
+
+    A timer has no next time, or the next already, while what it has started still runs.
+    """
+    if state in ("inactive", "failed"):
+        return max(started, tried) >= since
+    return state == "active" and started < since
+
+
+def finish(due: float, before: dict[str, tuple[float, str]], slow: set[str], since: float) -> None:
+    """Wait until the timers that were due have started their units, and these have ended; once only for those that take long.
+
+    The clock was set at `since`, as of `time.monotonic`.
+    """
     late = {unit: starts for unit, (when, starts) in before.items() if when <= due and unit not in slow}
     until = time.monotonic() + UNIT_PATIENCE
     while late and time.monotonic() < until:
         now = timers()
         waiting = [unit for unit in late if unit in now and now[unit][0] <= due]
-        states = subprocess.run(["systemctl", "is-active", *late.values()], check=False, stdout=subprocess.PIPE, universal_newlines=True)
-        if not waiting and not set(states.stdout.split()) & {"activating", "deactivating", "reloading"}:
+        found = states(late.values())
+        if not waiting and all(is_over(*each, since) for each in found):
             # Days pass in seconds, and systemd counts starts by these (StartLimitBurst=). What has failed stays so.
-            fine = [unit for unit, state in zip(late.values(), states.stdout.split()) if state != "failed"]
+            fine = [unit for unit, (state, *_) in zip(late.values(), found) if state != "failed"]
             if fine:
                 subprocess.run(["systemctl", "reset-failed", *fine], check=False, stderr=subprocess.DEVNULL)
             return
@@ -206,13 +228,13 @@ def forward(seconds: str) -> Iterator[None]:
             due = min([end, *(when for when, _ in known.values() if when > now)])
             is_cron = by_cron <= due and by_cron < end
             due = by_cron + CRON_LATE if is_cron else due + 0.001
-            step = max(0.0, due - time.time())
+            since, step = time.monotonic(), max(0.0, due - time.time())
             shift(step)
             moved += step
             if is_cron:
                 seen = time.time()
                 run_cron()
-            finish(due, known, slow)
+            finish(due, known, slow, since)
         yield
     finally:
         shift(-moved)
