@@ -26,8 +26,8 @@ _ENDING = 60.0
 """Seconds that a guest may take to power off once its agent has gone."""
 # It prints "stopping" from the moment that a shutdown or reboot begins (systemctl(1)).
 _STATE = Command(argv=("systemctl", "is-system-running"), env=(("PATH", GUEST_PATH),))
-_START = 10.0
-"""Seconds for the start of a runner."""
+_START = 60.0
+"""Seconds for the start of a runner: Python takes 15 in a guest whose host is emulated, and a guest without Python says so at once."""
 _PATIENCE = 20.0
 """Seconds for finding another channel, even if the command has less."""
 

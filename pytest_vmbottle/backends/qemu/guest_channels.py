@@ -87,8 +87,8 @@ class GuestChannels:
             return self._ssh_channel(deadline) if bulk or not self.has_agent else self._agent_or_ssh
 
     def start_runner(self, deadline: Deadline) -> None:
-        """Have a runner in the guest, if its Python can run it."""
-        self.runner.start_in(self.get(deadline), deadline=Deadline(min(_GRACE, deadline.remaining)))
+        """Have a runner in the guest, if its Python can run it: a pack that is saved without one has each clone start its own."""
+        self.runner.start_in(self.get(deadline), deadline=deadline)
 
     def adopt(self, *, has_agent: bool, login: int | None, has_runner: bool, deadline: Deadline) -> None:
         """Go on with the agent and the runner that a guest had when it was saved."""

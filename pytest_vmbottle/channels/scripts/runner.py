@@ -14,7 +14,6 @@ import signal
 import stat
 import struct
 import sys
-import termios
 import time
 
 TYPE_CHECKING = False
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 RUN, INPUT, TAKEN, SYNC, LEFT, FILE, KILL, TERMINAL, SIZE = 1, 2, 3, 4, 5, 6, 7, 8, 9
 OUT, ERR, END, REFUSED, SYNCED, WRITTEN, LEVEL = 17, 18, 19, 20, 21, 22, 23
 UMASK, UNABLE, LONGEST = 0o022, 120, 100
+RESIZE = 0x5414  # TIOCSWINSZ of asm-generic/ioctls.h: a Debian that has python3-minimal has no termios
 GROUP, FEW = b"/sys/fs/cgroup/vmbottle", 4
 # Whatever this process or those above it ignore: a shell cannot catch what is ignored when it begins.
 DEFAULTS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
@@ -214,7 +214,7 @@ def resize(command: Command, content: bytes) -> None:
 
 def set_size(terminal: int, content: bytes) -> None:
     columns, lines = map(int, content.split())
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    fcntl.ioctl(terminal, RESIZE, struct.pack("HHHH", lines, columns, 0, 0))
 
 
 def send(kind: int, number: int, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import random
@@ -426,3 +427,28 @@ def test_who_has_a_terminal_ends_with_its_connection(runner: Runner, tmp_path: P
     terminal.close()
     assert Deadline(10).poll(lambda: _has_ended(pid))
     assert runner.run(_sh("echo on"), deadline=Deadline(20)).stdout == b"on\n"
+
+
+_MINIMAL = {
+    "contextlib",
+    "errno",
+    "fcntl",
+    "grp",
+    "os",
+    "pwd",
+    "selectors",
+    "signal",
+    "stat",
+    "struct",
+    "sys",
+    "time",
+    "collections.abc",
+    "typing",
+}
+"""Of the modules that Debian's python3-minimal has; it has no `termios`, `socket` and `select` are built in."""
+
+
+def test_the_program_needs_no_more_of_python_than_a_minimal_debian_has() -> None:
+    nodes = [*ast.walk(ast.parse(_SCRIPT))]
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    assert names | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)} <= _MINIMAL
