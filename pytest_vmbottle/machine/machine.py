@@ -313,7 +313,7 @@ class Machine:
 
         Example:
             >>> with vm.count_instructions() as count:
-            ...     _ = vm.exec(["sort", "/etc/services"])
+            ...     _ = vm.exec(["sort", "/etc/passwd"])
             >>> count.total > 100_000
             True
         """

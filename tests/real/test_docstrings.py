@@ -27,6 +27,7 @@ WITHOUT = {
 BOOTED_AGAIN = {"Machine.reboot", "Machine.start"}
 """These are run in guests/test_boots.py."""
 ON_A_LAN = {"Machine.address", "Machine.addresses", "Machine.impair"}
+COUNTED = {"Machine.count_instructions"}
 WITH_A_DISPLAY = {f"Machine.{name}" for name in ("screenshot", "screen_text", "send_keys", "wait_for_screen_text")}
 KNOWN = {
     "dt": dt,
@@ -82,7 +83,7 @@ def test_the_example_of_a_path_is_right(test: doctest.DocTest, session_vm: Machi
 
 
 @pytest.mark.vm("debian-12")
-@of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY | BOOTED_AGAIN})
+@of({name: test for name, test in MACHINES.items() if name not in ON_A_LAN | WITH_A_DISPLAY | COUNTED | BOOTED_AGAIN})
 @pytest.mark.guests
 def test_the_example_of_a_machine_is_right(test: doctest.DocTest, vm: Machine, tmp_path: Path) -> None:
     run(test, vm=vm, tmp_path=tmp_path)
@@ -101,6 +102,13 @@ def test_the_example_of_a_fault_is_right(test: doctest.DocTest, session_vm: Mach
 @of({name: FAULTS[name] for name in sorted(FAULTS_ON_A_LAN)})
 def test_the_example_of_a_fault_on_a_lan_is_right(test: doctest.DocTest, vms: dict[str, Machine]) -> None:
     run(test, vms=vms)
+
+
+@pytest.mark.vm("debian-12", cpu_clock="instructions")
+@of({name: MACHINES[name] for name in sorted(COUNTED)})
+@pytest.mark.guests
+def test_the_example_of_a_machine_whose_instructions_are_counted_is_right(test: doctest.DocTest, vm: Machine) -> None:
+    run(test, vm=vm)
 
 
 @pytest.mark.vm("debian-12", display=True)

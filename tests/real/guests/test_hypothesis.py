@@ -65,14 +65,14 @@ class Rules:
 
 
 @pytest.mark.vm("debian-12")
-def test_the_shortest_sequence_that_fails_is_found_with_a_third_of_the_commands(vm: Machine) -> None:
+def test_the_shortest_sequence_that_fails_is_found_with_less_than_half_of_the_commands(vm: Machine) -> None:
     vm.path("/srv/q").write_text(QUEUE, mode=0o755)
     with ForkTree(vm) as tree:
         states: Any = type("Queue", (Rules, MachineStates), {"tree": tree})
         with pytest.raises(AssertionError):
             run_state_machine_as_test(states, settings=OPTIONS)
         assert states.last == ["put 0", "put 1", "get"]
-        assert tree.done * 3 < tree.asked
+        assert tree.done * 2 < tree.asked, "how many can be left out depends on the memory that there is for forks: see benchmarks/"
     assert not vm.path("/srv/queue").exists()
 
 

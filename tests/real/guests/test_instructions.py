@@ -77,7 +77,7 @@ def test_what_a_command_starts_counts_and_what_the_guest_does_besides_does_not(v
             vm.exec(work)
         vm.exec(work)
     assert beside == pytest.approx(plain, rel=0.01)
-    assert twice.total == pytest.approx(2 * plain, rel=0.05)
+    assert twice.total == pytest.approx(2 * plain, rel=0.1), "with the two shells"
     assert outer.total == pytest.approx(2 * inner.total, rel=0.05)
 
 
