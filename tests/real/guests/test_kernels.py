@@ -79,14 +79,19 @@ def packet(text: str) -> bytes:
     return f"${text}#{sum(text.encode()) % 256:02x}".encode()
 
 
-def asked(gdb: socket.socket, text: str) -> str:
-    """The answer of the stub."""
-    gdb.sendall(packet(text))
+def answer(gdb: socket.socket) -> str:
+    """What the stub says next."""
     data = b""
-    while not re.search(rb"\$.*#..$", data):
-        data += gdb.recv(4096)
+    while not re.fullmatch(rb"[^$]*\$[^#]*#..", data, re.DOTALL):
+        data += gdb.recv(1)
     gdb.sendall(b"+")
     return data.decode().partition("$")[2].rpartition("#")[0]
+
+
+def asked(gdb: socket.socket, text: str) -> str:
+    """The answer of the stub, which also says unasked that the guest has stopped."""
+    gdb.sendall(packet(text))
+    return next(said for said in iter(lambda: answer(gdb), "") if text == "?" or not said.startswith("T"))
 
 
 @pytest.mark.vm("debian-12")
