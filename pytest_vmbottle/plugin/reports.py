@@ -183,6 +183,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Report a machine that could not be started by its cause, without our own stack."""
     host = item.config.stash[SESSION].host
     cause = cause_of(call.excinfo.value if call.excinfo else None, host)
+    advice = _advice(call.excinfo.value) if call.excinfo else ""
     if call.excinfo is not None and not item.config.option.fulltrace:
         from pytest_vmbottle.plugin.tracebacks import hide_our_frames
 
@@ -202,12 +203,20 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         and isinstance(call.excinfo.value, VMBottleError)
         and not item.config.option.fulltrace
     ):
-        report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}{f'{chr(10)}host: {host}' if host else ''}"
+        lines = [f"{type(call.excinfo.value).__name__}: {call.excinfo.value}", f"host: {host}" if host else "", advice]
+        report.longrepr = "\n".join(filter(None, lines))
     if uses_machine(item):
         # Before the report is made safe, as what is added here is a guest's text, too.
         _explain(item, report, item.config.stash[SESSION])
         _make_safe(report)
     return report  # type: ignore[return-value]
+
+
+def _advice(error: BaseException) -> str:
+    # Imported here and not above: a run whose tests pass pays nothing for it.
+    from pytest_vmbottle.plugin.advice import advise
+
+    return advise(error)
 
 
 def _explain(item: pytest.Item, report: pytest.TestReport, session: Session) -> None:
