@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"^```\w+ title=\"([^\"]+)\"\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OPTIONS = ("-p", "no:cacheprovider", "--vm-missing=fail", "--strict-markers", "--strict-config")
 
 
@@ -27,12 +28,14 @@ ELSEWHERE = {
     "docs/images.md": "they need images of other distributions",
     "docs/smolvm.md": "they need smolvm",
 }
-PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [str(path.relative_to(ROOT)) for folder in ("docs", "docs/how-to") for path in sorted((ROOT / folder).glob("*.md"))]
 
 
 @pytest.mark.guests
 @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if count_tests(page) and page not in ELSEWHERE)])
 def test_every_example_of_a_page_passes(inner: pytest.Pytester, page: str) -> None:
+    for name, text in _FILE.findall((ROOT / page).read_text()):
+        (inner.path / name).write_text(text)
     inner.makepyfile(test_page="\n\n".join(blocks(page)))
     result = inner.runpytest_subprocess(*_OPTIONS)
     outcomes = result.parseoutcomes()

@@ -7,10 +7,12 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
 import pytest_vmbottle
-from pytest_vmbottle import MachineKeywords, VMBottleError, errors, result
+from pytest_vmbottle import Machine, MachineKeywords, VMBottleError, errors, result
+from pytest_vmbottle.cli import main
 from pytest_vmbottle.plugin import fixtures, hookspec
 from pytest_vmbottle.report import events, words
 
@@ -70,6 +72,32 @@ def test_every_fixture_is_in_the_table_of_fixtures() -> None:
 
 def test_every_keyword_of_the_mark_is_in_its_table() -> None:
     assert first_cells("tests.md", "The mark") == set(MachineKeywords.__annotations__)
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "how-to").glob("*.md")), ids=lambda page: page.stem)
+def test_how_tos_name_verbs_keywords_and_commands_that_there_are(page: Path) -> None:
+    text = page.read_text()
+    code = re.findall(r"`([^`\n]+)`", text)
+    verbs = {verb for each in code for verb in re.findall(r"(?<!\.)\bvm\.(\w+)", each)}
+    commands = {tuple(words.split()) for each in code for words in re.findall(r"^vmbottle ((?:machine |pack |image )?[a-z-]+)", each)}
+    keywords = set(re.findall(r"`(\w+)=(?!\w+`)", text))
+
+    assert {verb for verb in verbs if not hasattr(Machine, verb) and verb not in ATTRIBUTES} == set()
+    assert {words for words in commands if not _is_command(words)} == set()
+    assert {word for word in keywords if word not in MachineKeywords.__annotations__ and word not in PARAMETERS} == set()
+
+
+ATTRIBUTES = {"console", "name"}
+"""Attributes of a machine that its class does not have."""
+PARAMETERS = {"check", "number", "closed", "depends", "finished", "user", "timeout"}
+"""Parameters of its verbs, and of `layer`, that pages name."""
+
+
+def _is_command(words: tuple[str, ...]) -> bool:
+    group: click.Command | None = main
+    for word in words:
+        group = group.get_command(click.Context(group), word) if isinstance(group, click.Group) else None
+    return group is not None
 
 
 def test_every_hook_is_in_the_table_of_hooks() -> None:
