@@ -30,7 +30,8 @@ def place(link: str) -> Path | None:
     """The file of this checkout that an address of the project means; None for those that are made by whoever serves it."""
     path, _, _ = link.partition("#")
     if path.startswith(SITE):
-        return ROOT / "docs" / f"{path.removeprefix(SITE).rstrip('/') or 'index'}.md"
+        page = ROOT / "docs" / f"{path.removeprefix(SITE).rstrip('/') or 'index'}.md"
+        return page if page.is_file() else page.with_suffix("") / "index.md"
     if path.startswith(f"{REPOSITORY}/blob/main/"):
         return ROOT / path.removeprefix(f"{REPOSITORY}/blob/main/")
     return None
