@@ -160,6 +160,7 @@ def test_a_guest_reaches_nothing_of_the_host_unless_its_network_is_opened(vm: Ma
         assert vm.exec(["python3", "-c", KNOCK, host, *others]).stdout.split() == []
         opened = vm_factory("debian-12", network=True)
         assert opened.exec(["python3", "-c", KNOCK, host]).stdout.split() == [host]
+        assert opened.exec("ip route get 192.0.2.1").stdout.startswith("192.0.2.1 via 10.0.2.2 ")
 
 
 @pytest.mark.vm(

@@ -50,6 +50,7 @@ _MOMENT = 2.0
 """Seconds within which a QEMU whose monitor has closed ends."""
 _SAVED, _STATE = "saved.json", "state.bin"
 _DISK_CHANGE = read_script(__package__, "disk_change.py")
+_WAY_OUT = read_script(__package__, "way_out.py")
 CONSOLE = "console.log"
 # Exclusive, so that nothing that stands there is written over, or through as a link.
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -422,6 +423,9 @@ class QemuInstance(Instance):
         self._qmp.execute("cont", deadline=deadline)
         # Before any channel is used: no command may see the old clock, or draw the random numbers that other clones draw.
         self._waker.wake(saved.nonce, deadline=Deadline(min(deadline.remaining, 20.0)))
+        if self._spec.nat:
+            # DHCP names no gateway to a machine without a network, as which the guest may have been saved, nor does the guest ask again.
+            self._waker.do(f"{_WAY_OUT}\nanswer = lead_out()\n", deadline=deadline)
         self._channels.adopt(has_agent=saved.agent, login=saved.login, has_runner=saved.runner, deadline=deadline)
         # With their addresses, which are those of the machine that was saved.
         for mac in saved.cards:
