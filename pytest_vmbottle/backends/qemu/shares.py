@@ -17,6 +17,7 @@ from pytest_vmbottle.backends.qemu.hot_ports import HotPorts
 from pytest_vmbottle.backends.qemu.qmp import Qmp, QmpFailed
 from pytest_vmbottle.errors import BackendUnavailable
 from pytest_vmbottle.host.deadline import Deadline
+from pytest_vmbottle.shown import printable
 
 __all__ = ["LACKED", "Shares", "find_server"]
 
@@ -24,7 +25,8 @@ _GRACE = 10.0
 # Where Debian, Fedora and Arch keep it, which is in no search path. QEMU before 8.0 brought one of its own.
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _OF_QEMU = "/usr/lib/qemu/virtiofsd"
-_SOCKET = "share"
+_SOCKET, _LOG = "share", "virtiofsd.log"
+_SAID = 300
 
 
 LACKED = "shares= needs the program virtiofsd, and that is not here"
@@ -73,11 +75,12 @@ class Shares:
             self._qmp.execute("chardev-add", id=share.chardev, backend=backend, deadline=deadline)
             device = {"driver": "vhost-user-fs-pci", "id": share.device, "bus": port, "chardev": share.chardev, "tag": tag}
             self._qmp.execute("device_add", **device, deadline=deadline)
-        except QmpFailed:
+        except QmpFailed as error:
             with suppress(QmpFailed):  # it was not made
                 self._qmp.execute("chardev-remove", id=share.chardev, deadline=deadline)
             self._forget(tag)
-            raise
+            said = (self._rundir / _LOG).read_text(errors="replace").strip()[-_SAID:]
+            raise type(error)(f"{error}; virtiofsd said: {printable(said) or 'nothing'}") from error
 
     def unplugged(self, tag: str) -> bool:
         """Ask the guest to release a folder; return whether it is gone."""
@@ -112,7 +115,7 @@ def _serve(folder: Path, rundir: Path) -> tuple[subprocess.Popen[bytes], socket.
     program = find_server()
     if program is None:
         raise BackendUnavailable(LACKED, "Install it: apt-get install virtiofsd")
-    with socket.socket(socket.AF_UNIX) as listening, (rundir / "virtiofsd.log").open("ab") as log:
+    with socket.socket(socket.AF_UNIX) as listening, (rundir / _LOG).open("ab") as log:
         # By a descriptor of the folder, since the path of a socket has at most 107 bytes.
         place = os.open(rundir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         name = f"/proc/self/fd/{place}/{_SOCKET}"

@@ -75,6 +75,16 @@ def test_a_folder_that_is_not_there_is_told(vm_factory: MachineFactory, folder: 
         vm_factory("debian-12", shares={"/srv/work": folder / "none"})
 
 
+def test_a_server_that_cannot_serve_is_quoted(
+    vm_factory: MachineFactory, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (server := tmp_path / "virtiofsd").write_text("#!/bin/sh\necho out of order >&2\n")
+    server.chmod(0o755)
+    monkeypatch.setattr("pytest_vmbottle.backends.qemu.shares.find_server", lambda: str(server))
+    with pytest.raises(MachineError, match=r"virtiofsd said: out of order"):
+        vm_factory("debian-12", shares={"/srv/work": folder})
+
+
 def test_the_pack_has_nothing_of_what_is_written_and_no_server_is_left(vm: Machine, vm_factory: MachineFactory, folder: Path) -> None:
     machine = vm_factory("debian-12", shares={"/srv/work": folder})
     machine.path("/root/mine").write_text("x" * 4096)
