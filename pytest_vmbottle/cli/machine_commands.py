@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "execute",
     "forward",
+    "gdb",
     "journal",
     "on_terminal",
     "qmp",
@@ -33,6 +34,7 @@ __all__ = [
     "send_keys",
     "shell",
     "ssh_config",
+    "text",
     "with_streams",
 ]
 
@@ -203,6 +205,29 @@ def screenshot(*, name: str, output: str) -> None:
     """Save the screen of a machine that was started with --display, as PNG."""
     with sink(output) as fd:
         ask(name, "screenshot", (fd,))
+
+
+@click.command(epilog=examples("vmbottle machine text web", "vmbottle machine text web --tty 1"))
+@name_argument
+@click.option(
+    "--tty", type=click.IntRange(1, 63), metavar="NUMBER", help="Virtual terminal, in place of the screen; it needs no --display."
+)
+def text(*, name: str, tty: int | None) -> None:
+    """Show the text on the screen of a machine that was started with --display, or on a virtual terminal of any.
+
+    A screen is read by tesseract, which may take one character for another; what a terminal shows is exact.
+    """
+    click.echo(visible(ask(name, "text", tty=tty)))
+
+
+@click.command(epilog=examples("vmbottle machine gdb web", 'gdb vmlinux -ex "target remote $(vmbottle machine gdb web)"'))
+@name_argument
+def gdb(*, name: str) -> None:
+    """Have QEMU listen for a debugger of a machine's kernel, and show the path of the socket.
+
+    The machine stands still while the debugger has it.
+    """
+    click.echo(ask(name, "gdb"))
 
 
 @click.command(

@@ -30,7 +30,9 @@ _SECTIONS = (
             "send-keys": "Press keys in a machine that was started with --display, one after the other.",
             "send-console": "Type text on the serial console of a machine, and press the return key.",
             "qmp": "Run a command of QEMU's monitor protocol, and show its answer as JSON.",
+            "gdb": "Have QEMU listen for a debugger of a machine's kernel, and show the path of the socket.",
             "screenshot": "Save the screen of a machine that was started with --display, as PNG.",
+            "text": "Show the text on the screen of a machine that was started with --display, or on a virtual terminal of any.",
         },
     ),
     Section(

@@ -262,6 +262,10 @@ def test_text_is_typed_on_the_console_and_the_monitor_answers(commands: Commands
     commands.run("send-console", web, "sesame")
     assert Deadline(60).poll(lambda: b"it was sesame" in commands.run("console", web).stdout)
 
+    commands.exec(web, "sh", "-c", r"printf '\033cready at last' > /dev/tty1")
+    assert commands.run("text", web, "--tty", "1").stdout == b"ready at last\n"
+    assert b"display=True" in commands.run("text", web, status=1).stderr
+    assert Path(commands.run("gdb", web).stdout.decode().strip()).is_socket()
     assert json.loads(commands.run("qmp", web, "query-status").stdout)["running"] is True
     assert b"info" in commands.run("qmp", web, "human-monitor-command", '{"command-line": "help info"}').stdout
     assert b"no-such-command" in commands.run("qmp", web, "no-such-command", status=1).stderr
