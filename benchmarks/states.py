@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.real.guests.test_hypothesis import OPTIONS, QUEUE, Rules
 
 LEAST = 3.0
-"""How many times as long it takes to do all steps anew, at least."""
+"""Bar: all steps done anew take at least so many times as long."""
 
 
 class Anew(RuleBasedStateMachine):

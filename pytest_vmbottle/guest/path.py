@@ -226,7 +226,7 @@ class GuestPath:
             raise ValueError("an empty path is invalid: it must be an absolute path in the guest, such as '/srv'")
         self._pure = PurePosixPath(path)
         self.means_contents = str(path).endswith("/") and bool(self._pure.name)
-        """Whether it was written with a slash at its end: for `Machine.cp` that means what is in the folder."""
+        """True if it was written with a slash at its end: for `Machine.cp` that means what is in the folder."""
         self._shell = shell
         if not self._pure.is_absolute():
             raise ValueError(f"{str(path)!r} is not an absolute path in the guest")

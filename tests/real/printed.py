@@ -73,5 +73,5 @@ class Reader:
 
 
 def _plain(text: str) -> str:
-    """What is the same each time: without seconds, and without the lines whose length depends on them."""
+    """The part that is the same each time: without seconds, and without the lines whose length depends on them."""
     return re.sub(r"[=-]{3,}", "===", re.sub(r"\d+\.\d+ ?s\b( \(\d+:\d\d:\d\d\))?", "1 s", text))

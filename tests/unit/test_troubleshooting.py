@@ -18,7 +18,7 @@ from pytest_vmbottle.plugin.advice import _PAGE, advise
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 OF_OTHERS = {"--vm-hosts", "Cannot allocate memory", "apt-get", "command not found", "curl"}
-"""What is no message of this package."""
+"""Texts that are no messages of this package."""
 COMPOSED = {
     "...toml: images.x.y: is not known": "is not known",
     "LEAK: ...": "LEAK",

@@ -80,7 +80,7 @@ def packet(text: str) -> bytes:
 
 
 def answer(gdb: socket.socket) -> str:
-    """What the stub says next."""
+    """The stub's next message."""
     data = b""
     while not re.fullmatch(rb"[^$]*\$[^#]*#..", data, re.DOTALL):
         data += gdb.recv(1)

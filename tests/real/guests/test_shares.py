@@ -24,14 +24,14 @@ def folder(tmp_path: Path) -> Path:
 def test_what_one_side_writes_the_other_reads_at_once(vm_factory: MachineFactory, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    machine = vm_factory("debian-12", shares={"/srv/work": folder, "/mnt/other": other})
-    assert machine.exec(["/srv/work/src/run"]).stdout == "it runs\n"
+    machine = vm_factory("debian-12", shares={"/srv/shared": folder, "/mnt/other": other})
+    assert machine.exec(["/srv/shared/src/run"]).stdout == "it runs\n"
     (folder / "src" / "run").write_text("#!/bin/sh\necho it was changed\n")
-    assert machine.exec(["/srv/work/src/run"]).stdout == "it was changed\n"
-    machine.exec("mkdir /srv/work/out; head -c 3000000 /dev/urandom > /srv/work/out/data; sha256sum < /srv/work/out/data > /mnt/other/sum")
+    assert machine.exec(["/srv/shared/src/run"]).stdout == "it was changed\n"
+    machine.exec("mkdir /srv/shared/out; head -c 3000000 /dev/urandom > /srv/shared/out/data; sha256sum < /srv/shared/out/data > /mnt/other/sum")
     assert (folder / "out" / "data").stat().st_size == 3_000_000
-    assert machine.exec("sha256sum < /srv/work/out/data").stdout == (other / "sum").read_text()
-    machine.exec("ln -s /etc/shadow /srv/work/link")
+    assert machine.exec("sha256sum < /srv/shared/out/data").stdout == (other / "sum").read_text()
+    machine.exec("ln -s /etc/shadow /srv/shared/link")
     assert (folder / "link").readlink() == Path("/etc/shadow")
 
 
@@ -40,39 +40,39 @@ def test_a_guest_does_not_get_out_of_its_folder(vm_factory: MachineFactory, fold
     secret.write_text("of the host")
     (folder / "out").symlink_to(secret)
     (folder / "up").symlink_to("../secret")
-    machine = vm_factory("debian-12", shares={"/srv/work": folder})
+    machine = vm_factory("debian-12", shares={"/srv/shared": folder})
     for name in ("out", "up", "../secret"):
-        assert not machine.exec(["cat", f"/srv/work/{name}"], check=False).ok
+        assert not machine.exec(["cat", f"/srv/shared/{name}"], check=False).ok
 
 
 def test_snapshots_forks_and_boots_have_the_folder_as_it_is_now(vm_factory: MachineFactory, folder: Path) -> None:
-    machine = vm_factory("debian-12", shares={"/srv/work": folder})
+    machine = vm_factory("debian-12", shares={"/srv/shared": folder})
     before = machine.snapshot("before")
     (folder / "new").write_text("new")
     machine.restore(before)
-    assert machine.path("/srv/work/new").read_text() == "new"
+    assert machine.path("/srv/shared/new").read_text() == "new"
     fork = machine.fork()
-    fork.path("/srv/work/new").write_text("of the fork")
-    assert machine.path("/srv/work/new").read_text() == "of the fork"
+    fork.path("/srv/shared/new").write_text("of the fork")
+    assert machine.path("/srv/shared/new").read_text() == "of the fork"
     machine.reboot()
-    assert machine.path("/srv/work/new").read_text() == "of the fork"
+    assert machine.path("/srv/shared/new").read_text() == "of the fork"
     machine.power_cut()
     machine.start()
-    assert machine.path("/srv/work/new").read_text() == "of the fork"
+    assert machine.path("/srv/shared/new").read_text() == "of the fork"
 
 
 def test_a_machine_whose_folder_is_in_use_is_not_saved_and_runs_on(vm_factory: MachineFactory, folder: Path) -> None:
-    machine = vm_factory("debian-12", shares={"/srv/work": folder})
-    with machine.spawn(["sleep", "600"], cwd="/srv/work"):
-        with pytest.raises(MachineError, match=r"/srv/work.*busy"):
+    machine = vm_factory("debian-12", shares={"/srv/shared": folder})
+    with machine.spawn(["sleep", "600"], cwd="/srv/shared"):
+        with pytest.raises(MachineError, match=r"/srv/shared.*busy"):
             machine.snapshot("none")
-        assert machine.exec(["/srv/work/src/run"]).ok
+        assert machine.exec(["/srv/shared/src/run"]).ok
     assert machine.snapshot("some").path.is_dir()
 
 
 def test_a_folder_that_is_not_there_is_told(vm_factory: MachineFactory, folder: Path) -> None:
     with pytest.raises(SpecError, match="there is no folder"):
-        vm_factory("debian-12", shares={"/srv/work": folder / "none"})
+        vm_factory("debian-12", shares={"/srv/shared": folder / "none"})
 
 
 def test_a_server_that_cannot_serve_is_quoted(
@@ -82,11 +82,11 @@ def test_a_server_that_cannot_serve_is_quoted(
     server.chmod(0o755)
     monkeypatch.setattr("pytest_vmbottle.backends.qemu.shares.find_server", lambda: str(server))
     with pytest.raises(MachineError, match=r"virtiofsd said: out of order"):
-        vm_factory("debian-12", shares={"/srv/work": folder})
+        vm_factory("debian-12", shares={"/srv/shared": folder})
 
 
 def test_the_pack_has_nothing_of_what_is_written_and_no_server_is_left(vm: Machine, vm_factory: MachineFactory, folder: Path) -> None:
-    machine = vm_factory("debian-12", shares={"/srv/work": folder})
+    machine = vm_factory("debian-12", shares={"/srv/shared": folder})
     machine.path("/root/mine").write_text("x" * 4096)
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     servers = [pid for pid in children.read_text().split() if "virtiofsd" in Path(f"/proc/{pid}/cmdline").read_text()]
