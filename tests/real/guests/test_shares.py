@@ -28,7 +28,9 @@ def test_what_one_side_writes_the_other_reads_at_once(vm_factory: MachineFactory
     assert machine.exec(["/srv/shared/src/run"]).stdout == "it runs\n"
     (folder / "src" / "run").write_text("#!/bin/sh\necho it was changed\n")
     assert machine.exec(["/srv/shared/src/run"]).stdout == "it was changed\n"
-    machine.exec("mkdir /srv/shared/out; head -c 3000000 /dev/urandom > /srv/shared/out/data; sha256sum < /srv/shared/out/data > /mnt/other/sum")
+    machine.exec(
+        "mkdir /srv/shared/out; head -c 3000000 /dev/urandom > /srv/shared/out/data; sha256sum < /srv/shared/out/data > /mnt/other/sum"
+    )
     assert (folder / "out" / "data").stat().st_size == 3_000_000
     assert machine.exec("sha256sum < /srv/shared/out/data").stdout == (other / "sum").read_text()
     machine.exec("ln -s /etc/shadow /srv/shared/link")
