@@ -54,12 +54,15 @@ class Command:
         tag: The number that marks all processes of this command, so that a time-out can end them. The runner starts it in a control
             group of that name. The kernel's audit hands down the number of a login (/proc/self/loginuid), which neither another user,
             another session, a clean environment nor another control group sheds; it is in their environment for kernels without it.
+        gets_group: Whether it gets that control group. Not one that goes into another: to make groups, move and remove them interferes
+            with what it does, by instructions that are a tenth of a per cent in one count and none in the next.
     """
 
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()
     input: bytes = b""
     operation: tuple[str, ...] = ()
+    gets_group: bool = True
     # Random, so that the processes of two commands are never confused, not even after a restore.
     tag: str = attrs.field(factory=lambda: str(secrets.choice(_LOGINS)))
 

@@ -580,9 +580,9 @@ class Runner(Channel):
         """Start a login shell or a command on a terminal (see `Channel.terminal`)."""
         del deadline  # it takes no time
         shell = Command(argv=("/bin/sh", "-c", _SHELL, "sh", user), env=(("PATH", GUEST_PATH), ("TERM", kind)))
-        tag, path, *words = _words(command or shell)
+        tag, name, path, *words = _words(command or shell)
         screen = _Screen(self, lambda stdout, stderr: self._new(command or shell, stdout, stderr))
-        self.send(_TERMINAL, screen.job.number, _joined(tag, path, f"{size[0]} {size[1]}", *words))
+        self.send(_TERMINAL, screen.job.number, _joined(tag, name, path, f"{size[0]} {size[1]}", *words))
         return screen
 
     def put(self, source: BinaryIO, command: Command, *, deadline: Deadline) -> Finished:
@@ -667,7 +667,8 @@ class _Screen(Terminal):
 
 def _words(command: Command) -> tuple[str, ...]:
     path = dict(command.env).get("PATH", GUEST_PATH)
-    return (command.tag, path, str(len(command.argv)), *command.argv, *(f"{name}={value}" for name, value in command.environment))
+    environment = (f"{name}={value}" for name, value in command.environment)
+    return (command.tag, command.tag if command.gets_group else "", path, str(len(command.argv)), *command.argv, *environment)
 
 
 def _joined(*words: str) -> bytes:

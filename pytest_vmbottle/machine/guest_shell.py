@@ -158,7 +158,7 @@ class GuestShell(Shell):
         if self.control_group:
             words = ("/bin/sh", "-c", _IN_GROUP, "sh", self.control_group, *words)
         data = content.encode() if isinstance(content, str) else content or b""
-        return Command(argv=words, env=tuple(environment.items()), input=data)
+        return Command(argv=words, env=tuple(environment.items()), input=data, gets_group=not self.control_group)
 
     def kill(self, command: Command) -> None:
         """End a command and all its descendants."""

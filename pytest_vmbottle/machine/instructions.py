@@ -64,7 +64,7 @@ def count_instructions(guest: GuestShell) -> Iterator[Instructions]:
 
 def _ask(guest: GuestShell, script: str, *words: str) -> str:
     # As root and not by `GuestShell.command`: a user may make no control groups.
-    command = Command(argv=("/bin/sh", "-c", script, "sh", *words), env=(("PATH", GUEST_PATH),))
+    command = Command(argv=("/bin/sh", "-c", script, "sh", *words), env=(("PATH", GUEST_PATH),), gets_group=False)
     ended = guest.channel.run(command, deadline=Deadline(_PATIENCE))
     if ended.returncode != 0:
         reason = ended.stderr.decode(errors="replace").strip() or f"status {ended.returncode}"

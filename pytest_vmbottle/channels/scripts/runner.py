@@ -241,22 +241,24 @@ def find(name: bytes, path: bytes) -> bytes:
     return found
 
 
-def spawn(tag: bytes, path: bytes, argv: "list[bytes]", env: "dict[bytes, bytes]", **how: "Any") -> int:
-    """Start a program, in a control group of its own: what it starts stays in that, whatever its session, user and login become."""
+def spawn(tag: bytes, name: bytes, path: bytes, argv: "list[bytes]", env: "dict[bytes, bytes]", **how: "Any") -> int:
+    """Start a program, in a control group of that name, if any: what it starts stays in that, whatever its user and login become."""
     program = find(argv[0], path)
     with contextlib.suppress(OSError):  # a kernel without audit
         os.pwrite(login, tag, 0)
-    if group >= 0:
+    if group >= 0 and name:
         with contextlib.suppress(OSError):  # then its processes are known by their login, or by their environment
-            enter(GROUP + b"/" + tag)
+            enter(GROUP + b"/" + name)
     try:
         return os.posix_spawn(program, argv, env, setsigmask=(), setsigdef=DEFAULTS, **how)
     except OSError:
-        empty.append(tag)
+        if name:
+            empty.append(name)
         raise
     finally:
-        with contextlib.suppress(OSError):
-            os.write(group, b"0")
+        if name:
+            with contextlib.suppress(OSError):
+                os.write(group, b"0")
 
 
 def enter(path: bytes) -> None:
@@ -282,16 +284,16 @@ def tidy() -> None:
 
 
 def run(number: int, content: bytes) -> None:
-    has_input, tag, path, count, *words = content.split(b"\0")
+    has_input, tag, name, path, count, *words = content.split(b"\0")
     argv, env = words[: int(count)], dict(word.split(b"=", 1) for word in words[int(count) :])
 
     def begin(theirs: "tuple[int, ...]") -> int:
-        return spawn(tag, path, argv, env, file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)])
+        return spawn(tag, name, path, argv, env, file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)])
 
-    start(number, has_input, begin, tag)
+    start(number, has_input, begin, name)
 
 
-def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int]", tag: bytes = b"") -> None:
+def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int]", name: bytes = b"") -> None:
     """Start a process with streams of its own, which `begin` gets, and whose number it returns."""
     global highest  # noqa: PLW0603 - of this whole process
     pipes = pipes_of(3 if has_input == b"1" else 2)
@@ -305,7 +307,7 @@ def start(number: int, has_input: bytes, begin: "Callable[[tuple[int, ...]], int
         for fd in {feeding, *(reading for reading, _ in pipes)} - {-1}:
             os.close(fd)
     else:
-        commands[number] = Command(number, pid, feeding, tag)
+        commands[number] = Command(number, pid, feeding, name)
         commands[number].watch(OUT, pipes[0][0])
         commands[number].watch(ERR, pipes[1][0])
     for fd in {*theirs} - {null}:
@@ -327,19 +329,19 @@ def pipes_of(count: int) -> "list[tuple[int, int]]":
 
 def show(number: int, content: bytes) -> None:
     """Start a command on a terminal."""
-    tag, path, size, count, *words = content.split(b"\0")
+    tag, name, path, size, count, *words = content.split(b"\0")
     argv, env = words[: int(count)], dict(word.split(b"=", 1) for word in words[int(count) :])
     terminal, its = os.openpty()
     set_size(terminal, size)
     # Who leads a session has as its terminal the first one that it opens.
     actions = [(os.POSIX_SPAWN_OPEN, 0, os.ttyname(its), os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
     try:
-        pid = spawn(tag, path, argv, env, file_actions=actions, setsid=True)
+        pid = spawn(tag, name, path, argv, env, file_actions=actions, setsid=True)
     except (OSError, NotImplementedError) as error:  # a C library may start nothing in a session of its own
         send(REFUSED, number, b"%d" % (getattr(error, "errno", None) or errno.ENOSYS))
         os.close(terminal)
     else:
-        commands[number] = Screen(number, pid, terminal, tag)
+        commands[number] = Screen(number, pid, terminal, name)
     os.close(its)
 
 
