@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -104,7 +105,8 @@ class Benchmark:
     ) -> int:
         """Count the instructions of a work, and compare them with its baseline; without one, the count becomes it.
 
-        The work is done once more beforehand, so that what it reads is in the guest's memory. The least count is the one that is compared.
+        The work is done once more beforehand, so that what it reads is in the guest's memory. The count in the middle is compared: now and
+        then one is less or more than the others, by what the guest does at that moment.
 
         Args:
             vm: A machine with `cpu_clock="instructions"`.
@@ -131,7 +133,7 @@ class Benchmark:
             raise ValueError(f"this test has measured {name or 'a work without a name'} already: give each a name=")
         self._seen.add(name)
         do: Callable[[], object] = work if callable(work) else lambda: vm.exec(work, **keywords)
-        count = min(_counts(vm, do, rounds + 1)[1:])
+        count = median_low(_counts(vm, do, rounds + 1)[1:])
         key = f"{self.test} {name}".strip()
         baseline = self.baselines.baseline(key, self.emulator_of(vm), count)
         if baseline is None:
